@@ -1,0 +1,322 @@
+"""Files become records, records become batches.
+
+Reads what people already have: LLaVA `conversations` ({"from","value"}) or `messages` ({"role","content"}), as a JSON
+list or as JSONL, with `image` or `images` below an image root and the optional fields `id`, `cot`, `boxes`, `family`.
+Whatever is wrong with a record is told with its file, line and field.
+
+B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer rows, N image tokens.
+"""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from crystal.config import UserError
+from crystal.corrupt import PRIOR, corrupt
+from crystal.layout import IGNORE
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class RecordError(UserError):
+    """One record is broken; the message names file, line and field."""
+
+
+@dataclass
+class Record:
+    where: str                       # "train.jsonl:17", for messages
+    id: str
+    turns: list                      # [(role, text)]; the last is the user's question
+    answer: str
+    images: list                     # paths, one for each <image> of the turns
+    cot: list = field(default_factory=list)
+    boxes: list = field(default_factory=list)
+    family: str = ""
+
+
+# --- files become records ---------------------------------------------------------------------------------------
+
+def read(path, image_root="", turns="first"):
+    """A JSON or JSONL file -> (list of Record or RecordError in file order, number of turns dropped).
+
+    turns: "first" keeps the conversation up to the first answer after an image, "all" makes a record of every answer.
+    A broken record stands in the list as its error, so that the caller decides; a file without any is a UserError.
+    """
+    path = Path(path)
+    root = Path(image_root) if image_root else path.parent
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder (--image_root)")
+    found, dropped = [], 0
+    for where, item in _items(path, text):
+        try:
+            records, left = _records(where, item, root.resolve(), turns)
+            found += records
+            dropped += left
+        except RecordError as error:
+            found.append(error)
+    if not found:
+        raise UserError(f"{path}: no records in it")
+    return found, dropped
+
+
+def _items(path, text):
+    """(where, parsed object or RecordError) of each line of JSONL, or each element of a JSON list."""
+    if text.lstrip().startswith("["):
+        try:
+            for i, item in enumerate(json.loads(text)):
+                yield f"{path}[{i}]", item
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                yield f"{path}:{number}", RecordError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+
+
+def _records(where, item, root, keep):
+    """One parsed object -> ([Record], turns dropped); raises RecordError naming the field."""
+    def bad(name, problem):
+        raise RecordError(f"{where}: field {name!r}: {problem}")
+
+    if isinstance(item, RecordError):
+        raise item
+    if not isinstance(item, dict):
+        raise RecordError(f"{where}: a record is a JSON object, not {type(item).__name__}")
+    name = "conversations" if "conversations" in item else "messages"
+    talk = item.get(name)
+    if not isinstance(talk, list) or not talk:
+        bad(name, "missing or empty; a list of turns is needed")
+    turns = []
+    for i, turn in enumerate(talk):
+        who, what = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) if isinstance(turn, dict) else (None, None)
+        if who not in ROLES:
+            bad(f"{name}[{i}]", f"unknown speaker {who!r}; use {', '.join(ROLES)}")
+        if isinstance(what, list):  # OpenAI's content parts
+            what = "".join("<image>" if isinstance(p, dict) and str(p.get("type", "")).startswith("image") else str(p.get("text", "") if isinstance(p, dict) else p) for p in what)
+        if not isinstance(what, str):
+            bad(f"{name}[{i}]", "its text is missing")
+        turns.append((ROLES[who], what))
+    paths = item.get("images", item.get("image", []))
+    paths = [paths] if isinstance(paths, str) else paths
+    field_name = "images" if "images" in item else "image"
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        bad(field_name, "a path or a list of paths is needed")
+    asked = sum(text.count("<image>") for _, text in turns)
+    first_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
+    if first_user is None:
+        bad(name, "no turn of the user's")
+    if asked < len(paths) and asked == 0:  # some files leave the markers out: the images then come first
+        turns[first_user] = ("user", "<image>\n" * len(paths) + turns[first_user][1])
+    elif asked != len(paths):
+        bad(field_name, f"{len(paths)} images for {asked} <image> markers")
+    images = []
+    for p in paths:
+        full = (root / p).resolve()
+        if not full.is_relative_to(root):
+            bad(field_name, f"{p} leaves the image root")
+        if not full.is_file():
+            bad(field_name, f"no such file: {full}")
+        images.append(full)
+    cot = item.get("cot", [])
+    cot = [cot] if isinstance(cot, str) else cot
+    if not isinstance(cot, list) or not all(isinstance(step, str) for step in cot):
+        bad("cot", "a text or a list of texts is needed")
+    records, answers = [], 0
+    for i, (role, text) in enumerate(turns):
+        if role != "assistant":
+            continue
+        before = turns[:i]
+        if not before or before[-1][0] != "user":
+            bad(f"{name}[{i}]", "an answer must follow a turn of the user's")
+        seen = sum(t.count("<image>") for _, t in before)
+        if images and not seen:
+            continue  # the image comes later: this turn is context
+        answers += 1
+        if keep == "all" or answers == 1:
+            if not text.strip():
+                bad(f"{name}[{i}]", "the answer is empty")
+            records.append(Record(where, str(item.get("id", where)), before, text.strip(), images[:seen], cot, item.get("boxes", []), str(item.get("family", ""))))
+    if not records:
+        bad(name, "no answer of the assistant's to learn")
+    return records, answers - len(records)
+
+
+def load_image(path, where):
+    """An image file -> RGB PIL image, turned as its EXIF says. RecordError for a broken or oversized one."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # verify() passes a truncated JPEG
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the record's fault
+        raise RecordError(f"{where}: field 'image': {path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+# --- records become batches -------------------------------------------------------------------------------------
+
+class Examples(Dataset):
+    """(epoch, index) -> one example: a Layout and the pixels of its images, intact and, if asked for, corrupted.
+
+    layout: function (record, image token counts) -> Layout. corruption: (mode, low, high) or None; strength and place
+    are drawn from (seed, epoch, index, image), so that they depend neither on ranks nor on workers nor on a resume.
+    grey: feed uniformly grey images, what a blind model sees.
+    """
+
+    def __init__(self, records, layout, image_processor, corruption=None, seed=0, skip=False, grey=False):
+        self.records, self.layout, self.image_processor = records, layout, image_processor
+        self.corruption, self.seed, self.skip, self.grey = corruption, seed, skip, grey
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, at):
+        epoch, index = at
+        bad = []
+        # A skipped record is replaced by the next one, so that every batch stays full on every rank.
+        for i in range(len(self.records)):
+            try:
+                example = self.build((index + i) % len(self.records), epoch)
+                return example | {"bad": bad}
+            except RecordError as error:
+                if not self.skip:
+                    raise
+                bad.append(str(error))
+        raise UserError(f"every record is broken; the first: {bad[0]}")
+
+    def build(self, index, epoch):
+        record = self.records[index]
+        if isinstance(record, RecordError):
+            raise record
+        images = [load_image(p, record.where) for p in record.images]
+        if self.grey:
+            images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
+        try:
+            example = self.pixels(images)
+        except ValueError as error:
+            raise RecordError(f"{record.where}: field 'image': {error}") from error
+        merge = self.image_processor.merge_size ** 2
+        counts = (example["image_grid_thw"].prod(-1) // merge).tolist() if images else []
+        if self.corruption and not images:
+            raise RecordError(f"{record.where}: field 'image': missing; the corrupted path needs an image")
+        example["layout"] = self.layout(record, counts)
+        if self.corruption:
+            mode, low, high = self.corruption
+            corrupted = []
+            for n, image in enumerate(images):
+                g = torch.Generator().manual_seed(seed_of(self.seed, epoch, index, n))
+                strength = low + (high - low) * torch.rand((), generator=g).item()
+                x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # [3,h,w]
+                x = corrupt(x, mode, strength, g)
+                corrupted.append(Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()))
+            example["pixel_values_cor"] = self.pixels(corrupted)["pixel_values"]
+        return example
+
+    def pixels(self, images):
+        if not images:
+            return {"pixel_values": None, "image_grid_thw": None}
+        out = self.image_processor(images=images, return_tensors="pt")
+        return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
+
+
+def seed_of(*numbers):
+    """Several integers -> one seed below 2^63, different for different integers as far as a hash can be."""
+    seed = 0
+    for n in numbers:
+        seed = (seed ^ (n + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
+        seed ^= seed >> 31
+    return seed >> 1
+
+
+def collate(examples, pad):
+    """Examples -> a batch of tensors, right-padded:
+
+    input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], rows [B,M],
+    image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..]; image_grid_thw [I,3].
+    """
+    layouts = [e["layout"] for e in examples]
+    B, L = len(layouts), max(len(x.ids) for x in layouts)
+
+    def table(lists, fill, width=None):
+        width = max([len(x) for x in lists] + [0]) if width is None else width
+        out = torch.full((len(lists), width), fill, dtype=torch.long)
+        for i, x in enumerate(lists):
+            out[i, : len(x)] = torch.as_tensor(list(x), dtype=torch.long)
+        return out
+
+    batch = {
+        "input_ids": table([x.ids for x in layouts], pad, L),
+        "targets": table([x.targets for x in layouts], IGNORE, L),
+        "attention_mask": table([[1] * len(x.ids) for x in layouts], 0, L),
+        "latents": table([x.latents for x in layouts], -1),
+        "rows": table([x.rows for x in layouts], -1),
+        "image": table([x.image for x in layouts], -1),
+        "thought": torch.tensor([x.thought for x in layouts]),
+        "answer": torch.tensor([x.answer for x in layouts]),
+    }
+    batch["mm_token_type_ids"] = torch.zeros(B, L, dtype=torch.long)
+    for i, x in enumerate(layouts):
+        batch["mm_token_type_ids"][i, x.image] = 1
+    for name in ("pixel_values", "pixel_values_cor", "image_grid_thw"):
+        parts = [e[name] for e in examples if e.get(name) is not None]
+        batch[name] = torch.cat(parts) if parts else None
+    batch["bad"] = [line for e in examples for line in e["bad"]]
+    return batch
+
+
+def to_device(batch, device, dtype):
+    """Tensors to the device; pixels to the weights' dtype too."""
+    move = lambda n, x: x.to(device, dtype) if n.startswith("pixel_values") else x.to(device)
+    return {n: move(n, x) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
+
+
+class Order:
+    """Which records form which batch: an endless stream of shuffles, one per epoch, cut into global batches.
+
+    Yields lists of (epoch, index), a micro-batch of this rank each, from update `start` on. Update s of the run always
+    sees the same records, however many ranks and micro-batches share them and wherever a run was resumed.
+    """
+
+    def __init__(self, count, batch_size, accumulation, rank, world, seed, start, stop):
+        self.count, self.seed, self.start, self.stop = count, seed, start, stop
+        self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
+
+    def __len__(self):
+        return (self.stop - self.start) * self.accumulation
+
+    def __iter__(self):
+        share = self.batch_size * self.accumulation  # of one rank in one update
+        epoch, shuffle = -1, None
+        for step in range(self.start, self.stop):
+            for a in range(self.accumulation):
+                first = step * share * self.world + self.rank * share + a * self.batch_size
+                batch = []
+                for n in range(first, first + self.batch_size):
+                    if n // self.count != epoch:
+                        epoch = n // self.count
+                        shuffle = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch))).tolist()
+                    batch.append((epoch, shuffle[n % self.count]))
+                yield batch
+
+
+def loader(examples, order, pad, workers=0):
+    """A torch DataLoader of batches in the given order (any iterable of lists of (epoch, index))."""
+    return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers,
+                      persistent_workers=False, multiprocessing_context="fork" if workers else None)
+
+
+def corruption_of(settings):
+    """(mode, low, high) of the settings: the strength's uniform range, the mode's own unless given."""
+    low, high = PRIOR[settings.corruption] if settings.strength_low is None else (settings.strength_low, settings.strength_high)
+    return settings.corruption, low, high

@@ -1,0 +1,132 @@
+"""What a run learned, in other tools' formats: a PEFT adapter, and a merged stock directory.
+
+    python -m crystal.export --run runs/crystal                 writes runs/crystal/merged and runs/crystal/adapter
+
+The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it with no
+crystal code. Its chat template's generation prompt ends with `<think> ..latents. </think><answer>`, and all of that is
+special tokens or prompt, so what is decoded is the bare answer.
+"""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+import crystal.model
+from crystal import checkpoint, config, lora, methods
+from crystal.config import Settings, UserError
+from crystal.layout import TAGS, THOUGHT, Format, latent_tokens
+
+
+def open_model(name, which="best", device="cpu"):
+    """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or None).
+
+    which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's number.
+    """
+    run = Path(name)
+    if not (run / "checkpoints").is_dir():
+        if (run / "metrics.jsonl").exists():
+            raise UserError(f"{run}: a run without checkpoints")
+        model = crystal.model.load(name, device=device)
+        return model, Format(model.tokenizer), None
+    directory = find(run, which)
+    files, state = checkpoint.load(directory)
+    settings = Settings(**state["settings"])
+    dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
+    model = crystal.model.load(settings.model, dtype, device, settings.min_pixels, settings.max_pixels)
+    method = methods.get(settings.method)(settings)
+    settings.checkpointing = False
+    crystal.model.prepare(model, settings, method.latents)
+    heads = method.modules(model)
+    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad] + [(f"heads.{n}", p) for n, p in heads.named_parameters()]
+    checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
+    model.to(device)
+    model.after_update()
+    model.heads = heads.to(device)
+    return model.eval(), Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought), settings
+
+
+def find(run, which):
+    """The directory of a run's checkpoint: "best", "last" or a step. UserError if there is none."""
+    record = checkpoint.best(run) if which == "best" else None
+    if which == "last" or (which == "best" and record is None):
+        directory = checkpoint.newest(run)
+    elif record or which.isdigit():
+        directory = checkpoint.step_dir(run, record["step"] if record else which)
+    else:
+        raise UserError(f"--checkpoint {which}: best, last or a step")
+    if directory is None or not directory.is_dir():
+        raise UserError(f"{run}: no checkpoint {which!r} that can be used")
+    return directory
+
+
+def chat_template(template, settings):
+    """A chat template whose generation prompt opens the answer after the thought and its latents (`--thought fixed`)."""
+    if settings.thought == "cot":  # the model writes its own thought and latents
+        prompt = TAGS[0]
+    else:
+        prompt = f"{TAGS[0]} {THOUGHT}{''.join(latent_tokens(settings.latents, settings.latent_kind))}. {TAGS[1]}{TAGS[2]}"
+    return template + "{%- if add_generation_prompt -%}{{- '" + prompt + "' -}}{%- endif -%}"
+
+
+def export(run, which="best", merged=None, adapter=None):
+    """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed."""
+    model, fmt, settings = open_model(run, which)
+    if settings is None:
+        raise UserError(f"{run}: not a run directory of train.py (no checkpoints in it)")
+    latents = fmt.count > 0
+    if adapter and settings.tune == "lora":
+        with fresh(adapter) as out:
+            lora.save_adapter(out, model.hf, model.rows, settings.model)
+            save_tokenizer(model, settings, out, latents)
+    if merged:
+        lora.merge(model.hf)
+        with fresh(merged) as out:
+            model.hf.save_pretrained(out)
+            save_tokenizer(model, settings, out, latents)
+            model.image_processor.save_pretrained(out)
+
+
+def save_tokenizer(model, settings, out, latents):
+    template = model.tokenizer.chat_template
+    if latents:
+        model.tokenizer.chat_template = chat_template(template, settings)
+    model.tokenizer.save_pretrained(out)
+    model.tokenizer.chat_template = template
+
+
+class fresh:
+    """A directory that appears whole or not at all: filled under another name, then renamed over an older one."""
+
+    def __init__(self, path):
+        self.path, self.part = Path(path), Path(f"{path}.part")
+
+    def __enter__(self):
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        return self.part
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.part.rename(self.path)
+
+
+def main(argv=None):
+    parser = config.OneLineParser(prog="export.py", description="Export a run as a PEFT adapter and a merged directory.")
+    parser.add_argument("--run", required=True, help="run directory of train.py")
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--out", default="", help="folder to write merged/ and adapter/ into; empty: the run directory")
+    args = parser.parse_args(argv)
+    out = Path(args.out or args.run)
+    export(args.run, args.checkpoint, out / "merged", out / "adapter")
+    print(f"wrote {out / 'merged'}" + (f" and {out / 'adapter'}" if (out / "adapter").exists() else ""))
+
+
+if __name__ == "__main__":
+    config.run_cli(main)

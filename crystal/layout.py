@@ -1,0 +1,139 @@
+"""A record becomes token ids and spans: image, question, thought, latents, answer (section 3.1).
+
+    <prompt of the chat template> <think> {thought}{K latents}. </think><answer>R</answer><|im_end|>
+
+L sequence length, K latents, N image tokens, M answer rows. A *row* is a position seen as a query: row t predicts
+token t + 1, so `targets[t]` is ids[t + 1] where that token is a label and IGNORE elsewhere. All rows of a loss are
+given by position, none by shifting.
+"""
+import re
+from dataclasses import dataclass, field
+
+IGNORE = -100
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+THOUGHT = "Because the feature of the image is"  # the released code's fixed thought
+END = "<|im_end|>"
+IMAGE = "<|image_pad|>"
+_SLOT = re.compile("\ue000(\\d+)\ue001")  # stands for a user's text in the rendered template
+
+
+def latent_tokens(count, kind):
+    """Names of the K latent tokens, in order: K different ones (`diverse`), or one repeated (`identical`; table 3)."""
+    return [f"<|latent_{i if kind == 'diverse' else 0}|>" for i in range(count)]
+
+
+def new_tokens(count, kind):
+    """The special tokens that a method with latents adds to the vocabulary, in the order of their rows."""
+    return list(TAGS) + list(dict.fromkeys(latent_tokens(count, kind)))
+
+
+@dataclass
+class Layout:
+    """One sequence. Spans are half-open (start, end) positions; an absent one is (0, 0)."""
+    ids: list[int]
+    targets: list[int]                                  # row t predicts targets[t]
+    image: list[int] = field(default_factory=list)      # positions of the N image tokens of all images
+    thought: tuple[int, int] = (0, 0)                   # <think> to </think>, tags included
+    latents: list[int] = field(default_factory=list)    # positions of the K latents
+    answer: tuple[int, int] = (0, 0)                    # <answer> (or R's first token) to <|im_end|>
+    rows: list[int] = field(default_factory=list)       # answer rows: they predict R and what follows it
+
+
+class Format:
+    """Turns conversations into ids with one tokenizer and one chat template.
+
+    tokenizer: a transformers tokenizer, or anything with its `encode`, `apply_chat_template` and
+    `convert_tokens_to_ids`. What a user wrote is encoded with special tokens split, so that it stays text.
+    """
+
+    def __init__(self, tokenizer, count=0, kind="diverse", thought="fixed"):
+        self.tokenizer, self.count, self.thought = tokenizer, count, thought
+        self.end, self.image = tokenizer.convert_tokens_to_ids([END, IMAGE])
+        if count:
+            self.think, self.unthink, self.open, self.close = tokenizer.convert_tokens_to_ids(list(TAGS))
+            self.latents = tokenizer.convert_tokens_to_ids(latent_tokens(count, kind))
+
+    def text(self, text):
+        """Ids of a user's text; `<|image_pad|>` typed by a user is a dozen ordinary tokens here."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def prompt(self, turns, image_tokens):
+        """Ids up to where the assistant speaks, and the positions of the image tokens.
+
+        turns: [(role, text)] with `<image>` where an image stands; the last is the user's. image_tokens: N of each image.
+        """
+        texts, messages = [], []
+        for role, text in turns:
+            content = []
+            for i, part in enumerate(text.split("<image>")):
+                if i:
+                    content.append({"type": "image"})
+                    part = part.removeprefix("\n")  # LLaVA's files break the line after an image, the template does not
+                if part:
+                    content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
+                    texts.append(part)
+            messages.append({"role": role, "content": content if role == "user" else content[0]["text"]})
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids, image, counts = [], [], iter(image_tokens)
+        for i, piece in enumerate(_SLOT.split(rendered)):
+            for token in self.text(texts[int(piece)]) if i % 2 else self.tokenizer.encode(piece, add_special_tokens=False):
+                if token == self.image:  # only the template's own: a user's text cannot contain it
+                    n = next(counts)
+                    image += range(len(ids), len(ids) + n)
+                    ids += [token] * n
+                else:
+                    ids.append(token)
+        return ids, image
+
+    def thinking(self, steps=(), drop=False):
+        """Ids of `<think> {thought}{K latents}. </think>` and the offsets of the latents in them.
+
+        drop leaves the latents out of the sequence, the test of whether they carry anything.
+        """
+        words = " ".join(steps) if self.thought == "cot" and steps else THOUGHT
+        head = [self.think] + self.text(" " + words)
+        latents = [] if drop else self.latents
+        tail = self.tokenizer.encode(". ", add_special_tokens=False) + [self.unthink]
+        return head + latents + tail, list(range(len(head), len(head) + len(latents)))
+
+    def plain(self, turns, image_tokens, answer):
+        """The sequence of ordinary fine-tuning: prompt, R, <|im_end|>; R and <|im_end|> are labels."""
+        ids, image = self.prompt(turns, image_tokens)
+        start = len(ids)
+        ids = ids + self.text(answer) + [self.end]
+        return Layout(ids, next_tokens(ids, start), image, answer=(start, len(ids)), rows=list(range(start - 1, len(ids) - 1)))
+
+    def latent(self, turns, image_tokens, answer, steps=()):
+        """The sequence of a method with latents; all that the assistant says is a label.
+
+        The first answer row is `<answer>` itself, which predicts R's first token: it sees the latents and is copied
+        from nowhere, so that a one-token answer still has a divergence to lose.
+        """
+        ids, image = self.prompt(turns, image_tokens)
+        start = len(ids)
+        thought, offsets = self.thinking(steps)
+        ids = ids + thought
+        answer_start = len(ids)
+        ids = ids + [self.open] + self.text(answer) + [self.close, self.end]
+        return Layout(ids, next_tokens(ids, start), image, (start, answer_start), [start + i for i in offsets],
+                      (answer_start, len(ids)), list(range(answer_start, len(ids) - 1)))
+
+    def question(self, turns, image_tokens, latents="keep"):
+        """The prompt to generate from: (ids, image positions, latent positions).
+
+        latents: "keep" ends with the whole thought and `<answer>`, so that what is decoded is the bare answer; "drop"
+        does the same without the latents; "none" is the plain chat prompt. A method that learned to write its own
+        thought (`--thought cot`) is given `<think>` alone and writes the rest itself.
+        """
+        ids, image = self.prompt(turns, image_tokens)
+        if latents == "none" or not self.count:
+            return ids, image, []
+        if self.thought == "cot":
+            return ids + [self.think], image, []
+        thought, offsets = self.thinking(drop=latents == "drop")
+        return ids + thought + [self.open], image, [len(ids) + i for i in offsets]
+
+
+def next_tokens(ids, start):
+    """Targets by row: ids[t + 1] from the row before position `start` on, IGNORE before it and at the last row."""
+    return [ids[t + 1] if start - 1 <= t < len(ids) - 1 else IGNORE for t in range(len(ids))]

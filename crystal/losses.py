@@ -1,0 +1,160 @@
+"""The terms of CrystaL's objective, eq. 4 to 6, as pure functions of tensors.
+
+B pairs, N rows of logits of all pairs concatenated, V vocabulary, H heads, M answer rows, K columns. `int` and `cor` are
+the intact and the corrupted path. All logarithms are natural: losses are in nats.
+
+Everything reduces to one number per pair, [B], and stops there: the caller averages over the pairs of the global batch,
+so that a pair counts the same whatever shares a process, a forward or an update with it. The teacher is detached by the
+caller, or not: every function has gradients to both sides. Inputs of any float dtype; computed and returned in float32
+at least (float64 for float64).
+"""
+import math
+
+import torch
+
+
+# ---- rows of logits: cross entropy and eq. 4 -------------------------------------------------------------------------
+
+def ce_rows(logits, targets):
+    """Cross entropy of each row, -log P(target) -> [N]. logits [N,V]; targets [N] int64 in 0..V-1.
+
+    There is no target to ignore: rows without a label are never computed.
+    """
+    return -_wide(logits).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def kl_rows(logits_int, logits_cor):
+    """KL(P_int || P_cor) of each row, summed over the vocabulary (eq. 4 before its mean) -> [N]. Logits [N,V], finite.
+
+    Exactly 0 with exactly zero gradients for equal logits.
+    """
+    return _kl(_wide(logits_int).log_softmax(-1), _wide(logits_cor).log_softmax(-1))
+
+
+def mean_per_pair(values, pair, pairs, share=1.0):
+    """Mean of each pair's rows -> [B]. values [N]; pair [N] int64 in 0..B-1, whose row it is; pairs = B.
+
+    share in (0, 1]: below 1 only the largest max(1, floor(share n)) of a pair's n values enter, and only they have a
+    gradient (the released code's KL, share 0.1). A pair without rows gives 0 that still has a graph.
+    One mean over rows of several kinds (the released code's CE: thought and both answers) is this function on the
+    concatenation of their values and pairs. Raises ValueError for a share or a pair out of range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share {share}: must be above 0 and at most 1")
+    means, used = [], 0
+    for b in range(pairs):
+        own = values[pair == b]  # [n]
+        used += len(own)
+        if share < 1 and len(own):
+            # 0.29 * 100 is 28.999999999999996: the small number makes the floor that of the decimals as written
+            own = own.topk(max(1, math.floor(share * len(own) + 1e-9))).values
+        means.append(own.sum() / max(1, len(own)))
+    if used < len(values):
+        raise ValueError(f"{len(values) - used} of {len(values)} rows belong to no pair in 0..{pairs - 1}")
+    return torch.stack(means)
+
+
+# ---- slices of attention: eq. 5 of one layer; the caller averages over the chosen layers -----------------------------
+#
+# A [B,H,M,K] are softmax weights (attention.attn_slice), S [B,H,M,K] scores (attention.attn_scores); rows [B,M] and cols
+# [B,K] their positions, -1 where padded.
+
+def attn_frobenius(A_int, A_cor):
+    """Eq. 5: squared Frobenius norm of A_int - A_cor, summed over heads, rows and columns -> [B].
+
+    Padded and hidden cells are 0 in both slices and add nothing. 0 without rows or columns.
+    """
+    return (_wide(A_int) - _wide(A_cor)).square().sum((1, 2, 3))
+
+
+def attn_mse(A_int, A_cor, rows, cols):
+    """Mean squared difference of the weights -> [B]: eq. 5 over the number of its cells (table 4, "MSE").
+
+    Cells are heads x rows x columns less the padded ones; causally hidden cells count. 0 without rows or columns.
+    """
+    cells = A_int.shape[1] * (rows >= 0).sum(1) * (cols >= 0).sum(1)  # [B]
+    return attn_frobenius(A_int, A_cor) / cells.clamp(min=1)
+
+
+def attn_kl(S_int, S_cor, rows, cols):
+    """KL(int || cor) over the columns, mean over rows and heads -> [B] (table 4, "KL").
+
+    Weights renormalised over the columns are the softmax of the K scores, whatever the other keys got: scores suffice.
+    A cell hidden (-inf) in either path is left out of both. A row that sees no column counts in the mean with 0; padded
+    rows do not count. 0 without rows, with exactly zero gradients for equal scores.
+    """
+    hidden = S_int.isneginf() | S_cor.isneginf() | (cols < 0)[:, None, None, :]  # [B,H,M,K]
+    # Filled with a number so large that log p = log q there: p = q = 0 gives 0, and where all is hidden p = q = 1/K
+    # does too; with -inf it would be NaN.
+    log_p, log_q = (_wide(S).masked_fill(hidden, -1e30).log_softmax(-1) for S in (S_int, S_cor))
+    return _mean_rows(_kl(log_p, log_q), rows)
+
+
+def attn_kl_heads_mean(A_int, A_cor, rows, cols):
+    """The released code's eq. 5 -> [B]: weights averaged over heads, renormalised over the columns, then KL(int || cor).
+
+    KL is summed over columns, its mean taken over rows. Averaging comes before renormalising, so a head counts by the
+    attention that it gives to the columns: this needs true weights, not scores. A weight of 0 (hidden, or too small
+    for its dtype) is read as the smallest normal number, with zero gradient, so that no logarithm is infinite: a row
+    without weight on any column counts with 0. Padded rows do not count. 0 without rows.
+    """
+    log_p, log_q = (_log_share(_wide(A).mean(1), cols) for A in (A_int, A_cor))  # [B,M,K]
+    return _mean_rows(_kl(log_p, log_q)[:, None], rows)
+
+
+def slice_kind(kind, heads):
+    """Which slice attn_loss(kind, heads, ...) compares: "scores" (no normaliser over L) or "weights"."""
+    return "scores" if (kind, heads) == ("kl", "keep") else "weights"
+
+
+def attn_loss(kind, heads, X_int, X_cor, rows, cols):
+    """Eq. 5 of one layer in one of its kinds -> [B].
+
+    kind: "kl", "frobenius" or "mse". heads: "keep" compares head by head; "mean" averages them first (kl alone).
+    X_int, X_cor [B,H,M,K]: scores or weights, as slice_kind(kind, heads) says. Raises ValueError for another choice.
+    """
+    if (kind, heads) == ("kl", "keep"):
+        return attn_kl(X_int, X_cor, rows, cols)
+    if (kind, heads) == ("kl", "mean"):
+        return attn_kl_heads_mean(X_int, X_cor, rows, cols)
+    if (kind, heads) == ("frobenius", "keep"):
+        return attn_frobenius(X_int, X_cor)
+    if (kind, heads) == ("mse", "keep"):
+        return attn_mse(X_int, X_cor, rows, cols)
+    raise ValueError(f"attention loss {kind!r} with heads {heads!r}: choose kl, frobenius or mse with keep, or kl with mean")
+
+
+# ---- eq. 6 -----------------------------------------------------------------------------------------------------------
+
+def total(terms, weights):
+    """Eq. 6: sum of weights[name] * terms[name] -> scalar. A term without a weight raises KeyError: none drops out."""
+    return sum(weights[name] * term for name, term in terms.items())
+
+
+# ---- what they share -------------------------------------------------------------------------------------------------
+
+def _wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _kl(log_p, log_q):
+    """KL of normalised log probabilities over the last axis; finite where they are.
+
+    sum p (log p - log q) - p + q: the last two cancel in the sum, p and q being normalised. Cell by cell they make it
+    q (x log x - x + 1) >= 0 with x = p / q, flat at x = 1, so that p = q gives a gradient of exactly 0 and not of round-off.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) - p + q).sum(-1)
+
+
+def _log_share(A, cols):
+    """log of weights A [B,M,K] renormalised over the columns."""
+    log_A = A.clamp(min=torch.finfo(A.dtype).tiny).log()
+    return log_A.masked_fill((cols < 0)[:, None, :], -1e30).log_softmax(-1)  # softmax of logarithms divides by their sum
+
+
+def _mean_rows(values, rows):
+    """values [B,H,M] -> [B], mean over heads and rows that are not padding."""
+    valid = rows >= 0  # [B,M]
+    summed = values.masked_fill(~valid[:, None], 0.0).sum((1, 2))
+    return summed / (values.shape[1] * valid.sum(1)).clamp(min=1)

@@ -1,0 +1,112 @@
+"""CrystaL: crystallised latents from two paths, one intact and one corrupted (the paper's section 3).
+
+B pairs, L sequence length, D hidden size, H heads, M answer rows, K columns, N labelled rows, V vocabulary.
+
+    intact     I_int  Q  <think> .. latents .. </think>  <answer> R        CE_int, teacher of KL and attention
+                                       |  copied at every layer
+    corrupted  I_cor  Q  <think> .. latents .. </think>  <answer> R        CE_cor, student
+"""
+import torch
+import torch.nn as nn
+
+from crystal.attention import AttentionTap
+from crystal.latent_copy import dual_forward
+from crystal.layout import IGNORE
+from crystal.losses import attn_loss, ce_rows, kl_rows, mean_per_pair, slice_kind
+
+
+class Method:
+    latents = True
+    corrupts = True
+    watched = ("mass_int", "mass_cor")  # logged, not trained
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def layout(self, fmt, record, image_tokens):
+        return fmt.latent(record.turns, image_tokens, record.answer, record.cot)
+
+    def modules(self, model):
+        return nn.ModuleDict()  # nothing but the task supervises the latents
+
+    def losses(self, model, batch, progress):
+        """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor (or their pooled mean ce), kl, attn.
+
+        Beside them, to be watched: mass_int and mass_cor, the share of the answer rows' attention that the latents get.
+        """
+        s, targets = self.settings, batch["targets"]
+        B, L = targets.shape
+        rows = self.answer_rows(batch)                                                 # [B,M]
+        cols = self.columns(batch)                                                     # [B,K]
+        copied = self.copied(batch)                                                    # [B,L]
+        layers, rows2 = s.layers(len(model.layers)), rows.repeat(2, 1)
+        tap = AttentionTap(layers, rows2, cols.repeat(2, 1), slice_kind(s.attn_loss, s.attn_heads))
+        mass = AttentionTap(layers, rows2, batch["latents"].repeat(2, 1), "weights")
+
+        def taps(layer, q, k, scale):
+            tap(layer, q, k, scale)
+            with torch.no_grad():
+                mass(layer, q, k, scale)
+
+        h_int, h_cor = dual_forward(model, batch, copied, s.realisation, taps)         # [B,L,D] each
+
+        # No loss reads a copied row of the corrupted path: there it is the intact path's own.
+        label_int = targets != IGNORE
+        label_cor = label_int & (mask_of(rows, L) if s.ce == "pooled" else ~copied)
+        answer = mask_of(rows, L)                                                      # [B,L]
+        need_int, need_cor = label_int | answer, label_cor | answer
+        # One product with the head for both paths; only the rows that a loss reads.
+        logits = model.logits(torch.cat([h_int[need_int], h_cor[need_cor]]))
+        logits_int, logits_cor = logits.split([int(need_int.sum()), int(need_cor.sum())])
+
+        def ce(logits, need, label):  # -> [N] and whose each is
+            return ce_rows(logits[label[need]], targets[label]), label.nonzero()[:, 0]
+
+        ce_int, pair_int = ce(logits_int, need_int, label_int)
+        ce_cor, pair_cor = ce(logits_cor, need_cor, label_cor)
+        if s.ce == "pooled":
+            terms = {"ce": mean_per_pair(torch.cat([ce_int, ce_cor]), torch.cat([pair_int, pair_cor]), B)}
+        else:
+            terms = {"ce_int": mean_per_pair(ce_int, pair_int, B), "ce_cor": mean_per_pair(ce_cor, pair_cor, B)}
+
+        teacher = (lambda x: x) if s.teacher_grad else torch.Tensor.detach
+        kl = kl_rows(teacher(logits_int[answer[need_int]]), logits_cor[answer[need_cor]])
+        terms["kl"] = mean_per_pair(kl, answer.nonzero()[:, 0], B, s.kl_share)         # eq. 4
+
+        slices = [(x[:B], x[B:]) for x in tap.slices.values()]                         # [B,H,M,K] each
+        terms["attn"] = torch.stack([attn_loss(s.attn_loss, s.attn_heads, teacher(a_int), a_cor, rows, cols)
+                                     for a_int, a_cor in slices]).mean(0)              # eq. 5
+        masses = torch.stack([x.sum(-1).mean(1) for x in mass.slices.values()]).mean(0)  # [2B,M]
+        masses = masses.sum(1) / (rows2 >= 0).sum(1).clamp(min=1)                      # [2B]
+        terms["mass_int"], terms["mass_cor"] = masses.chunk(2)
+        return {name: term.mean() for name, term in terms.items()}
+
+    def answer_rows(self, batch):
+        """Rows of KL and attention [B,M], -1 padded: those that predict the answer, or (released) its own positions."""
+        return batch["rows"] if self.settings.answer_rows == "predicting" else positions(batch["answer"])
+
+    def columns(self, batch):
+        """Columns of eq. 5 [B,K], -1 padded: the latents, the thought (released), or image and latents (table 4)."""
+        if self.settings.attn_columns == "thought":
+            return positions(batch["thought"])
+        if self.settings.attn_columns == "all":
+            return torch.cat([batch["image"], batch["latents"]], 1)
+        return batch["latents"]
+
+    def copied(self, batch):
+        """Rows that the corrupted path takes from the intact one, bool [B,L]."""
+        L = batch["input_ids"].shape[1]
+        return mask_of(batch["latents"] if self.settings.copied == "latents" else positions(batch["thought"]), L)
+
+
+def positions(spans):
+    """Spans [B,2] (start, end) -> positions [B,n], -1 padded."""
+    start, end = spans[:, :1], spans[:, 1:]
+    at = start + torch.arange(int((end - start).max()), device=spans.device)
+    return torch.where(at < end, at, -1)
+
+
+def mask_of(positions, L):
+    """Positions [B,n], -1 padded -> bool [B,L]."""
+    mask = torch.zeros(len(positions), L + 1, dtype=torch.bool, device=positions.device)
+    return mask.scatter(1, positions % (L + 1), True)[:, :L]  # -1 lands in the extra column

@@ -1,0 +1,241 @@
+"""A checkpoint directory becomes a model: families table, latent rows, registered attention.
+
+The only importer of transformers' modelling. `tiny`, a directory and a hub name take the same road; no path here asks
+which it is. B sequences, L length, D hidden size, H query heads, G key/value heads, d head size, V vocabulary rows.
+
+transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers leaves open: a
+registered attention function, a pre-hook on each decoder layer, and keywords of the forward that travel to both.
+"""
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging as transformers_logging
+
+from crystal.bottleneck import additive_mask
+from crystal.config import UserError
+from crystal.layout import new_tokens
+from crystal.lora import TokenRows, add_lora
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a kind of model keeps its parts. language, vision, merger: regular expressions of Linear modules' names."""
+    language: str
+    vision: str
+    merger: str
+
+
+FAMILIES = {
+    "qwen2_5_vl": Family(
+        language=r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+        vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
+        merger=r"model\.visual\.merger\.mlp\.\d+",
+    ),
+}
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, latent_copy=None, tap=None, **_):
+    """The decoder's attention: torch's SDPA, with the corrupted path's copied columns and the slice of eq. 5.
+
+    query [B,H,L,d], key and value [B,G,L,d] -> ([B,L,H,d], None). attention_mask: None (causal), a bool mask, or an
+    additive one; scores are never written out.
+    """
+    if latent_copy is not None:
+        key, value = latent_copy.keys_values(key, value)
+    if tap is not None:
+        tap(module.layer_idx, query, key, scaling)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.to(query.dtype)
+    # Without a mask transformers means causal: leaving that out would silently show the future.
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling,
+                                         is_causal=attention_mask is None and query.shape[2] > 1,
+                                         enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+def vision_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_):
+    """The vision tower's attention: every image (or window) in as few calls as there are lengths.
+
+    query, key, value [1,H,P,d], P patches of all windows one after the other; cu_seq_lens_q [windows+1] their bounds.
+    transformers calls window by window unless the name of the function says `flash`; this name does.
+    """
+    lengths = cu_seq_lens_q.diff()
+    outs, order = [], []
+    for n in lengths.unique().tolist():
+        at = (cu_seq_lens_q[:-1][lengths == n, None] + torch.arange(n, device=lengths.device)).flatten()
+        whole = len(at) == query.shape[2]  # equal windows, the common case: no gather
+        q, k, v = (x[0] if whole else x[0][:, at] for x in (query, key, value))
+        q, k, v = (x.unflatten(1, (-1, n)).transpose(0, 1) for x in (q, k, v))  # [windows,H,n,d]
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        outs.append(out.transpose(1, 2).flatten(0, 1))  # [windows*n,H,d]
+        order.append(at)
+    if len(outs) == 1:
+        return outs[0][None], None  # [1,P,H,d]
+    return torch.cat(outs)[torch.cat(order).argsort()][None], None
+
+
+AttentionInterface.register("crystal", attention)
+AttentionMaskInterface.register("crystal", sdpa_mask)  # a function without a mask of its own would get None always
+AttentionInterface.register("crystal_flash_vision", vision_attention)
+
+
+def copy_states(layer, args, kwargs):
+    """Pre-hook of every decoder layer: the literal copy of section 3.3 where a forward asks for it."""
+    copy = kwargs.get("latent_copy")
+    if copy is None:
+        return None
+    if args:
+        return (copy.states(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": copy.states(kwargs["hidden_states"])}
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+class Model(nn.Module):
+    """A transformers model with its tokenizer and image processor, seen as crystal needs it.
+
+    hf: the transformers model. rows: TokenRows of the new tokens, or None. dtype, device: of the weights.
+    """
+
+    def __init__(self, hf, tokenizer, image_processor, family, name):
+        super().__init__()
+        self.hf, self.tokenizer, self.image_processor, self.family, self.name = hf, tokenizer, image_processor, family, name
+        self.rows = None
+        hf.set_attn_implementation({"text_config": "crystal", "vision_config": "crystal_flash_vision"})
+        self.layers = hf.model.language_model.layers
+        for layer in self.layers:
+            layer.register_forward_pre_hook(copy_states, with_kwargs=True)
+
+    @property
+    def device(self):
+        return self.hf.lm_head.weight.device
+
+    @property
+    def tied(self):
+        return self.hf.lm_head.weight is self.hf.get_input_embeddings().weight
+
+    def add_tokens(self, tokens, seed=0):
+        """Gives `tokens` spare vocabulary rows, initialised like an average token, and makes those rows trainable.
+
+        The vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns the new ids.
+        """
+        self.tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+        ids = self.tokenizer.convert_tokens_to_ids(tokens)
+        embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
+        if max(ids) >= embed.num_embeddings:
+            raise UserError(f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has {embed.num_embeddings} rows; use fewer --latents")
+        g = torch.Generator().manual_seed(seed)
+        for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:
+            used = weight.detach()[: min(ids)].float()
+            # An average row plus a little spread: close enough to be harmless, far enough apart to become different.
+            noise = torch.randn(len(ids), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
+            weight.data[ids] = (used.mean(0) + noise).to(weight.dtype)
+        self.rows = TokenRows(embed, head, ids)
+        return ids
+
+    def add_adapters(self, settings):
+        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names."""
+        pattern = "|".join(f"(?:{getattr(self.family, part)})" for part in settings.lora_on.split(","))
+        return add_lora(self.hf, pattern, settings.lora_r, settings.lora_alpha, settings.lora_dropout,
+                        torch.Generator().manual_seed(settings.seed))
+
+    def image_tokens(self, grid):
+        """image_grid_thw [I,3] -> how many tokens each image takes in the sequence (list of int)."""
+        return (grid.prod(-1) // self.image_processor.merge_size ** 2).tolist()
+
+    def positions(self, batch):
+        """M-RoPE positions [3,B,L] of a batch; explicit, since those that the model caches go stale."""
+        return self.hf.model.get_rope_index(batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"],
+                                            attention_mask=batch["attention_mask"])[0]
+
+    def hidden(self, inputs, latent_copy=None, tap=None, biases=()):
+        """inputs: tensors of a batch (right-padded) -> hidden states after the final norm [B,L,D].
+
+        latent_copy, tap: see latent_copy.py and attention.py. biases: a list of bottleneck.Bias.
+        """
+        positions = inputs["position_ids"] if "position_ids" in inputs else self.positions(inputs)
+        # Right padding needs no mask: causality alone keeps real tokens from seeing what comes after them.
+        mask = additive_mask(biases, inputs["attention_mask"], torch.promote_types(self.hf.dtype, torch.float32)) if biases else None
+        return self.hf.model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
+                             pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"],
+                             latent_copy=latent_copy, tap=tap).last_hidden_state
+
+    def logits(self, h):
+        """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads, and no others."""
+        return self.hf.lm_head(h)
+
+    def trainable(self):
+        """(name, parameter) of all that trains in the transformers model and the token rows."""
+        return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+
+    def after_update(self):
+        """After each optimiser update: the vocabulary's own rows follow their trained copies."""
+        if self.rows is not None:
+            self.rows.sync()
+
+
+def resolve(name):
+    """A model's directory or hub name from what the user typed; UserError if it is neither."""
+    if name == "tiny":
+        return str(TINY)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: no config.json; --model wants a directory in Hugging Face layout")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise UserError(f"{path}: not a directory; --model wants tiny, a directory in Hugging Face layout, or a hub name")
+    return name
+
+
+def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=None):
+    """A model directory or hub name -> Model, frozen and in evaluation mode.
+
+    min_pixels, max_pixels: bounds on an image's area in pixels after resizing; None keeps the directory's own.
+    Raises UserError if it cannot be loaded or is of a family that crystal does not know. Remote code never runs.
+    """
+    source = resolve(name)
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.model_type not in FAMILIES:
+            raise UserError(f"{name}: model type {config.model_type!r} has no row in model.py's FAMILIES (known: {', '.join(FAMILIES)})")
+        pixels = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
+        hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: cannot be loaded as a model: {' '.join(str(error).split())[:300]}") from error
+    hf.requires_grad_(False).eval().to(device)
+    return Model(hf, tokenizer, image_processor, FAMILIES[config.model_type], name)
+
+
+def prepare(model, settings, latents):
+    """Makes a loaded model trainable as the settings say: new tokens, then adapters or full weights.
+
+    latents: whether the method uses latent tokens. Token rows come first and stay trainable whatever is frozen after
+    them. The vision tower trains only if its adapters are asked for; otherwise nothing in it needs a graph.
+    """
+    if settings.tune == "lora":
+        model.add_adapters(settings)
+    else:
+        model.hf.model.language_model.requires_grad_(True)
+        for weight in (model.hf.get_input_embeddings().weight, model.hf.lm_head.weight):
+            weight.requires_grad_(False)  # of the vocabulary only the new rows train
+    if latents:
+        model.add_tokens(new_tokens(settings.latents, settings.latent_kind), settings.seed)
+    if settings.checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model

@@ -1,0 +1,185 @@
+"""Ranks, reductions, printing on one rank, and the signals that end a run. The only file that knows torch.distributed's calls.
+
+One process and many take the same path. Without torchrun no process group is made and every method is the identity; under torchrun (RANK,
+WORLD_SIZE, LOCAL_RANK) the group is nccl on CUDA and gloo on a CPU. Left out on purpose: sharding of any kind. A model that fits one device is
+replicated, and gradients are averaged by DistributedDataParallel.
+"""
+import json
+import os
+import signal
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed inside `first()`; its own error says why."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world` many. Every rank must call a method that communicates, in the same order."""
+    rank: int = 0         # among all processes
+    world: int = 1        # how many there are
+    local_rank: int = 0   # among the processes of this machine
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_first(self):
+        """True on rank 0: the one that prints and writes."""
+        return self.rank == 0
+
+    def print(self, *values):
+        """Print on rank 0 only, flushed, so that a line is in the log when it is printed rather than when the run ends."""
+        if self.is_first:
+            print(*values, flush=True)
+
+    @torch.no_grad()
+    def sum(self, value):
+        """Sum over ranks, the same on each. A float is summed in float64, an int in int64; a tensor keeps shape, dtype and device, and is not changed in place."""
+        if not isinstance(value, torch.Tensor):
+            dtype = torch.float64 if isinstance(value, float) else torch.int64
+            return self.sum(torch.tensor(value, dtype=dtype, device=self.device)).item() if self.world > 1 else value
+        if self.world == 1:
+            return value.detach().clone()
+        total = value.to(self.device, copy=True)   # nccl reduces tensors on its own device only
+        dist.all_reduce(total)
+        return total.to(value.device)
+
+    def any(self, flag):
+        """True on every rank if `flag` is true on any: how ranks agree to stop. Returns only when all ranks have called it."""
+        return self.sum(int(bool(flag))) > 0
+
+    def barrier(self):
+        """Wait for all ranks: nobody can read the sum before everybody has given to it."""
+        self.any(False)
+
+    def gather(self, items):
+        """Concatenate every rank's list, in rank order, on every rank. Items are JSON values, because the general gather of objects unpickles what
+        another process sent; tuples come back as lists and keys as strings, with one process as with many. TypeError for anything else."""
+        text = json.dumps(list(items)).encode()
+        if self.world == 1:
+            return json.loads(text)
+        size = torch.tensor([len(text)], device=self.device)
+        sizes = [torch.empty_like(size) for _ in range(self.world)]
+        dist.all_gather(sizes, size)
+        sizes = [int(n) for n in sizes]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)   # all_gather wants equal sizes
+        padded[:len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return [item for n, part in zip(sizes, parts) for item in json.loads(bytes(part[:n].tolist()))]
+
+    @contextmanager
+    def first(self):
+        """`with procs.first():` the first process of each machine runs the body alone, then the others do and find its files. If it fails, the others raise
+        RankFailed instead of repeating the mistake side by side. The body must finish within start()'s `timeout` and must not communicate."""
+        leads, done = self.local_rank == 0, False
+        if not leads and self.any(False):
+            raise RankFailed("the first process failed; its error is the one to read")
+        try:
+            yield
+            done = True
+        finally:
+            failed = leads and self.any(not done)
+        if failed:
+            raise RankFailed("the first process of another machine failed; its error is the one to read")
+
+    def wrap(self, module):
+        """`module`, with many processes as DistributedDataParallel: rank 0's weights are sent to all, and backward averages gradients over ranks. Buffers are
+        not sent again, and no search is made for unused parameters: all that require a gradient must receive one in every step."""
+        if self.world == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def no_sync(self, module, on=True):
+        """Context around forward and backward of a wrapped module; with `on`, gradients stay on their rank: for all but the last part of an accumulated batch."""
+        return module.no_sync() if on and self.world > 1 else nullcontext()
+
+    def stop(self):
+        """Leave the group. The last call of a run; harmless without a group and when called twice."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device="auto", timeout=600.0):
+    """Join the run that torchrun described, or be the only process of it.
+
+    device: "auto" (CUDA where there is any), "cpu", "cuda", or for one process any torch device name. timeout: seconds that a rank waits for the others in one
+    call; it bounds how long they hang if one dies without torchrun noticing, and must exceed the slowest thing one rank does alone.
+    ValueError, in one line: half a torchrun environment, or fewer GPUs than processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ValueError(f"WORLD_SIZE is {world}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; start several processes with torchrun")
+    rank, local_rank = (int(os.environ[name]) if world > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise ValueError(f"there is no device {device!r}; use auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if local_world > gpus:
+            raise ValueError(f"{local_world} process(es) on this machine but {gpus} CUDA device(s); use the device cpu, or no more processes than devices")
+        device = torch.device("cuda", local_rank if world > 1 or device.index is None else device.index)
+        if device.index >= gpus:
+            raise ValueError(f"there is no {device}: this machine has {gpus} CUDA device(s)")
+        torch.cuda.set_device(device)
+    elif world > 1 and device.type != "cpu":
+        raise ValueError(f"several processes run on cuda or cpu, not on {device}")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cpu_threads(cores, local_world, os.environ)
+    if threads:
+        torch.set_num_threads(threads)
+    if world > 1:
+        on_cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout), device_id=device if on_cuda else None)
+    return Processes(rank, world, local_rank, device)
+
+
+def cpu_threads(cores, local_world, environ):
+    """Threads for this process: cores / processes, or None where OMP_NUM_THREADS is the user's own choice. torchrun sets it to 1 for several processes
+    if it was not set, which leaves most of a CPU idle, so under torchrun a 1 counts as torchrun's; whoever wants one thread there starts with taskset."""
+    chosen = environ.get("OMP_NUM_THREADS")
+    by_torchrun = chosen == "1" and local_world > 1 and "TORCHELASTIC_RUN_ID" in environ
+    return None if chosen and not by_torchrun else max(1, cores // local_world)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT set `asked` (the signal's name, else None) instead of ending the process, so that the loop can finish its step and save.
+
+    The loop asks `procs.any(stop.asked)` after each step; torchrun kills 30 s after its signal. A second SIGINT, half a second or more after the first, raises
+    KeyboardInterrupt. Main thread only (ValueError from `signal` elsewhere). `restore()` puts the former handlers back.
+    """
+    def __init__(self):
+        self.asked, self.at, self.owner = None, 0.0, os.getpid()
+        self.former = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(self, number, frame):
+        if os.getpid() != self.owner:   # a forked child inherits this handler; its parent must still be able to end it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        again = time.monotonic() - self.at > 0.5   # Ctrl-C may come twice, from the terminal and from a launcher
+        if number == signal.SIGINT and self.asked == "SIGINT" and again:
+            raise KeyboardInterrupt
+        self.asked, self.at = signal.Signals(number).name, time.monotonic()
+
+    def restore(self):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker=0):
+    """`worker_init_fn` of a DataLoader: torchrun signals the whole process group, and a worker that dies of it would break the step that is to be finished."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

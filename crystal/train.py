@@ -1,0 +1,324 @@
+"""Train a method of visual latent reasoning. Read it from top to bottom.
+
+    python crystal/train.py                                   the shipped tiny model on toy scenes
+    torchrun --nproc_per_node=4 crystal/train.py              the same on four processes
+    python -m crystal.train --method sft --max_steps 200      another method, another length
+    python crystal/train.py --model Qwen/Qwen2.5-VL-7B-Instruct --data covt.jsonl --image_root images
+
+B pairs per process and forward; an update sees B x accumulation x processes of them. Every term is a mean over the
+update's pairs, whatever the numbers of processes and forwards that share them.
+"""
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+if not __package__:  # run as a script: the repository root, not this folder, is where imports start
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn as nn
+import transformers
+from tqdm import tqdm
+
+import crystal.model
+from crystal import checkpoint, config, data, methods, processes
+from crystal.config import UserError
+from crystal.layout import Format
+
+
+class Objective(nn.Module):
+    """Model, extra heads and method as one module, so that DDP sees one forward: a batch in, the loss terms out."""
+
+    def __init__(self, model, method):
+        super().__init__()
+        self.model, self.method = model, method
+        self.heads = method.modules(model)
+
+    def forward(self, batch, progress):
+        return self.method.losses(self.model, batch, progress)
+
+
+def learning_rate(step, settings):
+    """Learning rate of update `step` (from 0): linear warm-up over a share of the steps, then a cosine to 0."""
+    warmup = math.ceil(settings.warmup * settings.max_steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.max_steps - warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def main(argv=None):
+    # ------------------------------------------------------------------------------------------------- settings
+    settings = config.parse(argv)
+    run = settings.run_dir
+
+    # ------------------------------------------------------------------------------------------------ processes
+    try:
+        procs = processes.start(settings.device)
+    except ValueError as error:
+        raise UserError(f"--device {settings.device}: {error}") from None
+    device = procs.device
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
+    settings.dtype = str(dtype).removeprefix("torch.")  # what `auto` came to, for those who open the run later
+    # Full fine-tuning keeps its weights in float32 and computes in the smaller type; adapters are float32 on frozen small weights.
+    weights_dtype = torch.float32 if settings.tune == "full" and dtype == torch.bfloat16 else dtype
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=weights_dtype != dtype)
+
+    # ----------------------------------------------------------------------------------------------------- model
+    method = methods.get(settings.method)(settings)
+    with procs.first():  # a hub name is downloaded once
+        model = crystal.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
+    crystal.model.prepare(model, settings, method.latents)
+    fmt = Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought)
+    objective = Objective(model, method).to(device).train()
+    named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    count = sum(p.numel() for _, p in named)
+    procs.print(f"{settings.method} on {settings.model}: {count:,} trainable of {sum(p.numel() for p in objective.parameters()):,} parameters, "
+                f"{procs.world} process(es) on {device.type}, {weights_dtype}".replace("torch.", ""))
+
+    # ------------------------------------------------------------------------------------------------------ data
+    train_set, val_set = open_data(settings, method, model, fmt, procs)
+    pad = model.tokenizer.pad_token_id
+
+    # ------------------------------------------------------------------------------------------------- optimiser
+    # Vocabulary rows and heads' biases are not decayed: decay would pull latents towards 0, not towards small maps.
+    decayed = [p for n, p in named if p.ndim > 1 and ".rows." not in n]
+    rest = [p for n, p in named if not (p.ndim > 1 and ".rows." not in n)]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
+
+    # ---------------------------------------------------------------------------------------------------- resume
+    step = 0
+    if settings.resume:
+        newest = checkpoint.newest(run, procs.print)
+        if newest is None:
+            raise UserError(f"{run}/checkpoints: nothing to resume from")
+        step = restore(newest, settings, objective, optimizer, named)
+        procs.print(f"resumed {newest} at update {step}")
+    elif procs.is_first and (run / "metrics.jsonl").exists():
+        (run / "metrics.jsonl").unlink()  # a new run in an old directory starts its log anew; its checkpoints are replaced as it goes
+    if procs.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(asdict(settings) | {"versions": versions(), "world": procs.world}, indent=1) + "\n")
+    procs.barrier()
+
+    # ------------------------------------------------------------------------------------------------------ loop
+    wrapped = procs.wrap(objective)
+    order = data.Order(len(train_set), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, step, settings.max_steps)
+    batches = iter(data.loader(train_set, order, pad, settings.workers))
+    board = tensorboard(run) if settings.tensorboard and procs.is_first else None
+    bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not (procs.is_first and sys.stderr.isatty()))
+    log = open(run / "metrics.jsonl", "a") if procs.is_first else None
+    bad_count, last_saved = 0, step if settings.resume else None
+    best = checkpoint.best(run) if settings.resume else None
+    stop = processes.StopSignal()
+
+    while step < settings.max_steps and not procs.any(stop.asked):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        # Dropout is seeded by update and rank, so a resumed run draws what the unbroken one would have.
+        torch.manual_seed(data.seed_of(settings.seed, step, procs.rank))
+        logged, tokens = {}, 0
+        for part in range(settings.accumulation):
+            batch = data.to_device(next(batches), device, weights_dtype)
+            bad_count = report_bad(batch["bad"], bad_count, step, settings, run, procs)
+            with procs.no_sync(wrapped, part < settings.accumulation - 1), autocast:
+                terms = wrapped(batch, step / settings.max_steps)
+                loss = weighted(terms, method, settings)  # eq. 6
+                (loss / settings.accumulation).backward()
+            for name, value in {"loss": loss, **terms}.items():
+                logged[name] = logged.get(name, 0.0) + value.detach().double() / settings.accumulation
+            tokens += int(batch["attention_mask"].sum()) * (2 if method.corrupts else 1)
+        norm = nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
+        # Ranks share gradients but not losses: either may be the first to break, and all must stop together.
+        if procs.any(not (math.isfinite(float(logged["loss"])) and math.isfinite(float(norm)))):
+            raise UserError(f"update {step}: loss {float(logged['loss'])} or gradient norm {float(norm)} is not finite; stopped before the update, "
+                            f"the last good checkpoint is {checkpoint.newest(run, procs.print) or 'none'}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.after_update()
+        step += 1
+
+        means = {name: float(procs.sum(value)) / procs.world for name, value in logged.items()}
+        tokens = procs.sum(tokens)
+        if procs.is_first:
+            line = {"step": step, **means, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
+                    "tokens_per_s": tokens / (time.perf_counter() - started), "peak_memory_gb": peak_memory(device)}
+            write(log, board, line)
+            bar.set_postfix({n: f"{v:.3f}" for n, v in means.items() if n in settings.weights or n == "loss"}, refresh=False)
+            bar.update()
+            if bar.disable and (step % settings.log_every == 0 or step == settings.max_steps):
+                print(f"step {step}/{settings.max_steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in means.items()) + f"  {line['tokens_per_s']:.0f} tokens/s", flush=True)
+
+        last = step == settings.max_steps or procs.any(stop.asked)
+        if val_set and settings.eval_every and (step % settings.eval_every == 0 or last):
+            measured = validate(objective, val_set, settings, method, pad, procs, weights_dtype)
+            value = measured.get("ce_int", measured.get("ce", measured["loss"]))
+            if best is None or value < best["value"]:
+                best = {"step": step, "value": value, "metric": "val_ce"}
+                if procs.is_first:
+                    store(run, step, settings, objective, optimizer, named, best)
+                last_saved = step
+            if procs.is_first:
+                write(log, board, {"step": step, **{f"val_{n}": v for n, v in measured.items()}})
+                bar.write(f"step {step}  validation  " + "  ".join(f"{n} {v:.4f}" for n, v in measured.items()) + ("  (best)" if best["step"] == step else ""))
+        if (step % settings.save_every == 0 or last) and last_saved != step:
+            if procs.is_first:
+                store(run, step, settings, objective, optimizer, named, None)
+            last_saved = step
+
+    # ------------------------------------------------------------------------------------------------------- end
+    if stop.asked and step < settings.max_steps:
+        procs.print(f"stopped by {stop.asked} after update {step}; --resume --output {run} goes on from there")
+    bar.close()
+    stop.restore()
+    if log:
+        log.close()
+    procs.barrier()
+    procs.stop()
+    return run
+
+
+def open_data(settings, method, model, fmt, procs):
+    """Settings -> (training Examples, validation Examples or None), with what was dropped or broken reported."""
+    paths = {"train": settings.data, "val": settings.val_data}
+    root = settings.image_root
+    if not settings.data:
+        from data_prep import toy
+        root = "runs/toy"
+        with procs.first():
+            toy.generate(root, seed=settings.seed)
+        paths = {"train": f"{root}/train.jsonl", "val": f"{root}/val.jsonl"}
+    corruption = data.corruption_of(settings) if method.corrupts else None
+    sets = {}
+    for split, path in paths.items():
+        if not path:
+            sets[split] = None
+            continue
+        records, dropped = data.read(path, root, settings.turns)
+        broken = [r for r in records if isinstance(r, data.RecordError)]
+        if broken and settings.on_bad_record == "stop":
+            raise UserError(f"{broken[0]}" + (f" (and {len(broken) - 1} more broken records)" if len(broken) > 1 else "") + "; --on_bad_record skip leaves them out")
+        if len(broken) > 0.01 * len(records):
+            raise UserError(f"{path}: {len(broken)} of {len(records)} records are broken, more than 1 %; the first: {broken[0]}")
+        if broken:
+            list_bad([str(b) for b in broken], settings.run_dir, procs)
+            records = [r for r in records if not isinstance(r, data.RecordError)]
+        if split == "val":
+            records = records[: settings.eval_records]
+        procs.print(f"{split}: {len(records)} records of {path}" + (f"; {dropped} later turns left out (--turns all makes records of them)" if dropped else "")
+                    + (f"; {len(broken)} broken ones skipped, see {settings.run_dir}/bad_records.jsonl" if broken else ""))
+        sets[split] = data.Examples(records, lambda record, n: method.layout(fmt, record, n), model.image_processor, corruption,
+                                    settings.seed + (split == "val"), settings.on_bad_record == "skip")
+    return sets["train"], sets["val"]
+
+
+def report_bad(lines, count, step, settings, run, procs):
+    """Counts records that broke while they were loaded (on any rank); stops above 1 % of those seen so far."""
+    total = procs.sum(len(lines))
+    if not total:
+        return count
+    list_bad(procs.gather(lines), run, procs)
+    count += total
+    seen = (step + 1) * settings.batch_size * settings.accumulation * procs.world
+    if count > max(1, 0.01 * seen):
+        raise UserError(f"{count} of {seen} records were broken, more than 1 %; they are listed in {run}/bad_records.jsonl")
+    return count
+
+
+def list_bad(lines, run, procs):
+    if procs.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "bad_records.jsonl", "a") as file:
+            file.writelines(json.dumps({"problem": line}) + "\n" for line in lines)
+
+
+@torch.no_grad()
+def validate(objective, examples, settings, method, pad, procs, dtype):
+    """Mean of every loss term over the validation records; each rank takes every world-th batch."""
+    objective.eval()
+    n, size = len(examples), settings.batch_size
+    batches = [[(0, i) for i in range(at, min(at + size, n))] for at in range(0, n, size)][procs.rank :: procs.world]
+    sums, seen = {}, 0
+    for batch in data.loader(examples, batches, pad):
+        batch = data.to_device(batch, procs.device, dtype)
+        terms = objective(batch, 1.0)
+        pairs = len(batch["input_ids"])
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * pairs
+        seen += pairs
+    objective.train()
+    names = sorted(set(procs.gather(list(sums))))  # a rank without a batch still takes part
+    total = procs.sum(seen)
+    means = {name: procs.sum(float(sums.get(name, 0.0))) / total for name in names}
+    return {"loss": weighted(means, method, settings), **means}
+
+
+def weighted(terms, method, settings):
+    """Sum of the weighted terms (eq. 6); a term that the settings do not know has weight 1, a watched one none."""
+    return sum(settings.weights.get(n, 1.0) * t for n, t in terms.items() if n not in getattr(method, "watched", ()))
+
+
+def store(run, step, settings, objective, optimizer, named, best):
+    """Writes checkpoints/step-N: what trains, the optimiser's state, the settings; the older ones beyond --keep go."""
+    files = {"trainable.safetensors": {n: p.detach() for n, p in named}, "optimizer.safetensors": checkpoint.optimizer_tensors(optimizer, named)}
+    checkpoint.save(run, step, files, {"step": step, "settings": asdict(settings)})
+    if best:
+        checkpoint.mark_best(run, **best)
+    checkpoint.prune(run, settings.keep)
+
+
+def restore(directory, settings, objective, optimizer, named):
+    """Loads what `store` wrote into module and optimiser -> the update to go on from."""
+    files, state = checkpoint.load(directory)
+    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "batch_size", "accumulation", "max_steps", "lr"):
+        if state["settings"][name] != getattr(settings, name):
+            raise UserError(f"{directory}: was made with --{name} {state['settings'][name]}, not {getattr(settings, name)}; a resume keeps it")
+    checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
+    checkpoint.load_optimizer(optimizer, named, files["optimizer.safetensors"])
+    objective.model.after_update()
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------- small things
+
+def write(log, board, line):
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    if board:
+        for name, value in line.items():
+            if name != "step":
+                board.add_scalar(name, value, line["step"])
+
+
+def tensorboard(run):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: needs the extra `track`: pip install tensorboard") from None
+    return SummaryWriter(run / "tensorboard")
+
+
+def peak_memory(device):
+    """Peak memory of this process in GB: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def versions():
+    """Versions of what computes, and the code's own commit where there is one."""
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+            "git": git.stdout.strip() if git.returncode == 0 else None}
+
+
+if __name__ == "__main__":
+    config.run_cli(main)

@@ -1,0 +1,342 @@
+"""Toy scenes: small drawn objects and short questions about them, in LLaVA's format.
+
+A scene is a picture of 112 x 112 pixels. Its 4 x 4 grid of cells of 28 pixels is the grid of image tokens of a Qwen2.5-VL
+(14 pixel patches, merged 2 x 2), and at most one object has its centre in a cell. An object is named by its shape, and it is only
+10 to 18 pixels wide: a Gaussian blur of 5 pixels leaves a coloured cloud that no longer tells a star from a ring, so every
+question depends on a small detail. The families are CV-Bench's:
+
+    count      How many stars are there?                              1 2 3 4
+    relation   Is the star to the left or right of the ring?          left right above below
+    depth      Is the star in front of or behind the ring?            front behind
+    nearer     Which is nearer to the star, the ring or the heart?    a shape
+    attribute  What colour is the star?                               a colour
+
+All objects are equally large in the scene, so the nearer ones look larger, and they hide what is behind them. The light falls
+from the top, and from the left it is warm: what a patch shows of the background tells where the patch is.
+
+    python data_prep/toy.py --out data/toy --seed 0 --train 4000 --val 500 --test 5000
+
+writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same arguments give the same
+bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with x1 and y1 exclusive.
+"""
+import argparse
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE, CELLS = 112, 4
+CELL = SIDE // CELLS  # pixels; one image token
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
+COLOURS = {"red": (215, 40, 40), "orange": (240, 140, 20), "yellow": (245, 225, 60), "green": (50, 170, 60),
+           "blue": (50, 80, 220), "purple": (150, 60, 190), "white": (245, 245, 245), "black": (20, 20, 20)}
+SIZES = {"tiny": 9, "small": 12, "large": 15, "huge": 18}  # width in pixels at each of four depths, the farthest first
+FAMILIES = ("count", "relation", "depth", "nearer", "attribute")
+ANSWERS = {"count": ("1", "2", "3", "4"), "relation": ("left", "right", "above", "below"), "depth": ("front", "behind"),
+           "nearer": SHAPES, "attribute": tuple(COLOURS)}
+# Hardness h shrinks the objects and adds noise. The base model learns from the easier range, so that the demo, which starts
+# where it ends, leaves something to learn.
+HARDNESS = {"base": (0.0, 0.6), "demo": (0.6, 1.0)}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object. x, y: its centre in pixels; level: 0 (far, tiny) to 3 (near, huge); width in pixels."""
+    shape: str
+    colour: str
+    x: int
+    y: int
+    level: int
+    width: int
+
+    @property
+    def row(self):
+        return self.y // CELL + 1
+
+    @property
+    def column(self):
+        return self.x // CELL + 1
+
+    @property
+    def size(self):
+        return tuple(SIZES)[self.level]
+
+    @property
+    def box(self):
+        x0, y0 = self.x - self.width // 2, self.y - self.width // 2
+        return [x0, y0, x0 + self.width, y0 + self.width]
+
+    @property
+    def place(self):
+        return f"row {self.row}, column {self.column}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """things: far to near, the order of drawing; counted: the one shape that may occur more than once."""
+    things: tuple
+    counted: str
+    hardness: float
+    seed: int  # of the pixels' noise
+
+    @property
+    def named(self):
+        """Objects that their shape alone identifies."""
+        shapes = [thing.shape for thing in self.things]
+        return [thing for thing in self.things if shapes.count(thing.shape) == 1]
+
+    @property
+    def digest(self):
+        return hashlib.sha256(repr(self.things).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Question:
+    """boxes: of the objects asked about; cot: two sentences that lead to the answer."""
+    family: str
+    text: str
+    answer: str
+    boxes: tuple
+    cot: tuple
+
+
+def rng_for(*names):
+    """A numpy generator of its own for every tuple of names, so streams with different names share no scene."""
+    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- scenes
+
+
+def draw_scene(rng, hardness, count=None):
+    """Place 5 to 8 objects: `count` of one shape (1 to 4, drawn if None) and four of other shapes, one of each.
+
+    Two neighbours are pushed together in half of the scenes, so that the nearer one hides a part of the farther one.
+    """
+    count = int(rng.integers(1, 5)) if count is None else count
+    kinds = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
+    shapes = [kinds[0]] * count + kinds[1:5]
+    cells = [(int(c) % CELLS, int(c) // CELLS) for c in rng.permutation(CELLS * CELLS)[:len(shapes)]]
+    centres = [[c * CELL + CELL // 2 + int(rng.integers(-4, 5)) for c in cell] for cell in cells]
+    if rng.random() < 0.5:
+        push_together(centres, cells)
+    shuffled = rng.permutation(len(shapes))
+    scale = 1.05 - 0.25 * hardness
+    things = []
+    for (x, y), i in zip(centres, shuffled):
+        level = int(rng.integers(len(SIZES)))
+        width = round(scale * tuple(SIZES.values())[level])
+        things.append(Thing(shapes[i], tuple(COLOURS)[rng.integers(len(COLOURS))], x, y, level, width))
+    things.sort(key=lambda thing: thing.level)
+    return Scene(tuple(things), kinds[0], hardness, int(rng.integers(2**32)))
+
+
+def push_together(centres, cells):
+    """Move the first two neighbours found to 6 pixels from the border between their cells; changes `centres`."""
+    for i, (xi, yi) in enumerate(cells):
+        for j, (xj, yj) in enumerate(cells):
+            if (xj - xi, yj - yi) == (1, 0):
+                centres[i][0], centres[j][0] = xj * CELL - 6, xj * CELL + 6
+                centres[j][1] = centres[i][1]
+                return
+            if (xj - xi, yj - yi) == (0, 1):
+                centres[i][1], centres[j][1] = yj * CELL - 6, yj * CELL + 6
+                centres[j][0] = centres[i][0]
+                return
+
+
+@lru_cache(maxsize=None)
+def mask(shape, width):
+    """Anti-aliased silhouette, an "L" image of width x width pixels."""
+    big = 8 * width  # supersampling
+    image = Image.new("L", (big, big))
+    pen = ImageDraw.Draw(image)
+    points = lambda *xy: [(big * x, big * y) for x, y in xy]
+    turn = lambda n, i: (0.5 + n * math.sin(i * math.pi / 5), 0.53 - n * math.cos(i * math.pi / 5))
+    if shape == "circle":
+        pen.ellipse(points((.03, .03), (.97, .97)), fill=255)
+    elif shape == "square":
+        pen.rectangle(points((.08, .08), (.92, .92)), fill=255)
+    elif shape == "triangle":
+        pen.polygon(points((.5, .02), (1, .95), (0, .95)), fill=255)
+    elif shape == "star":
+        pen.polygon(points(*(turn(0.55 if i % 2 == 0 else 0.22, i) for i in range(10))), fill=255)
+    elif shape == "cross":
+        pen.rectangle(points((.34, 0), (.66, 1)), fill=255)
+        pen.rectangle(points((0, .34), (1, .66)), fill=255)
+    elif shape == "diamond":
+        pen.polygon(points((.5, 0), (.92, .5), (.5, 1), (.08, .5)), fill=255)
+    elif shape == "ring":
+        pen.ellipse(points((0, 0), (1, 1)), fill=255)
+        pen.ellipse(points((.27, .27), (.73, .73)), fill=0)
+    elif shape == "heart":
+        pen.ellipse(points((0, .08), (.54, .58)), fill=255)
+        pen.ellipse(points((.46, .08), (1, .58)), fill=255)
+        pen.polygon(points((.03, .45), (.97, .45), (.5, 1)), fill=255)
+    return image.resize((width, width), Image.Resampling.BOX)
+
+
+def render(scene):
+    """uint8 [112, 112, 3]."""
+    rng = np.random.default_rng(scene.seed)
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
+    light, warmth = 118 - 60 * y, -50 * x
+    image = Image.fromarray(np.stack([light + warmth, light, light - warmth], -1).astype(np.uint8))
+    for thing in scene.things:
+        shade = rng.normal(0, 4 + 10 * scene.hardness, 3)
+        colour = tuple(int(c) for c in np.clip(COLOURS[thing.colour] + shade, 0, 255))
+        image.paste(colour, thing.box[:2], mask(thing.shape, thing.width))
+    noise = rng.normal(0, 3 + 12 * scene.hardness, (SIDE, SIDE, 1))
+    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- questions
+
+
+def plural(shape):
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def pick(rng, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def ask(scene, family, rng, answer=None):
+    """One random question of a family, its answer `answer` if given; None if the scene has no such question."""
+    make = {"count": ask_count, "relation": ask_relation, "depth": ask_depth, "nearer": ask_nearer, "attribute": ask_attribute}
+    choices = [c for c in make[family](scene) if answer in (None, c[1])]
+    if not choices:
+        return None
+    texts, found, things, cot = pick(rng, choices)
+    return Question(family, pick(rng, texts), found, tuple(thing.box for thing in things), cot)
+
+
+def ask_count(scene):
+    things = [thing for thing in scene.things if thing.shape == scene.counted]
+    name = plural(scene.counted)
+    texts = (f"How many {name} are there?", f"How many {name} can you see?")
+    places = " and ".join(thing.place for thing in sorted(things, key=lambda t: (t.row, t.column)))
+    cot = (f"I look for {name}: {places}.", f"That makes {len(things)}.")
+    return [(texts, str(len(things)), things, cot)]
+
+
+def pairs(scene):
+    return [(a, b) for a in scene.named for b in scene.named if a is not b]
+
+
+def where(thing):
+    return f"The {thing.shape} is in {thing.place}."
+
+
+def ask_relation(scene):
+    out = []
+    for a, b in pairs(scene):
+        cot = (where(a), where(b))
+        if a.column != b.column:
+            texts = (f"Is the {a.shape} to the left or right of the {b.shape}?", f"Is the {a.shape} left or right of the {b.shape}?")
+            out.append((texts, "left" if a.x < b.x else "right", (a, b), cot))
+        if a.row != b.row:
+            texts = (f"Is the {a.shape} above or below the {b.shape}?", f"Is the {a.shape} placed above or below the {b.shape}?")
+            out.append((texts, "above" if a.y < b.y else "below", (a, b), cot))
+    return out
+
+
+def ask_depth(scene):
+    out = []
+    for a, b in pairs(scene):
+        if a.level != b.level:
+            texts = (f"Is the {a.shape} in front of or behind the {b.shape}?",)
+            cot = (f"The {a.shape} is {a.size}.", f"The {b.shape} is {b.size}.")
+            out.append((texts, "front" if a.level > b.level else "behind", (a, b), cot))
+    return out
+
+
+def ask_nearer(scene):
+    """Which of b and c is nearer to a; only where one is at least 1.5 times as far as the other."""
+    out = []
+    for a, b in pairs(scene):
+        for c in scene.named:
+            near, far = math.dist((a.x, a.y), (b.x, b.y)), math.dist((a.x, a.y), (c.x, c.y))
+            if c is a or c is b or far < 1.5 * near:
+                continue
+            for first, second in ((b, c), (c, b)):
+                texts = (f"Which is nearer to the {a.shape}, the {first.shape} or the {second.shape}?",)
+                cot = (where(a), f"The {first.shape} is in {first.place}, the {second.shape} in {second.place}.")
+                out.append((texts, b.shape, (a, first, second), cot))
+    return out
+
+
+def ask_attribute(scene):
+    return [((f"What colour is the {t.shape}?", f"Which colour does the {t.shape} have?"), t.colour, (t,), (where(t), f"It is {t.colour}."))
+            for t in scene.named]
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+def draw_pair(stream, split, seed, index):
+    """Scene and question number `index`: families take turns, and within a family the answers do."""
+    family = FAMILIES[index % len(FAMILIES)]
+    answer = ANSWERS[family][index // len(FAMILIES) % len(ANSWERS[family])]
+    rng = rng_for(stream, split, seed, index)
+    while True:
+        scene = draw_scene(rng, rng.uniform(*HARDNESS[stream]), int(answer) if family == "count" else None)
+        question = ask(scene, family, rng, answer)
+        if question:
+            return scene, question
+
+
+def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
+    """Write the three splits under the directory `out`, unless its manifest says that they are there already.
+
+    Raises RuntimeError if two splits share a scene.
+    """
+    out, wanted = Path(out), {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 1}
+    manifest = out / "manifest.json"
+    if manifest.exists() and json.loads(manifest.read_text()) == wanted:
+        print(f"toy scenes: {out} is complete")
+        return
+    manifest.unlink(missing_ok=True)
+    seen = {}
+    for split in ("train", "val", "test"):
+        folder = out / "images" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(out / f"{split}.jsonl", "w") as lines:
+            for index in range(wanted[split]):
+                scene, question = draw_pair(stream, split, seed, index)
+                if seen.setdefault(scene.digest, split) != split:
+                    raise RuntimeError(f"{split} and {seen[scene.digest]} share a scene; take another seed than {seed}")
+                name = f"images/{split}/{index + 1:06d}.png"
+                Image.fromarray(render(scene)).save(out / name)
+                lines.write(json.dumps(record(f"{split}-{index + 1:06d}", name, question)) + "\n")
+                if (index + 1) % 1000 == 0 or index + 1 == wanted[split]:
+                    print(f"toy scenes: {split} {index + 1}/{wanted[split]}", flush=True)
+    manifest.write_text(json.dumps(wanted))  # last: a directory without it is taken as unfinished
+
+
+def record(name, image, question):
+    """One line of a LLaVA JSONL."""
+    turns = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]
+    return {"id": name, "image": image, "conversations": turns, "family": question.family, "boxes": list(question.boxes),
+            "cot": list(question.cot)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the toy scenes.")
+    parser.add_argument("--out", required=True, help="directory to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=4000, help="records")
+    parser.add_argument("--val", type=int, default=500, help="records")
+    parser.add_argument("--test", type=int, default=2500, help="records")
+    args = parser.parse_args()
+    generate(args.out, args.seed, args.train, args.val, args.test)
+
+
+if __name__ == "__main__":
+    main()

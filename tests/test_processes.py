@@ -1,0 +1,264 @@
+"""One process without a group, and two gloo processes: this file, run as a script with the environment that torchrun gives."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from crystal.processes import Processes, RankFailed, StopSignal, cpu_threads, start
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# -- what each of two processes does; returns JSON ----------------------------------------------------------------------------------------------------
+
+def communicate(procs, folder):
+    mine = torch.tensor([[1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    total = procs.sum(mine * (procs.rank + 1))
+    procs.print("only once")
+    procs.barrier()
+    return {"float": procs.sum(1.0 if procs.is_first else 2.0 ** -40),   # float32 would lose the second
+            "int": procs.sum(2 ** 53 if procs.is_first else 1),          # float64 would lose the second
+            "tensor": [total.tolist(), str(total.dtype), total.requires_grad, mine.tolist()],
+            "any": [procs.any(procs.rank == 1), procs.any(False), procs.any(True)],
+            "gather": procs.gather([{"rank": procs.rank, "text": "é" * i} for i in range(3 * procs.rank + 1)]),   # 1 item and 4: unequal lengths
+            "empty": procs.gather([])}
+
+
+ROWS = torch.arange(24.0, dtype=torch.float64).reshape(8, 3).sin()
+
+
+def gradients(procs, folder):
+    """Of the mean of squares over all ranks' rows, accumulated over two halves of this rank's rows."""
+    torch.manual_seed(procs.rank)   # on purpose different: wrap() must send rank 0's weights
+    layer = torch.nn.Linear(3, 1).double()
+    model, mine = procs.wrap(layer), ROWS.chunk(procs.world)[procs.rank]
+    for i, part in enumerate(mine.chunk(2)):
+        with procs.no_sync(model, i == 0):
+            (model(part).square().mean() / 2).backward()
+        if i == 0:
+            unsynced = layer.weight.grad.clone()
+    return layer.weight.tolist(), layer.weight.grad.tolist(), unsynced.tolist()
+
+
+def first(procs, folder):
+    made, seen = folder / "made", []
+    with procs.first():
+        seen.append(made.exists())
+        if not made.exists():
+            time.sleep(0.3)
+            made.write_text("once")
+    try:
+        with procs.first():
+            seen.append("ran")
+            if procs.is_first:
+                raise ValueError
+    except (ValueError, RankFailed) as error:
+        seen.append(type(error).__name__)
+    return seen
+
+
+def agree(procs, folder):
+    """One rank is signalled, as by a scheduler that knows one process."""
+    stop = StopSignal()
+    for step in range(1, 200):
+        if step == 3 and procs.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if procs.any(stop.asked):
+            break
+    stop.restore()
+    return step, stop.asked
+
+
+def dead(procs, folder):
+    """Rank 1 dies; seconds until rank 0 notices."""
+    if procs.rank == 1:
+        sys.stdout.flush()
+        os._exit(3)
+    began = time.monotonic()
+    try:
+        procs.barrier()
+    except RuntimeError:
+        return time.monotonic() - began
+
+
+if __name__ == "__main__":
+    folder, *acts = sys.argv[1:]
+    procs = start("cpu", timeout=60)
+    for act in acts:
+        print(f"RESULT {act} {json.dumps(globals()[act](procs, Path(folder)))}", flush=True)
+    os._exit(0)   # not stop(): at the end of these acts there may be nobody to leave with
+
+
+def launch(folder, *acts):
+    """Two processes that do `acts`, with the names torchrun sets; returns {act: [result of rank 0, of rank 1]}, their output, their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs = []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        runs.append(subprocess.Popen([sys.executable, __file__, str(folder), *acts], env=env, stdout=subprocess.PIPE, text=True, encoding="utf-8"))
+    try:
+        outputs = [run.communicate(timeout=90)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    results = {act: [] for act in acts}
+    for line in "".join(outputs).splitlines():
+        if line.startswith("RESULT"):
+            _, act, value = line.split(" ", 2)
+            results[act].append(json.loads(value))
+    return results, outputs, [run.returncode for run in runs]
+
+
+# -- two processes ------------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """All acts in one launch, since starting two processes is what takes the time."""
+    return launch(tmp_path_factory.mktemp("two"), "communicate", "gradients", "first", "agree", "dead")
+
+
+def test_two_processes_communicate(two):
+    results, outputs, _ = two
+    one, other = results["communicate"]
+    assert one == other
+    assert one["float"] == 1 + 2.0 ** -40 and one["int"] == 2 ** 53 + 1
+    assert one["tensor"] == [[[3.0, 6.0]], "torch.float64", False, [[1.0, 2.0]]]
+    assert one["any"] == [True, False, True] and one["empty"] == []
+    assert one["gather"] == [{"rank": 0, "text": ""}] + [{"rank": 1, "text": "é" * i} for i in range(4)]
+    assert [output.count("only once") for output in outputs] == [1, 0]
+
+
+def test_wrapped_gradients_equal_one_process(two):
+    """Half the rows each: rank 0's weights, the whole batch's gradient; before the last part of an accumulated batch nothing is exchanged."""
+    weight, gradient, _ = gradients(Processes(), None)
+    for result in two[0]["gradients"]:
+        assert result[0] == weight
+        torch.testing.assert_close(torch.tensor(result[1], dtype=torch.float64), torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    one, other = two[0]["gradients"]
+    assert one[1] == other[1] and one[2] != other[2]
+
+
+def test_first_runs_first_and_its_failure_reaches_the_others(two):
+    assert two[0]["first"] == [[False, "ran", "ValueError"], [True, "RankFailed"]]
+
+
+def test_ranks_agree_to_stop(two):
+    """All leave the loop after the same step."""
+    assert two[0]["agree"] == [[3, None], [3, "SIGTERM"]]
+
+
+def test_a_dead_rank_does_not_hang_the_others(two):
+    results, _, codes = two
+    assert results["dead"][0] < 30 and codes == [0, 3]
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl")])
+def test_the_group_is_made_for_the_device_and_waits_for_the_timeout(monkeypatch, device, backend):
+    """Without a GPU: what torch is asked for."""
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(current=device))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    procs = start("auto", timeout=7)
+    here = torch.device("cuda", 1) if device == "cuda" else torch.device("cpu")
+    assert procs == Processes(3, 4, 1, here) and asked["backend"] == backend and asked["timeout"].total_seconds() == 7
+    assert asked["device_id"] == asked.get("current") == (here if device == "cuda" else None)
+
+
+# -- one process --------------------------------------------------------------------------------------------------------------------------------------
+
+def test_one_process_needs_no_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    procs = start("cpu")
+    torch.set_num_threads(threads)
+    assert not torch.distributed.is_initialized() and procs == Processes(0, 1, 0, torch.device("cpu")) and procs.is_first
+    assert procs.sum(0.5) == 0.5 and procs.sum(3) == 3 and procs.any(True) and not procs.any(False)
+    tensor = torch.ones(2, requires_grad=True)
+    total = procs.sum(tensor)
+    assert torch.equal(total, tensor) and not total.requires_grad and total.data_ptr() != tensor.data_ptr()
+    assert procs.gather([(1, 2), {"a": None}]) == [[1, 2], {"a": None}]
+    with pytest.raises(TypeError):
+        procs.gather([tensor])
+    module = torch.nn.Linear(1, 1)
+    assert procs.wrap(module) is module
+    with procs.no_sync(module), procs.first():
+        procs.barrier()
+    with pytest.raises(ZeroDivisionError), procs.first():
+        1 / 0
+    procs.stop()
+
+
+def test_one_clear_line_for_a_wrong_start(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="RANK.*torchrun"):
+        start("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="no device 'gpu'"):
+        start("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="2 process.*1 CUDA"):
+        start("cuda")
+
+
+def test_threads_are_cores_over_processes_unless_the_user_chose():
+    assert cpu_threads(8, 1, {}) == 8 and cpu_threads(8, 3, {}) == 2 and cpu_threads(2, 4, {}) == 1
+    assert cpu_threads(8, 2, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}) == 4   # torchrun's own 1
+    for chosen in ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}):
+        assert cpu_threads(8, 2, chosen) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_and_restore_forgets(number):
+    former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stop = StopSignal()
+    try:
+        assert stop.asked is None
+        os.kill(os.getpid(), number)
+        assert stop.asked == signal.Signals(number).name
+        os.kill(os.getpid(), number)   # at once: the same Ctrl-C seen twice
+        stop.at -= 1                   # and later: the user means it
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        else:
+            os.kill(os.getpid(), number)
+    finally:
+        stop.restore()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
+
+
+def test_a_forked_child_can_still_be_ended():
+    stop = StopSignal()
+    try:
+        ready, started = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(started, b"x")
+            time.sleep(5)
+            os._exit(0)
+        os.read(ready, 1)   # Python drops a signal that arrives while it forks
+        os.kill(child, signal.SIGINT)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM and stop.asked is None
+    finally:
+        stop.restore()
