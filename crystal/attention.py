@@ -48,7 +48,7 @@ def attn_lse(q, k, rows, *, scale=None, bias=None, key_padding=None):
     every = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)  # [B,L]
     scores = _scores(q, k, rows, every, scale, bias, key_padding)  # [B,H,M,L]
     blind = scores.isneginf().all(-1)  # [B,H,M]
-    # logsumexp of nothing but -inf has a gradient of NaN: such rows get zeros first and their -inf after
+    # logsumexp has a gradient of NaN where all is -inf: such rows get zeros first and their -inf after
     return scores.masked_fill(blind[..., None], 0.0).logsumexp(-1).masked_fill(blind, -INF)
 
 
@@ -118,7 +118,7 @@ def _scores(q, k, rows, cols, scale, bias, key_padding):
     with torch.autocast(q.device.type, enabled=False):  # it would take the product in half precision
         scores = (q * (d**-0.5 if scale is None else scale)) @ k.to(dtype).transpose(2, 3)  # [B,G,H/G M,K]
     scores = scores.view(B, H, M, K)
-    hidden = (cols[:, None, :] > rows[:, :, None]) | (cols < 0)[:, None, :] | (rows < 0)[:, :, None]  # [B,M,K]
+    hidden = (cols[:, None, :] > rows[:, :, None]) | (cols < 0)[:, None, :]  # [B,M,K]; a row at -1 precedes every column
     if key_padding is not None:
         hidden = hidden | key_padding[:, None, :]
     hidden = hidden[:, None]  # [B,1,M,K]

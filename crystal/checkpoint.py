@@ -17,10 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from crystal.config import UserError
+
 MANIFEST, STATE = "manifest.json", "state.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """One line that names the file and what is wrong with it."""
 
 

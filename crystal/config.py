@@ -89,6 +89,7 @@ class Settings:
     keep: int = setting(2, "checkpoints kept, beside the best")
     log_every: int = setting(10, "steps between two printed lines where there is no terminal")
     resume: bool = setting(False, "go on from the newest checkpoint in --output that verifies")
+    overwrite: bool = setting(False, "start anew where --output holds a run already; it is deleted")
     tensorboard: bool = setting(False, "write TensorBoard events too")
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from crystal.config import UserError
-from crystal.corrupt import PRIOR, corrupt
+from crystal.corrupt import LIMIT, PRIOR, corrupt
 from crystal.layout import IGNORE
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -71,7 +71,7 @@ def read(path, image_root="", turns="first"):
 
 def _items(path, text):
     """(where, parsed object or RecordError) of each line of JSONL, or each element of a JSON list."""
-    if text.lstrip().startswith("["):
+    if path.suffix != ".jsonl" and text.lstrip().startswith("["):
         try:
             for i, item in enumerate(json.loads(text)):
                 yield f"{path}[{i}]", item
@@ -310,13 +310,15 @@ class Order:
                 yield batch
 
 
-def loader(examples, order, pad, workers=0):
+def loader(examples, order, pad, workers=0, worker_init=None):
     """A torch DataLoader of batches in the given order (any iterable of lists of (epoch, index))."""
-    return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers,
-                      persistent_workers=False, multiprocessing_context="fork" if workers else None)
+    return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init)
 
 
 def corruption_of(settings):
     """(mode, low, high) of the settings: the strength's uniform range, the mode's own unless given."""
-    low, high = PRIOR[settings.corruption] if settings.strength_low is None else (settings.strength_low, settings.strength_high)
-    return settings.corruption, low, high
+    mode = settings.corruption
+    low, high = PRIOR[mode] if settings.strength_low is None else (settings.strength_low, settings.strength_high)
+    if high > LIMIT[mode]:
+        raise UserError(f"--strength_high {high}: {mode} goes up to {LIMIT[mode]}")
+    return mode, low, high

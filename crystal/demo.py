@@ -18,7 +18,7 @@ from crystal.layout import Format
 from data_prep import toy
 
 # A minute or two each on two cores; the paper's own settings are train.py's defaults.
-TRAINING = ["--batch_size", "16", "--lr", "2e-3", "--save_every", "1000", "--eval_every", "50", "--eval_records", "128", "--log_every", "20"]
+TRAINING = ["--batch_size", "16", "--lr", "2e-3", "--save_every", "1000", "--eval_every", "50", "--eval_records", "128", "--log_every", "20", "--overwrite"]
 
 
 def main(argv=None):

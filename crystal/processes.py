@@ -4,6 +4,7 @@ One process and many take the same path. Without torchrun no process group is ma
 WORLD_SIZE, LOCAL_RANK) the group is nccl on CUDA and gloo on a CPU. Left out on purpose: sharding of any kind. A model that fits one device is
 replicated, and gradients are averaged by DistributedDataParallel.
 """
+import inspect
 import json
 import os
 import signal
@@ -92,11 +93,13 @@ class Processes:
 
     def wrap(self, module):
         """`module`, with many processes as DistributedDataParallel: rank 0's weights are sent to all, and backward averages gradients over ranks. Buffers are
-        not sent again, and no search is made for unused parameters: all that require a gradient must receive one in every step."""
+        not sent at each forward, and no search is made for unused parameters: all that require a gradient must receive one in every step."""
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters   # in torch 2.13
+        send_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **send_buffers)
 
     def no_sync(self, module, on=True):
         """Context around forward and backward of a wrapped module; with `on`, gradients stay on their rank: for all but the last part of an accumulated batch."""

@@ -10,6 +10,7 @@ update's pairs, whatever the numbers of processes and forwards that share them.
 """
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -99,8 +100,12 @@ def main(argv=None):
             raise UserError(f"{run}/checkpoints: nothing to resume from")
         step = restore(newest, settings, objective, optimizer, named)
         procs.print(f"resumed {newest} at update {step}")
-    elif procs.is_first and (run / "metrics.jsonl").exists():
-        (run / "metrics.jsonl").unlink()  # a new run in an old directory starts its log anew; its checkpoints are replaced as it goes
+    elif (run / "metrics.jsonl").exists() or (run / "checkpoints").exists():
+        if not settings.overwrite:
+            raise UserError(f"{run}: holds a run already; --resume goes on from it, --overwrite starts anew, --output names another directory")
+        procs.barrier()  # all ranks have looked
+        if procs.is_first:
+            shutil.rmtree(run)
     if procs.is_first:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(asdict(settings) | {"versions": versions(), "world": procs.world}, indent=1) + "\n")
@@ -109,15 +114,15 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------------ loop
     wrapped = procs.wrap(objective)
     order = data.Order(len(train_set), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, step, settings.max_steps)
-    batches = iter(data.loader(train_set, order, pad, settings.workers))
+    batches = iter(data.loader(train_set, order, pad, settings.workers, processes.ignore_signals))
     board = tensorboard(run) if settings.tensorboard and procs.is_first else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not (procs.is_first and sys.stderr.isatty()))
     log = open(run / "metrics.jsonl", "a") if procs.is_first else None
     bad_count, last_saved = 0, step if settings.resume else None
     best = checkpoint.best(run) if settings.resume else None
-    stop = processes.StopSignal()
+    stop, stopping = processes.StopSignal(), False
 
-    while step < settings.max_steps and not procs.any(stop.asked):
+    while step < settings.max_steps and not stopping:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -155,7 +160,8 @@ def main(argv=None):
             if bar.disable and (step % settings.log_every == 0 or step == settings.max_steps):
                 print(f"step {step}/{settings.max_steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in means.items()) + f"  {line['tokens_per_s']:.0f} tokens/s", flush=True)
 
-        last = step == settings.max_steps or procs.any(stop.asked)
+        stopping = procs.any(stop.asked)  # asked once a step, so that all ranks end after the same one
+        last = stopping or step == settings.max_steps
         if val_set and settings.eval_every and (step % settings.eval_every == 0 or last):
             measured = validate(objective, val_set, settings, method, pad, procs, weights_dtype)
             value = measured.get("ce_int", measured.get("ce", measured["loss"]))
@@ -173,9 +179,9 @@ def main(argv=None):
             last_saved = step
 
     # ------------------------------------------------------------------------------------------------------- end
-    if stop.asked and step < settings.max_steps:
-        procs.print(f"stopped by {stop.asked} after update {step}; --resume --output {run} goes on from there")
     bar.close()
+    if stopping and step < settings.max_steps:
+        procs.print(f"stopped by {stop.asked or 'a signal'} after update {step}; the same command with --resume goes on from there")
     stop.restore()
     if log:
         log.close()

@@ -25,6 +25,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,8 @@ class Scene:
     @property
     def named(self):
         """Objects that their shape alone identifies."""
-        shapes = [thing.shape for thing in self.things]
-        return [thing for thing in self.things if shapes.count(thing.shape) == 1]
+        alone = sum(thing.shape == self.counted for thing in self.things) == 1
+        return [thing for thing in self.things if alone or thing.shape != self.counted]
 
     @property
     def digest(self):
@@ -209,72 +210,88 @@ def pick(rng, items):
 
 def ask(scene, family, rng, answer=None):
     """One random question of a family, its answer `answer` if given; None if the scene has no such question."""
-    make = {"count": ask_count, "relation": ask_relation, "depth": ask_depth, "nearer": ask_nearer, "attribute": ask_attribute}
-    choices = [c for c in make[family](scene) if answer in (None, c[1])]
+    choices = [(found, things) for found, things in CHOICES[family](scene) if answer in (None, found)]
     if not choices:
         return None
-    texts, found, things, cot = pick(rng, choices)
+    found, things = pick(rng, choices)
+    texts, cot = WORDS[family](found, *things)
     return Question(family, pick(rng, texts), found, tuple(thing.box for thing in things), cot)
 
 
-def ask_count(scene):
+# What can be asked of a scene: every (answer, things), the things in the order in which the question names them.
+
+
+def count_choices(scene):
     things = [thing for thing in scene.things if thing.shape == scene.counted]
-    name = plural(scene.counted)
-    texts = (f"How many {name} are there?", f"How many {name} can you see?")
-    places = " and ".join(thing.place for thing in sorted(things, key=lambda t: (t.row, t.column)))
-    cot = (f"I look for {name}: {places}.", f"That makes {len(things)}.")
-    return [(texts, str(len(things)), things, cot)]
+    return [(str(len(things)), sorted(things, key=lambda t: (t.row, t.column)))]
 
 
-def pairs(scene):
-    return [(a, b) for a in scene.named for b in scene.named if a is not b]
+def relation_choices(scene):
+    for a, b in permutations(scene.named, 2):
+        if a.column != b.column:
+            yield ("left" if a.x < b.x else "right"), (a, b)
+        if a.row != b.row:
+            yield ("above" if a.y < b.y else "below"), (a, b)
+
+
+def depth_choices(scene):
+    for a, b in permutations(scene.named, 2):
+        if a.level != b.level:
+            yield ("front" if a.level > b.level else "behind"), (a, b)
+
+
+def nearer_choices(scene):
+    """Only where the farther one is at least 1.5 times as far away."""
+    for a, b, c in permutations(scene.named, 3):
+        to_b, to_c = math.dist((a.x, a.y), (b.x, b.y)), math.dist((a.x, a.y), (c.x, c.y))
+        if max(to_b, to_c) >= 1.5 * min(to_b, to_c):
+            yield (b.shape if to_b < to_c else c.shape), (a, b, c)
+
+
+def attribute_choices(scene):
+    return [(thing.colour, (thing,)) for thing in scene.named]
+
+
+# How it is asked: the wordings of the question, and the two steps to the answer.
 
 
 def where(thing):
     return f"The {thing.shape} is in {thing.place}."
 
 
-def ask_relation(scene):
-    out = []
-    for a, b in pairs(scene):
-        cot = (where(a), where(b))
-        if a.column != b.column:
-            texts = (f"Is the {a.shape} to the left or right of the {b.shape}?", f"Is the {a.shape} left or right of the {b.shape}?")
-            out.append((texts, "left" if a.x < b.x else "right", (a, b), cot))
-        if a.row != b.row:
-            texts = (f"Is the {a.shape} above or below the {b.shape}?", f"Is the {a.shape} placed above or below the {b.shape}?")
-            out.append((texts, "above" if a.y < b.y else "below", (a, b), cot))
-    return out
+def count_words(answer, *things):
+    name = plural(things[0].shape)
+    texts = (f"How many {name} are there?", f"How many {name} can you see?")
+    return texts, (f"I look for {name}: {' and '.join(thing.place for thing in things)}.", f"That makes {answer}.")
 
 
-def ask_depth(scene):
-    out = []
-    for a, b in pairs(scene):
-        if a.level != b.level:
-            texts = (f"Is the {a.shape} in front of or behind the {b.shape}?",)
-            cot = (f"The {a.shape} is {a.size}.", f"The {b.shape} is {b.size}.")
-            out.append((texts, "front" if a.level > b.level else "behind", (a, b), cot))
-    return out
+def relation_words(answer, a, b):
+    if answer in ("left", "right"):
+        texts = (f"Is the {a.shape} to the left or right of the {b.shape}?", f"Is the {a.shape} left or right of the {b.shape}?")
+    else:
+        texts = (f"Is the {a.shape} above or below the {b.shape}?", f"Is the {a.shape} placed above or below the {b.shape}?")
+    return texts, (where(a), where(b))
 
 
-def ask_nearer(scene):
-    """Which of b and c is nearer to a; only where one is at least 1.5 times as far as the other."""
-    out = []
-    for a, b in pairs(scene):
-        for c in scene.named:
-            near, far = math.dist((a.x, a.y), (b.x, b.y)), math.dist((a.x, a.y), (c.x, c.y))
-            if c is a or c is b or far < 1.5 * near:
-                continue
-            for first, second in ((b, c), (c, b)):
-                texts = (f"Which is nearer to the {a.shape}, the {first.shape} or the {second.shape}?",)
-                cot = (where(a), f"The {first.shape} is in {first.place}, the {second.shape} in {second.place}.")
-                out.append((texts, b.shape, (a, first, second), cot))
-    return out
+def depth_words(answer, a, b):
+    texts = (f"Is the {a.shape} in front of or behind the {b.shape}?",)
+    return texts, (f"The {a.shape} is {a.size}.", f"The {b.shape} is {b.size}.")
 
 
-def ask_attribute(scene):
-    return [((f"What colour is the {t.shape}?", f"Which colour does the {t.shape} have?"), t.colour, (t,), (where(t), f"It is {t.colour}."))
-            for t in scene.named]
+def nearer_words(answer, a, b, c):
+    texts = (f"Which is nearer to the {a.shape}, the {b.shape} or the {c.shape}?",)
+    return texts, (where(a), f"The {b.shape} is in {b.place}, the {c.shape} in {c.place}.")
+
+
+def attribute_words(answer, a):
+    texts = (f"What colour is the {a.shape}?", f"Which colour does the {a.shape} have?")
+    return texts, (where(a), f"It is {answer}.")
+
+
+CHOICES = {"count": count_choices, "relation": relation_choices, "depth": depth_choices, "nearer": nearer_choices,
+           "attribute": attribute_choices}
+WORDS = {"count": count_words, "relation": relation_words, "depth": depth_words, "nearer": nearer_words,
+         "attribute": attribute_words}
 
 
 # ----------------------------------------------------------------------------------------------------------------- files

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from crystal import checkpoint
-from crystal.checkpoint import (CheckpointError, best, load, load_optimizer, mark_best, newest, optimizer_hyper, optimizer_tensors, prune, save, step_dir,
-                                verify)
+from crystal.checkpoint import (CheckpointError, best, load, load_optimizer, load_parameters, mark_best, newest, optimizer_hyper, optimizer_tensors, prune, save,
+                                step_dir, verify)
 
 STATE = {"step": 7, "seed": 3, "lr": 1e-4 / 3, "best": float("inf"), "epoch": [1, 2], "name": "é", "none": None}
 
@@ -136,7 +136,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
     """Killed at the n-th hash, flush or rename, n = 1, 2, ... until it survives, while step 1 is replaced and while step 2 is new; the next save clears up."""
     run = subprocess.run([sys.executable, "-c", KILL, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
     assert run.returncode == 0, run.stderr
-    for name, kills in {"_sha256": 2 + 2, "_sync": 5 + 5, "rename": 2 + 1}.items():
+    for name, kills in {"_sha256": 2 + 2, "_sync": 5 + 5, "rename": 3 + 1}.items():   # one rename more, which puts .old back
         seen = [line.split()[1:] for line in run.stdout.splitlines() if line.split()[0] == name]
         assert [code for code, _, _ in seen].count("9") == kills and [code for code, _, _ in seen].count("0") == 2
         assert all(step in ("1", "2") and broken == "0" for _, step, broken in seen)
@@ -220,6 +220,22 @@ def test_prune_deletes_nothing_good_in_favour_of_something_broken(tmp_path):
     flip(step_dir(tmp_path, 3) / "state.json")
     assert prune(tmp_path, 1) == [1]
     assert names(tmp_path) == ["step-2", "step-3"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("bias"), "here: bias is not in the checkpoint"),
+    (lambda t: t.update(other=torch.zeros(1)), "here: other is not trained here"),
+    (lambda t: t.update(bias=torch.zeros(4)), r"here: bias has shape \(4,\), but the parameter has \(3,\)"),
+])
+def test_parameters_are_copied_or_refused_whole(change, message):
+    layer, wanted = torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
+    before, changed = {name: param.detach().clone() for name, param in layer.named_parameters()}, dict(wanted)
+    change(changed)
+    with pytest.raises(CheckpointError, match=message):
+        load_parameters(layer.named_parameters(), changed, "here")
+    assert all(torch.equal(param, before[name]) for name, param in layer.named_parameters())
+    load_parameters(layer.named_parameters(), wanted, "here")
+    assert all(torch.equal(param, wanted[name]) and param.requires_grad for name, param in layer.named_parameters())
 
 
 # -- the optimizer ------------------------------------------------------------------------------------------------------------------------------------

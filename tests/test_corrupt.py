@@ -46,7 +46,7 @@ def test_size_dtype_range_and_input(mode, size):
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         x = picture(*size, dtype=dtype)
         before = x.clone()
-        for eta in (*LEVELS[mode], LIMIT[mode] if mode != "blur" else 30.0, 5e-324):
+        for eta in (*LEVELS[mode], LIMIT[mode] if mode != "blur" else 30.0, 1e-200, 5e-324):
             y = corrupt(x, mode, eta, seeded())
             assert y.shape == x.shape and y.dtype == dtype and y.isfinite().all()
             assert y.min() >= 0 and y.max() <= 1
@@ -82,6 +82,8 @@ def test_the_generator_is_the_only_randomness(mode):
     g = seeded(3)
     assert torch.equal(first, corrupt(x, mode, generator=g))
     assert not torch.equal(first, corrupt(x, mode, generator=g)), "the generator must advance"
+    eta = LEVELS[mode][1]
+    assert mode == "blur" or not torch.equal(corrupt(x, mode, eta, g), corrupt(x, mode, eta, g)), "place and noise too"
     torch.manual_seed(1)  # and without one, torch's own
     a = corrupt(x, mode)
     torch.manual_seed(1)
@@ -154,6 +156,7 @@ NAN = picture().index_fill(2, torch.tensor([0]), float("nan"))
 
 @pytest.mark.parametrize("kwargs, says", [
     ({"mode": "blurr"}, "unknown corruption mode 'blurr': choose one of blur, mask, crop, jigsaw, color, noise, impulse"),
+    ({"mode": "blurr", "strength": 2}, "unknown corruption mode 'blurr'"),
     ({"mode": None}, "unknown corruption mode None"),
     ({"image": np.zeros((3, 4, 4), np.float32)}, "must be a torch tensor, got ndarray"),
     ({"image": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "torch.uint8: divide 0..255 by 255 first"),
@@ -203,6 +206,14 @@ def test_blur_is_scipys_gaussian(size, radius):
     want = ndimage.gaussian_filter(x.numpy(), (0, radius, radius), mode="nearest", radius=(0, reach, reach))
     np.testing.assert_allclose(corrupt(x, "blur", radius).numpy(), want, rtol=0, atol=1e-12)
     np.testing.assert_allclose(corrupt(x.float(), "blur", radius).numpy(), want, rtol=0, atol=2e-6)
+
+
+def test_blur_joins_its_strips():
+    """Larger than one strip of 65536 px, and one row alone larger than that."""
+    for size in ((300, 500), (3, 70000)):
+        x = picture(*size, dtype=torch.float64)
+        want = ndimage.gaussian_filter(x.numpy(), (0, 2, 2), mode="nearest", radius=(0, 8, 8))
+        np.testing.assert_allclose(corrupt(x, "blur", 2).numpy(), want, rtol=0, atol=1e-12)
 
 
 def test_blur_cuts_nothing_that_matters():
@@ -255,19 +266,23 @@ def test_mask_is_one_rectangle_of_its_area(size, share):
 
 
 def test_mask_places_and_aspects_vary():
-    """The centre is free over the room left, and the relative aspect spans 1/3.3 to 3.3, or 1/share to share where that is less."""
-    white = torch.ones(3, 200, 100)
+    """The place is uniform over the room left, and the relative aspect spans 1/3.3 to 3.3, or 1/share to share where that is less."""
+    white = torch.ones(3, 120, 80)
     for share, bound in ((0.05, 3.3), (0.2, 3.3), (0.8, 1.25)):
-        aspects, ups = [], []
+        aspects, ups, lefts, touched = [], [], [], np.zeros(4, int)
         for seed in range(300):
             rows, columns = np.nonzero((corrupt(white, "mask", share, seeded(seed)) == 0).all(0).numpy())
             h, w = np.ptp(rows) + 1, np.ptp(columns) + 1
-            aspects.append(math.log(h / 200) - math.log(w / 100))
-            ups.append((rows.min() + np.random.default_rng(seed).random()) / (200 - h + 1))  # undo the rounding to whole px
+            aspects.append(math.log(h / 120) - math.log(w / 80))
+            undo = np.random.default_rng(seed)  # of the rounding to whole px
+            ups.append((rows.min() + undo.random()) / (120 - h + 1))
+            lefts.append((columns.min() + undo.random()) / (80 - w + 1))
+            touched += [rows.min() == 0, rows.max() == 119, columns.min() == 0, columns.max() == 79]
         edge = math.log(bound)
-        assert -edge - 0.06 < min(aspects) < -0.9 * edge and 0.9 * edge < max(aspects) < edge + 0.06
+        assert -edge - 0.1 < min(aspects) < -0.9 * edge and 0.9 * edge < max(aspects) < edge + 0.1
         assert abs(np.mean(aspects)) < 0.2 * edge
-        assert stats.kstest(ups, "uniform").pvalue > 0.01
+        assert stats.kstest(ups, "uniform").pvalue > 0.01 and stats.kstest(lefts, "uniform").pvalue > 0.01
+        assert share < 0.8 or (touched > 0).all(), "all four sides of the image can be reached"
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ def tiny(tied, dtype=torch.float32, seed=0):
         tie_word_embeddings=tied, image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.normal_(std=0.1)  # they start as zeros, in which a change by a factor would go unseen
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     return model
 
@@ -81,7 +84,7 @@ def test_wraps_exactly_what_matches():
     assert (layer.in_features, layer.out_features) == (64, 64)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{n}.lora_{x}" for n in names for x in "AB"}
     # The whole name must match, a Linear gets one adapter, and the Linear inside an adapter is not a new target.
-    for pattern in ("q_proj", LANGUAGE, r".*q_proj\.base"):
+    for pattern in (r"model\.visual\.merger", LANGUAGE, r".*q_proj\.base"):
         with pytest.raises(ValueError, match="no nn.Linear without an adapter"):
             add_lora(model, pattern)
 
@@ -92,7 +95,7 @@ def test_starts_as_the_base_and_from_a_seed(dtype):
     expected = logits(model, batch(model))
     add_lora(model, EVERYWHERE, generator=torch.Generator().manual_seed(7))
     assert torch.equal(logits(model, batch(model)), expected)
-    again, other = tiny(True, dtype), tiny(True, dtype)
+    other, again = tiny(True, dtype), tiny(True, dtype, seed=1)
     add_lora(again, EVERYWHERE, generator=torch.Generator().manual_seed(7))
     add_lora(other, EVERYWHERE, generator=torch.Generator().manual_seed(8))
     for name, layer in adapters(model).items():
@@ -361,6 +364,9 @@ def test_round_trip(tied, with_rows, tmp_path):
     state = adapter_state(model, rows)
     assert state.keys() == adapter_state(other, other_rows).keys() and all(torch.equal(v, adapter_state(other, other_rows)[k]) for k, v in state.items())
     assert torch.equal(logits(model, b), logits(other, b))
+    with torch.no_grad():  # what was taken is a copy, not the parameter that trains on
+        adapters(model)[name := next(iter(adapters(model)))].lora_A.zero_()
+    assert state[f"base_model.model.{name}.lora_A.weight"].any()
 
 
 def test_a_wrong_file_is_refused_whole(tmp_path):

@@ -234,7 +234,18 @@ def test_hidden_in_one_path_only():
     S_cor[0, :, 0, 1] = -INF
     expected = attn_kl(S_int.masked_fill(S_cor.isneginf(), -INF), S_cor, rows, cols)
     assert expected.isfinite().all() and torch.equal(attn_kl(S_int, S_cor, rows, cols), expected)
+    assert attn_kl(S_cor, S_int, rows, cols).isfinite().all()
     close(expected, naive_loss("kl", "keep", S_int.masked_fill(S_cor.isneginf(), -INF), S_cor, rows, cols))
+
+
+@pytest.mark.parametrize("heads", ["keep", "mean"])
+def test_padding_may_hold_anything(heads):
+    X_int, X_cor, rows, cols = case("ragged", "kl", heads)
+    padded = ((rows < 0)[:, :, None] | (cols < 0)[:, None, :])[:, None].expand_as(X_int)
+    filled = [torch.where(padded, normal(*X.shape, seed=i).exp(), X) for i, X in enumerate((X_int, X_cor))]
+    f = lambda a, b: attn_loss("kl", heads, a, b, rows, cols)
+    close(f(*filled), f(X_int, X_cor))
+    assert not any(g[padded].any() for g in gradients(f, *filled))
 
 
 def test_head_or_path_without_weight():

@@ -1,0 +1,118 @@
+"""What the tests share: small random models in Hugging Face layout, records with real images, and one batch of them."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import crystal.model
+from crystal import config, data, methods
+from crystal.layout import Format
+from crystal.train import Objective
+
+
+torch.set_num_threads(1)  # these models are too small to share
+
+
+def write_model(path, tied=True, **text):
+    """A random Qwen2.5-VL of two or three layers with tiny's tokenizer and image rules, written as a directory."""
+    shutil.copytree(crystal.model.TINY, path)
+    settings = json.loads((path / "config.json").read_text())
+    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = tied
+    settings["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+                                "layer_types": ["full_attention"] * 3, "rope_parameters": {"mrope_section": [2, 1, 1], "rope_theta": 100.0, "rope_type": "default"}} | text
+    settings["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "out_hidden_size": settings["text_config"]["hidden_size"],
+                                  "fullatt_block_indexes": [1], "window_size": 56}
+    settings["dtype"] = "float32"
+    (path / "config.json").write_text(json.dumps(settings))
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    torch.manual_seed(0)
+    hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    for name, p in hf.named_parameters():  # far enough from the identity that every path matters
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.15)
+        elif "bias" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    state = {n: p.detach().clone() for n, p in hf.named_parameters()}
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {tied: write_model(root / ("tied" if tied else "untied"), tied) for tied in (True, False)}
+
+
+RECORDS = [  # (question, answer, sizes of the images)
+    ("What colour is the star?", "red", [(112, 84)]),
+    ("How many rings are there in the picture?", "3", [(56, 56)]),
+    ("Which is nearer to the cross, the ring or the heart?", "the heart is nearer", [(84, 112), (56, 84)]),
+]
+
+
+@pytest.fixture(scope="session")
+def records_file(tmp_path_factory):
+    """A JSONL of RECORDS with pictures that are not uniform."""
+    root, rng = tmp_path_factory.mktemp("records"), np.random.default_rng(0)
+    with open(root / "train.jsonl", "w") as lines:
+        for i, (question, answer, sizes) in enumerate(RECORDS):
+            names = [f"{i}_{n}.png" for n in range(len(sizes))]
+            for name, (w, h) in zip(names, sizes):
+                Image.fromarray(rng.integers(0, 256, (h // 7, w // 7, 3), dtype=np.uint8)).resize((w, h)).save(root / name)
+            talk = [{"from": "human", "value": "<image>\n" * len(names) + question}, {"from": "gpt", "value": answer}]
+            lines.write(json.dumps({"id": str(i), "images": names, "conversations": talk, "family": "a" if i else "b", "cot": ["I look.", "I see."]}) + "\n")
+    return root / "train.jsonl"
+
+
+@pytest.fixture
+def setup(model_dirs, records_file):
+    """setup(*flags, tied=, dtype=, which=) -> settings, model, method, objective, fmt, batch: one step's ingredients."""
+    def make(*flags, tied=True, dtype=torch.float64, which=None):
+        settings = config.parse(["--latents", "3", "--lora_r", "2", "--model", str(model_dirs[tied]), *flags])
+        method = methods.get(settings.method)(settings)
+        model = crystal.model.load(settings.model, dtype)
+        crystal.model.prepare(model, settings, method.latents)
+        fmt = Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought)
+        objective = Objective(model, method).train()
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # a fresh adapter's B is 0: nothing behind it would have a gradient
+            for name, p in objective.named_parameters():
+                if "lora_B" in name:
+                    p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+        records, _ = data.read(records_file)
+        records = [records[i] for i in which] if which is not None else records
+        examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings) if method.corrupts else None)
+        batch = data.collate([examples[0, i] for i in range(len(records))], model.tokenizer.pad_token_id)
+        batch = data.to_device(batch, torch.device("cpu"), dtype)
+        named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+        return SimpleNamespace(settings=settings, model=model, method=method, objective=objective, fmt=fmt, batch=batch, named=named, records=records,
+                               examples=examples)
+    return make
+
+
+@pytest.fixture
+def float64_modules(monkeypatch):
+    """RMSNorm and rotary embeddings compute in float64; the stock modules drop to float32 on the way."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as m
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def rotate(q, k, cos, sin):
+        cos, sin = cos.unsqueeze(-2).double(), sin.unsqueeze(-2).double()
+        turn = lambda x: x * cos + m.rotate_half(x) * sin
+        return turn(q), turn(k)
+
+    monkeypatch.setattr(m.Qwen2_5_VLRMSNorm, "forward", norm)
+    monkeypatch.setattr(m, "apply_rotary_pos_emb_vision", rotate)
+
+
+def gradients(loss, named):
+    """[(name, gradient)] of a scalar; a parameter that it does not reach has zeros."""
+    grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named, grads)}

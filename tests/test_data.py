@@ -1,0 +1,164 @@
+"""Files become records, records become batches; whatever is wrong names file, line and field."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crystal import data
+from crystal.config import UserError
+from crystal.data import Order, RecordError, read, seed_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    Image.new("RGB", (30, 40), (200, 10, 10)).save(tmp_path / "b.jpg")
+    return tmp_path
+
+
+def line(**changes):
+    return {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]} | changes
+
+
+def write(folder, *lines, name="x.jsonl"):
+    (folder / name).write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return folder / name
+
+
+def only(folder, item, **how):
+    records, dropped = read(write(folder, item), **how)
+    assert len(records) == 1
+    return records[0], dropped
+
+
+def test_conversations_and_messages_are_the_same_record(folder):
+    a, _ = only(folder, line())
+    messages = {"id": "1", "images": ["a.png"], "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "a cat"}]}
+    parts = {"id": "1", "images": ["a.png"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]}, {"role": "assistant", "content": "a cat"}]}
+    for other in (messages, parts):
+        b, _ = only(folder, other)
+        assert (b.turns, b.answer, b.images) == (a.turns, a.answer, a.images)
+    (folder / "x.json").write_text(json.dumps([line(), messages], indent=1))
+    records, _ = read(folder / "x.json")
+    assert [r.where for r in records] == [f"{folder}/x.json[0]", f"{folder}/x.json[1]"] and records[0].turns == a.turns
+
+
+def test_markers_left_out_mean_images_first(folder):
+    a, _ = only(folder, line(conversations=[{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a cat"}], image=None, images=["a.png", "b.jpg"]))
+    assert a.turns[-1][1] == "<image>\n<image>\nWhat?" and len(a.images) == 2
+
+
+def test_turns(folder):
+    talk = [{"from": "system", "value": "s"}, {"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}, {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": "a cat"}, {"from": "human", "value": "And its colour?"}, {"from": "gpt", "value": "red"}]
+    record, dropped = only(folder, line(conversations=talk))
+    assert (record.answer, dropped, [r for r, _ in record.turns]) == ("a cat", 1, ["system", "user", "assistant", "user"])
+    records, dropped = read(write(folder, line(conversations=talk)), turns="all")
+    assert ([r.answer for r in records], dropped) == (["a cat", "red"], 0) and records[1].turns[-2] == ("assistant", "a cat")
+
+
+@pytest.mark.parametrize("item, message", [
+    ("{not json", r"x.jsonl:1: not JSON"), ("[1]", "record is a JSON object"), ('"text"', "record is a JSON object"),
+    (line(image="c.png"), r"x.jsonl:1: field 'image': no such file"), (line(image="../b.jpg"), "leaves the image root"), (line(image="/etc/passwd"), "leaves the image root"),
+    (line(image=["a.png", "b.jpg"]), "2 images for 1 <image> markers"), (line(image=3), "field 'image'"), ({"id": "1", "image": "a.png"}, "field 'messages': missing"),
+    (line(conversations=[{"from": "robot", "value": "x"}]), "unknown speaker 'robot'"), (line(conversations=[{"from": "human", "value": "<image>"}]), "no answer"),
+    (line(conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]), "the answer is empty"),
+    (line(conversations=[{"from": "human"}]), "its text is missing"), (line(conversations=[{"from": "gpt", "value": "x"}]), "no turn of the user's"),
+    (line(cot=[1]), "field 'cot'"), (line(image=None, images=[]), "0 images for 1 <image> markers")])
+def test_broken_records_name_file_line_and_field(folder, item, message):
+    import re
+    records, _ = read(write(folder, item, line()))
+    assert isinstance(records[0], RecordError) and re.search(message, str(records[0])) and "\n" not in str(records[0])
+    assert len(records) == 2 and not isinstance(records[1], RecordError)
+
+
+def test_broken_files(folder):
+    for path, message in ((folder / "none.jsonl", "cannot be read"), (write(folder, "", name="empty.jsonl"), "no records"), (write(folder, "[{]", name="l.json"), "l.json:1: not JSON")):
+        with pytest.raises(UserError, match=message):
+            read(path)
+    (folder / "latin.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read(folder / "latin.jsonl")
+    with pytest.raises(UserError, match="no such folder"):
+        read(write(folder, line()), image_root=folder / "nowhere")
+
+
+def test_truncated_image_is_the_records_fault(folder):
+    raw = (folder / "b.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(raw[: len(raw) // 2])
+    (folder / "text.png").write_text("not an image")
+    for name in ("cut.jpg", "text.png"):
+        with pytest.raises(RecordError, match=rf"here:3: field 'image': .*{name}"):
+            data.load_image(folder / name, "here:3")
+
+
+def test_oversized_image_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(RecordError, match="here:1: .*exceeds limit"):
+        data.load_image(folder / "a.png", "here:1")
+
+
+def test_batch_tensors(setup):
+    s = setup()
+    b = s.batch
+    assert b["input_ids"].shape == b["targets"].shape == b["attention_mask"].shape and len(b["input_ids"]) == 3
+    for i, record in enumerate(s.records):
+        ids = b["input_ids"][i][b["attention_mask"][i].bool()]
+        assert (b["mm_token_type_ids"][i] == (b["input_ids"][i] == s.fmt.image)).all()
+        assert len(ids) < b["input_ids"].shape[1] or i == int(b["attention_mask"].sum(1).argmax())
+        assert (b["input_ids"][i, b["latents"][i]] == torch.tensor(s.fmt.latents)).all()
+    assert len(b["image_grid_thw"]) == 4 and b["pixel_values"].shape == b["pixel_values_cor"].shape
+    assert not torch.equal(b["pixel_values"], b["pixel_values_cor"])
+
+
+def test_corruption_depends_on_seed_epoch_and_record_alone(setup):
+    s = setup()
+    again, later = s.examples[0, 0], s.examples[1, 0]
+    assert torch.equal(again["pixel_values_cor"], s.examples[0, 0]["pixel_values_cor"])
+    assert torch.equal(again["pixel_values"], later["pixel_values"]) and not torch.equal(again["pixel_values_cor"], later["pixel_values_cor"])
+
+
+def test_grey_images_show_nothing_but_their_size(setup):
+    s = setup()
+    s.examples.grey = True
+    x = s.examples[0, 0]["pixel_values"]
+    assert torch.equal(x, x[:1].expand_as(x))
+
+
+def test_crystal_needs_an_image(setup, folder):
+    s = setup()
+    s.examples.records = [only(folder, line(image=None, images=[], conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]))[0]]
+    with pytest.raises(RecordError, match="field 'image': missing; the corrupted path needs an image"):
+        s.examples[0, 0]
+
+
+def test_skipped_records_are_replaced_and_told(setup):
+    s = setup()
+    good = s.examples.records[1]
+    s.examples.records = [RecordError("x:1: broken"), good]
+    with pytest.raises(RecordError):
+        s.examples[0, 0]
+    s.examples.skip = True
+    e = s.examples[0, 0]
+    assert e["bad"] == ["x:1: broken"] and e["layout"].ids == s.examples[0, 1]["layout"].ids
+
+
+def test_order_is_one_stream_however_it_is_shared():
+    """Four updates of eight records: the same sets for 1 rank x 8, 2 ranks x 2 x 2 accumulated, and after a resume at 2."""
+    def updates(batch_size, accumulation, world, start=0):
+        ranks = [list(Order(10, batch_size, accumulation, rank, world, 5, start, 4)) for rank in range(world)]
+        assert all(len(b) == batch_size for r in ranks for b in r)
+        return [sorted(x for r in ranks for b in r[u * accumulation : (u + 1) * accumulation] for x in b) for u in range(4 - start)]
+
+    whole = updates(8, 1, 1)
+    assert updates(2, 2, 2) == whole and updates(4, 1, 2) == whole and updates(8, 1, 1, start=2) == whole[2:]
+    seen = [x for u in whole for x in u]
+    assert sorted(i for e, i in seen if e == 0) == list(range(10)) and {e for e, _ in seen} == {0, 1, 2, 3}
+    assert [i for e, i in list(Order(10, 10, 1, 0, 1, 5, 0, 1))[0]] != list(range(10))
+
+
+def test_seeds_differ():
+    assert len({seed_of(a, b, c) for a in range(20) for b in range(20) for c in range(20)}) == 8000
+    assert all(0 <= seed_of(a, 7) < 2**63 for a in range(100))

@@ -1,0 +1,178 @@
+"""The loop: schedule, logs, vocabulary rows, resume, bad records, signals and non-finite losses."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crystal import checkpoint, config, train
+from crystal.config import UserError
+
+
+@pytest.fixture
+def flags(model_dirs, records_file, tmp_path):
+    def make(name, *more, tied=True):
+        return ["--model", str(model_dirs[tied]), "--data", str(records_file), "--output", str(tmp_path / name), "--latents", "3", "--lora_r", "2", "--lr", "1e-2",
+                "--batch_size", "2", "--log_every", "100", "--eval_every", "0", *more]
+    return make
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run, step):
+    return load_file(checkpoint.step_dir(run, step) / "trainable.safetensors")
+
+
+def test_learning_rate():
+    s = config.parse(["--max_steps", "100", "--lr", "1", "--warmup", "0.1"])
+    rates = [train.learning_rate(i, s) for i in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert train.learning_rate(0, config.parse(["--warmup", "0", "--lr", "1"])) == 1.0
+
+
+@pytest.mark.parametrize("method", ["sft", "crystal"])
+def test_run_directory(flags, method, records_file, capsys):
+    run = train.main(flags(method, "--method", method, "--max_steps", "3", "--val_data", str(records_file), "--eval_every", "2", "--save_every", "2"))
+    lines = metrics(run)
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3] and [x["step"] for x in lines if "val_loss" in x] == [2, 3]
+    terms = ("ce",) if method == "sft" else ("ce_int", "ce_cor", "kl", "attn", "mass_int", "mass_cor")
+    for name in (*terms, "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_gb"):
+        assert name in lines[0], name
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0][n] for n in terms if "mass" not in n))
+    if method == "crystal":
+        assert 0 < lines[0]["mass_int"] < 1 and lines[0]["mass_int"] != lines[0]["mass_cor"]
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["method"] == method and saved["dtype"] == "float32" and saved["versions"]["torch"] == torch.__version__
+    best = checkpoint.best(run)
+    values = {x["step"]: x["val_ce" if method == "sft" else "val_ce_int"] for x in lines if "val_loss" in x}
+    assert best["step"] == min(values, key=values.get) and checkpoint.step_dir(run, best["step"]).is_dir()
+    out = capsys.readouterr().out
+    assert "trainable" in out and "3 records" in out
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_other_vocabulary_row_moves(flags, tune, tied, model_dirs):
+    """After updates with weight decay every row but the new tokens' is identical to the bit, and all of those have moved."""
+    run = train.main(flags("rows", "--max_steps", "3", "--weight_decay", "0.5", "--tune", tune, tied=tied))
+    from crystal import export
+    model, fmt, _ = export.open_model(run, "last")
+    base = load_file(model_dirs[tied] / "model.safetensors")
+    new = model.rows.ids if hasattr(model.rows, "ids") else None
+    ids = sorted({fmt.think, fmt.unthink, fmt.open, fmt.close, *fmt.latents})
+    if new is not None:
+        assert sorted(int(i) for i in new) == ids
+    heads = [model.hf.get_input_embeddings().weight] + ([] if tied else [model.hf.lm_head.weight])
+    for name, weight in zip(("model.language_model.embed_tokens.weight", "lm_head.weight"), heads):
+        other = torch.ones(len(weight), dtype=torch.bool)
+        other[ids] = False
+        assert torch.equal(weight[other], base[name][other])
+    before = train.main(flags("start", "--max_steps", "1", "--lr", "1e-30", "--tune", tune, tied=tied))
+    a, b = weights(before, 1), weights(run, 3)
+    moved = [n for n in a if ".rows." in n]
+    assert moved and all((a[n] != b[n]).any(1).all() for n in moved)
+
+
+def test_resume_equals_not_having_stopped(flags, tmp_path):
+    """Mid-epoch, with accumulation and dropout: the same next losses and weights as the unbroken run."""
+    more = ("--max_steps", "5", "--accumulation", "2", "--batch_size", "1", "--save_every", "3", "--lora_dropout", "0.1", "--keep", "9")
+    whole = train.main(flags("whole", *more))
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    shutil.rmtree(checkpoint.step_dir(broken, 5))
+    (broken / "metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(True)[:3]))
+    train.main(flags("broken", *more, "--resume"))
+    a, b = metrics(whole), metrics(broken)
+    assert [x["step"] for x in b] == [1, 2, 3, 4, 5]
+    for x, y in zip(a, b):
+        assert x["loss"] == y["loss"] and x["grad_norm"] == y["grad_norm"] and x["lr"] == y["lr"]
+    assert all(torch.equal(t, weights(broken, 5)[n]) for n, t in weights(whole, 5).items())
+
+
+def test_resume_passes_over_a_broken_checkpoint_and_refuses_other_settings(flags, capsys):
+    run = train.main(flags("r", "--max_steps", "2", "--save_every", "1"))
+    raw = bytearray((checkpoint.step_dir(run, 2) / "trainable.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (checkpoint.step_dir(run, 2) / "trainable.safetensors").write_bytes(raw)
+    train.main(flags("r", "--max_steps", "2", "--save_every", "1", "--resume"))
+    assert "step-2 is broken and not used" in capsys.readouterr().out
+    with pytest.raises(UserError, match="made with --lora_r 2, not 4"):
+        train.main(flags("r", "--max_steps", "2", "--resume", "--lora_r", "4"))
+    with pytest.raises(UserError, match="nothing to resume"):
+        train.main(flags("none", "--resume"))
+
+
+def test_accumulation_equals_a_larger_batch(flags):
+    a = train.main(flags("a", "--max_steps", "2", "--batch_size", "4", "--dtype", "float64"))
+    b = train.main(flags("b", "--max_steps", "2", "--batch_size", "2", "--accumulation", "2", "--dtype", "float64"))
+    for x, y in zip(metrics(a), metrics(b)):
+        assert all(x[n] == pytest.approx(y[n], rel=1e-6) for n in ("loss", "ce_int", "ce_cor", "kl", "attn", "grad_norm"))
+    assert all(torch.allclose(t, weights(b, 2)[n], rtol=0, atol=1e-6) for n, t in weights(a, 2).items())
+
+
+def test_seed_fixes_a_run(flags):
+    runs = [metrics(train.main(flags(n, "--max_steps", "2", "--seed", s)))[1]["loss"] for n, s in (("a", "1"), ("b", "1"), ("c", "2"))]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_non_finite_loss_stops_before_the_update(flags, monkeypatch):
+    from crystal.methods import crystal as method
+    losses, calls = method.Method.losses, []
+
+    def broken(self, model, batch, progress):
+        calls.append(1)
+        terms = losses(self, model, batch, progress)
+        return {**terms, "kl": terms["kl"] * (float("nan") if len(calls) == 3 else 1.0)}
+
+    monkeypatch.setattr(method.Method, "losses", broken)
+    with pytest.raises(UserError, match=r"update 2: loss nan .* stopped before the update, the last good checkpoint is .*step-2"):
+        train.main(flags("nan", "--max_steps", "5", "--save_every", "1"))
+
+
+def test_broken_records(flags, records_file, tmp_path):
+    lines = records_file.read_text().splitlines()
+    for n in range(3):
+        for size in ("", "_1"):
+            if (source := records_file.parent / f"{n}{size}.png").exists():
+                shutil.copy(source, tmp_path)
+    for source in records_file.parent.glob("*.png"):
+        shutil.copy(source, tmp_path)
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines * 40 + ["{oops"]))
+    more = ["--data", str(tmp_path / "bad.jsonl"), "--max_steps", "1"]
+    with pytest.raises(UserError, match=r"bad.jsonl:121: not JSON.*--on_bad_record skip"):
+        train.main(flags("stop", *more))
+    run = train.main(flags("skip", *more, "--on_bad_record", "skip"))
+    assert "bad.jsonl:121" in (run / "bad_records.jsonl").read_text()
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines * 10 + ["{oops"]))
+    with pytest.raises(UserError, match="1 of 31 records are broken, more than 1 %"):
+        train.main(flags("many", *more, "--on_bad_record", "skip"))
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
+    import os
+    import signal
+    from crystal.methods import crystal as method
+    losses, calls = method.Method.losses, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, *args)
+
+    monkeypatch.setattr(method.Method, "losses", interrupted)
+    run = train.main(flags("term", "--max_steps", "50"))
+    assert len(calls) == 2 and checkpoint.newest(run).name == "step-2" and "stopped by SIGTERM after update 2" in capsys.readouterr().out
+
+
+def test_tuning_a_file_of_ones_own(flags, tmp_path):
+    (tmp_path / "mine.py").write_text("from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    def losses(self, model, batch, progress):\n"
+                                      "        return super().losses(model, batch, progress) | {'mine': model.rows.rows.square().mean()}\n")
+    run = train.main(flags("mine", "--method", str(tmp_path / "mine.py"), "--max_steps", "1"))
+    line = metrics(run)[0]
+    assert line["loss"] == pytest.approx(sum(line[n] for n in ("ce_int", "ce_cor", "kl", "attn", "mine")))
+    with pytest.raises(UserError, match="known are crystal, sft"):
+        train.main(flags("x", "--method", "nothing"))
