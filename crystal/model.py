@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
@@ -214,7 +215,7 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
         hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a model: {' '.join(str(error).split())[:300]}") from error
     hf.requires_grad_(False).eval().to(device)
     return Model(hf, tokenizer, image_processor, FAMILIES[config.model_type], name)

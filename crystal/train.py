@@ -29,6 +29,7 @@ import crystal.model
 from crystal import checkpoint, config, data, methods, processes
 from crystal.config import UserError
 from crystal.layout import Format
+from crystal.losses import total
 
 
 class Objective(nn.Module):
@@ -266,8 +267,9 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
 
 
 def weighted(terms, method, settings):
-    """Sum of the weighted terms (eq. 6); a term that the settings do not know has weight 1, a watched one none."""
-    return sum(settings.weights.get(n, 1.0) * t for n, t in terms.items() if n not in getattr(method, "watched", ()))
+    """Eq. 6 over what trains: a term that the settings do not know has weight 1, a watched one is left out."""
+    trained = {n: t for n, t in terms.items() if n not in getattr(method, "watched", ())}
+    return total(trained, {n: settings.weights.get(n, 1.0) for n in trained})
 
 
 def store(run, step, settings, objective, optimizer, named, best):

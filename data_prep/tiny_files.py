@@ -100,8 +100,7 @@ def make_config(tokenizer):
         "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
         # With Qwen's range of 0.02 the vision path of a model this narrow stays almost silent and nothing is learned.
         "initializer_range": 0.07,
-        # Rows and columns get the last frequencies; at Qwen's base of 1e6 they could not tell four columns apart.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [6, 5, 5]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
         "bos_token_id": token("<|endoftext|>"), "eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>"),
         "tie_word_embeddings": True,
     }

@@ -1,0 +1,124 @@
+"""The model's doors: attention equal to eager, padding and causality right, spare rows, families, wrong directories."""
+import json
+import shutil
+
+import pytest
+import torch
+
+import crystal.model
+from crystal import config, data
+from crystal.config import UserError
+from crystal.layout import new_tokens
+
+
+def stock(directory, dtype, how):
+    from transformers import AutoModelForImageTextToText
+    return AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, attn_implementation=how).eval()
+
+
+def inputs(batch):
+    return {n: batch[n] for n in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_the_stock_eager_model(setup, model_dirs, tied):
+    """Ragged batch, several images of several sizes: vision in groups and attention by SDPA change nothing."""
+    s = setup("--method", "sft", tied=tied)
+    for module in s.model.hf.modules():
+        if hasattr(module, "lora_B"):
+            module.lora_B.data.zero_()
+    with torch.no_grad():
+        ours = s.model.logits(s.model.hidden(s.batch))
+        theirs = stock(model_dirs[tied], torch.float64, "eager")(**inputs(s.batch)).logits
+    real = s.batch["attention_mask"].bool()
+    assert (ours[real] - theirs[real]).abs().max() < 1e-5  # stock eager attention takes its softmax in float32
+
+
+def test_left_padding_in_generation(setup, model_dirs):
+    """The registered function gets the masks that transformers makes for generation: a padded prompt answers as a lone one."""
+    from crystal.generate import generate
+    s = setup("--method", "sft", dtype=torch.float32)
+    s.model.eval()
+    prompts = []
+    for record in s.records:
+        e = s.examples.pixels([data.load_image(p, "") for p in record.images])
+        ids, _, _ = s.fmt.question(record.turns, s.model.image_tokens(e["image_grid_thw"]))
+        prompts.append((ids, e["pixel_values"], e["image_grid_thw"]))
+    together = generate(s.model, prompts, s.fmt, 6)
+    assert together == [generate(s.model, [p], s.fmt, 6)[0] for p in prompts]
+
+
+def test_new_tokens_take_spare_rows(setup, model_dirs):
+    s = setup(tied=False)
+    size = json.loads((model_dirs[False] / "config.json").read_text())["text_config"]["vocab_size"]
+    assert s.model.hf.get_input_embeddings().num_embeddings == size == s.model.hf.lm_head.out_features
+    ids = s.model.tokenizer.convert_tokens_to_ids(new_tokens(3, "diverse"))
+    assert ids == list(range(size - 64, size - 64 + 7)) and "<|im_end|>" in s.model.tokenizer.all_special_tokens
+    rows = s.model.hf.get_input_embeddings().weight[ids]
+    assert len({tuple(r.tolist()) for r in rows}) == 7 and 0.2 < rows.norm(dim=1).mean() / s.model.hf.get_input_embeddings().weight[: ids[0]].norm(dim=1).mean() < 2
+
+
+def test_too_few_spare_rows(model_dirs):
+    model = crystal.model.load(str(model_dirs[True]))
+    with pytest.raises(UserError, match="use fewer --latents"):
+        model.add_tokens(new_tokens(61, "diverse"))
+
+
+def test_what_trains(setup):
+    lora = {n.split(".")[-1] for n, _ in setup().named}
+    assert lora == {"lora_A", "lora_B", "rows"}
+    full = [n for n, _ in setup("--tune", "full").named]
+    assert not any("visual" in n or "embed_tokens" in n or "lm_head" in n for n in full) and any("layers.0.mlp" in n for n in full) and any(n.endswith("rows.rows") for n in full)
+
+
+def test_the_frozen_vision_tower_has_no_graph(setup):
+    for flags, graph in (([], False), (["--lora_on", "language,vision"], True)):
+        s = setup(*flags)
+        seen = []
+        s.model.hf.model.visual.register_forward_hook(lambda m, a, out: seen.append(out.pooler_output.requires_grad))
+        s.objective(s.batch, 0.0)
+        assert seen == [graph]
+
+
+def test_every_linear_of_a_part_is_found(setup):
+    """The families table against the modules that exist: a part left out would silently not train."""
+    s = setup("--lora_on", "language,vision,merger", "--method", "sft")
+    wrapped = {n for n, m in s.model.hf.named_modules() if hasattr(m, "lora_A")}
+    linear = {n.removesuffix(".base") for n, m in s.model.hf.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert linear - wrapped == {"lm_head"}
+
+
+def test_wrong_models(tmp_path, model_dirs):
+    with pytest.raises(UserError, match="not a directory"):
+        crystal.model.load(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no config.json"):
+        crystal.model.load(str(tmp_path))
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="model type 'bert' has no row in model.py's FAMILIES"):
+        crystal.model.load(str(bert))
+    cut = tmp_path / "cut"
+    shutil.copytree(model_dirs[True], cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        crystal.model.load(str(cut))
+
+
+def test_pixel_bounds_reach_the_processor(model_dirs):
+    from PIL import Image
+    model = crystal.model.load(str(model_dirs[True]), min_pixels=28 * 28, max_pixels=56 * 56)
+    grid = model.image_processor(images=[Image.new("RGB", (300, 200))], return_tensors="pt")["image_grid_thw"]
+    assert model.image_tokens(grid) == [int(grid.prod()) // 4] and int(grid.prod()) * 14 * 14 <= 56 * 56
+
+
+def test_layers_of_the_attention_loss_must_exist(setup):
+    s = setup("--attn_layers", "7")
+    with pytest.raises(UserError, match="the model has 3 layers"):
+        s.objective(s.batch, 0.0)
+
+
+def test_generated_names_of_the_shipped_model():
+    model = crystal.model.load("tiny")
+    assert model.tied and len(model.tokenizer) + 64 == model.hf.get_input_embeddings().num_embeddings
+    assert config.parse([]).model == "tiny"
