@@ -190,10 +190,10 @@ class Examples(Dataset):
                 example = self.build((index + i) % len(self.records), epoch)
                 return example | {"bad": bad}
             except RecordError as error:
-                if not self.skip:
-                    raise
                 bad.append(str(error))
-        raise UserError(f"every record is broken; the first: {bad[0]}")
+                if not self.skip:
+                    break
+        return {"error": bad[0]}  # told, not raised: a worker's exception would arrive as a page of traceback
 
     def build(self, index, epoch):
         record = self.records[index]
@@ -245,6 +245,8 @@ def collate(examples, pad):
     input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], rows [B,M],
     image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..]; image_grid_thw [I,3].
     """
+    if errors := [e["error"] for e in examples if "error" in e]:
+        return {"error": errors[0]}
     layouts = [e["layout"] for e in examples]
     B, L = len(layouts), max(len(x.ids) for x in layouts)
 
@@ -311,8 +313,11 @@ class Order:
 
 
 def loader(examples, order, pad, workers=0, worker_init=None):
-    """A torch DataLoader of batches in the given order (any iterable of lists of (epoch, index))."""
-    return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init)
+    """Batches in the given order (any iterable of lists of (epoch, index)), from a torch DataLoader; RecordError for a broken record."""
+    for batch in DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init):
+        if "error" in batch:
+            raise RecordError(batch["error"])
+        yield batch
 
 
 def corruption_of(settings):

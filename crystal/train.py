@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------------ loop
     wrapped = procs.wrap(objective)
     order = data.Order(len(train_set), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, step, settings.max_steps)
-    batches = iter(data.loader(train_set, order, pad, settings.workers, processes.ignore_signals))
+    batches = data.loader(train_set, order, pad, settings.workers, processes.ignore_signals)
     board = tensorboard(run) if settings.tensorboard and procs.is_first else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not (procs.is_first and sys.stderr.isatty()))
     log = open(run / "metrics.jsonl", "a") if procs.is_first else None
@@ -127,12 +128,12 @@ def main(argv=None):
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
-        # Dropout is seeded by update and rank, so a resumed run draws what the unbroken one would have.
-        torch.manual_seed(data.seed_of(settings.seed, step, procs.rank))
         logged, tokens = {}, 0
         for part in range(settings.accumulation):
             batch = data.to_device(next(batches), device, weights_dtype)
             bad_count = report_bad(batch["bad"], bad_count, step, settings, run, procs)
+            # Dropout is seeded by update, part and rank, so a resumed run draws what the unbroken one would have.
+            torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
             with procs.no_sync(wrapped, part < settings.accumulation - 1), autocast:
                 terms = wrapped(batch, step / settings.max_steps)
                 loss = weighted(terms, method, settings)  # eq. 6
@@ -198,7 +199,7 @@ def open_data(settings, method, model, fmt, procs):
     if not settings.data:
         from data_prep import toy
         root = "runs/toy"
-        with procs.first():
+        with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(root, seed=settings.seed)
         paths = {"train": f"{root}/train.jsonl", "val": f"{root}/val.jsonl"}
     corruption = data.corruption_of(settings) if method.corrupts else None

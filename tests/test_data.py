@@ -130,16 +130,17 @@ def test_grey_images_show_nothing_but_their_size(setup):
 def test_crystal_needs_an_image(setup, folder):
     s = setup()
     s.examples.records = [only(folder, line(image=None, images=[], conversations=[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]))[0]]
-    with pytest.raises(RecordError, match="field 'image': missing; the corrupted path needs an image"):
-        s.examples[0, 0]
+    assert "field 'image': missing; the corrupted path needs an image" in s.examples[0, 0]["error"]
+    for workers in (0, 1):
+        with pytest.raises(RecordError, match=r"^.*x.jsonl:1: field 'image': missing; the corrupted path needs an image$"):
+            next(data.loader(s.examples, [[(0, 0)]], 0, workers))
 
 
 def test_skipped_records_are_replaced_and_told(setup):
     s = setup()
     good = s.examples.records[1]
     s.examples.records = [RecordError("x:1: broken"), good]
-    with pytest.raises(RecordError):
-        s.examples[0, 0]
+    assert s.examples[0, 0] == {"error": "x:1: broken"}
     s.examples.skip = True
     e = s.examples[0, 0]
     assert e["bad"] == ["x:1: broken"] and e["layout"].ids == s.examples[0, 1]["layout"].ids
