@@ -108,8 +108,10 @@ def _records(where, item, root, keep):
             what = "".join("<image>" if isinstance(p, dict) and str(p.get("type", "")).startswith("image") else str(p.get("text", "") if isinstance(p, dict) else p) for p in what)
         if not isinstance(what, str):
             bad(f"{name}[{i}]", "its text is missing")
+        if ROLES[who] != "user" and "<image>" in what:
+            bad(f"{name}[{i}]", "an <image> marker outside the user's turns")
         turns.append((ROLES[who], what))
-    paths = item.get("images", item.get("image", []))
+    paths = item.get("images", item.get("image")) or []
     paths = [paths] if isinstance(paths, str) else paths
     field_name = "images" if "images" in item else "image"
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
@@ -130,10 +132,13 @@ def _records(where, item, root, keep):
         if not full.is_file():
             bad(field_name, f"no such file: {full}")
         images.append(full)
-    cot = item.get("cot", [])
+    cot = item.get("cot") or []
     cot = [cot] if isinstance(cot, str) else cot
     if not isinstance(cot, list) or not all(isinstance(step, str) for step in cot):
         bad("cot", "a text or a list of texts is needed")
+    boxes = item.get("boxes") or []
+    if not isinstance(boxes, list) or not all(isinstance(b, list) and len(b) == 4 and all(isinstance(x, (int, float)) for x in b) for b in boxes):
+        bad("boxes", "a list of [x0, y0, x1, y1] in pixels is needed")
     records, answers = [], 0
     for i, (role, text) in enumerate(turns):
         if role != "assistant":
@@ -148,7 +153,7 @@ def _records(where, item, root, keep):
         if keep == "all" or answers == 1:
             if not text.strip():
                 bad(f"{name}[{i}]", "the answer is empty")
-            records.append(Record(where, str(item.get("id", where)), before, text.strip(), images[:seen], cot, item.get("boxes", []), str(item.get("family", ""))))
+            records.append(Record(where, str(item.get("id", where)), before, text.strip(), images[:seen], cot, boxes, str(item.get("family", ""))))
     if not records:
         bad(name, "no answer of the assistant's to learn")
     return records, answers - len(records)

@@ -72,7 +72,7 @@ class Format:
                 if part:
                     content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
                     texts.append(part)
-            messages.append({"role": role, "content": content if role == "user" else content[0]["text"]})
+            messages.append({"role": role, "content": content if role == "user" else "".join(part["text"] for part in content)})
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids, image, counts = [], [], iter(image_tokens)
         for i, piece in enumerate(_SLOT.split(rendered)):

@@ -36,13 +36,14 @@ from crystal.losses import total
 class Objective(nn.Module):
     """Model, extra heads and method as one module, so that DDP sees one forward: a batch in, the loss terms out."""
 
-    def __init__(self, model, method):
+    def __init__(self, model, method, autocast=nullcontext()):
         super().__init__()
-        self.model, self.method = model, method
+        self.model, self.method, self.autocast = model, method, autocast
         self.heads = method.modules(model)
 
     def forward(self, batch, progress):
-        return self.method.losses(self.model, batch, progress)
+        with self.autocast:
+            return self.method.losses(self.model, batch, progress)
 
 
 def learning_rate(step, settings):
@@ -77,7 +78,7 @@ def main(argv=None):
         model = crystal.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
     crystal.model.prepare(model, settings, method.latents)
     fmt = Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought)
-    objective = Objective(model, method).to(device).train()
+    objective = Objective(model, method, autocast).to(device).train()
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
     count = sum(p.numel() for _, p in named)
     procs.print(f"{settings.method} on {settings.model}: {count:,} trainable of {sum(p.numel() for p in objective.parameters()):,} parameters, "
@@ -100,7 +101,11 @@ def main(argv=None):
         newest = checkpoint.newest(run, procs.print)
         if newest is None:
             raise UserError(f"{run}/checkpoints: nothing to resume from")
-        step = restore(newest, settings, objective, optimizer, named)
+        step = restore(newest, settings, objective, optimizer, named, procs)
+        procs.barrier()  # all ranks have read
+        if procs.is_first and (run / "metrics.jsonl").exists():  # what was logged after the checkpoint happens again
+            kept = [x for x in logged_lines(run / "metrics.jsonl") if x["step"] <= step]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
         procs.print(f"resumed {newest} at update {step}")
     elif (run / "metrics.jsonl").exists() or (run / "checkpoints").exists():
         if not settings.overwrite:
@@ -134,7 +139,7 @@ def main(argv=None):
             bad_count = report_bad(batch["bad"], bad_count, step, settings, run, procs)
             # Dropout is seeded by update, part and rank, so a resumed run draws what the unbroken one would have.
             torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
-            with procs.no_sync(wrapped, part < settings.accumulation - 1), autocast:
+            with procs.no_sync(wrapped, part < settings.accumulation - 1):
                 terms = wrapped(batch, step / settings.max_steps)
                 loss = weighted(terms, method, settings)  # eq. 6
                 (loss / settings.accumulation).backward()
@@ -170,14 +175,14 @@ def main(argv=None):
             if best is None or value < best["value"]:
                 best = {"step": step, "value": value, "metric": "val_ce"}
                 if procs.is_first:
-                    store(run, step, settings, objective, optimizer, named, best)
+                    store(run, step, settings, optimizer, named, procs, best)
                 last_saved = step
             if procs.is_first:
                 write(log, board, {"step": step, **{f"val_{n}": v for n, v in measured.items()}})
                 bar.write(f"step {step}  validation  " + "  ".join(f"{n} {v:.4f}" for n, v in measured.items()) + ("  (best)" if best["step"] == step else ""))
         if (step % settings.save_every == 0 or last) and last_saved != step:
             if procs.is_first:
-                store(run, step, settings, objective, optimizer, named, None)
+                store(run, step, settings, optimizer, named, procs, None)
             last_saved = step
 
     # ------------------------------------------------------------------------------------------------------- end
@@ -273,19 +278,26 @@ def weighted(terms, method, settings):
     return total(trained, {n: settings.weights.get(n, 1.0) for n in trained})
 
 
-def store(run, step, settings, objective, optimizer, named, best):
+def store(run, step, settings, optimizer, named, procs, best):
     """Writes checkpoints/step-N: what trains, the optimiser's state, the settings; the older ones beyond --keep go."""
     files = {"trainable.safetensors": {n: p.detach() for n, p in named}, "optimizer.safetensors": checkpoint.optimizer_tensors(optimizer, named)}
-    checkpoint.save(run, step, files, {"step": step, "settings": asdict(settings)})
+    checkpoint.save(run, step, files, {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)})
     if best:
         checkpoint.mark_best(run, **best)
     checkpoint.prune(run, settings.keep)
 
 
-def restore(directory, settings, objective, optimizer, named):
-    """Loads what `store` wrote into module and optimiser -> the update to go on from."""
+def pairs(settings, procs):
+    """Pairs in one update, of all ranks and micro-batches."""
+    return settings.batch_size * settings.accumulation * procs.world
+
+
+def restore(directory, settings, objective, optimizer, named, procs):
+    """Loads what `store` wrote into module and optimiser -> the update to go on from. The ranks may be others than before."""
     files, state = checkpoint.load(directory)
-    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "batch_size", "accumulation", "max_steps", "lr"):
+    if state["pairs"] != pairs(settings, procs):
+        raise UserError(f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; keep batch_size x accumulation x processes")
+    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "max_steps", "lr"):
         if state["settings"][name] != getattr(settings, name):
             raise UserError(f"{directory}: was made with --{name} {state['settings'][name]}, not {getattr(settings, name)}; a resume keeps it")
     checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
@@ -303,6 +315,12 @@ def write(log, board, line):
         for name, value in line.items():
             if name != "step":
                 board.add_scalar(name, value, line["step"])
+
+
+def logged_lines(path):
+    """Lines of a metrics.jsonl; a last one that a killed process left unfinished is not one."""
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
 
 
 def tensorboard(run):

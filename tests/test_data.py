@@ -66,7 +66,7 @@ def test_turns(folder):
     (line(conversations=[{"from": "robot", "value": "x"}]), "unknown speaker 'robot'"), (line(conversations=[{"from": "human", "value": "<image>"}]), "no answer"),
     (line(conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]), "the answer is empty"),
     (line(conversations=[{"from": "human"}]), "its text is missing"), (line(conversations=[{"from": "gpt", "value": "x"}]), "no turn of the user's"),
-    (line(cot=[1]), "field 'cot'"), (line(image=None, images=[]), "0 images for 1 <image> markers")])
+    (line(cot=[1]), "field 'cot'"), (line(boxes=[[1, 2, 3]]), "field 'boxes'"), (line(conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<image>"}]), "outside the user's turns"), (line(image=None, images=[]), "0 images for 1 <image> markers")])
 def test_broken_records_name_file_line_and_field(folder, item, message):
     import re
     records, _ = read(write(folder, item, line()))
