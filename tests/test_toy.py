@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from data_prep import toy
 
@@ -54,6 +54,12 @@ def test_other_seed_and_other_stream_have_other_scenes(made, tmp_path):
         toy.generate(tmp_path / name, seed, 60, 0, 0, stream)
         others = [d for p, d in digests(tmp_path / name).items() if p.suffix == ".png"]
         assert len(others) == 60 and not set(others) & set(images.values())
+
+
+def test_base_and_demo_draw_their_scenes_apart():
+    layouts = [{tuple((t.shape, t.x, t.y) for t in toy.draw_pair(stream, "train", 0, i)[0].things) for i in range(50)}
+               for stream in ("base", "demo")]
+    assert not layouts[0] & layouts[1]
 
 
 def test_complete_directory_is_left_alone_and_unfinished_one_is_not(tmp_path):
@@ -156,8 +162,6 @@ def test_scene_keeps_its_promises():
 
 def test_shapes_look_different_and_blur_makes_them_alike():
     """Two silhouettes of one size differ far less after a blur of 5 pixels: the detail is what tells shapes apart."""
-    from PIL import ImageFilter
-
     def canvas(shape, blur):
         image = Image.new("L", (48, 48))
         image.paste(255, (18, 18), toy.mask(shape, 12))
