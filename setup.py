@@ -9,7 +9,7 @@ setup(
     python_requires=">=3.11",
     packages=["crystal", "crystal.methods", "data_prep"],
     package_data={"crystal": ["assets/*/*"]},
-    install_requires=["torch>=2.10", "transformers>=5.17,<6", "safetensors", "numpy", "pillow", "ninja"],
+    install_requires=["torch>=2.10", "transformers>=5.17,<6", "safetensors", "numpy", "pillow", "tqdm", "ninja"],
     extras_require={
         "plots": ["matplotlib"],
         "track": ["tensorboard"],

@@ -156,7 +156,7 @@ def parse(argv=None):
     for f in fields(Settings):
         kind = {int: int, float: float, bool: None, str: str}[f.type]
         extra = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": kind, "choices": f.metadata["choices"]}
-        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **extra)
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"].replace("%", "%%"), **extra)
     # A second look without defaults tells what was given by hand, which a preset must not overwrite.
     given = vars(parser.parse_args(argv, argparse.Namespace(**{f.name: _ABSENT for f in fields(Settings)})))
     given = {name: value for name, value in given.items() if value is not _ABSENT}
