@@ -39,6 +39,7 @@ class Settings:
     latents: int = setting(8, "K, latent tokens in the thought")
     latent_kind: str = setting("diverse", "K tokens of their own, or one token K times", ("diverse", "identical"))
     thought: str = setting("fixed", "words before the latents: one fixed phrase, or the record's cot", ("fixed", "cot"))
+    labels: str = setting("all", "labels of CE: all that the assistant says, or the answer alone (the thought stands in the prompt anyway)", ("all", "answer"))
     turns: str = setting("first", "train on the first turn with an image, or make one record per turn", ("first", "all"))
     # the corruption (eq. 3; table 5)
     corruption: str = setting("blur", "mode S", ("blur", "mask", "crop", "jigsaw", "color", "noise", "impulse"))
@@ -71,6 +72,7 @@ class Settings:
     batch_size: int = setting(1, "pairs per process and forward")
     accumulation: int = setting(1, "forwards per update")
     lr: float = setting(2e-4, "peak learning rate")
+    lr_rows: float = setting(1.0, "learning rate of the new tokens' rows, in multiples of --lr; small models with large embeddings need more")
     weight_decay: float = setting(0.1, "AdamW decay; never on the vocabulary's rows")
     warmup: float = setting(0.05, "share of the steps that warms up linearly; a cosine to 0 follows")
     clip: float = setting(1.0, "largest norm of the gradient")
@@ -108,8 +110,8 @@ class Settings:
             raise UserError(f"--kl_share {self.kl_share}: must be above 0 and at most 1")
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup {self.warmup}: a share of the steps, at least 0 and below 1")
-        if self.lr <= 0 or self.clip <= 0:
-            raise UserError("--lr and --clip must be positive")
+        if min(self.lr, self.lr_rows, self.clip) <= 0:
+            raise UserError("--lr, --lr_rows and --clip must be positive")
         if (self.strength_low is None) != (self.strength_high is None):
             raise UserError("--strength_low and --strength_high go together")
         if self.strength_low is not None and not 0 <= self.strength_low <= self.strength_high:

@@ -103,8 +103,8 @@ class Format:
         ids = ids + self.text(answer) + [self.end]
         return Layout(ids, next_tokens(ids, start), image, answer=(start, len(ids)), rows=list(range(start - 1, len(ids) - 1)))
 
-    def latent(self, turns, image_tokens, answer, steps=()):
-        """The sequence of a method with latents; all that the assistant says is a label.
+    def latent(self, turns, image_tokens, answer, steps=(), labels="all"):
+        """The sequence of a method with latents. labels: "all" that the assistant says, or the "answer" and its end alone.
 
         The first answer row is `<answer>` itself, which predicts R's first token: it sees the latents and is copied
         from nowhere, so that a one-token answer still has a divergence to lose.
@@ -115,7 +115,8 @@ class Format:
         ids = ids + thought
         answer_start = len(ids)
         ids = ids + [self.open] + self.text(answer) + [self.close, self.end]
-        return Layout(ids, next_tokens(ids, start), image, (start, answer_start), [start + i for i in offsets],
+        first = start if labels == "all" else answer_start + 1
+        return Layout(ids, next_tokens(ids, first), image, (start, answer_start), [start + i for i in offsets],
                       (answer_start, len(ids)), list(range(answer_start, len(ids) - 1)))
 
     def question(self, turns, image_tokens, latents="keep"):

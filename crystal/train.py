@@ -89,10 +89,12 @@ def main(argv=None):
     pad = model.tokenizer.pad_token_id
 
     # ------------------------------------------------------------------------------------------------- optimiser
-    # Vocabulary rows and heads' biases are not decayed: decay would pull latents towards 0, not towards small maps.
-    decayed = [p for n, p in named if p.ndim > 1 and ".rows." not in n]
-    rest = [p for n, p in named if not (p.ndim > 1 and ".rows." not in n)]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    # Vocabulary rows are not decayed (decay pulls a latent towards 0, not towards a small map), nor are vectors.
+    rows = [p for n, p in named if ".rows." in n]
+    vectors = [p for n, p in named if ".rows." not in n and p.ndim < 2]
+    matrices = [p for n, p in named if ".rows." not in n and p.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay, "lr_scale": 1.0}, {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+              {"params": rows, "weight_decay": 0.0, "lr_scale": settings.lr_rows}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
 
     # ---------------------------------------------------------------------------------------------------- resume
@@ -132,7 +134,7 @@ def main(argv=None):
     while step < settings.max_steps and not stopping:
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
+            group["lr"] = learning_rate(step, settings) * group["lr_scale"]
         logged, tokens = {}, 0
         for part in range(settings.accumulation):
             batch = data.to_device(next(batches), device, weights_dtype)
@@ -297,7 +299,7 @@ def restore(directory, settings, objective, optimizer, named, procs):
     files, state = checkpoint.load(directory)
     if state["pairs"] != pairs(settings, procs):
         raise UserError(f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; keep batch_size x accumulation x processes")
-    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "max_steps", "lr"):
+    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "max_steps", "lr", "lr_rows"):
         if state["settings"][name] != getattr(settings, name):
             raise UserError(f"{directory}: was made with --{name} {state['settings'][name]}, not {getattr(settings, name)}; a resume keeps it")
     checkpoint.load_parameters(named, files["trainable.safetensors"], directory)

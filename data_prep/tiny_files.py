@@ -65,7 +65,7 @@ def corpus():
         yield text
     rng = toy.rng_for("tokenizer")
     for _ in range(500):
-        scene = toy.draw_scene(rng, 0)
+        scene = toy.draw_scene(rng)
         for question in filter(None, (toy.ask(scene, family, rng) for family in toy.FAMILIES)):
             yield from (question.text, *question.cot, " ".join(question.cot))
 

@@ -1,9 +1,9 @@
 """Toy scenes: small drawn objects and short questions about them, in LLaVA's format.
 
 A scene is a picture of 112 x 112 pixels. Its 4 x 4 grid of cells of 28 pixels is the grid of image tokens of a Qwen2.5-VL
-(14 pixel patches, merged 2 x 2), and at most one object has its centre in a cell. An object is named by its shape, and it is only
-10 to 18 pixels wide: a Gaussian blur of 5 pixels leaves a coloured cloud that no longer tells a star from a ring, so every
-question depends on a small detail. The families are CV-Bench's:
+(14 pixel patches, merged 2 x 2), and at most one object has its centre in a cell. An object is named by its shape, and it is only 5
+to 19 pixels wide: a Gaussian blur of 5 pixels leaves a coloured cloud that no longer tells a star from a ring, so every question
+depends on a small detail. The families are CV-Bench's:
 
     count      How many stars are there?                              1 2 3 4
     relation   Is the star to the left or right of the ring?          left right above below
@@ -14,7 +14,7 @@ question depends on a small detail. The families are CV-Bench's:
 All objects are equally large in the scene, so the nearer ones look larger, and they hide what is behind them. The light falls
 from the top, and from the left it is warm: what a patch shows of the background tells where the patch is.
 
-    python data_prep/toy.py --out data/toy --seed 0 --train 4000 --val 500 --test 5000
+    python data_prep/toy.py --out data/toy --seed 0 --train 4000 --val 500 --test 2500
 
 writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same arguments give the same
 bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with x1 and y1 exclusive.
@@ -40,9 +40,10 @@ SIZES = {"tiny": 9, "small": 12, "large": 15, "huge": 18}  # width in pixels at 
 FAMILIES = ("count", "relation", "depth", "nearer", "attribute")
 ANSWERS = {"count": ("1", "2", "3", "4"), "relation": ("left", "right", "above", "below"), "depth": ("front", "behind"),
            "nearer": SHAPES, "attribute": tuple(COLOURS)}
-# Hardness h shrinks the objects and adds noise. The base model learns from the easier range, so that the demo, which starts
-# where it ends, leaves something to learn.
-HARDNESS = {"base": (0.0, 0.6), "demo": (0.6, 1.0)}
+# Hardness adds noise and shrinks the objects a little; zoom shrinks them all. The base model learns from the easier scenes, so
+# that the demo's, which it has never seen the like of, leave something to learn.
+HARDNESS = {"base": (0.0, 0.6), "demo": (0.8, 1.2)}
+ZOOM = {"base": 1.0, "demo": 0.72}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,12 @@ def rng_for(*names):
 # ---------------------------------------------------------------------------------------------------------------- scenes
 
 
-def draw_scene(rng, hardness, count=None):
+def draw_for(stream, rng, count=None):
+    """A scene as hard as those of the stream "base" or "demo"."""
+    return draw_scene(rng, rng.uniform(*HARDNESS[stream]), ZOOM[stream], count)
+
+
+def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
     """Place 5 to 8 objects: `count` of one shape (1 to 4, drawn if None) and four of other shapes, one of each.
 
     Two neighbours are pushed together in half of the scenes, so that the nearer one hides a part of the farther one.
@@ -126,9 +132,9 @@ def draw_scene(rng, hardness, count=None):
     cells = [(int(c) % CELLS, int(c) // CELLS) for c in rng.permutation(CELLS * CELLS)[:len(shapes)]]
     centres = [[c * CELL + CELL // 2 + int(rng.integers(-4, 5)) for c in cell] for cell in cells]
     if rng.random() < 0.5:
-        push_together(centres, cells)
+        push_together(centres, cells, round(6 * zoom))
     shuffled = rng.permutation(len(shapes))
-    scale = 1.05 - 0.25 * hardness
+    scale = zoom * (1.05 - 0.25 * hardness)
     things = []
     for (x, y), i in zip(centres, shuffled):
         level = int(rng.integers(len(SIZES)))
@@ -138,16 +144,16 @@ def draw_scene(rng, hardness, count=None):
     return Scene(tuple(things), kinds[0], hardness, int(rng.integers(2**32)))
 
 
-def push_together(centres, cells):
-    """Move the first two neighbours found to 6 pixels from the border between their cells; changes `centres`."""
+def push_together(centres, cells, gap):
+    """Move the first two neighbours found to `gap` pixels from the border between their cells; changes `centres`."""
     for i, (xi, yi) in enumerate(cells):
         for j, (xj, yj) in enumerate(cells):
             if (xj - xi, yj - yi) == (1, 0):
-                centres[i][0], centres[j][0] = xj * CELL - 6, xj * CELL + 6
+                centres[i][0], centres[j][0] = xj * CELL - gap, xj * CELL + gap
                 centres[j][1] = centres[i][1]
                 return
             if (xj - xi, yj - yi) == (0, 1):
-                centres[i][1], centres[j][1] = yj * CELL - 6, yj * CELL + 6
+                centres[i][1], centres[j][1] = yj * CELL - gap, yj * CELL + gap
                 centres[j][0] = centres[i][0]
                 return
 
@@ -303,7 +309,7 @@ def draw_pair(stream, split, seed, index):
     answer = ANSWERS[family][index // len(FAMILIES) % len(ANSWERS[family])]
     rng = rng_for(stream, split, seed, index)
     while True:
-        scene = draw_scene(rng, rng.uniform(*HARDNESS[stream]), int(answer) if family == "count" else None)
+        scene = draw_for(stream, rng, int(answer) if family == "count" else None)
         question = ask(scene, family, rng, answer)
         if question:
             return scene, question
@@ -314,7 +320,7 @@ def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
 
     Raises RuntimeError if two splits share a scene.
     """
-    out, wanted = Path(out), {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 1}
+    out, wanted = Path(out), {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 2}
     manifest = out / "manifest.json"
     if manifest.exists() and json.loads(manifest.read_text()) == wanted:
         print(f"toy scenes: {out} is complete")

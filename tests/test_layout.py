@@ -67,6 +67,13 @@ def test_latent_layout(kind):
     assert x.rows == list(range(x.answer[0], len(x.ids) - 1))
 
 
+def test_the_answer_alone_as_label():
+    fmt = make(3)
+    x = fmt.latent(TURNS, [2], "red", labels="answer")
+    assert fmt.tokenizer.decode([t for t in x.targets if t != IGNORE]) == "red</answer><|im_end|>" and [x.targets[r] for r in x.rows] == x.ids[x.answer[0] + 1 :]
+    assert x.ids == fmt.latent(TURNS, [2], "red").ids
+
+
 def test_plain_layout():
     fmt = make(0)
     x = fmt.plain(TURNS, [2], "red")

@@ -150,7 +150,7 @@ def test_boxes_lie_inside_and_hold_what_is_asked(made, records):
 
 def test_scene_keeps_its_promises():
     for i in range(300):
-        scene = toy.draw_scene(toy.rng_for("promises", i), hardness=i % 2)
+        scene = toy.draw_for(("base", "demo")[i % 2], toy.rng_for("promises", i))
         cells = [(thing.row, thing.column) for thing in scene.things]
         assert len(set(cells)) == len(cells) and all(1 <= v <= toy.CELLS for cell in cells for v in cell)
         shapes = Counter(thing.shape for thing in scene.things)
@@ -178,3 +178,11 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     toy.main()
     assert "train 5/5" in capsys.readouterr().out
     assert all(Path(tmp_path, record["image"]).exists() for record in read(tmp_path, "test"))
+
+
+def test_interrupted_run_is_not_taken_as_complete(tmp_path, monkeypatch):
+    toy.generate(tmp_path, 0, 5, 0, 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(toy, "render", lambda scene: (_ for _ in ()).throw(KeyboardInterrupt))
+        toy.generate(tmp_path, 1, 5, 0, 0)
+    assert not (tmp_path / "manifest.json").exists()

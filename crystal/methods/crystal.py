@@ -24,7 +24,7 @@ class Method:
         self.settings = settings
 
     def layout(self, fmt, record, image_tokens):
-        return fmt.latent(record.turns, image_tokens, record.answer, record.cot)
+        return fmt.latent(record.turns, image_tokens, record.answer, record.cot, self.settings.labels)
 
     def modules(self, model):
         return nn.ModuleDict()  # nothing but the task supervises the latents
