@@ -4,8 +4,8 @@
     python data_prep/tiny_base.py --only blind                # one of the two models, to train both side by side
 
 Both commands continue from the last checkpoint in --work. Two processes on two cores (AVX-512, AMX) need 0.1 s a step for the
-dense lesson and 0.45 s after it, a minute more for compiling: about 12 minutes a model. The shipped run, on two cores that also
-did other work, took 18 minutes for the base and 30 for its twin; tiny_base.log is its log.
+dense lesson and 0.45 s after it, a minute more for compiling each stage: by that about 16 minutes a model. The shipped runs, on
+two cores that also did other work, took 23 minutes for the base and 38 for its twin; tiny_base.log is their log.
 
 The twin sees a uniformly grey image in place of every scene, and is trained like the base in all else: what it answers right is
 what the questions give away.
@@ -34,7 +34,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # so that it also runs as a script
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from safetensors.torch import load_file, save_file
