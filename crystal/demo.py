@@ -83,7 +83,7 @@ def main(argv=None):
     say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
     print(f"""  tutorials/00_first_run.md                       read how it works, step by step
   .venv/bin/python crystal/train.py --help        every setting
-  .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 --batch_size 16 --lr 1e-3
+  .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 --batch_size 16 --lr 5e-4 --lr_rows 20 --labels answer --eval_every 200
   .venv/bin/python -m crystal.evaluate --model {run} --data {scenes}/test.jsonl
   .venv/bin/python -m crystal.generate --model {run}/merged --image {record.images[0]} --question "What colour is the star?" """)
 
