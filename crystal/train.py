@@ -8,6 +8,7 @@
 B pairs per process and forward; an update sees B x accumulation x processes of them. Every term is a mean over the
 update's pairs, whatever the numbers of processes and forwards that share them.
 """
+import gc
 import json
 import math
 import shutil
@@ -130,6 +131,7 @@ def main(argv=None):
     bad_count, last_saved = 0, step if settings.resume else None
     best = checkpoint.best(run) if settings.resume else None
     stop, stopping = processes.StopSignal(), False
+    terms = loss = None
 
     while step < settings.max_steps and not stopping:
         started = time.perf_counter()
@@ -195,6 +197,8 @@ def main(argv=None):
     if log:
         log.close()
     procs.barrier()
+    del wrapped, terms, loss  # what holds the process group goes before it: its end could otherwise wait for ever, once in a while
+    gc.collect()
     procs.stop()
     return run
 
