@@ -194,8 +194,10 @@ def resolve(name):
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: no config.json; --model wants a directory in Hugging Face layout")
         return str(path)
-    if path.exists() or name.startswith((".", "/", "~")):
-        raise UserError(f"{path}: not a directory; --model wants tiny, a directory in Hugging Face layout, or a hub name")
+    # owner/name asks a hub; where `owner` is a folder here, or that of all runs, a mistyped path is likelier than a hub's owner.
+    local = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1 or (len(path.parts) > 1 and path.parent.is_dir())
+    if path.exists() or local:
+        raise UserError(f"{path}: no such directory; --model wants tiny, a directory in Hugging Face layout, or a hub name (owner/name)")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Two processes with half the batch each give the one-process losses and weights; the three ways to start are one path."""
+"""Two or four processes that share a batch give the one-process losses and weights; the three ways to start are one path."""
 import json
 import os
 import subprocess
@@ -19,21 +19,22 @@ def run(launcher, flags, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("method", ["crystal", "sft"])
-def test_two_processes_equal_one(model_dirs, records_file, tmp_path, method):
+@pytest.mark.parametrize("method, world", [("crystal", 4), ("crystal", 2), ("sft", 2)])
+def test_several_processes_equal_one(model_dirs, records_file, tmp_path, method, world):
     flags = ["--method", method, "--model", str(model_dirs[True]), "--data", str(records_file), "--val_data", str(records_file), "--latents", "3", "--lora_r", "2",
              "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64", "--device", "cpu", "--eval_every", "3"]
     one = ["-m", "crystal.train"] if method == "sft" else SCRIPT
     run(one, flags + ["--batch_size", "4", "--output", str(tmp_path / "one")])
-    out = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *SCRIPT], flags + ["--batch_size", "1", "--accumulation", "2", "--output", str(tmp_path / "two")])
-    assert out.count("trainable of") == 1 and "2 process(es)" in out  # one rank prints
-    a, b = ([json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *SCRIPT]
+    out = run(many, flags + ["--batch_size", "1", "--accumulation", str(4 // world), "--output", str(tmp_path / "many")])
+    assert out.count("trainable of") == 1 and f"{world} process(es)" in out  # one rank prints
+    a, b = ([json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "many"))
     assert len(a) == len(b) == 4
     for x, y in zip(a, b):
         for name in x.keys() - {"tokens_per_s", "peak_memory_gb"}:
             assert x[name] == pytest.approx(y[name], rel=1e-6, abs=1e-9), name
-    one, two = (load_file(tmp_path / n / "checkpoints" / "step-3" / "trainable.safetensors") for n in ("one", "two"))
-    assert all(torch.allclose(one[n], two[n], rtol=0, atol=1e-6) for n in one)
+    one, many = (load_file(tmp_path / n / "checkpoints" / "step-3" / "trainable.safetensors") for n in ("one", "many"))
+    assert all(torch.allclose(one[n], many[n], rtol=0, atol=1e-6) for n in one)
 
 
 def test_evaluation_is_shared_by_ranks(records_file, tmp_path):
@@ -44,7 +45,7 @@ def test_evaluation_is_shared_by_ranks(records_file, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--methd", "sft"], "--methd"), (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"), (["--model", "./nowhere"], "nowhere: not a directory"),
+    (["--methd", "sft"], "--methd"), (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"), (["--model", "./nowhere"], "nowhere: no such directory"), (["--model", "runs/nowhere"], "runs/nowhere: no such directory"),
     (["--device", "cuda:7"], "--device cuda:7"), (["--min_pixels", "x"], "--min_pixels")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(flags, message, tmp_path):
     done = subprocess.run([sys.executable, *SCRIPT, "--output", str(tmp_path), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -89,7 +89,7 @@ def test_every_linear_of_a_part_is_found(setup):
 
 
 def test_wrong_models(tmp_path, model_dirs):
-    with pytest.raises(UserError, match="not a directory"):
+    with pytest.raises(UserError, match="no such directory"):
         crystal.model.load(str(tmp_path / "none"))
     with pytest.raises(UserError, match="no config.json"):
         crystal.model.load(str(tmp_path))
