@@ -50,6 +50,13 @@ def open_model(name, which="best", device="cpu"):
     return model.eval(), Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought), settings
 
 
+def open_run(run, which="best", device="cpu"):
+    """open_model of a run directory and nothing else: a mistyped one is not asked of a hub."""
+    if not (Path(run) / "checkpoints").is_dir():
+        raise UserError(f"{run}: not a run directory of train.py (no checkpoints in it)")
+    return open_model(run, which, device)
+
+
 def find(run, which):
     """The directory of a run's checkpoint: "best", "last" or a step. UserError if there is none."""
     record = checkpoint.best(run) if which == "best" else None
@@ -75,9 +82,7 @@ def chat_template(template, settings):
 
 def export(run, which="best", merged=None, adapter=None):
     """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed."""
-    model, fmt, settings = open_model(run, which)
-    if settings is None:
-        raise UserError(f"{run}: not a run directory of train.py (no checkpoints in it)")
+    model, fmt, settings = open_run(run, which)
     latents = fmt.count > 0
     if adapter and settings.tune == "lora":
         with fresh(adapter) as out:
