@@ -185,10 +185,12 @@ class Model(nn.Module):
         def replace(module, args, kwargs):
             nonlocal seen
             n = kwargs["inputs_embeds"].shape[1]
-            rows = mask[:, :, -1:].expand(-1, -1, n, -1)                                        # [B,1,n,L]
-            new = torch.full((n, seen + n - L), float("-inf"), dtype=mask.dtype, device=mask.device).triu(1 + seen - L) if seen else mask[0, 0, :, L:]
-            seen += n
-            return args, {**kwargs, "attention_mask": mask if seen == L else torch.cat([rows, new.expand(len(mask), 1, -1, -1)], -1)}
+            now, seen = mask, seen + n
+            if seen > L:
+                old = mask[:, :, -1:].expand(-1, -1, n, -1)                                    # [B,1,n,L]
+                new = torch.full((n, seen - L), float("-inf"), dtype=mask.dtype, device=mask.device).triu(seen - L - n + 1)
+                now = torch.cat([old, new.expand(len(mask), 1, -1, -1)], -1)                   # [B,1,n,seen]
+            return args, {**kwargs, "attention_mask": now}
 
         hook = self.hf.model.language_model.register_forward_pre_hook(replace, with_kwargs=True)
         try:
