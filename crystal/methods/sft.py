@@ -35,6 +35,10 @@ class Method:
     def modules(self, model):
         return nn.ModuleDict()
 
+    def hidden(self, model, batch, tap=None):
+        """The last states [B,L,D] of a batch without losses or mask, for those who look at attention."""
+        return model.hidden(batch, tap=tap)
+
     def biases(self, model, batch):
         return []
 
@@ -43,11 +47,15 @@ class Method:
         return {"ce": cross_entropy(model, batch)}
 
 
-def cross_entropy(model, batch, biases=()):
-    """Forward and token mean per pair, averaged over the batch's pairs -> scalar. biases: a list of bottleneck.Bias."""
+def cross_entropy(model, batch, biases=(), h=None):
+    """Token mean per pair, averaged over the batch's pairs -> scalar. biases: a list of bottleneck.Bias.
+
+    h [B,L,D]: the last states, where the method has run the forward itself.
+    """
     B = len(batch["input_ids"])
     labelled = batch["targets"] != IGNORE                        # [B,L]
     pair = labelled.nonzero()[:, 0]                              # [N]
-    h = model.hidden(batch, biases=biases)                       # [B,L,D]
+    if h is None:
+        h = model.hidden(batch, biases=biases)                   # [B,L,D]
     logits = model.logits(h[labelled])                           # [N,V]
     return mean_per_pair(ce_rows(logits, batch["targets"][labelled]), pair, B).mean()
