@@ -39,13 +39,13 @@ def open_model(name, which="best", device="cpu"):
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
     model = crystal.model.load(settings.model, dtype, device, settings.min_pixels, settings.max_pixels)
     settings.checkpointing = False
-    method, fmt = methods.attach(model, settings)
-    heads = method.modules(model)
-    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad] + [(f"heads.{n}", p) for n, p in heads.named_parameters()]
-    checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
+    _, fmt = methods.attach(model, settings)
+    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
+    # A method's heads, and the encoders behind them, serve its losses alone: they stay in the checkpoint.
+    tensors = {n: t for n, t in files["trainable.safetensors"].items() if not n.startswith("heads.")}
+    checkpoint.load_parameters(named, tensors, directory)
     model.to(device)
     model.after_update()
-    model.heads = heads.to(device)
     return model.eval(), fmt, settings
 
 

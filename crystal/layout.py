@@ -48,10 +48,10 @@ class Format:
     subclass with a `question` and a `chat_template` of its own.
 
     count: K of the latents in a sequence. copies: how often each image stands in it. open, close: ids of the tags around
-    an answer, or None.
+    an answer, or None. begin, finish: ids of the tags around latents that the model feeds back to itself, or None.
     """
     copies = 1
-    open = close = None
+    open = close = begin = finish = None
 
     def __init__(self, tokenizer, count=0, kind="diverse", thought="fixed"):
         self.tokenizer, self.count, self.thought = tokenizer, count, thought
