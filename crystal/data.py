@@ -1,7 +1,8 @@
 """Files become records, records become batches.
 
 Reads what people already have: LLaVA `conversations` ({"from","value"}) or `messages` ({"role","content"}), as a JSON
-list or as JSONL, with `image` or `images` below an image root and the optional fields `id`, `cot`, `boxes`, `family`.
+list or as JSONL, with `image` or `images` below an image root and the optional fields `id`, `cot`, `boxes`, `family` and
+`features` ({name: safetensors file below the image root}, what was computed for the record beforehand).
 Whatever is wrong with a record is told with its file, line and field.
 
 B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer rows, N image tokens.
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from crystal.config import UserError
@@ -36,6 +38,7 @@ class Record:
     cot: list = field(default_factory=list)
     boxes: list = field(default_factory=list)
     family: str = ""
+    features: dict = field(default_factory=dict)  # {name: path of a safetensors file}
 
 
 # --- files become records ---------------------------------------------------------------------------------------
@@ -139,6 +142,15 @@ def _records(where, item, root, keep):
     boxes = item.get("boxes") or []
     if not isinstance(boxes, list) or not all(isinstance(b, list) and len(b) == 4 and all(isinstance(x, (int, float)) for x in b) for b in boxes):
         bad("boxes", "a list of [x0, y0, x1, y1] in pixels is needed")
+    features = item.get("features") or {}
+    if not isinstance(features, dict) or not all(isinstance(p, str) for p in features.values()):
+        bad("features", "an object of name: path is needed")
+    for kind, p in features.items():
+        features = features | {kind: (root / p).resolve()}
+        if not features[kind].is_relative_to(root):
+            bad("features", f"{p} leaves the image root")
+        if not features[kind].is_file():
+            bad("features", f"no such file: {features[kind]}")
     records, answers = [], 0
     for i, (role, text) in enumerate(turns):
         if role != "assistant":
@@ -153,7 +165,7 @@ def _records(where, item, root, keep):
         if keep == "all" or answers == 1:
             if not text.strip():
                 bad(f"{name}[{i}]", "the answer is empty")
-            records.append(Record(where, str(item.get("id", where)), before, text.strip(), images[:seen], cot, boxes, str(item.get("family", ""))))
+            records.append(Record(where, str(item.get("id", where)), before, text.strip(), images[:seen], cot, boxes, str(item.get("family", "")), features))
     if not records:
         bad(name, "no answer of the assistant's to learn")
     return records, answers - len(records)
@@ -169,6 +181,24 @@ def load_image(path, where):
         raise RecordError(f"{where}: field 'image': {path}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
+def load_features(record, name):
+    """What was computed for a record beforehand under one name of its `features` -> {key: tensor}, on the CPU.
+
+    One file serves many records: its tensors are named ID/KEY. RecordError if the record, the file or the id has nothing of that name.
+    """
+    if name not in record.features:
+        raise RecordError(f"{record.where}: field 'features': no {name!r} in it")
+    path, start = record.features[name], f"{record.id}/"
+    try:
+        with safe_open(path, "pt") as file:
+            found = {key.removeprefix(start): file.get_tensor(key) for key in file.keys() if key.startswith(start)}
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"{record.where}: field 'features': {path}: {error}") from error
+    if not found:
+        raise RecordError(f"{record.where}: field 'features': {path} holds nothing for the id {record.id!r}")
+    return found
+
+
 # --- records become batches -------------------------------------------------------------------------------------
 
 class Examples(Dataset):
@@ -176,12 +206,14 @@ class Examples(Dataset):
 
     layout: function (record, image token counts) -> Layout. corruption: (mode, low, high) or None; strength and place
     are drawn from (seed, epoch, index, image), so that they depend neither on ranks nor on workers nor on a resume.
-    grey: feed uniformly grey images, what a blind model sees.
+    grey: feed uniformly grey images, what a blind model sees. copies: how often each image stands in the sequence.
+    extras: function (record, its RGB PIL images) -> {name: tensor [n,..]}, what else a method wants in the batch.
     """
 
-    def __init__(self, records, layout, image_processor, corruption=None, seed=0, skip=False, grey=False):
+    def __init__(self, records, layout, image_processor, corruption=None, seed=0, skip=False, grey=False, copies=1, extras=None):
         self.records, self.layout, self.image_processor = records, layout, image_processor
         self.corruption, self.seed, self.skip, self.grey = corruption, seed, skip, grey
+        self.copies, self.extras = copies, extras
 
     def __len__(self):
         return len(self.records)
@@ -216,6 +248,7 @@ class Examples(Dataset):
         if self.corruption and not images:
             raise RecordError(f"{record.where}: field 'image': missing; the corrupted path needs an image")
         example["layout"] = self.layout(record, counts)
+        example["extras"] = self.extras(record, images) if self.extras else {}
         if self.corruption:
             mode, low, high = self.corruption
             corrupted = []
@@ -231,7 +264,7 @@ class Examples(Dataset):
     def pixels(self, images):
         if not images:
             return {"pixel_values": None, "image_grid_thw": None}
-        out = self.image_processor(images=images, return_tensors="pt")
+        out = self.image_processor(images=[image for image in images for _ in range(self.copies)], return_tensors="pt")
         return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
 
 
@@ -248,7 +281,8 @@ def collate(examples, pad):
     """Examples -> a batch of tensors, right-padded:
 
     input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], rows [B,M],
-    image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..]; image_grid_thw [I,3].
+    image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..]; image_grid_thw [I,3]; and a
+    method's extras [B,n,..], padded with zeros.
     """
     if errors := [e["error"] for e in examples if "error" in e]:
         return {"error": errors[0]}
@@ -278,6 +312,8 @@ def collate(examples, pad):
     for name in ("pixel_values", "pixel_values_cor", "image_grid_thw"):
         parts = [e[name] for e in examples if e.get(name) is not None]
         batch[name] = torch.cat(parts) if parts else None
+    for name in examples[0].get("extras", {}):
+        batch[name] = torch.nn.utils.rnn.pad_sequence([e["extras"][name] for e in examples], batch_first=True)
     batch["bad"] = [line for e in examples for line in e["bad"]]
     return batch
 

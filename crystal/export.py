@@ -3,8 +3,8 @@
     python -m crystal.export --run runs/crystal                 writes runs/crystal/merged and runs/crystal/adapter
 
 The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it with no
-crystal code. Its chat template's generation prompt ends with `<think> ..latents. </think><answer>`, and all of that is
-special tokens or prompt, so what is decoded is the bare answer.
+crystal code. Its chat template's generation prompt holds the latents where the method has them (CrystaL's ends with
+`<think> ..latents. </think><answer>`), and all of that is special tokens or prompt, so what is decoded is the bare answer.
 """
 import json
 import shutil
@@ -18,8 +18,8 @@ import torch
 
 import crystal.model
 from crystal import checkpoint, config, lora, methods
-from crystal.config import Settings, UserError
-from crystal.layout import TAGS, THOUGHT, Format, latent_tokens
+from crystal.config import UserError
+from crystal.layout import Format
 
 
 def open_model(name, which="best", device="cpu"):
@@ -35,19 +35,18 @@ def open_model(name, which="best", device="cpu"):
         return model, Format(model.tokenizer), None
     directory = find(run, which)
     files, state = checkpoint.load(directory)
-    settings = Settings(**state["settings"])
+    settings = methods.saved_settings(state["settings"], directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
     model = crystal.model.load(settings.model, dtype, device, settings.min_pixels, settings.max_pixels)
-    method = methods.get(settings.method)(settings)
     settings.checkpointing = False
-    crystal.model.prepare(model, settings, method.latents)
-    heads = method.modules(model)
-    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad] + [(f"heads.{n}", p) for n, p in heads.named_parameters()]
-    checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
+    _, fmt = methods.attach(model, settings)
+    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
+    # A method's heads, and the encoders behind them, serve its losses alone: they stay in the checkpoint.
+    tensors = {n: t for n, t in files["trainable.safetensors"].items() if not n.startswith("heads.")}
+    checkpoint.load_parameters(named, tensors, directory)
     model.to(device)
     model.after_update()
-    model.heads = heads.to(device)
-    return model.eval(), Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought), settings
+    return model.eval(), fmt, settings
 
 
 def open_run(run, which="best", device="cpu"):
@@ -71,35 +70,24 @@ def find(run, which):
     return directory
 
 
-def chat_template(template, settings):
-    """A chat template whose generation prompt opens the answer after the thought and its latents (`--thought fixed`)."""
-    if settings.thought == "cot":  # the model writes its own thought and latents
-        prompt = TAGS[0]
-    else:
-        prompt = f"{TAGS[0]} {THOUGHT}{''.join(latent_tokens(settings.latents, settings.latent_kind))}. {TAGS[1]}{TAGS[2]}"
-    return template + "{%- if add_generation_prompt -%}{{- '" + prompt + "' -}}{%- endif -%}"
-
-
 def export(run, which="best", merged=None, adapter=None):
     """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed."""
     model, fmt, settings = open_run(run, which)
-    latents = fmt.count > 0
     if adapter and settings.tune == "lora":
         with fresh(adapter) as out:
             lora.save_adapter(out, model.hf, model.rows, settings.model)
-            save_tokenizer(model, settings, out, latents)
+            save_tokenizer(model, fmt, out)
     if merged:
         lora.merge(model.hf)
         with fresh(merged) as out:
             model.hf.save_pretrained(out)
-            save_tokenizer(model, settings, out, latents)
+            save_tokenizer(model, fmt, out)
             model.image_processor.save_pretrained(out)
 
 
-def save_tokenizer(model, settings, out, latents):
+def save_tokenizer(model, fmt, out):
     template = model.tokenizer.chat_template
-    if latents:
-        model.tokenizer.chat_template = chat_template(template, settings)
+    model.tokenizer.chat_template = fmt.chat_template()
     model.tokenizer.save_pretrained(out)
     model.tokenizer.chat_template = template
 

@@ -6,6 +6,7 @@ B questions, L prompt length (left-padded), P patches.
 """
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 if not __package__:
@@ -14,14 +15,16 @@ if not __package__:
 import torch
 
 from crystal import config, data
+from crystal.bottleneck import additive_mask
 from crystal.export import open_model
 
 
 @torch.no_grad()
-def generate(model, prompts, fmt, max_new_tokens=64):
+def generate(model, prompts, fmt, max_new_tokens=64, biases=None):
     """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of decoded answers.
 
-    What stands in an answer after `<answer>`, if the model wrote one, else all of it; special tokens removed, trimmed.
+    biases: function (batch) -> [bottleneck.Bias] over the prompts, as a method's `biases`; what is generated sees of its
+    prompt what the prompt's last row sees. What stands in an answer after `<answer>`, if the model wrote one, else all of it; special tokens removed, trimmed.
     """
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
     pad = model.tokenizer.pad_token_id
@@ -34,14 +37,16 @@ def generate(model, prompts, fmt, max_new_tokens=64):
     if any(p is not None for _, p, _ in prompts):
         images = {"pixel_values": torch.cat([p for _, p, _ in prompts if p is not None]).to(model.device, model.hf.dtype),
                   "image_grid_thw": torch.cat([g for _, _, g in prompts if g is not None]).to(model.device)}
-    out = model.hf.generate(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device),
-                            mm_token_type_ids=(input_ids == fmt.image).int().to(model.device), **images,
-                            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad)
+    batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+    blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+    with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
+        out = model.hf.generate(**batch, mm_token_type_ids=(input_ids == fmt.image).int().to(model.device), **images,
+                                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad)
     answers = []
     for ids in out[:, L:].tolist():
-        if fmt.count and fmt.open in ids:
+        if fmt.open in ids:
             ids = ids[ids.index(fmt.open) + 1 :]
-        if fmt.count and fmt.close in ids:
+        if fmt.close in ids:
             ids = ids[: ids.index(fmt.close)]
         answers.append(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
     return answers
@@ -57,10 +62,10 @@ def main(argv=None):
     parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
     args = parser.parse_args(argv)
     model, fmt, _ = open_model(args.model, args.checkpoint)
-    images = [data.load_image(path, "--image") for path in args.image]
+    images = [data.load_image(path, "--image") for path in args.image for _ in range(fmt.copies)]
     out = model.image_processor(images=images, return_tensors="pt") if images else {}
     counts = model.image_tokens(out["image_grid_thw"]) if images else []
-    ids, _, _ = fmt.question([("user", "<image>" * len(images) + args.question)], counts, args.latents)
+    ids, _, _ = fmt.question([("user", "<image>" * len(args.image) + args.question)], counts, args.latents)
     print(generate(model, [(ids, out.get("pixel_values"), out.get("image_grid_thw"))], fmt, args.max_new_tokens)[0])
 
 

@@ -1,15 +1,21 @@
 """The dual path (section 3.3): intact latents replace the corrupted path's at every decoder layer.
 
-B pairs, L sequence length, D hidden size, G key/value heads, d head size. Both paths run in one batch of 2B rows, the
-intact half first; they share token ids, image grids and positions, so a position means the same in both.
+B pairs, L sequence length, P length of a packed sequence, D hidden size, H query heads, G key/value heads, d head size.
+Both paths share token ids, image grids and positions, so a position means the same in both.
 
-Two ways of sharing that give the same logits, losses and gradients:
-    hidden   the paper's words: before each layer, rows of hidden states are replaced
-    kv       a layer mixes rows in attention alone, where another row is seen only through its key and value; so it is
-             enough to replace those: 2 G d numbers a row instead of D (1024 instead of 3584 in Qwen2.5-VL-7B)
+Three ways of sharing that give the same logits, losses and gradients:
+    hidden   the paper's words: both paths in one batch of 2B rows, the intact half first; before each layer, rows of
+             hidden states are replaced
+    kv       the same batch; a layer mixes rows in attention alone, where another row is seen only through its key and
+             value; so it is enough to replace those: 2 G d numbers a row instead of D (1024 instead of 3584 in Qwen2.5-VL-7B)
+    packed   one sequence a pair, in which what both paths share stands once; a block mask keeps them apart
 Gradient flows through the copy into the intact path: that is what crystallises the latents.
 """
+from dataclasses import dataclass
+
 import torch
+
+from crystal.bottleneck import Bias
 
 
 class LatentCopy:
@@ -21,7 +27,7 @@ class LatentCopy:
 
     def __init__(self, copied, realisation):
         if realisation not in ("hidden", "kv"):
-            raise ValueError(f"realisation {realisation!r}: choose hidden or kv")
+            raise ValueError(f"realisation {realisation!r}: choose hidden, kv or packed")
         self.copied, self.realisation = copied, realisation
 
     def states(self, h):
@@ -43,12 +49,70 @@ def _share(x, mask):
     return torch.cat([x_int, torch.where(mask, x_int, x_cor)])
 
 
+@dataclass
+class Packed:
+    """Both paths of every pair in one sequence of P rows, right-padded; what both have in common stands once:
+
+        prefix | I_cor Q thought | I_int Q thought latents | rest and answer (int) | rest and answer (cor)
+
+    The copied rows end the third part; the second is empty of them. Where the whole thought is copied (`released`):
+    prefix | I_cor Q | I_int Q thought | answer (int) | answer (cor).
+
+    source           [B,P], the position in the unpacked sequence that a packed row stands for; -1 pads
+    at_int, at_cor   [B,L], where an unpacked position of a path stands in the packed sequence (the corrupted path's copied
+                     ones: at the intact row); 0 at padding
+    blocks           bottleneck.Bias: who may not look at whom, beyond causality
+    """
+    source: torch.Tensor
+    at_int: torch.Tensor
+    at_cor: torch.Tensor
+    blocks: list
+
+    def unpack(self, x):
+        """x [B,h,P,d] -> [2B,h,L,d], the intact half first, as the other realisations have it."""
+        take = lambda at: x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return torch.cat([take(self.at_int), take(self.at_cor)])
+
+
+def pack(attention_mask, image, copied):
+    """attention_mask [B,L]; image bool [B,L], the image tokens; copied bool [B,L] -> Packed.
+
+    Raises ValueError where copied rows are not one run of positions: a row of the corrupted path's own between two of
+    them would have to stand before one and after the other.
+    """
+    (B, L), device = attention_mask.shape, attention_mask.device
+    at = torch.zeros(2, B, L, dtype=torch.long, device=device)
+    rows, parts = [], []
+    for b in range(B):
+        n, first = int(attention_mask[b].sum()), int(image[b].int().argmax())  # the prefix ends where the first image begins
+        run = copied[b].nonzero()[:, 0].tolist() or [n]
+        start, end = run[0], run[-1] + 1 if copied[b].any() else n
+        if int(copied[b].sum()) not in (0, end - start):
+            raise ValueError(f"pair {b}: realisation packed needs the copied rows in one run, not at {run}")
+        bounds = [(0, first), (first, start), (first, end), (end, n), (end, n)]
+        rows.append(torch.cat([torch.arange(*bound, device=device) for bound in bounds]))
+        parts.append(torch.cat([torch.full((hi - lo,), i, device=device) for i, (lo, hi) in enumerate(bounds)]))
+        place = torch.arange(len(rows[b]), device=device)
+        for path, own in enumerate(((0, 2, 3), (0, 1, 4))):
+            mine = torch.isin(parts[b], torch.tensor(own, device=device))
+            at[path, b, rows[b][mine]] = place[mine]
+    at_int, at_cor = at
+    source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # [B,P]
+    part = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)   # [B,P]
+    lent = copied.gather(1, source.clamp(min=0)) & (part == 2)                          # [B,P], the rows that both paths see
+    blocks = [Bias((part == 2) | (part == 3), part == 1), Bias(part == 4, (part == 2) & ~lent | (part == 3))]
+    return Packed(source, at_int, torch.where(copied, at_int, at_cor), blocks)
+
+
 def dual_forward(model, batch, copied, realisation, tap=None):
     """Both paths through the model -> last hidden states (h_int [B,L,D], h_cor [B,L,D]).
 
     batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for two paths that
     share nothing. tap: an attention.AttentionTap whose rows and columns are those of both halves, [2B, ...].
+    Nobody may read a copied row of h_cor: there each realisation leaves something else.
     """
+    if realisation == "packed":
+        return packed_forward(model, batch, copied, tap)
     twice = dict(
         input_ids=batch["input_ids"].repeat(2, 1),
         attention_mask=batch["attention_mask"].repeat(2, 1),
@@ -58,3 +122,28 @@ def dual_forward(model, batch, copied, realisation, tap=None):
     )
     copy = None if copied is None else LatentCopy(copied, realisation)
     return model.hidden(twice, latent_copy=copy, tap=tap).chunk(2)
+
+
+def packed_forward(model, batch, copied, tap=None):
+    """dual_forward in its packed realisation: one sequence a pair, P < 2L rows, and no copy, for the row stands once."""
+    image = batch["mm_token_type_ids"] == 1                                            # [B,L]
+    p = pack(batch["attention_mask"], image, torch.zeros_like(image) if copied is None else copied)
+    real, at = p.source >= 0, p.source.clamp(min=0)                                    # [B,P] each
+    # Images in sequence order: each pair's corrupted ones, then its intact ones.
+    tokens = image.sum(1)                                                              # [B]
+    patches = (tokens * model.image_processor.merge_size ** 2).tolist()
+    ends = batch["image_grid_thw"].prod(-1).cumsum(0)                                  # [I], patches up to each image's end
+    owner = torch.searchsorted(torch.tensor(patches, device=ends.device).cumsum(0), ends)  # [I], whose each image is
+    grids = [batch["image_grid_thw"][owner == b] for b in range(len(tokens))]
+    pixels = zip(batch["pixel_values_cor"].split(patches), batch["pixel_values"].split(patches))
+    inputs = dict(
+        input_ids=batch["input_ids"].gather(1, at).masked_fill(~real, model.tokenizer.pad_token_id),
+        attention_mask=real.long(),
+        pixel_values=torch.cat([x for both in pixels for x in both]),
+        image_grid_thw=torch.cat([g.repeat(2, 1) for g in grids]),
+        position_ids=model.positions(batch).gather(2, at[None].expand(3, -1, -1)),     # [3,B,P], those of the unpacked sequence
+    )
+    # Queries and keys go to the tap as the unpacked paths have them: there causality alone says who sees whom.
+    unpacked = tap and (lambda layer, q, k, scale: tap(layer, p.unpack(q), p.unpack(k), scale))
+    h = model.hidden(inputs, tap=unpacked, biases=p.blocks)                            # [B,P,D]
+    return p.unpack(h[:, None])[:, 0].chunk(2)

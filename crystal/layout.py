@@ -44,7 +44,14 @@ class Format:
 
     tokenizer: a transformers tokenizer, or anything with its `encode`, `apply_chat_template` and
     `convert_tokens_to_ids`. What a user wrote is encoded with special tokens split, so that it stays text.
+    Without latents this is plain fine-tuning's format, with them CrystaL's; a method whose latents stand elsewhere has a
+    subclass with a `question` and a `chat_template` of its own.
+
+    count: K of the latents in a sequence. copies: how often each image stands in it. open, close: ids of the tags around
+    an answer, or None. begin, finish: ids of the tags around latents that the model feeds back to itself, or None.
     """
+    copies = 1
+    open = close = begin = finish = None
 
     def __init__(self, tokenizer, count=0, kind="diverse", thought="fixed"):
         self.tokenizer, self.count, self.thought = tokenizer, count, thought
@@ -60,14 +67,15 @@ class Format:
     def prompt(self, turns, image_tokens):
         """Ids up to where the assistant speaks, and the positions of the image tokens.
 
-        turns: [(role, text)] with `<image>` where an image stands; the last is the user's. image_tokens: N of each image.
+        turns: [(role, text)] with `<image>` where an image stands; the last is the user's. image_tokens: N of each image,
+        once for each of its copies.
         """
         texts, messages = [], []
         for role, text in turns:
             content = []
             for i, part in enumerate(text.split("<image>")):
                 if i:
-                    content.append({"type": "image"})
+                    content += [{"type": "image"}] * self.copies
                     part = part.removeprefix("\n")  # LLaVA's files break the line after an image, the template does not
                 if part:
                     content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
@@ -96,12 +104,15 @@ class Format:
         tail = self.tokenizer.encode(". ", add_special_tokens=False) + [self.unthink]
         return head + latents + tail, list(range(len(head), len(head) + len(latents)))
 
-    def plain(self, turns, image_tokens, answer):
-        """The sequence of ordinary fine-tuning: prompt, R, <|im_end|>; R and <|im_end|> are labels."""
-        ids, image = self.prompt(turns, image_tokens)
+    def answered(self, ids, image, latents, answer):
+        """A prompt to generate from, as `question` gives it, and R and <|im_end|> after it, which are the labels -> Layout."""
         start = len(ids)
         ids = ids + self.text(answer) + [self.end]
-        return Layout(ids, next_tokens(ids, start), image, answer=(start, len(ids)), rows=list(range(start - 1, len(ids) - 1)))
+        return Layout(ids, next_tokens(ids, start), image, latents=latents, answer=(start, len(ids)), rows=list(range(start - 1, len(ids) - 1)))
+
+    def plain(self, turns, image_tokens, answer):
+        """The sequence of ordinary fine-tuning."""
+        return self.answered(*self.prompt(turns, image_tokens), [], answer)
 
     def latent(self, turns, image_tokens, answer, steps=(), labels="all"):
         """The sequence of a method with latents. labels: "all" that the assistant says, or the "answer" and its end alone.
@@ -133,6 +144,18 @@ class Format:
             return ids + [self.think], image, []
         thought, offsets = self.thinking(drop=latents == "drop")
         return ids + thought + [self.open], image, [len(ids) + i for i in offsets]
+
+    def chat_template(self):
+        """The tokenizer's chat template with the generation prompt of `question`, for tools that know nothing of crystal."""
+        template = self.tokenizer.chat_template
+        if not self.count:
+            return template
+        if self.thought == "cot":  # the model writes its own thought and latents
+            prompt = TAGS[0]
+        else:
+            latents = "".join(self.tokenizer.convert_ids_to_tokens(self.latents))
+            prompt = f"{TAGS[0]} {THOUGHT}{latents}. {TAGS[1]}{TAGS[2]}"
+        return template + "{%- if add_generation_prompt -%}{{- '" + prompt + "' -}}{%- endif -%}"
 
 
 def next_tokens(ids, start):

@@ -131,6 +131,47 @@ def total(terms, weights):
     return sum(weights[name] * term for name, term in terms.items())
 
 
+# ---- VaLR: latents aligned to the patches of frozen encoders ---------------------------------------------------------
+
+def upsample_latents(f, P):
+    """States of the K latents of one segment, drawn out linearly along K to P patches -> [*,P,D]. f [*,K,D].
+
+    Patch p sits at (p + 1/2) K / P - 1/2 between the latents, and beyond the outer ones takes theirs. P = K changes nothing.
+    """
+    flat = f.flatten(0, -3) if f.ndim > 3 else f.reshape(-1, *f.shape[-2:])
+    drawn = torch.nn.functional.interpolate(flat.transpose(1, 2), size=P, mode="linear", align_corners=False).transpose(1, 2)
+    return drawn.reshape(*f.shape[:-2], P, f.shape[-1])
+
+
+def patch_alignment(F_hat, F):
+    """L_REPA of one pair and one encoder: -1/(NP) sum of cosine(F_hat, F) over N segments and P patches -> scalar in [-1, 1].
+
+    F_hat [N,P,E]: up-sampled and projected latents. F [P,E]: the encoder's patch features, the same for all segments, or [N,P,E].
+    """
+    return -torch.nn.functional.cosine_similarity(_wide(F_hat), _wide(F).expand_as(F_hat), dim=-1).mean()
+
+
+# ---- LaViT: what a teacher saw and where it looked (its eq. 6 and 7; K latents, N image tokens) ----------------------
+
+def semantics(predicted, V_sem):
+    """Eq. 6 of LaViT: 1 - cosine of the projected latent and the teacher's semantics -> [B] in [0, 2]. Both [B,E]."""
+    return 1 - torch.nn.functional.cosine_similarity(_wide(predicted), V_sem.to(_wide(predicted).dtype), dim=-1)
+
+
+def gaze(A, target, cols):
+    """Eq. 7 of LaViT: KL(teacher's gaze || a latent's), summed over the latents -> [B].
+
+    A [B,K,N]: the latents' attention weights on the image, already averaged over layers and heads; renormalised here over
+    the N columns. target [B,N]: probabilities, 0 where the teacher's top-k left nothing: such a column counts through A's
+    normalisation alone. A pair whose target is all 0 has no gaze to learn and gives 0. cols [B,N]: positions, -1 padded.
+    """
+    log_q = _log_share(_wide(A), cols)                                                  # [B,K,N]
+    p = _wide(target)
+    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log().masked_fill(p == 0, -1e30)     # p log p is then exactly 0
+    kl = _kl(log_p[:, None].expand_as(log_q), log_q)                                    # [B,K]
+    return kl.sum(1).masked_fill(~p.any(-1), 0.0)
+
+
 # ---- what they share -------------------------------------------------------------------------------------------------
 
 def _wide(x):

@@ -7,6 +7,7 @@ transformers' own forward runs untouched. What crystal adds reaches it by three 
 registered attention function, a pre-hook on each decoder layer, and keywords of the forward that travel to both.
 """
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 
 from crystal.bottleneck import additive_mask
 from crystal.config import UserError
-from crystal.layout import new_tokens
 from crystal.lora import TokenRows, add_lora
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -45,12 +45,14 @@ FAMILIES = {
 
 # --- attention ---------------------------------------------------------------------------------------------------
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, latent_copy=None, tap=None, **_):
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, latent_copy=None, tap=None, kv_cache=None, **_):
     """The decoder's attention: torch's SDPA, with the corrupted path's copied columns and the slice of eq. 5.
 
     query [B,H,L,d], key and value [B,G,L,d] -> ([B,L,H,d], None). attention_mask: None (causal), a bool mask, or an
-    additive one; scores are never written out.
+    additive one; scores are never written out. kv_cache: see feedback.py.
     """
+    if kv_cache is not None:
+        key, value = kv_cache(module.layer_idx, key, value)
     if latent_copy is not None:
         key, value = latent_copy.keys_values(key, value)
     if tap is not None:
@@ -171,6 +173,31 @@ class Model(nn.Module):
                              pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"],
                              latent_copy=latent_copy, tap=tap).last_hidden_state
 
+    @contextmanager
+    def seeing(self, mask):
+        """Inside, a cached forward sees `mask`, the additive mask [B,1,L,L] of a prompt (bottleneck.additive_mask), padding included.
+
+        The first forward is the prompt's; a row after it sees of the prompt what the prompt's last row sees, and every
+        generated row up to itself.
+        """
+        seen, L = 0, mask.shape[-1]
+
+        def replace(module, args, kwargs):
+            nonlocal seen
+            n = kwargs["inputs_embeds"].shape[1]
+            now, seen = mask, seen + n
+            if seen > L:
+                old = mask[:, :, -1:].expand(-1, -1, n, -1)                                    # [B,1,n,L]
+                new = torch.full((n, seen - L), float("-inf"), dtype=mask.dtype, device=mask.device).triu(seen - L - n + 1)
+                now = torch.cat([old, new.expand(len(mask), 1, -1, -1)], -1)                   # [B,1,n,seen]
+            return args, {**kwargs, "attention_mask": now}
+
+        hook = self.hf.model.language_model.register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def logits(self, h):
         """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads, and no others."""
         return self.hf.lm_head(h)
@@ -223,20 +250,20 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     return Model(hf, tokenizer, image_processor, FAMILIES[config.model_type], name)
 
 
-def prepare(model, settings, latents):
-    """Makes a loaded model trainable as the settings say: new tokens, then adapters or full weights.
+def prepare(model, settings, tokens=()):
+    """Makes a loaded model trainable as the settings say: new tokens, and adapters, full weights or neither.
 
-    latents: whether the method uses latent tokens. Token rows come first and stay trainable whatever is frozen after
+    tokens: the new special tokens of the method. Token rows come last and stay trainable whatever was frozen before
     them. The vision tower trains only if its adapters are asked for; otherwise nothing in it needs a graph.
     """
     if settings.tune == "lora":
         model.add_adapters(settings)
-    else:
+    elif settings.tune == "full":
         model.hf.model.language_model.requires_grad_(True)
         for weight in (model.hf.get_input_embeddings().weight, model.hf.lm_head.weight):
             weight.requires_grad_(False)  # of the vocabulary only the new rows train
-    if latents:
-        model.add_tokens(new_tokens(settings.latents, settings.latent_kind), settings.seed)
+    if tokens:
+        model.add_tokens(tokens, settings.seed)
     if settings.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

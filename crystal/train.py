@@ -9,6 +9,7 @@ B pairs per process and forward; an update sees B x accumulation x processes of 
 update's pairs, whatever the numbers of processes and forwards that share them.
 """
 import gc
+import itertools
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository root, not this folder, is where imports start
@@ -30,7 +31,6 @@ from tqdm import tqdm
 import crystal.model
 from crystal import checkpoint, config, data, methods, processes
 from crystal.config import UserError
-from crystal.layout import Format
 from crystal.losses import total
 
 
@@ -48,17 +48,19 @@ class Objective(nn.Module):
 
 
 def learning_rate(step, settings):
-    """Learning rate of update `step` (from 0): linear warm-up over a share of the steps, then a cosine to 0."""
-    warmup = math.ceil(settings.warmup * settings.max_steps)
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, settings.max_steps - warmup)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    """Learning rate of update `step` (from 0): in each stage a linear warm-up over a share of its steps, then a cosine (or a line) to 0."""
+    stage = settings.progress(step).stage
+    start, stop = settings.span(stage)
+    peak, warmup = settings.stages[stage].lr, math.ceil(settings.warmup * (stop - start))
+    if step - start < warmup:
+        return peak * (step - start + 1) / warmup
+    behind = (step - start - warmup) / max(1, stop - start - warmup)
+    return peak * (0.5 * (1 + math.cos(math.pi * behind)) if settings.decay == "cosine" else 1 - behind)
 
 
 def main(argv=None):
     # ------------------------------------------------------------------------------------------------- settings
-    settings = config.parse(argv)
+    settings = methods.parse(argv)
     run = settings.run_dir
 
     # ------------------------------------------------------------------------------------------------ processes
@@ -74,19 +76,19 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=weights_dtype != dtype)
 
     # ----------------------------------------------------------------------------------------------------- model
-    method = methods.get(settings.method)(settings)
     with procs.first():  # a hub name is downloaded once
         model = crystal.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
-    crystal.model.prepare(model, settings, method.latents)
-    fmt = Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought)
+    method, fmt = methods.attach(model, settings)
     objective = Objective(model, method, autocast).to(device).train()
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    if not named:
+        raise UserError(f"--tune {settings.tune}: with --method {settings.method} nothing is left to train")
     count = sum(p.numel() for _, p in named)
     procs.print(f"{settings.method} on {settings.model}: {count:,} trainable of {sum(p.numel() for p in objective.parameters()):,} parameters, "
                 f"{procs.world} process(es) on {device.type}, {weights_dtype}".replace("torch.", ""))
 
     # ------------------------------------------------------------------------------------------------------ data
-    train_set, val_set = open_data(settings, method, model, fmt, procs)
+    train_sets, val_set = open_data(settings, method, model, fmt, procs)  # one to train on for each stage
     pad = model.tokenizer.pad_token_id
 
     # ------------------------------------------------------------------------------------------------- optimiser
@@ -123,8 +125,7 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------------ loop
     wrapped = procs.wrap(objective)
-    order = data.Order(len(train_set), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, step, settings.max_steps)
-    batches = data.loader(train_set, order, pad, settings.workers, processes.ignore_signals)
+    batches = itertools.chain.from_iterable(stage_batches(i, train_set, step, settings, pad, procs) for i, train_set in enumerate(train_sets))
     board = tensorboard(run) if settings.tensorboard and procs.is_first else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not (procs.is_first and sys.stderr.isatty()))
     log = open(run / "metrics.jsonl", "a") if procs.is_first else None
@@ -144,7 +145,7 @@ def main(argv=None):
             # Dropout is seeded by update, part and rank, so a resumed run draws what the unbroken one would have.
             torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
             with procs.no_sync(wrapped, part < settings.accumulation - 1):
-                terms = wrapped(batch, step / settings.max_steps)
+                terms = wrapped(batch, settings.progress(step))
                 loss = weighted(terms, method, settings)  # eq. 6
                 (loss / settings.accumulation).backward()
             for name, value in {"loss": loss, **terms}.items():
@@ -166,7 +167,7 @@ def main(argv=None):
             line = {"step": step, **means, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
                     "tokens_per_s": tokens / (time.perf_counter() - started), "peak_memory_gb": peak_memory(device)}
             write(log, board, line)
-            bar.set_postfix({n: f"{v:.3f}" for n, v in means.items() if n in settings.weights or n == "loss"}, refresh=False)
+            bar.set_postfix({n: f"{v:.3f}" for n, v in means.items() if n not in method.watched}, refresh=False)
             bar.update()
             if bar.disable and (step % settings.log_every == 0 or step == settings.max_steps):
                 print(f"step {step}/{settings.max_steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in means.items()) + f"  {line['tokens_per_s']:.0f} tokens/s", flush=True)
@@ -204,21 +205,18 @@ def main(argv=None):
 
 
 def open_data(settings, method, model, fmt, procs):
-    """Settings -> (training Examples, validation Examples or None), with what was dropped or broken reported."""
-    paths = {"train": settings.data, "val": settings.val_data}
-    root = settings.image_root
-    if not settings.data:
+    """Settings -> (training Examples of each stage, validation Examples or None), with what was dropped or broken reported."""
+    stages, root = settings.stages, settings.image_root
+    train, val = [stage.data or settings.data for stage in stages], settings.val_data
+    if not all(train):
         from data_prep import toy
         root = "runs/toy"
         with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(root, seed=settings.seed)
-        paths = {"train": f"{root}/train.jsonl", "val": f"{root}/val.jsonl"}
+        train, val = [path or f"{root}/train.jsonl" for path in train], val or f"{root}/val.jsonl"
     corruption = data.corruption_of(settings) if method.corrupts else None
-    sets = {}
-    for split, path in paths.items():
-        if not path:
-            sets[split] = None
-            continue
+    known = {}  # what a file holds, since stages may share it
+    for split, path in [("train", path) for path in dict.fromkeys(train)] + [("val", val)] * bool(val):
         records, dropped = data.read(path, root, settings.turns)
         broken = [r for r in records if isinstance(r, data.RecordError)]
         if broken and settings.on_bad_record == "stop":
@@ -232,9 +230,21 @@ def open_data(settings, method, model, fmt, procs):
             records = records[: settings.eval_records]
         procs.print(f"{split}: {len(records)} records of {path}" + (f"; {dropped} later turns left out (--turns all makes records of them)" if dropped else "")
                     + (f"; {len(broken)} broken ones skipped, see {settings.run_dir}/bad_records.jsonl" if broken else ""))
-        sets[split] = data.Examples(records, lambda record, n: method.layout(fmt, record, n), model.image_processor, corruption,
-                                    settings.seed + (split == "val"), settings.on_bad_record == "skip")
-    return sets["train"], sets["val"]
+        known[split, path] = records
+
+    def examples(split, path, stage):
+        return data.Examples(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, corruption,
+                             settings.seed + (split == "val"), settings.on_bad_record == "skip", copies=fmt.copies, extras=method.extras)
+
+    return [examples("train", path, i) for i, path in enumerate(train)], examples("val", val, len(stages) - 1) if val else None
+
+
+def stage_batches(stage, examples, step, settings, pad, procs):
+    """This rank's batches of a stage (from 0), from update `step` of the run on; a stage that lies behind has none."""
+    start, stop = settings.span(stage)
+    order = data.Order(len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, max(start, step), stop)
+    if step < stop:
+        yield from data.loader(examples, order, pad, settings.workers, processes.ignore_signals)
 
 
 def report_bad(lines, count, step, settings, run, procs):
@@ -266,7 +276,7 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
     sums, seen = {}, 0
     for batch in data.loader(examples, batches, pad):
         batch = data.to_device(batch, procs.device, dtype)
-        terms = objective(batch, 1.0)
+        terms = objective(batch, settings.progress(settings.max_steps))  # the model as it will be asked, whatever stage it is in
         pairs = len(batch["input_ids"])
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value) * pairs
@@ -279,8 +289,8 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
 
 
 def weighted(terms, method, settings):
-    """Eq. 6 over what trains: a term that the settings do not know has weight 1, a watched one is left out."""
-    trained = {n: t for n, t in terms.items() if n not in getattr(method, "watched", ())}
+    """Eq. 6 over what trains: a term that the settings give no weight has weight 1, a watched one is left out."""
+    trained = {n: t for n, t in terms.items() if n not in method.watched}
     return total(trained, {n: settings.weights.get(n, 1.0) for n in trained})
 
 
@@ -303,7 +313,8 @@ def restore(directory, settings, objective, optimizer, named, procs):
     files, state = checkpoint.load(directory)
     if state["pairs"] != pairs(settings, procs):
         raise UserError(f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; keep batch_size x accumulation x processes")
-    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "max_steps", "lr", "lr_rows"):
+    own = [f.name for f in fields(settings) if f.name not in {f.name for f in fields(config.Settings)}]  # the method's
+    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "max_steps", "lr", "lr_rows", "decay", *own):
         if state["settings"][name] != getattr(settings, name):
             raise UserError(f"{directory}: was made with --{name} {state['settings'][name]}, not {getattr(settings, name)}; a resume keeps it")
     checkpoint.load_parameters(named, files["trainable.safetensors"], directory)

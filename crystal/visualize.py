@@ -22,10 +22,11 @@ from PIL import Image
 
 from crystal import config, data, methods
 from crystal.attention import AttentionTap
-from crystal.config import Settings, UserError
+from crystal.config import Settings, UserError, layers_of
 from crystal.corrupt import LEVELS, MODES, corrupt
 from crystal.export import open_model
 from crystal.latent_copy import dual_forward
+from crystal.methods.crystal import Settings as CrystalSettings
 
 UNITS = {"blur": "r = {:g} px", "mask": "s = {:g}", "crop": "s = {:g}", "jigsaw": "ρ = {:g}", "color": "s = {:g}", "noise": "σ = {:g}", "impulse": "s = {:g}"}
 PATHS = ("intact", "corrupted")
@@ -178,7 +179,7 @@ def answer_attention(model, batch, settings, layers, copied=None):
     image = batch["image"][:, : h * w]                                             # [1,N]; the first image's come first
     cols = torch.cat([image, batch["latents"]], 1)                                 # [1,N+K]
     tap = AttentionTap(layers, row.repeat(2, 1), cols.repeat(2, 1), "weights")
-    states = torch.cat(dual_forward(model, batch, copied, settings.realisation, tap))  # [2,L,D]
+    states = torch.cat(dual_forward(model, batch, copied, getattr(settings, "realisation", "kv"), tap))  # [2,L,D]
     weights = torch.stack([x.mean(1)[:, 0] for x in tap.slices.values()]).mean(0).float().cpu()  # [2,N+K]
     return AnswerAttention(weights[:, : h * w].unflatten(1, (h, w)), weights[:, h * w :], 1 - weights.sum(1),
                            model.logits(states[:, int(row)]).float().cpu())
@@ -196,7 +197,7 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
     """Where the answer looks in both paths, a line per record, as in figures 14 to 16 -> path of the PNG.
 
     settings: of the run, or None for a model that is not one. layers: set of decoder layers, None for all. corruption:
-    (mode, low, high), the settings' own by default. Brightness is the mean over heads and layers of true softmax weights,
+    (mode, low, high), by default the settings' own, else CrystaL's. Brightness is the mean over heads and layers of true softmax weights,
     one scale for both paths of a record; boxes are the record's. What a path says is its greedy first token, green where
     the reference has it too. RecordError: no image, or boxes that are not four numbers each.
     """
@@ -205,7 +206,7 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
     settings = settings or Settings(method="sft")
     method = methods.get(settings.method)(settings)
     layers = set(range(len(model.layers))) if layers is None else layers
-    mode, low, high = corruption = corruption or data.corruption_of(settings)
+    mode, low, high = corruption = corruption or data.corruption_of(settings if method.corrupts else CrystalSettings())
     strength = UNITS[mode].format(low) + (f" to {high:g}" if high > low else "")
     # A veil that lifts where the answer looks: colours stay true, and a question may be about them.
     veil = LinearSegmentedColormap.from_list("veil", [(0, 0, 0, 0.8), (0, 0, 0, 0)])
@@ -214,7 +215,7 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
     which = "all layers" if len(layers) == len(model.layers) else f"layers {', '.join(map(str, sorted(layers)))}"
     fig.suptitle(f"Attention of the token that predicts the answer, mean over heads and {which}\ncorruption: {mode}, {strength}", fontsize=10)
     for line, record in zip(lines, records):
-        examples = Seen([record], lambda r, n: method.layout(fmt, r, n), model.image_processor, corruption, settings.seed)
+        examples = Seen([record], lambda r, n: method.layout(fmt, r, n), model.image_processor, corruption, settings.seed, copies=fmt.copies)
         batch = data.to_device(data.collate([examples.build(0, 0) | {"bad": []}], model.tokenizer.pad_token_id), model.device, model.hf.dtype)
         copied = method.copied(batch) if hasattr(method, "copied") else None
         seen = answer_attention(model, batch, settings, layers, copied)
@@ -289,7 +290,7 @@ def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", 
         raise UserError(f"{data_path}: no record with an image")
     paths.append(corruption_grid(data.load_image(chosen[0].images[0], chosen[0].where), out / "corruptions.png"))
     model, fmt, settings = open_model(run_dir, which)
-    layers = Settings(attn_layers=attn_layers).layers(len(model.layers))
+    layers = layers_of(attn_layers, len(model.layers))
     paths.append(attention_maps(model, fmt, settings, chosen, out / "attention.png", layers))
     return paths
 

@@ -10,8 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import crystal.model
-from crystal import config, data, methods
-from crystal.layout import Format
+from crystal import data, methods
 from crystal.train import Objective
 
 
@@ -73,11 +72,9 @@ def records_file(tmp_path_factory):
 def setup(model_dirs, records_file):
     """setup(*flags, tied=, dtype=, which=) -> settings, model, method, objective, fmt, batch: one step's ingredients."""
     def make(*flags, tied=True, dtype=torch.float64, which=None):
-        settings = config.parse(["--latents", "3", "--lora_r", "2", "--model", str(model_dirs[tied]), *flags])
-        method = methods.get(settings.method)(settings)
+        settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(model_dirs[tied]), *flags])
         model = crystal.model.load(settings.model, dtype)
-        crystal.model.prepare(model, settings, method.latents)
-        fmt = Format(model.tokenizer, settings.latents if method.latents else 0, settings.latent_kind, settings.thought)
+        method, fmt = methods.attach(model, settings)
         objective = Objective(model, method).train()
         g = torch.Generator().manual_seed(1)
         with torch.no_grad():  # a fresh adapter's B is 0: nothing behind it would have a gradient
@@ -86,7 +83,8 @@ def setup(model_dirs, records_file):
                     p.copy_(torch.randn(p.shape, generator=g) * 0.1)
         records, _ = data.read(records_file)
         records = [records[i] for i in which] if which is not None else records
-        examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings) if method.corrupts else None)
+        examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings) if method.corrupts else None,
+                                 copies=fmt.copies, extras=method.extras)
         batch = data.collate([examples[0, i] for i in range(len(records))], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, torch.device("cpu"), dtype)
         named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]

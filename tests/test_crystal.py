@@ -3,9 +3,8 @@ import pytest
 import torch
 from conftest import gradients
 
-from crystal.config import PRESETS
 from crystal.layout import IGNORE
-from crystal.methods.crystal import mask_of, positions
+from crystal.methods.crystal import PRESETS, mask_of, positions
 
 TERMS = {"paper": ("ce_int", "ce_cor", "kl", "attn"), "released": ("ce", "kl", "attn")}
 

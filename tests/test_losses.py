@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crystal.losses import (attn_frobenius, attn_kl, attn_kl_heads_mean, attn_loss, attn_mse, ce_rows, kl_rows,
-                            mean_per_pair, slice_kind, total)
+                            mean_per_pair, patch_alignment, slice_kind, total, upsample_latents)
 
 INF = float("inf")
 f64 = torch.float64
@@ -291,3 +291,30 @@ def test_dispatch_and_total():
     loss = total(terms, {"ce": 1.0, "kl": 0.5, "attn": 9.0})
     loss.backward()
     assert loss == 3.5 and terms["ce"].grad == 1.0 and terms["kl"].grad == 0.5
+
+
+# ---- VaLR: alignment to patches --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K, P", [(4, 4), (3, 7), (16, 64), (16, 5), (1, 6)])
+def test_upsampling_is_linear_along_the_latents(K, P):
+    f = normal(2, K, 5)
+    expected = torch.empty(2, P, 5, dtype=f64)
+    for p in range(P):
+        place = min(max((p + 0.5) * K / P - 0.5, 0.0), K - 1.0)
+        low = int(place)
+        expected[:, p] = f[:, low] + (place - low) * (f[:, min(low + 1, K - 1)] - f[:, low])
+    close(upsample_latents(f, P), expected)
+    close(upsample_latents(f[0], P), expected[0])
+    assert K != P or torch.equal(upsample_latents(f, P), f)
+
+
+def test_patch_alignment_is_minus_the_mean_cosine():
+    F_hat, F = normal(2, 6, 4), normal(6, 4, seed=1, scale=30.0)
+    cosine = lambda a, b: math.fsum(x * y for x, y in zip(a, b)) / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+    naive = lambda target: -math.fsum(cosine(F_hat[n, p].tolist(), target[n, p].tolist()) for n in range(2) for p in range(6)) / 12
+    close(patch_alignment(F_hat, F), torch.tensor(naive(F.expand(2, 6, 4)), dtype=f64))
+    own = normal(2, 6, 4, seed=2)
+    close(patch_alignment(F_hat, own), torch.tensor(naive(own), dtype=f64))
+    close(patch_alignment(3 * F, F), torch.tensor(-1.0, dtype=f64))
+    assert patch_alignment(F_hat.bfloat16(), F.float()).dtype == torch.float32
+    assert torch.autograd.gradcheck(lambda x: patch_alignment(upsample_latents(x, 6), F), normal(2, 4, 4).requires_grad_())

@@ -50,7 +50,7 @@ def test_answer_attention_equals_a_full_softmax(setup, flags, which, layers):
     s = setup(*flags)
     s.model.eval()
     batch = one(s, which)
-    copied = s.method.copied(batch) if s.method.latents else None
+    copied = s.method.copied(batch) if s.fmt.count else None
     found = visualize.answer_attention(s.model, batch, s.settings, layers, copied)
     with torch.no_grad():
         weights, states = eager(s, batch, copied)

@@ -6,28 +6,87 @@ B pairs, L sequence length, D hidden size, H heads, M answer rows, K columns, N 
                                        |  copied at every layer
     corrupted  I_cor  Q  <think> .. latents .. </think>  <answer> R        CE_cor, student
 """
+from dataclasses import dataclass
+
 import torch
-import torch.nn as nn
 
+from crystal import config
 from crystal.attention import AttentionTap
+from crystal.config import UserError, setting
 from crystal.latent_copy import dual_forward
-from crystal.layout import IGNORE
+from crystal.layout import IGNORE, Format, new_tokens
 from crystal.losses import attn_loss, ce_rows, kl_rows, mean_per_pair, slice_kind
+from crystal.methods.sft import Method as SFT
+
+# The authors' released code (github yangzhangok/crystal, bc08a90) where it differs from the paper.
+PRESETS = {
+    "paper": {},
+    "released": dict(copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean",
+                     attn_columns="thought", lora_on="language,vision,merger", lora_dropout=0.01),
+}
 
 
-class Method:
-    latents = True
+@dataclass
+class Settings(config.Settings):
+    presets = PRESETS
+
+    # the thought
+    thought: str = setting("fixed", "words before the latents: one fixed phrase, or the record's cot", ("fixed", "cot"))
+    labels: str = setting("all", "labels of CE: all that the assistant says, or the answer alone (the thought stands in the prompt anyway)", ("all", "answer"))
+    # the corruption (eq. 3; table 5)
+    corruption: str = setting("blur", "mode S", ("blur", "mask", "crop", "jigsaw", "color", "noise", "impulse"))
+    strength_low: float = setting(None, "lower end of the uniform strength eta; default: the mode's own range")
+    strength_high: float = setting(None, "upper end of the uniform strength eta; default: the mode's own range")
+    # the dual path (section 3.3)
+    realisation: str = setting("kv", "how latents are shared: rows of hidden states, or of keys and values, or one packed sequence", ("hidden", "kv", "packed"))
+    copied: str = setting("latents", "rows that the corrupted path takes from the intact one", ("latents", "thought"))
+    # the losses (eq. 4 to 6; table 4)
+    ce: str = setting("per_path", "a token mean per path and their sum, or one mean over both paths' tokens", ("per_path", "pooled"))
+    kl_share: float = setting(1.0, "KL is the mean over this share of a pair's answer rows, the largest ones")
+    answer_rows: str = setting("predicting", "rows of KL and attention: those that predict the answer, or its own positions", ("predicting", "span"))
+    attn_loss: str = setting("kl", "kind of eq. 5", ("kl", "frobenius", "mse"))
+    attn_heads: str = setting("keep", "compare heads one by one, or their mean", ("keep", "mean"))
+    attn_columns: str = setting("latents", "columns of eq. 5; all: image and latents", ("latents", "thought", "all"))
+    attn_layers: str = setting("last", "last, all, or indices as in 12,18,24")
+    teacher_grad: bool = setting(False, "let KL and attention loss move the intact path too")
+    w_ce_int: float = setting(1.0, "weight of CE_int (and of the pooled CE)")
+    w_ce_cor: float = setting(1.0, "weight of CE_cor")
+    w_kl: float = setting(1.0, "weight of L_kl")
+    w_attn: float = setting(1.0, "weight of L_attn")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.kl_share <= 1:
+            raise UserError(f"--kl_share {self.kl_share}: must be above 0 and at most 1")
+        if (self.strength_low is None) != (self.strength_high is None):
+            raise UserError("--strength_low and --strength_high go together")
+        if self.strength_low is not None and not 0 <= self.strength_low <= self.strength_high:
+            raise UserError(f"--strength_low {self.strength_low} --strength_high {self.strength_high}: need 0 <= low <= high")
+        if self.attn_heads == "mean" and self.attn_loss != "kl":
+            raise UserError(f"--attn_heads mean goes with --attn_loss kl, not {self.attn_loss}")
+        if self.attn_layers != "all":
+            config.layers_of(self.attn_layers, 10**9)  # what is no number is told now; whether the model has the layer, later
+
+    @property
+    def weights(self):
+        """Weight of each loss term by its name (eq. 6; 1 each in paper and released code)."""
+        return {"ce": self.w_ce_int, "ce_int": self.w_ce_int, "ce_cor": self.w_ce_cor, "kl": self.w_kl, "attn": self.w_attn}
+
+
+class Method(SFT):
+    Settings = Settings
     corrupts = True
     watched = ("mass_int", "mass_cor")  # logged, not trained
 
-    def __init__(self, settings):
-        self.settings = settings
+    @property
+    def tokens(self):
+        return new_tokens(self.settings.latents, self.settings.latent_kind)
 
-    def layout(self, fmt, record, image_tokens):
+    def format(self, tokenizer):
+        return Format(tokenizer, self.settings.latents, self.settings.latent_kind, self.settings.thought)
+
+    def layout(self, fmt, record, image_tokens, stage=-1):
         return fmt.latent(record.turns, image_tokens, record.answer, record.cot, self.settings.labels)
-
-    def modules(self, model):
-        return nn.ModuleDict()  # nothing but the task supervises the latents
 
     def losses(self, model, batch, progress):
         """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor (or their pooled mean ce), kl, attn.
@@ -39,7 +98,7 @@ class Method:
         rows = self.answer_rows(batch)                                                 # [B,M]
         cols = self.columns(batch)                                                     # [B,K]
         copied = self.copied(batch)                                                    # [B,L]
-        layers, rows2 = s.layers(len(model.layers)), rows.repeat(2, 1)
+        layers, rows2 = config.layers_of(s.attn_layers, len(model.layers)), rows.repeat(2, 1)
         tap = AttentionTap(layers, rows2, cols.repeat(2, 1), slice_kind(s.attn_loss, s.attn_heads))
         mass = AttentionTap(layers, rows2, batch["latents"].repeat(2, 1), "weights")
 

@@ -1,0 +1,195 @@
+"""VaLR: latents by hidden-state feedback before every step of reasoning, aligned to what frozen vision encoders see.
+
+B records, L sequence length, N steps of a record, K latents of a segment, P patches, D and E hidden sizes of model and encoder.
+
+    <prompt> <latent> l_1 .. l_K </latent> step 1 .. <latent> l_1 .. l_K </latent> step N <answer>R</answer><|im_end|>
+
+    stage 1    the same without the segments: L_ce
+    stage 2    L_ce + lambda L_repa:  the latents' states after layer 12, up-sampled along K to the encoder's P patches,
+               through an MLP, -mean cosine with its features; mean over encoders
+
+A latent's input is the state before it (feedback.py); after K of them </latent> is forced. Neither is a label: there is
+nothing to choose. The model writes everything else itself, <latent> too. At inference no encoder is needed.
+"""
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from crystal import config, data, encoders, feedback
+from crystal.config import Stage, UserError, setting
+from crystal.layout import IGNORE, Format, Layout, next_tokens
+from crystal.losses import patch_alignment, upsample_latents
+from crystal.methods.sft import Method as SFT
+from crystal.methods.sft import cross_entropy
+
+TOKENS = ("<latent>", "</latent>", "<answer>", "</answer>")
+
+
+@dataclass
+class Settings(config.Settings):
+    # section 3 and the paper's settings; what it does not give is as everywhere here
+    latents: int = setting(16, "K, latents of a segment; there is one before every step of the record's cot")
+    tune: str = setting("full", "every weight of the language model (the paper), low-rank adapters, or nothing but the new tokens' rows", ("lora", "full", "rows"))
+    lr: float = setting(1e-5, "peak learning rate of the first stage, without latents")
+    lr_latents: float = setting(2e-6, "peak learning rate of the second stage, with latents")
+    weight_decay: float = setting(0.0, "AdamW decay; never on the vocabulary's rows")
+    first_share: float = setting(0.5, "share of the updates that the first stage takes; 0 leaves it out")
+    encoders: str = setting("tiny", "comma-separated: tiny (shipped as a recipe, random weights), a directory or hub name of DINOv3, DINOv2 or SigLIP; features:NAME:SIZE "
+                            "for precomputed ones of the records' `features`; own for the model's own image tokens; none for no alignment")
+    align_layer: int = setting(0, "decoder layer, from 1, after which the latents are aligned; 0: at 12/28 of the depth, the paper's 12 of 28")
+    w_repa: float = setting(0.5, "lambda, weight of L_repa")
+    updates: int = setting(None, "train on the parallel iteration with so many updates (feedback.py); default: the exact recurrence")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.first_share < 1:
+            raise UserError(f"--first_share {self.first_share}: a share of the updates, at least 0 and below 1")
+        if self.lr_latents <= 0 or self.w_repa < 0:
+            raise UserError("--lr_latents must be positive and --w_repa not negative")
+        if self.align_layer < 0 or (self.updates or 0) < 0:
+            raise UserError("--align_layer and --updates must not be negative")
+        for name in self.encoder_names:
+            parts = name.split(":")
+            if not name or name == "none" or (parts[0] == "features" and (len(parts) != 3 or not parts[2].isdigit() or int(parts[2]) == 0)):
+                raise UserError(f"--encoders {self.encoders}: none alone, or comma-separated names; precomputed features as features:NAME:SIZE, SIZE numbers a patch")
+
+    @property
+    def encoder_names(self):
+        return [] if self.encoders == "none" else self.encoders.split(",")
+
+    @property
+    def weights(self):
+        return {"repa": self.w_repa}
+
+    @property
+    def stages(self):
+        return [Stage("CoT", self.first_share, self.lr), Stage("latents", 1 - self.first_share, self.lr_latents)]
+
+
+class Steps(Format):
+    """Sequences with a segment of latents before every step. begin, finish: ids of <latent> and </latent>."""
+
+    def __init__(self, tokenizer, count):
+        super().__init__(tokenizer)
+        self.count = count
+        self.begin, self.finish, self.open, self.close = tokenizer.convert_tokens_to_ids(list(TOKENS))
+
+    def question(self, turns, image_tokens, latents="keep"):
+        """The prompt to generate from: (ids, image positions, no latents). Latents come, or are dropped, as the model writes (generate.py)."""
+        return *self.prompt(turns, image_tokens), []
+
+    def chat_template(self):
+        return self.tokenizer.chat_template
+
+    def steps(self, turns, image_tokens, answer, steps, latents=True):
+        """-> Layout. A record without steps has one segment, before its answer. Labels: all that the model writes itself."""
+        ids, image = self.prompt(turns, image_tokens)
+        start, places, forced = len(ids), [], set()
+        for step in steps or [""]:
+            if latents:
+                first = len(ids) + 1
+                ids = ids + [self.begin] + [self.tokenizer.pad_token_id] * self.count + [self.finish]  # no one reads a latent's id
+                places += range(first, first + self.count)
+                forced |= set(range(first, first + self.count + 1))
+            ids = ids + (self.text(step + "\n") if step else [])
+        answer_start = len(ids)
+        ids = ids + [self.open] + self.text(answer) + [self.close, self.end]
+        targets = [IGNORE if t + 1 in forced else target for t, target in enumerate(next_tokens(ids, start))]
+        return Layout(ids, targets, image, (start, answer_start), places, (answer_start, len(ids)), list(range(answer_start, len(ids) - 1)))
+
+
+class Method(SFT):
+    Settings = Settings
+
+    @property
+    def tokens(self):
+        return list(TOKENS)
+
+    def format(self, tokenizer):
+        return Steps(tokenizer, self.settings.latents)
+
+    def layout(self, fmt, record, image_tokens, stage=-1):
+        return fmt.steps(record.turns, image_tokens, record.answer, record.cot, latents=stage != 0)
+
+    def modules(self, model):
+        """Loads the encoders -> an MLP from the model's states to each encoder's features."""
+        s, D = self.settings, model.hf.config.text_config.hidden_size
+        self.layer = s.align_layer or max(1, round(12 / 28 * len(model.layers)))
+        if self.layer > len(model.layers):
+            raise UserError(f"--align_layer {self.layer}: the model has {len(model.layers)} layers")
+        self.encoders, self.projections = [], nn.ModuleDict()
+        for m, name in enumerate(s.encoder_names):
+            encoder = None if name == "own" or name.startswith("features:") else encoders.load(name, model.device)
+            E = D if name == "own" else encoder.dim if encoder else int(name.split(":")[2])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(data.seed_of(s.seed, m))
+                self.projections[str(m)] = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, E))
+            self.encoders.append(encoder)
+        return self.projections.to(model.device, torch.promote_types(model.hf.dtype, torch.float32))
+
+    def extras(self, record, images):
+        """What the encoders want of a record: pixels_m [I,3,h,w] of its images, or features_m [P,E]; and how many, images or patches_m [1]."""
+        found = {}
+        if self.settings.encoder_names and not images:
+            raise data.RecordError(f"{record.where}: field 'image': missing; there is nothing to align to (--encoders none)")
+        for m, (name, encoder) in enumerate(zip(self.settings.encoder_names, self.encoders)):
+            if encoder:
+                found |= {f"pixels_{m}": torch.stack([encoder.pixels(image) for image in images]), f"count_{m}": torch.tensor([len(images)])}
+            elif name != "own":
+                F = stored(record, name, len(images))
+                found |= {f"features_{m}": F, f"count_{m}": torch.tensor([len(F)])}
+        return found
+
+    def losses(self, model, batch, progress):
+        """{"ce"}, and in the second stage {"repa"}: means over the batch's records of token mean and of alignment."""
+        if progress.stage == 0:
+            # The projections wait for the second stage; 0 of them keeps the processes' gradients in step.
+            return {"ce": cross_entropy(model, batch) + 0 * sum(p.sum() for p in self.projections.parameters())}
+        B, L = batch["input_ids"].shape
+        fed = torch.zeros(B, L + 1, dtype=torch.bool, device=batch["input_ids"].device).scatter(1, batch["latents"] % (L + 1), True)[:, :L]
+        with own_features(model) as own:
+            h, after = feedback.forward(model, batch, fed, self.settings.updates, (self.layer,))   # [B,L,D]
+        terms = {"ce": cross_entropy(model, batch, h=h)}
+        if not self.projections:
+            return terms
+        f = [x[at].unflatten(0, (-1, self.settings.latents)) for x, at in zip(after[self.layer], fed)]  # [N,K,D] each
+        aligned = []
+        for m, projection in self.projections.items():
+            F = self.features(int(m), batch, own)                                                  # [P,E] each
+            project = lambda x: projection(x.to(projection[0].weight.dtype))
+            aligned.append(torch.stack([patch_alignment(project(upsample_latents(f[b], len(F[b]))), F[b]) for b in range(B)]).mean())
+        return terms | {"repa": torch.stack(aligned).mean()}
+
+    def features(self, m, batch, own):
+        """What encoder number m sees of each record: B tensors [P,E], the patches of all its images one after the other."""
+        if self.settings.encoder_names[m] == "own":
+            return own[0].split((batch["mm_token_type_ids"] == 1).sum(1).tolist())
+        counts = batch[f"count_{m}"][:, 0].tolist()
+        if not self.encoders[m]:
+            return [F[:n] for F, n in zip(batch[f"features_{m}"], counts)]
+        pixels = torch.cat([x[:n] for x, n in zip(batch[f"pixels_{m}"], counts)])                  # [I,3,h,w]
+        return [F.flatten(0, 1) for F in self.encoders[m](pixels).split(counts)]
+
+
+def stored(record, name, images):
+    """Precomputed features of a record's images -> [P,E]. name: features:NAME:SIZE. RecordError where file and flag disagree."""
+    _, kind, size = name.split(":")
+    found = data.load_features(record, kind)
+    F = [found.get(str(n)) for n in range(images)]
+    if any(x is None or x.ndim != 2 or x.shape[1] != int(size) for x in F):
+        raise data.RecordError(f"{record.where}: field 'features': {kind} should hold a [patches, {size}] tensor for each of {images} images, has "
+                               + ", ".join(f"{key} {list(x.shape)}" for key, x in found.items()))
+    return torch.cat(F).float()
+
+
+@contextmanager
+def own_features(model):
+    """While open, catches what the model's own vision tower gives the decoder: a list of [image tokens, D], detached."""
+    seen = []
+    hook = model.hf.model.visual.register_forward_hook(lambda _, __, out: seen.append(out.pooler_output.detach()))
+    try:
+        yield seen
+    finally:
+        hook.remove()
