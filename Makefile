@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 METHOD ?= crystal
 BIN = $(VENV)/bin
+# Threads that wait sleep: where another program takes one of two cores, spinning ones made a step five times as long.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test clean
 setup: $(VENV)/.ready
