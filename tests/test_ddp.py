@@ -19,10 +19,10 @@ def run(launcher, flags, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("method", ["crystal", "sft"])
+@pytest.mark.parametrize("method", ["crystal", "sft", "livr"])
 def test_two_processes_equal_one(model_dirs, records_file, tmp_path, method):
     flags = ["--method", method, "--model", str(model_dirs[True]), "--data", str(records_file), "--val_data", str(records_file), "--latents", "3", "--lora_r", "2",
-             "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64", "--device", "cpu", "--eval_every", "3"]
+             "--lora_dropout", "0", "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64", "--device", "cpu", "--eval_every", "3"]
     one = ["-m", "crystal.train"] if method == "sft" else SCRIPT
     run(one, flags + ["--batch_size", "4", "--output", str(tmp_path / "one")])
     out = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *SCRIPT], flags + ["--batch_size", "1", "--accumulation", "2", "--output", str(tmp_path / "two")])
