@@ -140,7 +140,7 @@ class Settings:
         last = len(self.stages) - 1
         stage = next((i for i in range(last) if step < self.span(i)[1]), last)
         start, stop = self.span(stage)
-        return Progress(step, stage, (step - start) / max(1, stop - start), step / self.max_steps)
+        return Progress(step, stage, (step - start) / (stop - start) if stop > start else 1.0, step / self.max_steps)
 
 
 def layers_of(text, count):

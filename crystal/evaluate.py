@@ -3,7 +3,12 @@
     python -m crystal.evaluate --model runs/crystal --data runs/toy/test.jsonl
     torchrun --nproc_per_node=4 crystal/evaluate.py --model runs/crystal --data runs/toy/test.jsonl --latents drop
 
+    python -m crystal.evaluate --model runs/livr --data runs/toy/test.jsonl --diagnose
+
 Greedy answers, compared with the reference exactly, case and a final full stop aside. Every rank answers its share.
+--diagnose asks whether a run's latents are used (LIVR, section 4.4.1): without them, under the method's mask, and both.
+
+B questions, M answer rows, K latents, H heads.
 """
 import json
 import math
@@ -14,12 +19,15 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
 from tqdm import tqdm
 
-from crystal import config, data, processes
+from crystal import config, data, methods, processes
+from crystal.attention import AttentionTap
 from crystal.config import UserError
 from crystal.export import open_model
 from crystal.generate import generate
+from crystal.methods.sft import Method as SFT
 
 
 def wilson(hits, n, z=1.96):
@@ -37,27 +45,62 @@ def same(prediction, answer):
     return tidy(prediction) == tidy(answer)
 
 
-def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None, grey=False, seed=0, max_new_tokens=32, procs=None, progress=""):
+def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None, grey=False, seed=0, max_new_tokens=32, procs=None, progress="",
+            biases=None):
     """Records -> one dict each, in order: id, family, question, answer, prediction, correct.
 
     latents: "keep", or "drop" to leave them out of the sequence. corruption: (mode, low, high) answers from corrupted
-    images; grey answers from grey ones. Ranks share the records and all return the whole list.
+    images; grey answers from grey ones. biases: function (batch) -> [bottleneck.Bias], a mask at test time. Ranks share
+    the records and all return the whole list.
     """
     procs = procs or processes.Processes(device=model.device)
-    examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, latents), model.image_processor, corruption, seed, grey=grey)
+    examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, latents), model.image_processor, corruption, seed, grey=grey,
+                             copies=fmt.copies)
     mine, found = list(range(procs.rank, len(records), procs.world)), []
     bar = tqdm(total=len(mine), desc=progress, unit="question", disable=not (progress and procs.is_first and sys.stderr.isatty()), leave=False)
     for at in range(0, len(mine), batch_size):
         batch = [examples.build(i, 0) for i in mine[at : at + batch_size]]
         pixels = "pixel_values_cor" if corruption else "pixel_values"
         prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in batch]
-        for i, prediction in zip(mine[at:], generate(model, prompts, fmt, max_new_tokens)):
+        for i, prediction in zip(mine[at:], generate(model, prompts, fmt, max_new_tokens, biases, latents)):
             r = records[i]
             found.append({"index": i, "id": r.id, "family": r.family or "all", "question": r.turns[-1][1], "answer": r.answer,
                           "prediction": prediction, "correct": same(prediction, r.answer)})
         bar.update(len(batch))
     bar.close()
     return sorted(procs.gather(found), key=lambda f: f["index"])
+
+
+def diagnose(model, fmt, method, records, **how):
+    """LIVR's section 4.4.1 -> ({column: results of `answers`}, mean attention from answers to latents or None).
+
+    Columns: as trained; latents dropped; under the method's mask, if it has one; and both. how: as for `answers`.
+    """
+    mask = lambda batch: method.biases(model, batch)
+    masked = type(method).biases is not SFT.biases
+    columns = {"as trained": {}, "latents dropped": {"latents": "drop"}, "bottleneck": {"biases": mask}, "bottleneck, dropped": {"latents": "drop", "biases": mask}}
+    columns = {name: c for name, c in columns.items() if (fmt.count or "latents" not in c) and (masked or "biases" not in c)}
+    found = {name: answers(model, fmt, records, progress=name, **c, **how) for name, c in columns.items()}
+    return found, attention_on_latents(model, fmt, method, records, how.get("batch_size", 32), how.get("procs")) if fmt.count else None
+
+
+@torch.no_grad()
+def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None):
+    """Share of attention that the rows which predict the reference answers give to the K latents together, no mask -> float.
+
+    Mean over all layers, heads and answer rows of a record, then over records.
+    """
+    procs = procs or processes.Processes(device=model.device)
+    examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, copies=fmt.copies)
+    total, mine = 0.0, list(range(procs.rank, len(records), procs.world))
+    for at in range(0, len(mine), batch_size):
+        batch = data.collate([examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id)
+        batch = data.to_device(batch, model.device, model.hf.dtype)
+        tap = AttentionTap(range(len(model.layers)), batch["rows"], batch["latents"], "weights")
+        method.hidden(model, batch, tap)
+        mass = torch.stack([x.sum(-1).mean(1) for x in tap.slices.values()]).mean(0)   # [B,M]
+        total += float((mass.sum(1) / (batch["rows"] >= 0).sum(1)).sum())
+    return procs.sum(total) / len(records)
 
 
 def by_family(results):
@@ -94,6 +137,8 @@ def main(argv=None):
     parser.add_argument("--data", required=True, help="records, JSON or JSONL")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
     parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
+    parser.add_argument("--bottleneck", action="store_true", help="answer under the method's mask, as LIVR's: the image is seen through latents alone")
+    parser.add_argument("--diagnose", action="store_true", help="are the latents used: without them, under the method's mask, both, and the attention they get")
     parser.add_argument("--corruption", default="", help="answer from corrupted images: MODE, or MODE=STRENGTH as in blur=5")
     parser.add_argument("--grey", action="store_true", help="answer from grey images")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -106,7 +151,10 @@ def main(argv=None):
         procs = processes.start(args.device)
     except ValueError as error:
         raise UserError(f"--device {args.device}: {error}") from None
-    model, fmt, _ = open_model(args.model, args.checkpoint, procs.device)
+    model, fmt, settings = open_model(args.model, args.checkpoint, procs.device)
+    method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
+    if args.bottleneck and type(method).biases is SFT.biases:
+        raise UserError(f"--bottleneck: {method.settings.method} has no mask")
     records, dropped = data.read(args.data, args.image_root)
     if broken := [r for r in records if isinstance(r, data.RecordError)]:
         raise broken[0]
@@ -120,9 +168,17 @@ def main(argv=None):
             raise UserError(f"--corruption {mode}: choose one of {', '.join(data.PRIOR)}")
         corruption = (mode, float(strength), float(strength)) if strength else (mode, *data.PRIOR[mode])
     started = time.perf_counter()
-    results = answers(model, fmt, records, args.batch_size, args.latents, corruption, args.grey, max_new_tokens=args.max_new_tokens,
-                      procs=procs, progress="evaluate")
-    procs.print(table({Path(args.model).name: by_family(results)}))
+    how = dict(batch_size=args.batch_size, corruption=corruption, grey=args.grey, max_new_tokens=args.max_new_tokens, procs=procs)
+    if args.diagnose:
+        found, mass = diagnose(model, fmt, method, records, **how)
+        results = [r | {"asked": name} for name, part in found.items() for r in part]
+    else:
+        biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
+        found, mass = {Path(args.model).name: answers(model, fmt, records, latents=args.latents, biases=biases, progress="evaluate", **how)}, None
+        results = found[Path(args.model).name]
+    procs.print(table({name: by_family(part) for name, part in found.items()}))
+    if mass is not None:
+        procs.print(f"mean attention from answers to latents, over layers, heads and rows: {mass:.4f}")
     procs.print(f"{len(results)} questions in {time.perf_counter() - started:.0f} s")
     if args.out and procs.is_first:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@
 The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it with no
 crystal code. Its chat template's generation prompt holds the latents where the method has them (CrystaL's ends with
 `<think> ..latents. </think><answer>`), and all of that is special tokens or prompt, so what is decoded is the bare answer.
+Latents that a model feeds back to itself (VaLR) are beyond those tools: they answer without them, since generation_config.json
+suppresses the tag that opens them. crystal reads `crystal.json` in the directory and decodes with them.
 """
 import json
 import shutil
@@ -21,18 +23,21 @@ from crystal import checkpoint, config, lora, methods
 from crystal.config import UserError
 from crystal.layout import Format
 
+MARK = "crystal.json"  # in a merged directory that stock tools use in part
 
-def open_model(name, which="best", device="cpu"):
+
+def open_model(name, which="best", device="cpu", **how):
     """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or None).
 
     which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's number.
+    how: dtype, min_pixels and max_pixels of model.load for what is no run; a run keeps its own.
     """
     run = Path(name)
     if not (run / "checkpoints").is_dir():
         if (run / "metrics.jsonl").exists():
             raise UserError(f"{run}: a run without checkpoints")
-        model = crystal.model.load(name, device=device)
-        return model, Format(model.tokenizer), None
+        model = crystal.model.load(name, device=device, **how)
+        return model, exported_format(crystal.model.resolve(name), model.tokenizer), None
     directory = find(run, which)
     files, state = checkpoint.load(directory)
     settings = methods.saved_settings(state["settings"], directory)
@@ -54,6 +59,19 @@ def open_run(run, which="best", device="cpu"):
     if not (Path(run) / "checkpoints").is_dir():
         raise UserError(f"{run}: not a run directory of train.py (no checkpoints in it)")
     return open_model(run, which, device)
+
+
+def exported_format(directory, tokenizer):
+    """The Format of a directory that is no run: plain, or what its crystal.json says. UserError if that is broken."""
+    file = Path(directory) / MARK
+    if not file.is_file():
+        return Format(tokenizer)
+    try:
+        saved = json.loads(file.read_text())
+        method = methods.get(saved["method"])
+        return method(method.Settings(**saved)).format(tokenizer)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not what crystal.export wrote: {error}") from None
 
 
 def find(run, which):
@@ -80,6 +98,9 @@ def export(run, which="best", merged=None, adapter=None):
     if merged:
         lora.merge(model.hf)
         with fresh(merged) as out:
+            if fmt.begin is not None:
+                model.hf.generation_config.suppress_tokens = [fmt.begin]
+                (out / MARK).write_text(json.dumps({"method": settings.method, "latents": settings.latents}) + "\n")
             model.hf.save_pretrained(out)
             save_tokenizer(model, fmt, out)
             model.image_processor.save_pretrained(out)
@@ -119,6 +140,9 @@ def main(argv=None):
     out = Path(args.out or args.run)
     export(args.run, args.checkpoint, out / "merged", out / "adapter")
     print(f"wrote {out / 'merged'}" + (f" and {out / 'adapter'}" if (out / "adapter").exists() else ""))
+    if (out / "merged" / MARK).exists():
+        print("Its latents are states that the model feeds back to itself: crystal.generate and crystal.evaluate decode them; transformers, vLLM and other\n"
+              "tools load the directory, but cannot. There it answers without latents: generation_config.json suppresses the tag that opens them.")
 
 
 if __name__ == "__main__":

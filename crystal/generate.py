@@ -1,8 +1,8 @@
-"""Ask a model: prompts in, answers out, greedily.
+"""Ask a model: prompts in, answers out, greedily. transformers generates; latents fed back by the model itself need a loop of ours.
 
     python -m crystal.generate --model runs/crystal/merged --image photo.jpg --question "What colour is the small star?"
 
-B questions, L prompt length (left-padded), P patches.
+B questions, L prompt length (padded to the left for transformers, to the right in `decode_feedback`), P patches, K latents, D hidden size, V vocabulary.
 """
 import argparse
 import sys
@@ -17,39 +17,89 @@ import torch
 from crystal import config, data
 from crystal.bottleneck import additive_mask
 from crystal.export import open_model
+from crystal.feedback import Stream
 
 
 @torch.no_grad()
-def generate(model, prompts, fmt, max_new_tokens=64, biases=None):
+def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep"):
     """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of decoded answers.
 
     biases: function (batch) -> [bottleneck.Bias] over the prompts, as a method's `biases`; what is generated sees of its
-    prompt what the prompt's last row sees. What stands in an answer after `<answer>`, if the model wrote one, else all of it; special tokens removed, trimmed.
+    prompt what the prompt's last row sees. latents: "drop" keeps a model that opens its latents itself from doing so; other
+    formats leave them out of the prompt. What stands in an answer after `<answer>`, if the model wrote one, else all of it;
+    special tokens removed, trimmed.
     """
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
     pad = model.tokenizer.pad_token_id
     input_ids = torch.full((B, L), pad, dtype=torch.long)
     mask = torch.zeros(B, L, dtype=torch.long)
     for i, (ids, _, _) in enumerate(prompts):
-        input_ids[i, L - len(ids) :] = torch.tensor(ids)
-        mask[i, L - len(ids) :] = 1
+        place = slice(0, len(ids)) if fmt.begin is not None else slice(L - len(ids), L)
+        input_ids[i, place] = torch.tensor(ids)
+        mask[i, place] = 1
     images = {}
     if any(p is not None for _, p, _ in prompts):
         images = {"pixel_values": torch.cat([p for _, p, _ in prompts if p is not None]).to(model.device, model.hf.dtype),
                   "image_grid_thw": torch.cat([g for _, _, g in prompts if g is not None]).to(model.device)}
-    batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
-    blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
-    with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
-        out = model.hf.generate(**batch, mm_token_type_ids=(input_ids == fmt.image).int().to(model.device), **images,
-                                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad)
+    batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device), **images}
+    kinds = (batch["input_ids"] == fmt.image).int()
+    if fmt.begin is not None:
+        said = decode_feedback(model, {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}, fmt, max_new_tokens, latents)
+    else:
+        blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+        with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
+            out = model.hf.generate(**batch, mm_token_type_ids=kinds, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad)
+        said = out[:, L:].tolist()
     answers = []
-    for ids in out[:, L:].tolist():
+    for ids in said:
         if fmt.open in ids:
             ids = ids[ids.index(fmt.open) + 1 :]
         if fmt.close in ids:
             ids = ids[: ids.index(fmt.close)]
         answers.append(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
     return answers
+
+
+@torch.no_grad()
+def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", max_thought=256):
+    """Greedy decoding that switches modes at the tags of latents -> list of the ids each row says, pads for its latents.
+
+    After `fmt.begin` the next fmt.count inputs are the states before them (feedback.py), then `fmt.finish` is forced and tokens
+    are inputs again; every row by its own clock, over one cache. batch: right-padded prompts. latents: "drop" never chooses `begin`.
+    max_new_tokens: from `<answer>` on; before it a row may say max_thought tokens that are no latents.
+    """
+    free, finish = -1, 0  # what a row does next: choose a token, close the latents, or (1 and more) that many latents
+    stream, prompt = Stream(model), batch["attention_mask"].bool()
+    positions = model.positions(batch)                                         # [3,B,L]
+    h, _, piece = stream.run(positions, prompt, input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"])
+    last = h[torch.arange(len(h)), prompt.sum(1) - 1]                          # [B,D]
+    at = positions.amax((0, 2)) + 1                                            # [B]: text counts on from the largest of the three axes
+    said, mode, budget, done = [[] for _ in last], [free] * len(last), [max_thought] * len(last), [False] * len(last)
+    while True:
+        stream.keep(piece)
+        logits = model.logits(last)                                            # [B,V]
+        if latents == "drop":
+            logits[:, fmt.begin] = float("-inf")
+        tokens, fed = logits.argmax(-1).tolist(), [m > 0 and not d for m, d in zip(mode, done)]
+        for b in range(len(last)):
+            if done[b] or fed[b]:
+                tokens[b] = model.tokenizer.pad_token_id
+                mode[b] -= fed[b]
+            elif mode[b] == finish:
+                tokens[b], mode[b] = fmt.finish, free
+            else:
+                mode[b] = fmt.count if tokens[b] == fmt.begin else free
+                budget[b] = max_new_tokens if tokens[b] == fmt.open else budget[b] - 1
+            if not done[b]:
+                said[b].append(tokens[b])
+                done[b] = tokens[b] == fmt.end or (budget[b] <= 0 and mode[b] == free)
+        if all(done):
+            return said
+        x = model.hf.get_input_embeddings()(torch.tensor(tokens, device=last.device))          # [B,D]
+        x = torch.where(torch.tensor(fed, device=last.device)[:, None], last.to(x.dtype), x)
+        going = ~torch.tensor(done, device=last.device)[:, None]                               # [B,1]
+        h, _, piece = stream.run(at[None, :, None].expand(3, -1, 1), going, inputs_embeds=x[:, None])
+        last, at = h[:, 0], at + 1
 
 
 def main(argv=None):
@@ -66,7 +116,7 @@ def main(argv=None):
     out = model.image_processor(images=images, return_tensors="pt") if images else {}
     counts = model.image_tokens(out["image_grid_thw"]) if images else []
     ids, _, _ = fmt.question([("user", "<image>" * len(args.image) + args.question)], counts, args.latents)
-    print(generate(model, [(ids, out.get("pixel_values"), out.get("image_grid_thw"))], fmt, args.max_new_tokens)[0])
+    print(generate(model, [(ids, out.get("pixel_values"), out.get("image_grid_thw"))], fmt, args.max_new_tokens, latents=args.latents)[0])
 
 
 if __name__ == "__main__":

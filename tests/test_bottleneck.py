@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import gradients
 
 from crystal.bottleneck import Bias, additive_mask
 
@@ -46,6 +47,83 @@ def test_blocked_image_has_exactly_no_influence(setup):
     assert torch.equal(a, b)
     a, b = (s.model.hidden(x)[after] for x in (s.batch, other))
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_dimmed_image_by_hand(setup, checkpointing):
+    """ln gamma from answer rows to the image, in a padded batch with two images and grouped heads: logits and gradients equal a plain softmax of our own."""
+    s = setup(*["--checkpointing"] * checkpointing)
+    queries, image = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool), s.batch["mm_token_type_ids"].bool()
+    for b, (start, end) in enumerate(s.batch["answer"]):
+        queries[b, start:end] = True
+    real = s.batch["attention_mask"].bool()
+    bias = Bias(queries, image, math.log(0.3))
+    cells = (queries[:, :, None] & image[:, None, :])[:, None]                         # [B,1,L,L]
+
+    def by_hand(module, query, key, value, attention_mask, scaling=None, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        weights = (query @ key.transpose(2, 3) * scaling).exp() * torch.where(cells, 0.3, 1.0)
+        weights = weights * torch.ones(weights.shape[-2:]).tril()
+        return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2), None
+
+    def step(biases):
+        h = s.model.hidden(s.batch, biases=biases)[real]
+        loss = s.model.logits(h).log_softmax(-1).square().mean()
+        return h, gradients(loss, s.named)
+
+    h, grads = step([bias])
+    assert not torch.allclose(h, step([])[0])
+    from transformers import AttentionInterface
+    from crystal.model import attention
+    AttentionInterface.register("crystal", by_hand)
+    try:
+        expected, theirs = step([])
+    finally:
+        AttentionInterface.register("crystal", attention)
+    assert torch.allclose(h, expected, rtol=0, atol=1e-6) and grads.keys() == theirs.keys()
+    assert all(torch.allclose(g, theirs[n], rtol=0, atol=1e-6) for n, g in grads.items()) and any(g.abs().max() > 1e-3 for g in grads.values())
+
+
+def test_one_tensor_serves_all_heads_and_layers(setup):
+    s, seen = setup(), []
+    for layer in s.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    zero = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool)
+    s.model.hidden(s.batch, biases=[Bias(zero, zero)])
+    B, L = zero.shape
+    assert len(seen) == 3 and all(m.shape == (B, 1, L, L) and m.data_ptr() == seen[0].data_ptr() for m in seen)
+
+
+def test_a_mask_holds_in_a_cached_forward(setup):
+    """Model.seeing: a left-padded prompt and three rows after it, one and two at a time, equal one forward without a cache."""
+    s = setup(which=[0])
+    ids, pad = s.batch["input_ids"], 2
+    L = ids.shape[1]
+    images = {n: s.batch[n] for n in ("pixel_values", "image_grid_thw")}
+    more = torch.tensor([[5, 6, 7]])
+    whole = torch.cat([ids, more], 1)
+    image = whole == s.fmt.image
+    late = torch.arange(L + 3)[None] >= L - 4
+    batch = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "mm_token_type_ids": image.long(), **images}
+    expected = s.model.hidden(batch, biases=[Bias(late, image)])[0, L - 1 :]
+    left = lambda x, fill: torch.cat([torch.full((1, pad), fill, dtype=x.dtype), x], 1)
+    mask = additive_mask([Bias(left(late, False)[:, : L + pad], left(image, False)[:, : L + pad])], left(torch.ones_like(ids), 0))
+    positions = torch.cat([torch.zeros(3, 1, pad, dtype=torch.long), s.model.positions(batch)], 2)
+
+    def forward(a, b, cache=None, **more):
+        out = s.model.hf.model(input_ids=left(whole, 0)[:, a:b], position_ids=positions[:, :, a:b], attention_mask=left(torch.ones_like(whole), 0)[:, :b],
+                               past_key_values=cache, use_cache=True, **more)
+        return out.last_hidden_state[0], out.past_key_values
+
+    with s.model.seeing(mask):
+        at = L + pad
+        first, cache = forward(0, at, **images)
+        second, cache = forward(at, at + 1, cache)
+        third, _ = forward(at + 1, at + 3, cache)
+    got = torch.cat([first[-1:], second, third])
+    assert torch.allclose(got, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(s.model.hidden(batch)[0, L - 1 :], expected, atol=1e-3)
+    assert not s.model.hf.model.language_model._forward_pre_hooks  # nothing stays behind
 
 
 def test_no_bias_equals_the_plain_model(setup):

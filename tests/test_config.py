@@ -1,15 +1,42 @@
 """Settings: defaults, presets, the command line, and one line for what is wrong."""
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 
-from crystal.config import PRESETS, Settings, UserError, parse
+from crystal import config, methods
+from crystal.config import UserError, layers_of
+from crystal.methods import parse
+from crystal.methods.crystal import PRESETS, Settings
+
+NAMES = ("sft", "crystal", "livr")
 
 
-def test_every_field_has_help_and_round_trips():
-    assert all(f.metadata["help"] for f in fields(Settings))
-    s = parse([])
-    assert s == Settings() and s.preset == "paper" and str(s.run_dir) == "runs/crystal"
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_has_help_and_round_trips(name):
+    kind = methods.get(name).Settings
+    assert all(f.metadata["help"] for f in fields(kind))
+    s = parse(["--method", name])
+    assert s == kind(method=name) and s.preset == "paper" and str(s.run_dir) == f"runs/{name}"
+    assert methods.saved_settings(asdict(s), "here") == s
+    with pytest.raises(UserError, match=f"here: saved by another version of {name}: .* latents, more"):
+        methods.saved_settings({n: v for n, v in asdict(s).items() if n != "latents"} | {"more": 1}, "here")
+    assert sum(stage.share for stage in s.stages) == pytest.approx(1)
+
+
+def test_a_method_has_its_own_settings(capsys):
+    """--help lists those of the method named, another's are unknown to it, and the common part knows none of them."""
+    assert parse(["--method", "livr"]).lr == 1e-4 and parse([]).lr == 2e-4
+    with pytest.raises(SystemExit):
+        parse(["--method=livr", "--help"])
+    out = capsys.readouterr().out
+    assert "--masked" in out and "--kl_share" not in out
+    with pytest.raises(UserError, match=r"unrecognized arguments: --kl_share 0.5 \(--method livr --help lists every flag\)"):
+        parse(["--kl_share", "0.5", "--method", "livr"])
+    with pytest.raises(UserError, match="--masked"):
+        parse(["--masked", "0.5"])
+    with pytest.raises(UserError, match="--preset: invalid choice: 'released'"):
+        parse(["--method", "sft", "--preset", "released"])
+    assert not {f.name for f in fields(config.Settings)} & {"corruption", "kl_share", "masked"}
 
 
 def test_preset_then_what_was_given_by_hand():
@@ -32,7 +59,6 @@ def test_wrong_flags_are_one_line(flags, message):
 
 
 def test_layers():
-    assert parse([]).layers(28) == {27} and parse(["--attn_layers", "all"]).layers(3) == {0, 1, 2}
-    assert parse(["--attn_layers", "0,-1"]).layers(28) == {0, 27}
+    assert layers_of("last", 28) == {27} and layers_of("all", 3) == {0, 1, 2} and layers_of("0,-1", 28) == {0, 27}
     with pytest.raises(UserError, match="28 layers"):
-        parse(["--attn_layers", "28"]).layers(28)
+        layers_of("28", 28)

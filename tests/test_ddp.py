@@ -19,10 +19,10 @@ def run(launcher, flags, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("method, world", [("crystal", 4), ("crystal", 2), ("sft", 2)])
+@pytest.mark.parametrize("method, world", [("crystal", 4), ("sft", 2), ("livr", 2)])
 def test_several_processes_equal_one(model_dirs, records_file, tmp_path, method, world):
     flags = ["--method", method, "--model", str(model_dirs[True]), "--data", str(records_file), "--val_data", str(records_file), "--latents", "3", "--lora_r", "2",
-             "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64", "--device", "cpu", "--eval_every", "3"]
+             "--lora_dropout", "0", "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64", "--device", "cpu", "--eval_every", "3"]
     one = ["-m", "crystal.train"] if method == "sft" else SCRIPT
     run(one, flags + ["--batch_size", "4", "--output", str(tmp_path / "one")])
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *SCRIPT]

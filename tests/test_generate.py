@@ -1,9 +1,9 @@
-"""Greedy answers: equal to teacher-forced logits, one by one or batched, with and without latents; the command line."""
+"""Greedy answers: equal to teacher-forced logits, one by one or batched, with and without latents, fed back or not; the command line."""
 import pytest
 import torch
 from PIL import Image
 
-from crystal import data, generate
+from crystal import data, feedback, generate
 from crystal.config import UserError
 
 
@@ -42,6 +42,108 @@ def test_a_thought_of_its_own_is_cut_off(setup, monkeypatch):
     said = s.fmt.text("I look.") + s.fmt.latents + [s.fmt.unthink, s.fmt.open] + s.fmt.text("red") + [s.fmt.close, s.fmt.end]
     monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([said])], 1))
     assert generate.generate(s.model, prompts(s)[:1], s.fmt) == ["red"]
+
+
+# --- latents that the model feeds back to itself ----------------------------------------------------------------------
+
+@pytest.fixture
+def valr(setup, monkeypatch):
+    """A random VaLR and what it is given to decode; `openings` {row: steps} are steps at which a row opens latents, `logits` what it computed."""
+    s = setup("--method", "valr", "--encoders", "none")
+    s.model.eval()
+    s.openings, s.logits, plain = {0: {2, 9}, 2: {0}}, [], s.model.logits
+
+    def logits(h):
+        z = plain(h)
+        s.logits.append(z.clone())
+        z[:, [s.fmt.begin, s.fmt.open, s.fmt.end, s.fmt.image]] = -1e9  # what would end the row or needs an image comes when we say so
+        for row, steps in s.openings.items():
+            if row < len(z) and len(s.logits) - 1 in steps:
+                z[row, s.fmt.begin] = 1e9
+        return z
+
+    monkeypatch.setattr(s.model, "logits", logits)
+    return s
+
+
+def batch_of(s, prompts):
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(ids) for ids, _, _ in prompts], batch_first=True, padding_value=s.model.tokenizer.pad_token_id)
+    mask = pad([torch.ones(len(ids), dtype=torch.long) for ids, _, _ in prompts], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == s.fmt.image).int(),
+            "pixel_values": torch.cat([p for _, p, _ in prompts]).double(), "image_grid_thw": torch.cat([g for _, _, g in prompts])}
+
+
+def test_feedback_decoding_equals_teacher_forced_logits(valr, float64_modules):
+    """Three ragged rows with two, no and one segment: the logits of every step are those of one pass of the recurrence over what was said."""
+    s, asked = valr, prompts(valr)
+    said = generate.decode_feedback(s.model, batch_of(s, asked), s.fmt, 5, max_thought=14)
+    pad, K = s.model.tokenizer.pad_token_id, s.fmt.count
+    assert [row.count(pad) for row in said] == [2 * K, 0, K]
+    for row in said:  # K latents, then the closing tag, and never one without the other
+        for i, token in enumerate(row):
+            if token == s.fmt.begin:
+                assert row[i + 1 : i + 2 + K] == [pad] * K + [s.fmt.finish]
+    assert said[0][2] == s.fmt.begin == said[0][9] == said[2][0] and sum(t not in (pad, s.fmt.finish) for t in said[0]) == 14
+    whole = [(ids + row, p, g) for (ids, p, g), row in zip(asked, said)]
+    batch = batch_of(s, whole)
+    latents = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    for b, ((ids, _, _), row) in enumerate(zip(asked, said)):
+        latents[b, [len(ids) + i for i, t in enumerate(row) if t == pad]] = True
+    with torch.no_grad():
+        h, _ = feedback.recurrence(s.model, batch, latents)
+    steps = list(s.logits)
+    for b, ((ids, _, _), row) in enumerate(zip(asked, said)):
+        forced = s.model.hf.lm_head(h[b, len(ids) - 1 : len(ids) - 1 + len(row)])
+        assert (torch.stack([z[b] for z in steps[: len(row)]]) - forced).abs().max() < 1e-10
+
+
+def test_a_row_does_not_see_its_batch(valr):
+    asked = prompts(valr)
+    together = generate.decode_feedback(valr.model, batch_of(valr, asked), valr.fmt, 5, max_thought=14)
+    for b, openings in ((0, {0: {2, 9}}), (1, {}), (2, {0: {0}})):
+        valr.openings, valr.logits[:] = openings, []
+        assert generate.decode_feedback(valr.model, batch_of(valr, asked[b : b + 1]), valr.fmt, 5, max_thought=14) == [together[b]]
+
+
+def test_dropped_latents_are_never_opened(valr):
+    valr.model.__dict__.pop("logits")
+    plain = valr.model.logits
+
+    def eager(h):
+        z = plain(h)
+        z[:, valr.fmt.begin] = 1e9
+        return z
+
+    valr.model.logits = eager
+    batch = batch_of(valr, prompts(valr))
+    for latents, opened in (("keep", True), ("drop", False)):
+        said = generate.decode_feedback(valr.model, batch, valr.fmt, 3, latents, max_thought=6)
+        assert all((valr.fmt.begin in row) == opened for row in said)
+
+
+def test_the_answer_has_a_budget_of_its_own(valr):
+    """Six tokens of thought, or three from <answer> on, whatever came before; <|im_end|> ends a row at once."""
+    plain, ends = valr.model.__class__.logits, {0: {}, 1: {4: valr.fmt.open}, 2: {1: valr.fmt.end}}
+    steps = []
+
+    def logits(h):
+        z = plain(valr.model, h)
+        z[:, [valr.fmt.begin, valr.fmt.open, valr.fmt.end]] = -1e9
+        for row, when in ends.items():
+            if len(steps) in when:
+                z[row, when[len(steps)]] = 1e9
+        steps.append(1)
+        return z
+
+    valr.model.logits = logits
+    said = generate.decode_feedback(valr.model, batch_of(valr, prompts(valr)), valr.fmt, 3, max_thought=6)
+    assert [len(row) for row in said] == [6, 8, 2] and said[1][4] == valr.fmt.open and said[2][-1] == valr.fmt.end
+    ends |= {0: {0: valr.fmt.end}, 1: {2: valr.fmt.open}, 2: {0: valr.fmt.end}}
+    steps.clear()
+    row = generate.decode_feedback(valr.model, batch_of(valr, prompts(valr)), valr.fmt, 3)[1]
+    steps.clear()
+    assert generate.generate(valr.model, prompts(valr), valr.fmt, 3)[1] == valr.model.tokenizer.decode(row[3:], skip_special_tokens=True).strip()
 
 
 def test_command_line(records_file, capsys, tmp_path):

@@ -1,9 +1,7 @@
 """LaViT: every term alive, the gate's limits exact, controls that change what they say, gaze as pure functions."""
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_ddp import SCRIPT, run
 
 from crystal import checkpoint, losses, methods, train
-from crystal.bottleneck import Bias, additive_mask
+from crystal.bottleneck import additive_mask
 from crystal.config import Progress, UserError
 from crystal.data import RecordError
 from crystal.latent_copy import LatentCopy
@@ -293,7 +291,6 @@ def test_a_resumed_run_is_the_unbroken_one(flags, tmp_path):
     more = ["--max_steps", "4", "--batch_size", "2", "--save_every", "2"]
     whole = train.main(flags("whole", *more))
     part = train.main(flags("part", *more))
-    import shutil
     shutil.rmtree(checkpoint.step_dir(part, 4))
     train.main(flags("part", *more, "--resume"))
     a, b = (load_file(checkpoint.step_dir(r, 4) / "trainable.safetensors") for r in (whole, part))

@@ -225,3 +225,35 @@ def test_precomputed_features_train_like_the_encoder(run, records_file, tmp_path
         assert a["ce"] == pytest.approx(b["ce"], rel=1e-5) and a["repa"] == pytest.approx(b["repa"], rel=1e-4)
     with pytest.raises(data.RecordError, match=r"should hold a \[patches, 32\] tensor"):
         run("wrong", *more, "--data", str(tmp_path / "d" / "train.t.jsonl"), "--encoders", "features:t:32")
+
+
+def test_export_drops_the_encoders_and_stock_tools_answer_without_latents(run, records_file, capsys):
+    """Stock transformers loads the merged directory and says what we say with latents dropped; we decode it with latents."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText
+
+    from crystal import evaluate, export, generate
+    path = run("exported", "--max_steps", "2", "--first_share", "0", "--tune", "lora", "--lora_r", "2")
+    export.main(["--run", str(path), "--checkpoint", "last"])
+    assert "crystal.generate and crystal.evaluate decode them" in capsys.readouterr().out
+    names = set(load_file(path / "merged" / "model.safetensors"))
+    assert not any("heads" in n or "encoder" in n for n in names)
+    model, fmt, settings = export.open_model(path / "merged")
+    assert settings is None and fmt.count == 3 and fmt.begin == model.tokenizer.convert_tokens_to_ids("<latent>")
+    stock = AutoModelForImageTextToText.from_pretrained(path / "merged").eval()
+    assert stock.generation_config.suppress_tokens == [fmt.begin]
+    records, _ = data.read(records_file)
+    images = model.image_processor(images=[Image.open(p) for p in records[0].images], return_tensors="pt")
+    ids, _, _ = fmt.question(records[0].turns, model.image_tokens(images["image_grid_thw"]))
+    x = torch.tensor([ids])
+    batch = dict(input_ids=x, attention_mask=torch.ones_like(x), mm_token_type_ids=(x == fmt.image).int(), **images)
+    theirs = stock.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=fmt.end)[0, len(ids):].tolist()
+    ours = generate.decode_feedback(model, batch, fmt, 8, "drop", max_thought=8)[0]
+    assert theirs == ours
+    run_model, run_fmt, _ = export.open_model(path, "last")
+    for how in ("keep", "drop"):
+        said = [evaluate.answers(m, f, records, latents=how, max_new_tokens=4) for m, f in ((model, fmt), (run_model, run_fmt))]
+        assert said[0] == said[1]
+    (path / "merged" / "crystal.json").write_text("{}")
+    with pytest.raises(UserError, match="crystal.json: not what crystal.export wrote"):
+        export.open_model(path / "merged")

@@ -78,7 +78,7 @@ def test_attention_maps_draw_those_numbers(setup, drawn, tmp_path, method):
     path = visualize.attention_maps(s.model, s.fmt, s.settings, [record, s.records[1]], tmp_path / "a.png", {2}, ("blur", 8, 8))
     check_png(path, (9.6 if method == "crystal" else 7.4, 8.7))
     batch = data.to_device(one(s, 0), torch.device("cpu"), torch.float32)
-    copied = s.method.copied(batch) if s.method.latents else None
+    copied = s.method.copied(batch) if s.fmt.count else None
     expected = visualize.answer_attention(s.model, batch, s.settings, {2}, copied)
     line = drawn[0].subfigs[0]
     assert "layers 2" in drawn[0].get_suptitle() and "What colour is the star?" in line.get_suptitle() and "red" in line.get_suptitle()

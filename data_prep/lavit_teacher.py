@@ -1,0 +1,220 @@
+"""What a LaViT student learns from its teacher: where it looked and what it saw, for every record of a data set.
+
+    python data_prep/lavit_teacher.py --teacher Qwen/Qwen2.5-VL-32B-Instruct --data viscot.jsonl --image_root images
+    torchrun --nproc_per_node=4 data_prep/lavit_teacher.py --teacher runs/sft --data runs/toy/train.jsonl
+    python crystal/train.py --method lavit --data viscot.lavit.jsonl --image_root images --semantics_dim 5120
+
+Below the image root it writes lavit/NAME-00000.safetensors ... with the tensors
+    ID/gaze [N]       A_traj, eq. 2 and 3, over all layers and heads, on the teacher's grid, one image after the other
+    ID/gaze_grid [I,2] rows and columns of each image's tokens
+    ID/gaze_top [8]   its largest tokens; a student takes the largest of its own grid, which are these where the grids agree
+    ID/v_sem [E]      V_sem: mean of the image tokens' states after the last layer and its norm (section 4.1)
+beside each a NAME-00000.jsonl, a line a record: what it answered with the image and without, and its attention's statistics; and
+next to the records NAME.lavit.jsonl: those that pass the three filters, with their field `features`. A shard that is there is
+not computed again: the same command goes on where it was stopped.
+
+Text rows are those after the last image: question, the template's words, and the reference answer, which for a record that
+passes the first filter is the teacher's own. B records, L length, M text rows, N image tokens, H heads, E hidden size.
+"""
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from crystal import config, data, evaluate, methods, processes
+from crystal.attention import attn_slice
+from crystal.config import UserError
+from crystal.export import open_model
+from crystal.methods.lavit import entropy, focus, inside, normalise, salient
+from crystal.methods.sft import Method as SFT
+
+TOP = 8  # section 4.1
+
+
+class Looks:
+    """Eq. 2 in one forward: S [B,N], mean over layers, heads and text rows of the attention that image tokens get.
+
+    A tap (attention.py): layer by layer it adds up M x N weights, so no L x L matrix exists, and fused attention stays on.
+    rows [B,M] text, cols [B,N] image, -1 padded.
+    """
+
+    def __init__(self, rows, cols):
+        self.rows, self.cols, self.sum, self.heads = rows, cols, 0, 0
+
+    def __call__(self, layer, q, k, scale):
+        A = attn_slice(q, k, self.rows, self.cols, scale=scale)      # [B,H,M,N], 0 where padded
+        self.sum, self.heads = self.sum + A.sum((1, 2)), self.heads + A.shape[1]
+
+    @property
+    def S(self):
+        return self.sum / (self.heads * (self.rows >= 0).sum(1, keepdim=True))
+
+
+def text_rows(batch):
+    """Positions after the last image that are neither latents nor padding -> [B,M], -1 padded."""
+    at = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    text = (at > batch["image"].max(1, keepdim=True).values) & batch["attention_mask"].bool()            # [B,L]
+    text &= ~(batch["latents"][:, :, None] == at).any(1)
+    return torch.nn.utils.rnn.pad_sequence([row.nonzero()[:, 0] for row in text], batch_first=True, padding_value=-1)
+
+
+@torch.no_grad()
+def look(model, fmt, method, records, batch_size):
+    """Records -> [(tensors of the record, its attention's statistics)]; tensors and statistics as the module's docstring says."""
+    sizes = lambda record, images: {"sizes": torch.tensor([image.size for image in images])}
+    examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, extras=sizes)
+    found, merge = [], model.image_processor.merge_size
+    for at in range(0, len(records), batch_size):
+        group = records[at : at + batch_size]
+        batch = data.collate([examples.build(at + i, 0) | {"bad": []} for i in range(len(group))], model.tokenizer.pad_token_id)
+        batch = data.to_device(batch, model.device, model.hf.dtype)
+        tap = Looks(text_rows(batch), batch["image"])
+        h = method.hidden(model, batch, tap)                                                             # [B,L,E]
+        grids = (batch["image_grid_thw"][:, 1:] // merge).cpu()                                          # [I,2]
+        for r, S, cols, states, sizes_of in zip(group, tap.S.cpu(), batch["image"], h, batch["sizes"].tolist()):
+            own, grids = grids[: len(r.images)], grids[len(r.images) :]
+            cols = cols[cols >= 0]
+            A = normalise(S[: len(cols)].float())                                                        # eq. 3
+            tensors = {"gaze": A, "gaze_grid": own.clone(), "gaze_top": A.argsort(descending=True, stable=True)[:TOP], "v_sem": states[cols].float().mean(0).cpu()}
+            target = torch.zeros(len(A), dtype=torch.bool)
+            if r.boxes:  # boxes are pixels of the first image
+                first = inside(r.boxes, sizes_of[0], own[0].tolist())
+                target[: len(first)] = first
+            found.append((tensors, {"focus": float(focus(A, target)) if r.boxes else None, "entropy": float(entropy(A)), "salient": salient(A)}))
+    return found
+
+
+def without_image(record):
+    return replace(record, images=[], turns=[(role, text.replace("<image>", "").strip()) for role, text in record.turns])
+
+
+def shard(model, fmt, method, records, args):
+    """Records -> (tensors to store, a dict to log for each record)."""
+    how = dict(batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
+    seeing = evaluate.answers(model, fmt, records, **how)
+    blind = evaluate.answers(model, fmt, [without_image(r) for r in records], **how)
+    tensors, lines = {}, []
+    for r, a, b, (own, statistics) in zip(records, seeing, blind, look(model, fmt, method, records, args.batch_size)):
+        tensors |= {f"{r.id}/{name}": x.contiguous() for name, x in own.items()}
+        lines.append({"id": r.id, "where": r.where, "answer": r.answer, "prediction": a["prediction"], "correct": a["correct"],
+                      "blind_prediction": b["prediction"], "blind_correct": b["correct"], **statistics})
+    return tensors, lines
+
+
+def passes(line, share):
+    """The three filters of section 4.1 -> (correct, not solvable without the image, attention on target). Without boxes the third cannot be judged, and passes."""
+    return line["correct"], not line["blind_correct"], line["focus"] is None or line["focus"] >= share
+
+
+def report(lines, share):
+    """What each filter keeps, alone and after those before it -> text."""
+    n, kept = len(lines), lines
+    out = [f"{n} records, entropy of the gaze {sum(x['entropy'] for x in lines) / n:.3f}, salient tokens {sum(x['salient'] for x in lines) / n:.1f}"]
+    judged = [x["focus"] for x in lines if x["focus"] is not None]
+    if judged:
+        out[0] += f", focus score {sum(judged) / len(judged):.3f}"
+    for i, what in enumerate(("answered correctly", "not solved without the image", f"at least {100 * share:g} % of the attention inside the boxes")):
+        kept = [x for x in kept if passes(x, share)[i]]
+        out.append(f"  {what}: {sum(passes(x, share)[i] for x in lines)} alone, {len(kept)} after the filters before")
+    if len(judged) < n:
+        out.append(f"  {n - len(judged)} records have no boxes: the last filter lets them pass")
+    return "\n".join(out)
+
+
+def replace_file(path, write):
+    """write(temporary path), then renamed to `path`: whole or not at all."""
+    write(f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def main(argv=None):
+    parser = config.OneLineParser(prog="lavit_teacher.py", description="Gaze and semantics of a teacher on a data set, for --method lavit.")
+    parser.add_argument("--teacher", required=True, help="a run directory, an exported directory, tiny, or a hub name")
+    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
+    parser.add_argument("--data", required=True, help="records, JSONL, each with an id of its own")
+    parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
+    parser.add_argument("--keep", default="filtered", choices=("filtered", "all"), help="records to write: those that pass the filters, or all (for validation)")
+    parser.add_argument("--share", type=float, default=0.2, help="of the attention on the image, what must lie inside the boxes")
+    parser.add_argument("--limit", type=int, default=0, help="first so many records; 0: all")
+    parser.add_argument("--shard", type=int, default=256, help="records a file")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--min_pixels", type=int, default=None, help="images are scaled up to at least this area; default: the teacher's own")
+    parser.add_argument("--max_pixels", type=int, default=None, help="images are scaled down to at most this area; default: the teacher's own")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of a teacher that is no run; auto: bfloat16 on a GPU, float32 elsewhere")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    try:
+        procs = processes.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last shard
+    except ValueError as error:
+        raise UserError(f"--device {args.device}: {error}") from None
+
+    source, root = Path(args.data), Path(args.image_root or Path(args.data).parent)
+    records, dropped = data.read(source, root)
+    seen = set()
+    for r in records[: args.limit or None]:
+        if isinstance(r, data.RecordError):
+            raise r
+        if r.id == r.where or r.id in seen:
+            raise data.RecordError(f"{r.where}: field 'id': missing, or that of another record; a record's features are found by it")
+        if not r.images:
+            raise data.RecordError(f"{r.where}: field 'image': missing; there is nothing to look at")
+        seen.add(r.id)
+    records = records[: args.limit or None]
+    folder = root / "lavit"
+    parts = [folder / f"{source.stem}-{i:05d}" for i in range((len(records) + args.shard - 1) // args.shard)]
+    made_with = {n: getattr(args, n) for n in ("teacher", "checkpoint", "shard", "min_pixels", "max_pixels")} | {"records": [r.id for r in records]}
+    note = folder / f"{source.stem}.json"
+    if note.is_file() and json.loads(note.read_text()) != made_with:
+        raise UserError(f"{note}: the shards there were made with another teacher, other records or other settings; remove {folder}/{source.stem}* first")
+    procs.barrier()  # all ranks have looked
+    if procs.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(made_with) + "\n")
+
+    todo = [i for i, part in enumerate(parts) if not (Path(f"{part}.jsonl").is_file() and Path(f"{part}.safetensors").is_file())]
+    procs.barrier()  # all ranks have seen the same ones missing
+    procs.print(f"{len(records)} records in {len(parts)} shards, {len(parts) - len(todo)} there already" + (f"; {dropped} later turns left out" if dropped else ""))
+    started, done = time.perf_counter(), 0
+    if todo:
+        dtype = {"auto": torch.bfloat16 if procs.device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
+        model, fmt, settings = open_model(args.teacher, args.checkpoint, procs.device, dtype=dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+        method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
+        if fmt.copies > 1:
+            raise UserError(f"{args.teacher}: shows itself each image {fmt.copies} times; a gaze needs a teacher that sees it once")
+        for i in todo[procs.rank :: procs.world]:
+            tensors, lines = shard(model, fmt, method, records[i * args.shard : (i + 1) * args.shard], args)
+            replace_file(f"{parts[i]}.safetensors", lambda path: save_file(tensors, path))
+            replace_file(f"{parts[i]}.jsonl", lambda path: Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines)))
+            done += len(lines)
+            procs.print(f"shard {i + 1}/{len(parts)}: {done * procs.world / (time.perf_counter() - started):.1f} records/s")
+    procs.barrier()
+
+    if procs.is_first:
+        lines = [json.loads(line) for part in parts for line in Path(f"{part}.jsonl").read_text().splitlines()]
+        print(report(lines, args.share))
+        kept = {line["id"]: i // args.shard for i, line in enumerate(lines) if args.keep == "all" or all(passes(line, args.share))}
+        if not kept:
+            raise UserError(f"{source}: no record passes all three filters; a better teacher, or --keep all")
+        out = source.with_suffix(".lavit.jsonl")
+        with open(out, "w") as file:
+            for item in map(json.loads, filter(str.strip, source.read_text(encoding="utf-8").split("\n"))):
+                if str(item["id"]) in kept:
+                    path = f"lavit/{parts[kept[str(item['id'])]].name}.safetensors"
+                    file.write(json.dumps(item | {"features": item.get("features", {}) | {"lavit": path}}) + "\n")
+        with safe_open(f"{parts[0]}.safetensors", "pt") as file:
+            E = file.get_slice(f"{records[0].id}/v_sem").get_shape()[0]
+        print(f"wrote {len(kept)} records to {out}: --method lavit --semantics_dim {E}")
+    procs.stop()
+
+
+if __name__ == "__main__":
+    config.run_cli(main)

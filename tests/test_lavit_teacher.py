@@ -1,0 +1,147 @@
+"""The teacher's side of LaViT: gaze equal to eager attention's, resumable and sharded files, filters, and a student that learns from them."""
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_ddp import ROOT, run
+
+from crystal import data, train
+from crystal.config import UserError
+from data_prep import lavit_teacher
+from data_prep.lavit_teacher import Looks, look, passes, report, text_rows
+
+
+@pytest.fixture
+def source(records_file, tmp_path):
+    """conftest's records with boxes on all but the last, in a folder of their own."""
+    for image in records_file.parent.glob("*.png"):
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    lines = [json.loads(line) for line in records_file.read_text().splitlines()]
+    for line in lines[:2]:
+        line["boxes"] = [[0, 0, 28, 28]]
+    (tmp_path / "set.v1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "set.v1.jsonl"
+
+
+def teach(model_dirs, source, *more):
+    lavit_teacher.main(["--teacher", str(model_dirs[True]), "--data", str(source), "--shard", "2", "--batch_size", "3", "--max_new_tokens", "3", "--device", "cpu", *more])
+
+
+def eager(model, batch):
+    """Eq. 2 from full L x L weights, pair by pair -> list of S [N]."""
+    weights = []
+
+    def keep(layer, q, k, scale):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = (q @ k.transpose(2, 3) * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
+        weights.append(scores.softmax(-1))
+
+    model.hidden(batch, tap=keep)
+    mean = torch.stack(weights).mean((0, 2))                                    # [B,L,L], over layers and heads
+    out = []
+    for b, cols in enumerate(batch["image"]):
+        cols, own = cols[cols >= 0], set(batch["latents"][b].tolist())
+        text = [t for t in range(int(cols.max()) + 1, int(batch["attention_mask"][b].sum())) if t not in own]
+        out.append(mean[b][text][:, cols].mean(0))
+    return out
+
+
+@pytest.mark.parametrize("method", ["sft", "crystal"])
+def test_gaze_is_eq_2_and_3_of_eager_attention(setup, method):
+    """Padding, several images, grouped heads; with a teacher that has latents too, which are no text."""
+    s = setup("--method", method)
+    tap = Looks(text_rows(s.batch), s.batch["image"])
+    with torch.no_grad():
+        s.model.hidden(s.batch, tap=tap)
+        expected = eager(s.model, s.batch)
+    assert len({len(e) for e in expected}) > 1
+    for S, e in zip(tap.S, expected):
+        assert torch.allclose(S[: len(e)].double(), e, atol=1e-9) and not S[len(e) :].any()
+    found = look(s.model, s.fmt, s.method, s.records, 2)
+    for (tensors, _), e in zip(found, expected):
+        assert torch.allclose(tensors["gaze"].double(), (e - e.min()) / (e.max() - e.min()), atol=1e-5)
+        assert tensors["gaze_top"].tolist() == e.argsort(descending=True)[:8].tolist()
+
+
+def test_semantics_are_the_mean_of_the_image_tokens_last_states(setup):
+    s = setup("--method", "sft")
+    h = s.model.hidden(s.batch).detach()
+    grids = [[3, 4], [2, 2]]
+    for i, (tensors, statistics) in enumerate(look(s.model, s.fmt, s.method, s.records, 3)):
+        cols = s.batch["image"][i][s.batch["image"][i] >= 0]
+        assert torch.allclose(tensors["v_sem"].double(), h[i, cols].mean(0), atol=1e-6)
+        assert int(tensors["gaze_grid"].prod(1).sum()) == len(tensors["gaze"]) == len(cols)
+        if i < 2:
+            assert tensors["gaze_grid"].tolist() == [grids[i]]
+        assert statistics["focus"] is None and 0 < statistics["entropy"] <= math.log(len(cols)) and statistics["salient"] >= 0
+    assert tensors["gaze_grid"].tolist() == [[4, 3], [3, 2]]  # two images
+
+
+def test_focus_score_counts_what_the_boxes_touch(setup):
+    s = setup("--method", "sft", which=[0])
+    s.records[0].boxes = [[0, 0, 28, 28], [100, 60, 104, 70]]  # tokens 0 and 11 of 3 x 4
+    tensors, statistics = look(s.model, s.fmt, s.method, s.records, 1)[0]
+    assert statistics["focus"] == pytest.approx(float((tensors["gaze"][0] + tensors["gaze"][11]) / tensors["gaze"].sum()))
+
+
+def test_files_resume_and_the_student_learns_from_them(model_dirs, source, tmp_path, capsys):
+    teach(model_dirs, source, "--keep", "all")
+    out, folder = tmp_path / "set.v1.lavit.jsonl", tmp_path / "lavit"
+    said = capsys.readouterr().out
+    assert "3 records in 2 shards, 0 there already" in said and "1 records have no boxes" in said and "--semantics_dim 32" in said
+    records, _ = data.read(out)
+    assert [r.features["lavit"].name for r in records] == ["set.v1-00000.safetensors"] * 2 + ["set.v1-00001.safetensors"]
+    assert {n: x.shape for n, x in data.load_features(records[2], "lavit").items()} == {"gaze": (18,), "gaze_grid": (2, 2), "gaze_top": (8,), "v_sem": (32,)}
+
+    lost, kept = folder / "set.v1-00001", folder / "set.v1-00000"
+    before, stamp = load_file(f"{lost}.safetensors"), (folder / "set.v1-00000.safetensors").stat().st_mtime_ns
+    (folder / "set.v1-00001.jsonl").unlink()
+    out.unlink()
+    teach(model_dirs, source, "--keep", "all")
+    assert "1 there already" in capsys.readouterr().out and out.is_file()
+    assert (folder / f"{kept.name}.safetensors").stat().st_mtime_ns == stamp
+    after = load_file(f"{lost}.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    with pytest.raises(UserError, match="made with another teacher"):
+        teach(model_dirs, source, "--max_pixels", "6272")
+
+    # a student that sees the images larger: its grid is finer than the teacher's
+    flags = ["--method", "lavit", "--model", str(model_dirs[True]), "--data", str(out), "--max_steps", "2", "--batch_size", "3", "--lr", "1e-3", "--min_pixels", "25088",
+             "--eval_every", "0", "--output", str(tmp_path / "run")]
+    train.main(flags)
+    first, last = (json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert last["gaze"] < first["gaze"] and last["semantics"] < first["semantics"]
+
+
+def test_two_ranks_write_what_one_writes(model_dirs, source, tmp_path):
+    flags = ["--teacher", str(model_dirs[True]), "--data", str(source), "--shard", "1", "--max_new_tokens", "2", "--device", "cpu", "--keep", "all"]
+    script = str(ROOT / "data_prep" / "lavit_teacher.py")
+    done = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script], flags)
+    assert done.count("wrote 3 records") == 1
+    two = {p.name: p.read_bytes() for p in (tmp_path / "lavit").iterdir()} | {"records": (tmp_path / "set.v1.lavit.jsonl").read_bytes()}
+    for p in (tmp_path / "lavit").iterdir():
+        p.unlink()
+    lavit_teacher.main(flags)
+    assert two == {p.name: p.read_bytes() for p in (tmp_path / "lavit").iterdir()} | {"records": (tmp_path / "set.v1.lavit.jsonl").read_bytes()}
+
+
+def test_filters():
+    line = lambda correct, blind, focus: {"correct": correct, "blind_correct": blind, "focus": focus, "entropy": 1.0, "salient": 2}
+    assert passes(line(True, False, 0.2), 0.2) == (True, True, True) and passes(line(False, True, 0.19), 0.2) == (False, False, False)
+    assert passes(line(True, False, None), 0.2)[2]
+    text = report([line(True, False, 0.5), line(True, False, 0.1), line(True, True, 0.5), line(False, False, None)], 0.2)
+    assert "answered correctly: 3 alone, 3 after" in text and "without the image: 3 alone, 2 after" in text and "the boxes: 3 alone, 1 after" in text
+    assert "focus score 0.367" in text and "1 records have no boxes" in text
+
+
+def test_bad_input(model_dirs, source, records_file):
+    with pytest.raises(UserError, match="no record passes all three filters"):  # a random teacher answers nothing
+        teach(model_dirs, source)
+    lines = source.read_text().splitlines()
+    for change, message in (({"id": "0"}, "set.v1.jsonl:2: field 'id': missing, or that of another"), ({"images": [], "conversations": [{"from": "human", "value": "Why?"},
+                            {"from": "gpt", "value": "so"}]}, "set.v1.jsonl:2: field 'image': missing")):
+        source.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change)]) + "\n")
+        with pytest.raises(UserError, match=message):
+            teach(model_dirs, source)
