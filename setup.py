@@ -111,7 +111,10 @@ def build(out):
         for kind, output, inputs, variables in todo:
             text += f"build {output}: {kind} {' '.join(inputs)}\n" + "".join(f" {name} = {value}\n" for name, value in variables.items())
         (ROOT / WORK / "build.ninja").write_text(text)
-        done = subprocess.run([ninja, "--quiet", "-f", f"{WORK}/build.ninja"], cwd=ROOT).returncode
+        ran = subprocess.run([ninja, "--quiet", "-f", f"{WORK}/build.ninja"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = ran.returncode
+        if done or "warning" in ran.stdout:
+            print(ran.stdout, file=sys.stderr)
     else:  # everything anew, in the same order
         def run(step):
             kind, output, inputs, variables = step

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from crystal import losses
+from crystal import attention, losses
 from crystal.config import UserError
 
 HERE = Path(__file__).parent
@@ -24,6 +24,8 @@ CPU = {torch.float64, torch.float32, torch.bfloat16}
 CUDA = CPU | {torch.float16}
 SERVED = {  # operator: {device: dtypes}
     "vocab_kl_ce": {"cpu": CPU, "cuda": CUDA},
+    "attn_slice": {"cpu": CPU},
+    "attn_scores": {"cpu": CPU},
 }
 
 
@@ -45,6 +47,7 @@ def choice():
     return True, devices, f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors on the CPU)"
 
 
+@functools.cache
 def _load():
     """Loads crystal/_C.so and, where torch knows CUDA, crystal/_C_cuda.so -> (devices served, what is wrong or None)."""
     devices = []
@@ -103,6 +106,13 @@ def _register():
     torch.library.register_fake("crystal::vocab_kl_ce_backward_", lambda *_: None)
     torch.library.register_autograd("crystal::vocab_kl_ce", _vocab_backward, setup_context=_vocab_context)
     _not_twice("vocab_kl_ce_backward")
+    torch.library.register_fake("crystal::attn_slice", _slice_fake)
+    torch.library.register_fake("crystal::attn_scores", _scores_fake)
+    torch.library.register_fake("crystal::attn_grad", _attn_grad_fake)
+    torch.library.register_fake("crystal::attn_grad_", lambda *_: None)
+    torch.library.register_autograd("crystal::attn_slice", _slice_backward, setup_context=_slice_context)
+    torch.library.register_autograd("crystal::attn_scores", _scores_backward, setup_context=_scores_context)
+    _not_twice("attn_grad")
 
 
 def _not_twice(name):
@@ -174,3 +184,84 @@ def _vocab_backward_fake(g_int, g_cor, g_kl, logits_int, logits_cor, targets_int
     V, separate = logits_int.shape[1], logits_cor is not None
     return (logits_int.new_empty(logits_int.shape[0] if want_int or not separate else 0, V),
             logits_int.new_empty(logits_cor.shape[0] if want_cor and separate else 0, V))
+
+
+# ---- attn_slice, attn_scores: weights and scores of chosen rows and columns ------------------------------------------
+#
+# B sequences, H query heads, G key heads, L length, d head size, M rows, K columns. Forward and backward keep [B,H,M,K] and [B,H,M].
+
+def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding=None):
+    """attention.attn_slice without its M x L scores: tiles of them are computed where they are used, and again in backward.
+
+    A given lse spares the forward's pass over the L keys; backward, too, takes its softmax from it, so it must be the rows' own.
+    A bias that wants a gradient takes plain PyTorch.
+    """
+    if _wants(bias) or not served("attn_slice", q):
+        return attention.attn_slice(q, k, rows, cols, scale=scale, lse=lse, bias=bias, key_padding=key_padding)
+    attention.check(q, k, bias, key_padding)
+    if lse is not None:
+        lse = lse.detach().to(_wide(q.dtype)).contiguous()
+    return torch.ops.crystal.attn_slice(q, k, rows, cols, _scale(q, scale), lse, bias, key_padding)[0]
+
+
+def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
+    """attention.attn_scores, reading the chosen rows and columns alone. A bias that wants a gradient takes plain PyTorch."""
+    if _wants(bias) or not served("attn_scores", q):
+        return attention.attn_scores(q, k, rows, cols, scale=scale, bias=bias, key_padding=key_padding)
+    attention.check(q, k, bias, key_padding)
+    return torch.ops.crystal.attn_scores(q, k, rows, cols, _scale(q, scale), bias, key_padding)
+
+
+def _wants(x):
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _cells(q, rows, cols):
+    return q.new_empty(*q.shape[:2], rows.shape[1], cols.shape[1], dtype=_wide(q.dtype))
+
+
+def _slice_fake(q, k, rows, cols, scale, lse, bias, key_padding):
+    A = _cells(q, rows, cols)
+    return A, A.new_empty(A.shape[:3])
+
+
+def _slice_context(ctx, inputs, output):
+    q, k, rows, cols, ctx.scale, _, bias, key_padding = inputs
+    A, lse = output
+    ctx.save_for_backward(q, k, rows, cols, A, lse, bias, key_padding)
+    ctx.mark_non_differentiable(lse)
+
+
+def _slice_backward(ctx, g, _):
+    q, k, rows, cols, A, lse, bias, key_padding = ctx.saved_tensors
+    direct = torch.where(A == 0, 0, g * A)  # [B,H,M,K]: dLoss/dS of these cells, were the normaliser a constant
+    grads = torch.ops.crystal.attn_grad(q, k, rows, cols, ctx.scale, direct, direct.sum(-1), lse, bias, key_padding, *ctx.needs_input_grad[:2])
+    return *_wanted(ctx, grads), *[None] * 6
+
+
+def _scores_fake(q, k, rows, cols, scale, bias, key_padding):
+    return _cells(q, rows, cols)
+
+
+def _scores_context(ctx, inputs, output):
+    q, k, rows, cols, ctx.scale, bias, key_padding = inputs
+    ctx.save_for_backward(q, k, rows, cols, output)
+
+
+def _scores_backward(ctx, g):
+    q, k, rows, cols, S = ctx.saved_tensors
+    grads = torch.ops.crystal.attn_grad(q, k, rows, cols, ctx.scale, torch.where(S.isneginf(), 0, g), None, None, None, None, *ctx.needs_input_grad[:2])
+    return *_wanted(ctx, grads), *[None] * 5
+
+
+def _attn_grad_fake(q, k, rows, cols, scale, direct, through, lse, bias, key_padding, want_q, want_k):
+    return q.new_empty(q.shape if want_q else (0,)), k.new_empty(k.shape if want_k else (0,))
+
+
+def _wanted(ctx, grads):
+    """An operator's gradients, None for those that nobody asked for."""
+    return [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad)]
