@@ -108,11 +108,11 @@ def _register():
     _not_twice("vocab_kl_ce_backward")
     torch.library.register_fake("crystal::attn_slice", _slice_fake)
     torch.library.register_fake("crystal::attn_scores", _scores_fake)
-    torch.library.register_fake("crystal::attn_grad", _attn_grad_fake)
-    torch.library.register_fake("crystal::attn_grad_", lambda *_: None)
+    torch.library.register_fake("crystal::attn_backward", _attn_backward_fake)
+    torch.library.register_fake("crystal::attn_backward_", lambda *_: None)
     torch.library.register_autograd("crystal::attn_slice", _slice_backward, setup_context=_slice_context)
     torch.library.register_autograd("crystal::attn_scores", _scores_backward, setup_context=_scores_context)
-    _not_twice("attn_grad")
+    _not_twice("attn_backward")
 
 
 def _not_twice(name):
@@ -169,15 +169,20 @@ def _vocab_backward(ctx, g_int, g_cor, g_kl, *_):
     above = [torch.zeros(len(answer), dtype=_wide(logits_int.dtype), device=answer.device) if g is None else g.contiguous() for g in (g_int, g_cor, g_kl)]
     want_int, want_cor = ctx.needs_input_grad[:2]
     args = *above, logits_int, logits_cor, targets_int, targets_cor, answer, sums, at, ctx.teacher_grad, want_int, want_cor
-    if ctx.in_place:
+    if ctx.in_place and not _graph_is_kept():  # a kept graph may be gone through again: it keeps its logits
         torch.ops.crystal.vocab_kl_ce_backward_(*args)
         for x, wanted in ((logits_int, want_int), (logits_cor, want_cor)):
             if wanted:
-                torch.autograd.graph.increment_version(x)  # who still needs the logits, a second backward too, is told so
+                torch.autograd.graph.increment_version(x)  # whoever else still needs the logits is told so by an error
         grads = logits_int.detach(), None if logits_cor is None else logits_cor.detach()
     else:
         grads = torch.ops.crystal.vocab_kl_ce_backward(*args)
     return grads[0] if want_int else None, grads[1] if want_cor else None, None, None, None, None, None
+
+
+def _graph_is_kept():
+    """Whether the backward pass that runs was asked to retain its graph; a torch that cannot say so is taken to retain it."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
 def _vocab_backward_fake(g_int, g_cor, g_kl, logits_int, logits_cor, targets_int, targets_cor, answer, sums, at, teacher_grad, want_int, want_cor):
@@ -239,7 +244,7 @@ def _slice_context(ctx, inputs, output):
 def _slice_backward(ctx, g, _):
     q, k, rows, cols, A, lse, bias, key_padding = ctx.saved_tensors
     direct = torch.where(A == 0, 0, g * A)  # [B,H,M,K]: dLoss/dS of these cells, were the normaliser a constant
-    grads = torch.ops.crystal.attn_grad(q, k, rows, cols, ctx.scale, direct, direct.sum(-1), lse, bias, key_padding, *ctx.needs_input_grad[:2])
+    grads = torch.ops.crystal.attn_backward(q, k, rows, cols, ctx.scale, direct, direct.sum(-1), lse, bias, key_padding, *ctx.needs_input_grad[:2])
     return *_wanted(ctx, grads), *[None] * 6
 
 
@@ -254,11 +259,11 @@ def _scores_context(ctx, inputs, output):
 
 def _scores_backward(ctx, g):
     q, k, rows, cols, S = ctx.saved_tensors
-    grads = torch.ops.crystal.attn_grad(q, k, rows, cols, ctx.scale, torch.where(S.isneginf(), 0, g), None, None, None, None, *ctx.needs_input_grad[:2])
+    grads = torch.ops.crystal.attn_backward(q, k, rows, cols, ctx.scale, torch.where(S.isneginf(), 0, g), None, None, None, None, *ctx.needs_input_grad[:2])
     return *_wanted(ctx, grads), *[None] * 5
 
 
-def _attn_grad_fake(q, k, rows, cols, scale, direct, through, lse, bias, key_padding, want_q, want_k):
+def _attn_backward_fake(q, k, rows, cols, scale, direct, through, lse, bias, key_padding, want_q, want_k):
     return q.new_empty(q.shape if want_q else (0,)), k.new_empty(k.shape if want_k else (0,))
 
 

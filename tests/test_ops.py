@@ -184,7 +184,13 @@ def check_combinations(index, device):
 def check_gradients(index, device):
     sample = SAMPLES[index]
     args = [x.to(device).requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in sample.make(f64)]
-    torch.autograd.gradcheck(functools.partial(getattr(ops, sample.name), **sample.keywords), args, fast_mode=True)
+    keywords = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in sample.keywords.items()}
+
+    def finite(*args):  # -inf, where a cell is hidden, has no difference quotient
+        out = getattr(ops, sample.name)(*args, **keywords)
+        return tuple(x.clamp(min=-1e9) for x in out) if isinstance(out, tuple) else out.clamp(min=-1e9)
+
+    torch.autograd.gradcheck(finite, args, fast_mode=True)
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
@@ -271,9 +277,11 @@ def test_vocab_in_place(compiled):
     loss = vocab_step(z, in_place=True)
     z.register_hook(lambda grad: memory.append(grad.data_ptr()))
     memory = []
-    (got,) = torch.autograd.grad(loss, W, retain_graph=True)
-    assert torch.equal(got, want) and memory == [z.data_ptr()]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    (got,) = torch.autograd.grad(loss, W, retain_graph=True)  # the logits stay
+    assert torch.equal(got, want) and z.data_ptr() not in memory
+    (got,) = torch.autograd.grad(loss, W)  # and go
+    assert torch.equal(got, want) and memory[1] == z.data_ptr()
+    with pytest.raises(RuntimeError, match="a second time"):
         torch.autograd.grad(loss, W)
     z = h @ W
     square = z.square().sum()  # another reader of the logits, whose backward comes after vocab_kl_ce's: it raises
