@@ -44,8 +44,8 @@ def vocab_kl_ce(logits_int, logits_cor, targets_int, targets_cor, answer, *, tea
     targets_cor   [N], the corrupted path's
     answer        [N] bool, rows of the KL (kl is 0 elsewhere)
     teacher_grad  False: KL does not move the intact path
-    in_place      the logits are the caller's to give up: their memory may become that of their gradient, in which case
-                  their values are gone after the backward pass, and a second one raises
+    in_place      the logits are the caller's to give up: in a backward pass that does not retain its graph their memory may
+                  become that of their gradient, and another backward that needs their values raises
 
     Raises ValueError if targets and answer do not speak of R and R' rows.
     """

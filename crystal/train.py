@@ -28,7 +28,7 @@ import transformers
 from tqdm import tqdm
 
 import crystal.model
-from crystal import checkpoint, config, data, methods, processes
+from crystal import checkpoint, config, data, methods, ops, processes
 from crystal.config import UserError
 from crystal.layout import Format
 from crystal.losses import total
@@ -75,6 +75,7 @@ def main(argv=None):
 
     # ----------------------------------------------------------------------------------------------------- model
     method = methods.get(settings.method)(settings)
+    ops.announce(procs.print)
     with procs.first():  # a hub name is downloaded once
         model = crystal.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
     crystal.model.prepare(model, settings, method.latents)

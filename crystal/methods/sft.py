@@ -5,7 +5,8 @@ B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary.
 import torch.nn as nn
 
 from crystal.layout import IGNORE
-from crystal.losses import ce_rows, mean_per_pair
+from crystal.losses import mean_per_pair
+from crystal.ops import ce_rows
 
 
 class Method:
