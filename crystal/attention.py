@@ -30,7 +30,7 @@ def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     Raises TypeError for a key_padding that is not bool and for a bias that is not float: a mask of ones and zeros
     would be read the wrong way round, or added to the scores where it blocks nothing.
     """
-    _check(q, k, bias, key_padding)
+    check(q, k, bias, key_padding)
     at = cols.clamp(min=0)
     if bias is not None:
         bias = bias.gather(3, at[:, None, None, :].expand(*bias.shape[:3], -1))  # [B,1,M,K]
@@ -44,7 +44,7 @@ def attn_lse(q, k, rows, *, scale=None, bias=None, key_padding=None):
 
     Arguments as in attn_scores. -inf, with zero gradient, for a padded row and for one that sees no key.
     """
-    _check(q, k, bias, key_padding)
+    check(q, k, bias, key_padding)
     every = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)  # [B,L]
     scores = _scores(q, k, rows, every, scale, bias, key_padding)  # [B,H,M,L]
     blind = scores.isneginf().all(-1)  # [B,H,M]
@@ -132,7 +132,8 @@ def _take(x, at):
     return x.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _check(q, k, bias, key_padding):
+def check(q, k, bias, key_padding):
+    """Raises ValueError or TypeError for what attn_scores says it does."""
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
     if key_padding is not None and key_padding.dtype != torch.bool:

@@ -31,6 +31,42 @@ def kl_rows(logits_int, logits_cor):
     return _kl(_wide(logits_int).log_softmax(-1), _wide(logits_cor).log_softmax(-1))
 
 
+def vocab_kl_ce(logits_int, logits_cor, targets_int, targets_cor, answer, *, teacher_grad=True, in_place=False):
+    """What eq. 4 and both cross entropies read of the logits, row by row -> (ce_int, ce_cor, kl), [N] each.
+
+    n runs over N positions of the sequences. A path has a row of logits at n if it has a label there or if n is an answer
+    row, and its rows stand in the order of n.
+
+    logits_int    [R,V], the intact path's rows
+    logits_cor    [R',V], the corrupted path's; None if they follow the intact ones in logits_int, as one product with the
+                  head leaves them: their gradient is then one tensor too, and nothing is split or joined
+    targets_int   [N] int64, label of the intact path at n; negative for none (ce_int is 0 there)
+    targets_cor   [N], the corrupted path's
+    answer        [N] bool, rows of the KL (kl is 0 elsewhere)
+    teacher_grad  False: KL does not move the intact path
+    in_place      the logits are the caller's to give up: in a backward pass that does not retain its graph their memory may
+                  become that of their gradient, and another backward that needs their values raises
+
+    Raises ValueError if targets and answer do not speak of R and R' rows.
+    """
+    in_int, in_cor = (targets_int >= 0) | answer, (targets_cor >= 0) | answer  # [N]
+    rows = [int(in_int.sum()), int(in_cor.sum())]
+    if len(logits_int) + (0 if logits_cor is None else len(logits_cor)) != sum(rows) or logits_cor is not None and len(logits_int) != rows[0]:
+        raise ValueError(f"targets and answer speak of {rows[0]} intact and {rows[1]} corrupted rows, which the logits have not: "
+                         f"{list(logits_int.shape)}, {logits_cor if logits_cor is None else list(logits_cor.shape)}")
+    if logits_cor is None:
+        logits_int, logits_cor = logits_int.split(rows)
+    teacher = logits_int if teacher_grad else logits_int.detach()
+
+    def ce(logits, targets, here):
+        label = targets >= 0
+        values = ce_rows(logits[label[here]], targets[label])
+        return values.new_zeros(len(targets)).masked_scatter(label, values)
+
+    kl = kl_rows(teacher[answer[in_int]], logits_cor[answer[in_cor]])
+    return ce(logits_int, targets_int, in_int), ce(logits_cor, targets_cor, in_cor), kl.new_zeros(len(answer)).masked_scatter(answer, kl)
+
+
 def mean_per_pair(values, pair, pairs, share=1.0):
     """Mean of each pair's rows -> [B]. values [N]; pair [N] int64 in 0..B-1, whose row it is; pairs = B.
 

@@ -17,6 +17,10 @@ from crystal.train import Objective
 torch.set_num_threads(1)  # these models are too small to share
 
 
+def pytest_addoption(parser):
+    parser.addoption("--require-cuda", action="store_true", help="fail, not skip, what needs a GPU where there is none (tests/test_ops.py)")
+
+
 def write_model(path, tied=True, **text):
     """A random Qwen2.5-VL of two or three layers with tiny's tokenizer and image rules, written as a directory."""
     shutil.copytree(crystal.model.TINY, path)

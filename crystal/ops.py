@@ -1,0 +1,272 @@
+"""Compiled twins of attention.py and losses.py, and the choice between them; callers import from here.
+
+Every operator has the signature of its plain reference and is documented there. The compiled ones (csrc/, built by
+`make setup`) are chosen once, at their first use or when training starts, and the choice is printed once:
+
+    CRYSTAL_OPS=auto       compiled where the extension is built and serves the tensors' device and dtype (default)
+    CRYSTAL_OPS=reference  plain PyTorch everywhere
+    CRYSTAL_OPS=require    compiled, or an error that says why not
+
+A compiled operator has no gradient of its gradient: asking for one raises RuntimeError (use the reference).
+"""
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from crystal import attention, losses
+from crystal.config import UserError
+
+HERE = Path(__file__).parent
+CPU = {torch.float64, torch.float32, torch.bfloat16}
+CUDA = CPU | {torch.float16}
+SERVED = {  # operator: {device: dtypes}
+    "vocab_kl_ce": {"cpu": CPU, "cuda": CUDA},
+    "attn_slice": {"cpu": CPU},
+    "attn_scores": {"cpu": CPU},
+}
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def choice():
+    """(compiled operators chosen?, devices that they serve, one line that says so). Loads the extension."""
+    mode = os.environ.get("CRYSTAL_OPS", "auto")
+    if mode not in ("auto", "reference", "require"):
+        raise UserError(f"CRYSTAL_OPS={mode}: choose auto, reference or require")
+    if mode == "reference":
+        return False, (), "operators: plain PyTorch (CRYSTAL_OPS=reference)"
+    devices, problem = _load()
+    if problem and mode == "require":
+        raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+    if problem:
+        return False, (), f"operators: plain PyTorch ({problem})"
+    return True, devices, f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors on the CPU)"
+
+
+@functools.cache
+def _load():
+    """Loads crystal/_C.so and, where torch knows CUDA, crystal/_C_cuda.so -> (devices served, what is wrong or None)."""
+    devices = []
+    for device, file, wanted in (("cpu", "_C.so", True), ("cuda", "_C_cuda.so", torch.version.cuda is not None and (HERE / "_C_cuda.so").exists())):
+        if not wanted:
+            continue
+        if not (HERE / file).exists():
+            return (), f"crystal/{file} is not built: make setup, or python setup.py build_ext --inplace"
+        try:
+            torch.ops.load_library(str(HERE / file))
+        except OSError as error:
+            return (), f"crystal/{file} cannot be loaded, build it again: {error}"
+        devices.append(device)
+    if missing := [name for name in SERVED if not hasattr(torch.ops.crystal, name)]:
+        return (), f"crystal/_C.so is older than its sources ({', '.join(missing)} missing), build it again"
+    _register()
+    return tuple(devices), None
+
+
+@functools.cache
+def announce(write=functools.partial(print, file=sys.stderr)):
+    """Says once which operators were chosen; a program that wants it elsewhere calls this first, with a `write` of its own."""
+    _said.append(write(choice()[2]))
+
+
+_said = []
+
+
+@functools.cache
+def _served(name, device, dtype):
+    """Whether the compiled operator takes such tensors; says why not, once (require: raises)."""
+    if not _said:
+        announce()
+    compiled, devices, _ = choice()
+    if compiled and device in devices and dtype in SERVED[name].get(device, ()):
+        return True
+    if compiled:
+        problem = f"{name} is not compiled for {str(dtype).removeprefix('torch.')} on {device}"
+        if os.environ.get("CRYSTAL_OPS") == "require":
+            raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+        print(f"operators: {problem}: plain PyTorch", file=sys.stderr)
+    return False
+
+
+def served(name, x):
+    """Whether operator `name` runs compiled for tensors like x."""
+    return _served(name, x.device.type, x.dtype)
+
+
+# ---- registration, once the library is loaded ------------------------------------------------------------------------
+
+def _register():
+    """Fake kernels and gradients of every operator."""
+    torch.library.register_fake("crystal::vocab_kl_ce", _vocab_fake)
+    torch.library.register_fake("crystal::vocab_kl_ce_backward", _vocab_backward_fake)
+    torch.library.register_fake("crystal::vocab_kl_ce_backward_", lambda *_: None)
+    torch.library.register_autograd("crystal::vocab_kl_ce", _vocab_backward, setup_context=_vocab_context)
+    _not_twice("vocab_kl_ce_backward")
+    torch.library.register_fake("crystal::attn_slice", _slice_fake)
+    torch.library.register_fake("crystal::attn_scores", _scores_fake)
+    torch.library.register_fake("crystal::attn_backward", _attn_backward_fake)
+    torch.library.register_fake("crystal::attn_backward_", lambda *_: None)
+    torch.library.register_autograd("crystal::attn_slice", _slice_backward, setup_context=_slice_context)
+    torch.library.register_autograd("crystal::attn_scores", _scores_backward, setup_context=_scores_context)
+    _not_twice("attn_backward")
+
+
+def _not_twice(name):
+    """Registers that a backward operator has no gradient itself: silence would be a wrong second derivative."""
+    def backward(ctx, *grads):
+        raise RuntimeError(f"crystal::{name} is a gradient and has none itself; CRYSTAL_OPS=reference can be differentiated twice")
+    torch.library.register_autograd(f"crystal::{name}", backward)
+
+
+# ---- vocab_kl_ce: cross entropies and KL of two paths' logits --------------------------------------------------------
+
+def vocab_kl_ce(logits_int, logits_cor, targets_int, targets_cor, answer, *, teacher_grad=True, in_place=False):
+    """losses.vocab_kl_ce in one pass forward and one backward: three times the bytes of the logits, and no tensor of their size
+    but the gradients (none at all with in_place)."""
+    if not served("vocab_kl_ce", logits_int):
+        return losses.vocab_kl_ce(logits_int, logits_cor, targets_int, targets_cor, answer, teacher_grad=teacher_grad)
+    logits = [_rows_together(x) for x in (logits_int, logits_cor)]
+    if in_place and any(x is not None and x.requires_grad and x.is_leaf for x in logits):
+        raise ValueError("vocab_kl_ce in place: a leaf's values are not to be overwritten by its gradient")
+    return torch.ops.crystal.vocab_kl_ce(*logits, targets_int.contiguous(), targets_cor.contiguous(), answer.contiguous(), teacher_grad, in_place)[:3]
+
+
+def ce_rows(logits, targets):
+    """losses.ce_rows, as the intact half of vocab_kl_ce."""
+    if not served("vocab_kl_ce", logits):
+        return losses.ce_rows(logits, targets)
+    return vocab_kl_ce(logits, None, targets, torch.full_like(targets, -1), torch.zeros_like(targets, dtype=torch.bool))[0]
+
+
+def _rows_together(x):
+    """The logits of a row side by side in memory, as the kernels want them; rows may lie anywhere."""
+    return x if x is None or x.shape[1] < 2 or x.stride(1) == 1 else x.contiguous()
+
+
+def _wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _vocab_fake(logits_int, logits_cor, targets_int, targets_cor, answer, teacher_grad, in_place):
+    N = answer.shape[0]
+    values = [logits_int.new_empty(N, dtype=_wide(logits_int.dtype)) for _ in range(3)]
+    return *values, logits_int.new_empty(N, 5, dtype=torch.float64), targets_int.new_empty(2, N)
+
+
+def _vocab_context(ctx, inputs, output):
+    *tensors, ctx.teacher_grad, ctx.in_place = inputs
+    ctx.save_for_backward(*tensors, *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _vocab_backward(ctx, g_int, g_cor, g_kl, *_):
+    logits_int, logits_cor, targets_int, targets_cor, answer, sums, at = ctx.saved_tensors
+    above = [torch.zeros(len(answer), dtype=_wide(logits_int.dtype), device=answer.device) if g is None else g.contiguous() for g in (g_int, g_cor, g_kl)]
+    want_int, want_cor = ctx.needs_input_grad[:2]
+    args = *above, logits_int, logits_cor, targets_int, targets_cor, answer, sums, at, ctx.teacher_grad, want_int, want_cor
+    if ctx.in_place and not _graph_is_kept():  # a kept graph may be gone through again: it keeps its logits
+        torch.ops.crystal.vocab_kl_ce_backward_(*args)
+        for x, wanted in ((logits_int, want_int), (logits_cor, want_cor)):
+            if wanted:
+                torch.autograd.graph.increment_version(x)  # whoever else still needs the logits is told so by an error
+        grads = logits_int.detach(), None if logits_cor is None else logits_cor.detach()
+    else:
+        grads = torch.ops.crystal.vocab_kl_ce_backward(*args)
+    return grads[0] if want_int else None, grads[1] if want_cor else None, None, None, None, None, None
+
+
+def _graph_is_kept():
+    """Whether the backward pass that runs was asked to retain its graph; a torch that cannot say so is taken to retain it."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
+def _vocab_backward_fake(g_int, g_cor, g_kl, logits_int, logits_cor, targets_int, targets_cor, answer, sums, at, teacher_grad, want_int, want_cor):
+    V, separate = logits_int.shape[1], logits_cor is not None
+    return (logits_int.new_empty(logits_int.shape[0] if want_int or not separate else 0, V),
+            logits_int.new_empty(logits_cor.shape[0] if want_cor and separate else 0, V))
+
+
+# ---- attn_slice, attn_scores: weights and scores of chosen rows and columns ------------------------------------------
+#
+# B sequences, H query heads, G key heads, L length, d head size, M rows, K columns. Forward and backward keep [B,H,M,K] and [B,H,M].
+
+def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding=None):
+    """attention.attn_slice without its M x L scores: tiles of them are computed where they are used, and again in backward.
+
+    A given lse spares the forward's pass over the L keys; backward, too, takes its softmax from it, so it must be the rows' own.
+    A bias that wants a gradient takes plain PyTorch.
+    """
+    if _wants(bias) or not served("attn_slice", q):
+        return attention.attn_slice(q, k, rows, cols, scale=scale, lse=lse, bias=bias, key_padding=key_padding)
+    attention.check(q, k, bias, key_padding)
+    if lse is not None:
+        lse = lse.detach().to(_wide(q.dtype)).contiguous()
+    return torch.ops.crystal.attn_slice(q, k, rows, cols, _scale(q, scale), lse, bias, key_padding)[0]
+
+
+def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
+    """attention.attn_scores, reading the chosen rows and columns alone. A bias that wants a gradient takes plain PyTorch."""
+    if _wants(bias) or not served("attn_scores", q):
+        return attention.attn_scores(q, k, rows, cols, scale=scale, bias=bias, key_padding=key_padding)
+    attention.check(q, k, bias, key_padding)
+    return torch.ops.crystal.attn_scores(q, k, rows, cols, _scale(q, scale), bias, key_padding)
+
+
+def _wants(x):
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _cells(q, rows, cols):
+    return q.new_empty(*q.shape[:2], rows.shape[1], cols.shape[1], dtype=_wide(q.dtype))
+
+
+def _slice_fake(q, k, rows, cols, scale, lse, bias, key_padding):
+    A = _cells(q, rows, cols)
+    return A, A.new_empty(A.shape[:3])
+
+
+def _slice_context(ctx, inputs, output):
+    q, k, rows, cols, ctx.scale, _, bias, key_padding = inputs
+    A, lse = output
+    ctx.save_for_backward(q, k, rows, cols, A, lse, bias, key_padding)
+    ctx.mark_non_differentiable(lse)
+
+
+def _slice_backward(ctx, g, _):
+    q, k, rows, cols, A, lse, bias, key_padding = ctx.saved_tensors
+    direct = torch.where(A == 0, 0, g * A)  # [B,H,M,K]: dLoss/dS of these cells, were the normaliser a constant
+    grads = torch.ops.crystal.attn_backward(q, k, rows, cols, ctx.scale, direct, direct.sum(-1), lse, bias, key_padding, *ctx.needs_input_grad[:2])
+    return *_wanted(ctx, grads), *[None] * 6
+
+
+def _scores_fake(q, k, rows, cols, scale, bias, key_padding):
+    return _cells(q, rows, cols)
+
+
+def _scores_context(ctx, inputs, output):
+    q, k, rows, cols, ctx.scale, bias, key_padding = inputs
+    ctx.save_for_backward(q, k, rows, cols, output)
+
+
+def _scores_backward(ctx, g):
+    q, k, rows, cols, S = ctx.saved_tensors
+    grads = torch.ops.crystal.attn_backward(q, k, rows, cols, ctx.scale, torch.where(S.isneginf(), 0, g), None, None, None, None, *ctx.needs_input_grad[:2])
+    return *_wanted(ctx, grads), *[None] * 5
+
+
+def _attn_backward_fake(q, k, rows, cols, scale, direct, through, lse, bias, key_padding, want_q, want_k):
+    return q.new_empty(q.shape if want_q else (0,)), k.new_empty(k.shape if want_k else (0,))
+
+
+def _wanted(ctx, grads):
+    """An operator's gradients, None for those that nobody asked for."""
+    return [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad)]
