@@ -158,6 +158,15 @@ def test_no_row_sees_the_future_and_no_latent_its_token(ragged):
     assert torch.equal(other[0, :t], h[0, :t]) and not torch.equal(other[0, t:], h[0, t:])
 
 
+def test_one_pass_over_filled_inputs_leaves_the_same_states(ragged, float64_modules):
+    s = ragged()
+    h, _ = feedback.recurrence(s.model, s.batch, s.latents)
+    real = s.batch["attention_mask"].bool()
+    with feedback.filled(s.model, h, s.latents):
+        assert (s.model.hidden(s.batch) - h)[real].abs().max() < 1e-10
+    assert (s.model.hidden(s.batch) - h)[real].abs().max() > 1e-3  # closed again: latents are tokens
+
+
 def test_misplaced_latents_are_refused(ragged):
     s = ragged()
     for b, t in ((0, 0), (0, s.latents.shape[1] - 1)):

@@ -21,6 +21,7 @@ from crystal import config, data, encoders, feedback
 from crystal.config import Stage, UserError, setting
 from crystal.layout import IGNORE, Format, Layout, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
+from crystal.methods.crystal import mask_of
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
 
@@ -148,7 +149,7 @@ class Method(SFT):
             # The projections wait for the second stage; 0 of them keeps the processes' gradients in step.
             return {"ce": cross_entropy(model, batch) + 0 * sum(p.sum() for p in self.projections.parameters())}
         B, L = batch["input_ids"].shape
-        fed = torch.zeros(B, L + 1, dtype=torch.bool, device=batch["input_ids"].device).scatter(1, batch["latents"] % (L + 1), True)[:, :L]
+        fed = mask_of(batch["latents"], L)                                                         # [B,L]
         with own_features(model) as own:
             h, after = feedback.forward(model, batch, fed, self.settings.updates, (self.layer,))   # [B,L,D]
         terms = {"ce": cross_entropy(model, batch, h=h)}
