@@ -165,6 +165,17 @@ def test_wrong_settings_are_told(made, setup, records_file):
         s.method.extras(s.records[0], [])
 
 
+def test_what_looks_at_attention_sees_the_recurrence(made):
+    from crystal.attention import AttentionTap
+    s = made()
+    fed = valr.mask_of(s.batch["latents"], s.batch["input_ids"].shape[1])
+    h, _ = valr.feedback.recurrence(s.model, s.batch, fed)
+    tap = AttentionTap({0, 2}, s.batch["rows"], s.batch["latents"])
+    real = s.batch["attention_mask"].bool()
+    assert (s.method.hidden(s.model, s.batch, tap) - h)[real].abs().max() < 1e-5  # stock norms compute in float32
+    assert all(0 < x.sum(-1)[0, :, 0].mean() < 1 for x in tap.slices.values())
+
+
 def test_attention_is_drawn_of_fed_back_latents(made, tmp_path):
     """Both paths' last states are the recurrence's; a bar for each latent of each segment; the picture is drawn."""
     from crystal import visualize

@@ -143,6 +143,13 @@ class Method(SFT):
                 found |= {f"features_{m}": F, f"count_{m}": torch.tensor([len(F)])}
         return found
 
+    def hidden(self, model, batch, tap=None):
+        """The recurrence, then one pass over whole sequences that a tap can watch."""
+        fed = mask_of(batch["latents"], batch["input_ids"].shape[1])
+        h, _ = feedback.recurrence(model, batch, fed)
+        with feedback.filled(model, h, fed):
+            return model.hidden(batch, tap=tap)
+
     def losses(self, model, batch, progress):
         """{"ce"}, and in the second stage {"repa"}: means over the batch's records of token mean and of alignment."""
         if progress.stage == 0:
