@@ -139,6 +139,13 @@ def test_gaze_is_the_mean_over_layers_and_heads_of_what_eager_attention_computes
     assert abs(kl - terms["gaze"]) < 1e-6
 
 
+def test_semantics_read_the_last_latent_through_the_head(setup):
+    s = setup(*LORA)
+    h, phi = s.model.hidden(s.batch), s.method.heads["semantics"]
+    cosines = [torch.cosine_similarity(phi(h[b, s.batch["latents"][b, -1]]), s.batch["v_sem"][b].double(), 0) for b in range(3)]
+    assert abs(s.objective(s.batch, at(1.0))["semantics"] - (1 - sum(cosines) / 3)) < 1e-6
+
+
 def test_loss_functions():
     cols = torch.tensor([[0, 1, 2, -1], [4, 5, 6, 7]])
     A = torch.tensor([[[0.1, 0.2, 0.1, 0.0]] * 2, [[0.1, 0.1, 0.1, 0.1], [0.4, 0.1, 0.1, 0.2]]], dtype=torch.float64, requires_grad=True)  # [B,K,N]
