@@ -118,14 +118,14 @@ def table(columns):
     """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 % interval."""
     families = list(dict.fromkeys(f for c in columns.values() for f in c))
     families = [f for f in families if f != "all"] + ["all"]
-    width = max(14, *(len(c) + 2 for c in columns))
-    lines = ["family".ljust(12) + "questions".rjust(10) + "".join(c.rjust(width) for c in columns)]
+    width = {c: max(12, len(c) + 2) for c in columns}
+    lines = ["family".ljust(12) + "questions".rjust(10) + "".join(c.rjust(width[c]) for c in columns)]
     for family in families:
         cells, count = "", 0
-        for column in columns.values():
+        for name, column in columns.items():
             hits, count = column[family]
             low, high = wilson(hits, count)
-            cells += f"{100 * hits / count:.1f} ±{50 * (high - low):.1f}".rjust(width)
+            cells += f"{100 * hits / count:.1f} ±{50 * (high - low):.1f}".rjust(width[name])
         lines.append(family.ljust(12) + str(count).rjust(10) + cells)
     return "\n".join(lines)
 
