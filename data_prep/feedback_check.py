@@ -22,7 +22,7 @@ from crystal.methods.crystal import mask_of
 from crystal.methods.sft import cross_entropy
 
 
-def measure(model, batch, latents, updates, repeats=3):
+def measure(model, batch, latents, updates, repeats):
     """-> {T or None for the recurrence: (error of latents, of the rest, cross entropy, seconds)}."""
     errors = feedback.parallel_error(model, batch, latents, updates)
     times, ce = {T: [] for T in [None, *updates]}, {}
@@ -44,6 +44,7 @@ def main(argv=None):
     parser.add_argument("--data", default="", help="records, JSON or JSONL; empty: the toy scenes, made if they are not there")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
     parser.add_argument("--records", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--updates", default="1,2,4,8,16", help="numbers T, comma-separated")
     args = parser.parse_args(argv)
     if args.run:
@@ -65,7 +66,7 @@ def main(argv=None):
     examples = data.Examples(records[: args.records], lambda r, n: method.layout(fmt, r, n), model.image_processor)
     batch = data.collate([examples.build(i, 0) | {"bad": []} for i in range(len(examples))], model.tokenizer.pad_token_id)
     latents = mask_of(batch["latents"], batch["input_ids"].shape[1])
-    found = measure(model, batch, latents, [int(T) for T in args.updates.split(",")])
+    found = measure(model, batch, latents, [int(T) for T in args.updates.split(",")], args.repeats)
     _, _, ce, seconds = found[None]
     print(f"{len(examples)} records, {fmt.count} latents a segment, up to {int(latents.sum(1).max())} a record; recurrence: cross entropy {ce:.4f}, {seconds:.2f} s")
     print("T   error of latents   of the text behind   cross entropy off by   seconds   recurrence takes")

