@@ -9,7 +9,7 @@ from conftest import gradients
 from safetensors.torch import load_file, save_file
 from test_ddp import SCRIPT, run
 
-from crystal import checkpoint, losses, methods, train
+from crystal import checkpoint, evaluate, layout, losses, methods, train
 from crystal.bottleneck import additive_mask
 from crystal.config import Progress, UserError
 from crystal.data import RecordError
@@ -224,6 +224,23 @@ def test_no_future_leaks_through_the_gate(setup):
         assert torch.equal(a[:last], b[:last]) and not torch.equal(a[last], b[last])
 
 
+def test_latents_masked_at_inference(setup):
+    """Table 3's last control: other latents change no row but theirs, to the bit; seen, they do. It adds to a method's own mask."""
+    s = setup(*LORA, which=[0])
+    other = dict(s.batch, input_ids=s.batch["input_ids"].clone())
+    at_latents = s.batch["latents"][0]
+    other["input_ids"][0, at_latents] = other["input_ids"][0, at_latents.flip(0)]
+    rest = torch.ones_like(s.batch["input_ids"], dtype=torch.bool)
+    rest[0, at_latents] = False
+    for how, same in ((evaluate.hide_latents(s.fmt), True), (lambda batch: [], False)):
+        a, b = (s.model.hidden(x, biases=how(x))[rest] for x in (s.batch, other))
+        assert torch.equal(a, b) == same
+    both = evaluate.hide_latents(s.fmt, lambda batch: s.method.biases(s.model, batch))(s.batch)
+    assert len(both) == 2 and torch.equal(both[0].keys, s.batch["input_ids"] == s.fmt.image)
+    with pytest.raises(UserError, match="--latents mask"):
+        evaluate.hide_latents(layout.Format(s.model.tokenizer))
+
+
 def test_bottleneck_at_test_time_is_the_closed_gate(setup):
     """`evaluate --bottleneck` asks for the mask of a prompt whose only row is `<answer>`."""
     s = setup(*LORA, which=[0])
@@ -267,7 +284,7 @@ def test_bad_input(setup):
     s = setup(*LORA, "--semantics_dim", "7")
     with pytest.raises(UserError, match="--semantics_dim 32 is needed"):
         s.objective(s.batch, at(0.0))
-    for flags in (["--gate_warmup", "0"], ["--w_gaze", "-1"], ["--gate", "ajar"]):
+    for flags in (["--gate_warmup", "0"], ["--w_gaze", "-1"], ["--gate", "ajar"], ["--turns", "all"]):
         with pytest.raises(UserError, match=flags[0]):
             methods.parse(["--method", "lavit", *flags])
 
