@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from crystal import config, data, methods, processes
 from crystal.attention import AttentionTap
+from crystal.bottleneck import Bias
 from crystal.config import UserError
 from crystal.export import open_model
 from crystal.generate import generate
@@ -49,11 +50,13 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
             biases=None):
     """Records -> one dict each, in order: id, family, question, answer, prediction, correct.
 
-    latents: "keep", or "drop" to leave them out of the sequence. corruption: (mode, low, high) answers from corrupted
+    latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them. corruption: (mode, low, high) answers from corrupted
     images; grey answers from grey ones. biases: function (batch) -> [bottleneck.Bias], a mask at test time. Ranks share
     the records and all return the whole list.
     """
     procs = procs or processes.Processes(device=model.device)
+    if latents == "mask":
+        latents, biases = "keep", hide_latents(fmt, biases)
     examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, latents), model.image_processor, corruption, seed, grey=grey,
                              copies=fmt.copies)
     mine, found = list(range(procs.rank, len(records), procs.world)), []
@@ -69,6 +72,18 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
         bar.update(len(batch))
     bar.close()
     return sorted(procs.gather(found), key=lambda f: f["index"])
+
+
+def hide_latents(fmt, biases=None):
+    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function (batch) -> [bottleneck.Bias]."""
+    if not fmt.count or fmt.begin is not None:
+        raise UserError("--latents mask: the prompt holds no latents" + (" (they are fed back after it: --latents drop)" if fmt.count else ""))
+
+    def both(batch):
+        latents = torch.isin(batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device))  # [B,L]
+        return [*(biases(batch) if biases else []), Bias(~latents, latents)]
+
+    return both
 
 
 def diagnose(model, fmt, method, records, **how):
@@ -118,14 +133,14 @@ def table(columns):
     """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 % interval."""
     families = list(dict.fromkeys(f for c in columns.values() for f in c))
     families = [f for f in families if f != "all"] + ["all"]
-    width = max(14, *(len(c) + 2 for c in columns))
-    lines = ["family".ljust(12) + "questions".rjust(10) + "".join(c.rjust(width) for c in columns)]
+    width = {c: max(12, len(c) + 2) for c in columns}
+    lines = ["family".ljust(12) + "questions".rjust(10) + "".join(c.rjust(width[c]) for c in columns)]
     for family in families:
         cells, count = "", 0
-        for column in columns.values():
+        for name, column in columns.items():
             hits, count = column[family]
             low, high = wilson(hits, count)
-            cells += f"{100 * hits / count:.1f} ±{50 * (high - low):.1f}".rjust(width)
+            cells += f"{100 * hits / count:.1f} ±{50 * (high - low):.1f}".rjust(width[name])
         lines.append(family.ljust(12) + str(count).rjust(10) + cells)
     return "\n".join(lines)
 
@@ -136,7 +151,7 @@ def main(argv=None):
     parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
     parser.add_argument("--data", required=True, help="records, JSON or JSONL")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
-    parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
+    parser.add_argument("--latents", default="keep", choices=("keep", "drop", "mask"), help="leave the latents out of the sequence, or let no other token see them")
     parser.add_argument("--bottleneck", action="store_true", help="answer under the method's mask, as LIVR's: the image is seen through latents alone")
     parser.add_argument("--diagnose", action="store_true", help="are the latents used: without them, under the method's mask, both, and the attention they get")
     parser.add_argument("--corruption", default="", help="answer from corrupted images: MODE, or MODE=STRENGTH as in blur=5")

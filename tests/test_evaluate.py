@@ -37,7 +37,7 @@ def test_answers_from_what_is_shown(records_file):
     records, _ = data.read(records_file)
     fed, fmt = [], Format(model.tokenizer)
 
-    def record(model, prompts, fmt, n):
+    def record(model, prompts, fmt, n, biases, latents):
         fed.append(prompts)
         return ["red"] * len(prompts)
 

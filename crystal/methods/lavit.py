@@ -58,6 +58,8 @@ class Settings(config.Settings):
             raise UserError(f"--gate_warmup {self.gate_warmup} --gate_start {self.gate_start}: each must be above 0 and at most 1")
         if min(self.w_semantics, self.w_gaze) < 0 or self.gaze_top < 1:
             raise UserError("--w_semantics and --w_gaze must not be negative, --gaze_top must be at least 1")
+        if self.turns == "all" and (self.w_semantics or self.w_gaze):
+            raise UserError("--turns all: the teacher has looked at the first question of a record alone")
 
     @property
     def weights(self):
