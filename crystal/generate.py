@@ -18,10 +18,10 @@ from crystal.export import open_model
 
 
 @torch.no_grad()
-def generate(model, prompts, fmt, max_new_tokens=64):
+def generate(model, prompts, fmt, max_new_tokens=64, streamer=None):
     """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of decoded answers.
 
-    What stands in an answer after `<answer>`, if the model wrote one, else all of it; special tokens removed, trimmed.
+    streamer: an object with put(tokens [B]) and end(), told each step's tokens as they come (first put: the prompts).
     """
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
     pad = model.tokenizer.pad_token_id
@@ -36,15 +36,17 @@ def generate(model, prompts, fmt, max_new_tokens=64):
                   "image_grid_thw": torch.cat([g for _, _, g in prompts if g is not None]).to(model.device)}
     out = model.hf.generate(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device),
                             mm_token_type_ids=(input_ids == fmt.image).int().to(model.device), **images,
-                            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad)
-    answers = []
-    for ids in out[:, L:].tolist():
-        if fmt.count and fmt.open in ids:
-            ids = ids[ids.index(fmt.open) + 1 :]
-        if fmt.count and fmt.close in ids:
-            ids = ids[: ids.index(fmt.close)]
-        answers.append(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    return answers
+                            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad, streamer=streamer)
+    return [answer_text(model, fmt, ids) for ids in out[:, L:].tolist()]
+
+
+def answer_text(model, fmt, ids):
+    """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all; no special tokens, trimmed."""
+    if fmt.count and fmt.open in ids:
+        ids = ids[ids.index(fmt.open) + 1 :]
+    if fmt.count and fmt.close in ids:
+        ids = ids[: ids.index(fmt.close)]
+    return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def main(argv=None):

@@ -61,14 +61,15 @@ class Format:
         """Ids up to where the assistant speaks, and the positions of the image tokens.
 
         turns: [(role, text)] with `<image>` where an image stands; the last is the user's. image_tokens: N of each image.
+        A text may also be a list of texts with an image between each two: there a typed `<image>` is text.
         """
         texts, messages = [], []
         for role, text in turns:
             content = []
-            for i, part in enumerate(text.split("<image>")):
+            # LLaVA's files break the line after an image, the template does not.
+            for i, part in enumerate(text if isinstance(text, list) else text.replace("<image>\n", "<image>").split("<image>")):
                 if i:
                     content.append({"type": "image"})
-                    part = part.removeprefix("\n")  # LLaVA's files break the line after an image, the template does not
                 if part:
                     content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
                     texts.append(part)
