@@ -21,7 +21,7 @@ from crystal import benchmarks, config, data, processes, reliance
 from crystal.benchmarks import score, wilson
 from crystal.config import UserError
 from crystal.export import open_model
-from crystal.generate import generate
+from crystal.generate import answer_text, generate, thought_length, write
 
 
 class Bar:
@@ -50,12 +50,14 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
             done=None, tell=lambda result: None):
     """Records -> one dict each, in order: id, family, question, answer, prediction, extracted, correct.
 
-    latents: "keep"; "drop" to leave them out of the sequence. corruption: (mode, low, high) answers from corrupted
-    images; grey answers from grey ones. Ranks share the records and all return the whole list. done: results of an
-    earlier run by index, which are not asked again; tell is called with each new result.
+    latents: "keep"; "drop" to leave them out of the sequence; "free" to let the model write them, each result then says
+    how many it wrote. corruption: (mode, low, high) answers from corrupted images; grey answers from grey ones. Ranks
+    share the records and all return the whole list. done: results of an earlier run by index, which are not asked again;
+    tell is called with each new result.
     """
     procs = procs or processes.Processes(device=model.device)
-    examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, latents), model.image_processor, corruption, seed, grey=grey)
+    prompt = "none" if latents == "free" else latents  # the plain chat prompt: thought and latents are the model's to write
+    examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, prompt), model.image_processor, corruption, seed, grey=grey)
     done = done or {}
     left = [i for i in range(len(records)) if i not in done]
     mine, found = left[procs.rank :: procs.world], []
@@ -64,12 +66,19 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
         batch = [examples.build(i, 0) for i in mine[at : at + batch_size]]
         pixels = "pixel_values_cor" if corruption else "pixel_values"
         prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in batch]
-        for i, prediction in zip(mine[at:], generate(model, prompts, fmt, max_new_tokens)):
+        wrote = {}
+        if latents == "free":
+            ids = write(model, prompts, fmt, max_new_tokens + thought_length(fmt, model.name))
+            predictions = [answer_text(model, fmt, x) for x in ids]
+            wrote = {i: sum(token in fmt.latents for token in x) for i, x in zip(mine[at:], ids)}
+        else:
+            predictions = generate(model, prompts, fmt, max_new_tokens)
+        for i, prediction in zip(mine[at:], predictions):
             r = records[i]
             extracted, correct = score(r, prediction)
             asked = r.turns[-1][1] if isinstance(r.turns[-1][1], str) else r.turns[-1][1][-1]
             found.append({"index": i, "id": r.id, "family": r.family or "all", "question": asked, "answer": r.answer,
-                          "prediction": prediction, "extracted": extracted, "correct": correct})
+                          "prediction": prediction, "extracted": extracted, "correct": correct} | ({"latents": wrote[i]} if wrote else {}))
             tell(found[-1])
         bar.update(len(batch))
     bar.close()
@@ -118,6 +127,14 @@ def benchmark_text(name, records, results):
     out.append(f"answers that could not be read, counted as wrong: {100 * unread:.1f} %")
     return "\n".join(out), {"benchmark": name, "scores": {line: {"score": v, "rows": n, "interval": i} for line, (v, n, i) in lines.items()},
                             "extraction": {rule: benchmarks.EXTRACTION[rule] for rule in rules}, "unread": unread}
+
+
+def written_text(results, K):
+    """Results of `--latents free` -> (a line: how many answers came after all K latents, after some, after none; the shares)."""
+    counts = [r["latents"] for r in results]
+    shares = {"all": sum(n >= K for n in counts), "some": sum(0 < n < K for n in counts), "none": sum(n == 0 for n in counts)}
+    shares = {name: n / len(counts) for name, n in shares.items()}
+    return f"latents that the model wrote itself: all {K} in " + f"{100 * shares['all']:.1f} % of the answers, some in {100 * shares['some']:.1f} %, none in {100 * shares['none']:.1f} %", shares
 
 
 # --- predictions on disk --------------------------------------------------------------------------------------------------
@@ -194,7 +211,8 @@ def main(argv=None):
     parser.add_argument("--data", "--benchmark", required=True, help="records, JSON or JSONL, or a benchmark's TSV in VLMEvalKit's format")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
     parser.add_argument("--reliance", action="store_true", help="intervene on the latents, and say whether they are used")
-    parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="keep them in the prompt, or leave them out of the sequence")
+    parser.add_argument("--latents", default="keep", choices=("keep", "drop", "free"),
+                        help="keep the thought and its latents in the prompt, leave the latents out, or let the model write them and report how often it does")
     parser.add_argument("--corruption", default="", help="answer from corrupted images: MODE, or MODE=STRENGTH as in blur=5")
     parser.add_argument("--grey", action="store_true", help="answer from grey images")
     parser.add_argument("--scores", default="", help="whose scores a TSV gets, if its name does not tell: " + ", ".join(benchmarks.SCORES))
@@ -237,6 +255,8 @@ def main(argv=None):
         procs.print(f"{dropped} later turns are not asked")
     records = records[: args.limit or None]
     model, fmt, settings = open_model(args.model, args.checkpoint, procs.device, args.min_pixels, args.max_pixels)
+    if args.latents == "free":
+        thought_length(fmt, args.model)  # refuses a model without latents before anything is asked
     folder = Path(args.model) if Path(args.model).is_dir() else Path("runs") / Path(args.model).name
     if args.reliance:
         how = corruption or (data.corruption_of(settings) if settings else ("blur", *data.PRIOR["blur"]))
@@ -251,7 +271,7 @@ def main(argv=None):
     pixels = {edge: n for edge, n in dict(model.image_processor.size).items() if n}
     asked = {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "latents": args.latents, "corruption": list(corruption or ()), "grey": args.grey,
              "pixels": pixels, "max_new_tokens": args.max_new_tokens, "suffix": args.suffix, "limit": args.limit, "seed": args.seed,
-             "prompt": fmt.tokenizer.decode(fmt.question(records[0].turns, [1] * len(records[0].images), args.latents)[0])}
+             "prompt": fmt.tokenizer.decode(fmt.question(records[0].turns, [1] * len(records[0].images), "none" if args.latents == "free" else args.latents)[0])}
     predictions = Predictions(out, asked, args.overwrite, procs) if out else None
     kept = {"done": predictions.done, "tell": predictions.tell} if predictions else {}
     results = answers(model, fmt, records, args.batch_size, args.latents, corruption, args.grey, args.seed, args.max_new_tokens,
@@ -261,6 +281,9 @@ def main(argv=None):
     else:
         families = by_family(results)
         text, outcome = table({Path(args.model).name: families}), {"families": {f: {"right": h / n, "rows": n, "interval": wilson(h, n)} for f, (h, n) in families.items()}}
+    if args.latents == "free":
+        line, shares = written_text(results, fmt.count)
+        text, outcome = f"{text}\n{line}", outcome | {"written": shares}
     procs.print(text)
     procs.print(f"{len(results)} questions in {time.perf_counter() - started:.0f} s; pixels {pixels}; first prompt:\n{asked['prompt']!r}")
     if predictions:
