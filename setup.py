@@ -157,6 +157,8 @@ setup(
     extras_require={
         "plots": ["matplotlib"],
         "track": ["tensorboard"],
-        "test": ["pytest", "peft", "scikit-image", "scipy", "matplotlib"],
+        "serve": ["starlette", "uvicorn", "pydantic"],
+        "data": ["pyarrow"],
+        "test": ["pytest", "peft", "scikit-image", "scipy", "matplotlib", "openai", "pyarrow", "starlette", "uvicorn", "pydantic"],
     },
 )

@@ -172,9 +172,9 @@ def _records(where, item, root, keep):
 
 
 def load_image(path, where):
-    """An image file -> RGB PIL image, turned as its EXIF says. RecordError for a broken or oversized one."""
+    """An image file, or a function that opens one -> RGB PIL image, turned as its EXIF says. RecordError for a broken or oversized one."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path() if callable(path) else path) as image:
             image.load()  # verify() passes a truncated JPEG
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the record's fault

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
@@ -228,10 +230,11 @@ def resolve(name):
     return name
 
 
-def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=None):
+def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=None, weights=True):
     """A model directory or hub name -> Model, frozen and in evaluation mode.
 
     min_pixels, max_pixels: bounds on an image's area in pixels after resizing; None keeps the directory's own.
+    weights False: shapes alone, on torch's "meta" device, for those who need names and no values.
     Raises UserError if it cannot be loaded or is of a family that crystal does not know. Remote code never runs.
     """
     source = resolve(name)
@@ -243,11 +246,34 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
         pixels = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
-        hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
+        if weights:
+            hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
+        else:
+            device = "meta"
+            with torch.device(device):
+                hf = AutoModelForImageTextToText.from_config(config, trust_remote_code=False, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a model: {' '.join(str(error).split())[:300]}") from error
     hf.requires_grad_(False).eval().to(device)
     return Model(hf, tokenizer, image_processor, FAMILIES[config.model_type], name)
+
+
+def directory(name):
+    """Where a model's files lie: the directory itself, or the local copy of a hub's; UserError if it cannot be had."""
+    source = resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: its files cannot be had: {' '.join(str(error).split())[:300]}") from error
+
+
+def parameter_name(hf, key):
+    """A tensor's name in a checkpoint file -> the parameter's in the model: older files of a family use other prefixes."""
+    for renaming in get_model_conversion_mapping(hf):
+        key, _ = renaming.rename_source_key(key)
+    return key
 
 
 def prepare(model, settings, tokens=()):
