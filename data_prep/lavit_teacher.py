@@ -83,7 +83,8 @@ def look(model, fmt, method, records, batch_size):
             own, grids = grids[: len(r.images)], grids[len(r.images) :]
             cols = cols[cols >= 0]
             A = normalise(S[: len(cols)].float())                                                        # eq. 3
-            tensors = {"gaze": A, "gaze_grid": own.clone(), "gaze_top": A.argsort(descending=True, stable=True)[:TOP], "v_sem": states[cols].float().mean(0).cpu()}
+            tensors = {"gaze": A, "gaze_grid": own.clone(), "gaze_top": A.argsort(descending=True, stable=True)[:TOP],
+                       "v_sem": states[cols].float().mean(0).cpu()}
             target = torch.zeros(len(A), dtype=torch.bool)
             if r.boxes:  # boxes are pixels of the first image
                 first = inside(r.boxes, sizes_of[0], own[0].tolist())
@@ -110,7 +111,10 @@ def shard(model, fmt, method, records, args):
 
 
 def passes(line, share):
-    """The three filters of section 4.1 -> (correct, not solvable without the image, attention on target). Without boxes the third cannot be judged, and passes."""
+    """The three filters of section 4.1 -> (correct, not solvable without the image, attention on target).
+
+    Without boxes the third cannot be judged, and passes.
+    """
     return line["correct"], not line["blind_correct"], line["focus"] is None or line["focus"] >= share
 
 
