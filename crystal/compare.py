@@ -67,6 +67,7 @@ def main(argv=None):
                                   allow_abbrev=False)
     parser.add_argument("--methods", default="sft,crystal,livr", help="comma-separated names or files, each with flags of its own after a colon if need be")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ..")
+    parser.add_argument("--max_steps", type=int, default=200, help="updates of each run; with --batch_size, the same for all, the budget")
     parser.add_argument("--model", default="tiny", help="what all start from")
     parser.add_argument("--data", default="", help="training records; empty: toy scenes, with val and test records of their own")
     parser.add_argument("--test", default="", help="records to ask")
@@ -91,7 +92,8 @@ def main(argv=None):
         for spec, method, own in specs:
             count += 1
             run = out / f"{re.sub(r'[^A-Za-z0-9.]+', '_', spec.removesuffix('.py'))}-{seed}"
-            flags = ["--method", method, "--model", args.model, *(demo.recipe(method) if args.model == "tiny" else []), *more, *shlex.split(own), "--seed", str(seed)]
+            flags = ["--method", method, "--model", args.model, *(demo.recipe(method) if args.model == "tiny" else []),
+                     "--max_steps", str(args.max_steps), *more, *shlex.split(own), "--seed", str(seed)]
             print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}", flush=True)
             percent = finished(run, flags)
             if percent is None:
