@@ -27,7 +27,7 @@ OWN = {
     "livr": [],
     "lavit": ["--tune", "lora"],
     # The encoder is a real vision transformer of random weights: this shows that the parts work, and can teach little.
-    "valr": ["--tune", "lora", "--lr_latents", "5e-4", "--latents", "4", "--encoders", "tiny"],
+    "valr": ["--lr_latents", "3e-4", "--lr_rows", "5", "--first_share", "0.6", "--latents", "4", "--encoders", "tiny"],
     "sft": [],
 }
 TEACHER = 1000  # records that LaViT's teacher looks at
