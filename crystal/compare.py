@@ -86,7 +86,7 @@ def main(argv=None):
         raise broken[0]
     records = records[: args.questions]
 
-    scores, count = {}, 0
+    scores, count, where = {}, 0, {}
     specs = [(spec.strip(), *spec.strip().partition(":")[::2]) for spec in args.methods.split(",")]
     for seed in range(args.seeds):  # seed by seed: a table of all methods as early as can be
         for spec, method, own in specs:
@@ -97,9 +97,10 @@ def main(argv=None):
             print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}", flush=True)
             percent = finished(run, flags)
             if percent is None:
-                where = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0")
+                if method not in where:  # LaViT's teacher looks once
+                    where[method] = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0")
                 going = "--resume" if checkpoint.newest(run) else "--overwrite"
-                train.main([*flags, *where, "--output", str(run), going])
+                train.main([*flags, *where[method], "--output", str(run), going])
                 model, fmt, _ = export.open_model(run)
                 results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec)
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}

@@ -62,7 +62,7 @@ def test_a_file_of_ones_own_has_settings_of_its_own(tmp_path, monkeypatch):
     assert (s.twist, s.lr, s.masked) == (8, 3e-4, 0.4) and str(s.run_dir) == "runs/mine"
     monkeypatch.chdir("/")
     assert methods.saved_settings(asdict(s), "here") == s and methods.get(s.method) is methods.get(s.method)  # its run opens from anywhere
-    for text, message in (("class Method(:", r"--method bad.py: line 1: "), ("x = 1", "defines no class Method")):
+    for text, message in (("class Method(:", r"--method bad.py: line 1: "), ("x = 1", "defines no class Method"), ("class Method: pass", "must inherit")):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "bad.py").write_text(text)
         with pytest.raises(UserError, match=message):
