@@ -67,6 +67,7 @@ def main(argv=None):
                                   allow_abbrev=False)
     parser.add_argument("--methods", default="sft,crystal,livr", help="comma-separated names or files, each with flags of its own after a colon if need be")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ..")
+    parser.add_argument("--max_steps", type=int, default=200, help="updates of each run; with --batch_size, the same for all, the budget")
     parser.add_argument("--model", default="tiny", help="what all start from")
     parser.add_argument("--data", default="", help="training records; empty: toy scenes, with val and test records of their own")
     parser.add_argument("--test", default="", help="records to ask")
@@ -85,19 +86,21 @@ def main(argv=None):
         raise broken[0]
     records = records[: args.questions]
 
-    scores, count = {}, 0
+    scores, count, where = {}, 0, {}
     specs = [(spec.strip(), *spec.strip().partition(":")[::2]) for spec in args.methods.split(",")]
     for seed in range(args.seeds):  # seed by seed: a table of all methods as early as can be
         for spec, method, own in specs:
             count += 1
             run = out / f"{re.sub(r'[^A-Za-z0-9.]+', '_', spec.removesuffix('.py'))}-{seed}"
-            flags = ["--method", method, "--model", args.model, *(demo.recipe(method) if args.model == "tiny" else []), *more, *shlex.split(own), "--seed", str(seed)]
+            flags = ["--method", method, "--model", args.model, *(demo.recipe(method) if args.model == "tiny" else []),
+                     "--max_steps", str(args.max_steps), *more, *shlex.split(own), "--seed", str(seed)]
             print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}", flush=True)
             percent = finished(run, flags)
             if percent is None:
-                where = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0")
+                if method not in where:  # LaViT's teacher looks once
+                    where[method] = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0")
                 going = "--resume" if checkpoint.newest(run) else "--overwrite"
-                train.main([*flags, *where, "--output", str(run), going])
+                train.main([*flags, *where[method], "--output", str(run), going])
                 model, fmt, _ = export.open_model(run)
                 results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec)
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}

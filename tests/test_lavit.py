@@ -281,6 +281,8 @@ def test_bad_input(setup):
     s.records[0].features = {}
     with pytest.raises(RecordError, match="lavit.jsonl:1: field 'features': no 'lavit' in it"):
         s.examples.build(0, 0)
+    with pytest.raises(RecordError, match="lavit.jsonl:3: field 'features': the teacher saw 2 images, the record has 1"):
+        s.method.extras(s.records[2], [None])
     s = setup(*LORA, "--semantics_dim", "7")
     with pytest.raises(UserError, match="--semantics_dim 32 is needed"):
         s.objective(s.batch, at(0.0))

@@ -105,6 +105,8 @@ class Method(SFT):
         found = data.load_features(record, "lavit")
         if missing := [name for name in names if name not in found]:
             raise data.RecordError(f"{record.where}: field 'features': {record.features['lavit']} holds no {missing[0]} for the id {record.id!r}")
+        if s.w_gaze and len(found["gaze_grid"]) != len(images):
+            raise data.RecordError(f"{record.where}: field 'features': the teacher saw {len(found['gaze_grid'])} images, the record has {len(images)}")
         return {name: found[name] for name in names}
 
     def modules(self, model):
@@ -186,8 +188,8 @@ def top(A, k):
 def align(A, grids, to):
     """A [N] on a teacher's grids -> [N'] on a student's, each image bilinearly (appendix C.2); grids that agree change nothing."""
     parts = A[: sum(h * w for h, w in grids)].split([h * w for h, w in grids])
-    return torch.cat([part if tuple(grid) == tuple(new) else F.interpolate(part.view(1, 1, *grid), tuple(new), mode="bilinear", align_corners=False).flatten()
-                      for part, grid, new in zip(parts, grids, to)])
+    drawn = lambda part, grid, new: F.interpolate(part.view(1, 1, *grid), tuple(new), mode="bilinear", align_corners=False).flatten()
+    return torch.cat([part if tuple(grid) == tuple(new) else drawn(part, grid, new) for part, grid, new in zip(parts, grids, to)])
 
 
 def focus(A, inside):
