@@ -26,6 +26,7 @@ SERVED = {  # operator: {device: dtypes}
     "vocab_kl_ce": {"cpu": CPU, "cuda": CUDA},
     "attn_slice": {"cpu": CPU},
     "attn_scores": {"cpu": CPU},
+    "attn_align": {"cpu": CPU},
 }
 
 
@@ -113,6 +114,10 @@ def _register():
     torch.library.register_autograd("crystal::attn_slice", _slice_backward, setup_context=_slice_context)
     torch.library.register_autograd("crystal::attn_scores", _scores_backward, setup_context=_scores_context)
     _not_twice("attn_backward")
+    torch.library.register_fake("crystal::attn_align", _align_fake)
+    torch.library.register_fake("crystal::attn_align_backward", _align_backward_fake)
+    torch.library.register_autograd("crystal::attn_align", _align_backward, setup_context=_align_context)
+    _not_twice("attn_align_backward")
 
 
 def _not_twice(name):
@@ -270,3 +275,49 @@ def _attn_backward_fake(q, k, rows, cols, scale, direct, through, lse, bias, key
 def _wanted(ctx, grads):
     """An operator's gradients, None for those that nobody asked for."""
     return [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad)]
+
+
+# ---- attn_align: eq. 5 from both paths' queries and keys -------------------------------------------------------------
+
+def attn_align(kind, heads, q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding=None, teacher_grad=True):
+    """losses.attn_align without its slices: sums over a row are all that is kept.
+
+    "kl" with heads "keep" reads the chosen rows and columns alone. "frobenius" and "mse" go over the L keys as attn_slice does, and a
+    given lse must be the rows' own. "kl" with heads "mean" is losses.attn_loss on compiled slices: its rows meet across the heads.
+    """
+    if losses.slice_kind(kind, heads) == "weights" and heads == "mean":
+        A = attn_slice(q, k, rows.repeat(2, 1), cols.repeat(2, 1), scale=scale, lse=lse, bias=bias, key_padding=key_padding)
+        A_int, A_cor = A.chunk(2)
+        return losses.attn_loss(kind, heads, A_int if teacher_grad else A_int.detach(), A_cor, rows, cols)
+    if (kind, heads) not in (("kl", "keep"), ("frobenius", "keep"), ("mse", "keep")) or _wants(bias) or not served("attn_align", q):
+        return losses.attn_align(kind, heads, q, k, rows, cols, scale=scale, lse=lse, bias=bias, key_padding=key_padding, teacher_grad=teacher_grad)
+    attention.check(q, k, bias, key_padding)
+    if lse is not None:
+        lse = lse.detach().to(_wide(q.dtype)).contiguous()
+    values = torch.ops.crystal.attn_align(q, k, rows.repeat(2, 1), cols.repeat(2, 1), kind == "kl", _scale(q, scale), lse, bias, key_padding, teacher_grad)[0]  # [B,H,M]
+    if kind == "kl":
+        return losses.mean_rows(values, rows)
+    total = values.sum((1, 2))
+    return total if kind == "frobenius" else total / losses.cells(q.shape[1], rows, cols)
+
+
+def _align_fake(q, k, rows, cols, kl, scale, lse, bias, key_padding, teacher_grad):
+    norm = q.new_empty(*q.shape[:2], rows.shape[1], dtype=_wide(q.dtype))  # [2B,H,M]
+    return norm[: len(q) // 2].clone(), norm, norm[: 0 if kl else len(q)].clone()
+
+
+def _align_context(ctx, inputs, output):
+    q, k, rows, cols, ctx.kl, ctx.scale, _, bias, key_padding, ctx.teacher_grad = inputs
+    ctx.save_for_backward(q, k, rows, cols, *output, bias, key_padding)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _align_backward(ctx, g, *_):
+    q, k, rows, cols, value, norm, through, bias, key_padding = ctx.saved_tensors
+    grads = torch.ops.crystal.attn_align_backward(g.contiguous(), q, k, rows, cols, ctx.kl, ctx.scale, value, norm, through, bias, key_padding, ctx.teacher_grad,
+                                                  *ctx.needs_input_grad[:2])
+    return *_wanted(ctx, grads), *[None] * 8
+
+
+def _align_backward_fake(g, q, k, rows, cols, kl, scale, value, norm, through, bias, key_padding, teacher_grad, want_q, want_k):
+    return q.new_empty(q.shape if want_q else (0,)), k.new_empty(k.shape if want_k else (0,))

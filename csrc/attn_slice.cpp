@@ -51,7 +51,7 @@ static void attn_backward_(const std::optional<Tensor>& dq, const std::optional<
   like(dq, q, dq_stride);
   like(dk, k, dk_stride);
   if (!R || (!dq && !dk)) return;
-  const int64_t chunks = CRYSTAL_WIDTH(attn_backward_chunks(a, torch::stable::get_num_threads()));
+  const int64_t chunks = CRYSTAL_WIDTH(attn_backward_chunks(a, through.has_value(), torch::stable::get_num_threads()));
   Tensor parts = torch::stable::new_empty(q, {dq ? chunks * R * a.d : 0}, wide(q));
   torch::stable::parallel_for(0, a.B * a.G * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit)

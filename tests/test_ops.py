@@ -10,6 +10,7 @@ a skip for want of a GPU a failure.
 """
 import functools
 import itertools
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -45,7 +46,9 @@ def normal(*shape, seed=0, scale=1.0, dtype=f64):
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
-PLACES = ["cpu-128", "cpu-256", "cpu-512", "cuda"]
+EMULATED = os.environ.get("CRYSTAL_CUDA_ON_CPU")  # set by test_cuda_kernels_on_the_cpu: a library in which the CPU's operators are the CUDA kernels
+PLACES = ["emulated"] if EMULATED else ["cpu-128", "cpu-256", "cpu-512", "cuda"]
+VERSIONS = ["emulated-1", "emulated-2", "emulated-3"] if EMULATED else [*PLACES[:3], "cuda-1", "cuda-2", "cuda-3"]  # of the CUDA kernels
 
 
 @pytest.fixture
@@ -58,6 +61,9 @@ def compiled(monkeypatch):
         ops.choice()
     except UserError as error:
         pytest.skip(f"no compiled operators here: {error}")
+    if EMULATED:
+        torch.ops.load_library(EMULATED)
+        monkeypatch.setattr(ops, "SERVED", {name: {"cpu": served.get("cuda", ())} for name, served in ops.SERVED.items()})
     yield
     for cached in (ops.choice, ops.announce, ops._served):
         cached.cache_clear()
@@ -65,13 +71,20 @@ def compiled(monkeypatch):
 
 @pytest.fixture
 def device(compiled, request):
-    """Of the parameter `place`: its device, with the CPU's vectors set to its width."""
+    """Of the parameter `place`: its device, with the CPU's vectors set to its width, or a version of the operator's CUDA kernels."""
     kind, _, bits = request.getfixturevalue("place").partition("-")
-    if kind == "cuda":
-        if not torch.cuda.is_available() or "cuda" not in ops.choice()[1]:
-            skip_or_fail(request, "no GPU here" if not torch.cuda.is_available() else "crystal/_C_cuda.so is not built")
-        yield torch.device("cuda")
+    if kind == "emulated" or kind == "cuda" and torch.cuda.is_available() and "cuda" in ops.choice()[1]:
+        choose = getattr(torch.ops.crystal, f"{SAMPLES[request.getfixturevalue('index')].name}_version", None) if bits else None
+        try:
+            before = choose(0) if choose else 1
+            choose and choose(int(bits))
+        except RuntimeError:
+            pytest.skip(f"there is no version {bits}")
+        yield torch.device("cpu" if EMULATED else "cuda")
+        choose and choose(before)
         return
+    if kind == "cuda":
+        skip_or_fail(request, "no GPU here" if not torch.cuda.is_available() else "crystal/_C_cuda.so is not built")
     before = torch.ops.crystal.vector_bits(0)
     try:
         torch.ops.crystal.vector_bits(int(bits))
@@ -436,9 +449,83 @@ def test_slice_second_derivative_raises(compiled):
         grad.sum().backward()
 
 
+# ---- attn_align ------------------------------------------------------------------------------------------------------
+
+REFERENCE["attn_align"] = losses.attn_align
+
+
+def aligned(kind, rows, cols, heads_kept="keep", equal=False, **options):
+    """make(dtype) of attn_align's arguments: both paths' q, k, the rows and columns that they share."""
+    def make(dtype):
+        q, k, at, columns = heads(rows * 2, cols * 2, **options)(dtype)
+        if equal:
+            q, k = (torch.cat([x[: len(rows)]] * 2) for x in (q, k))
+        return [kind, heads_kept, q, k, at[: len(rows)], columns[: len(rows)]]
+    return make
+
+
+for kind in ("kl", "frobenius", "mse"):
+    SAMPLES += [
+        Sample("attn_align", f"{kind}, plain", aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]]), opcheck=kind != "mse"),
+        Sample("attn_align", f"{kind}, teacher detached", aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]]), {"teacher_grad": False}, gradcheck=False),
+        Sample("attn_align", f"{kind}, one row, one column", aligned(kind, [[4]], [[2]], H=1, G=1)),
+        Sample("attn_align", f"{kind}, no rows", aligned(kind, [[], []], [[1], [2]])),
+        Sample("attn_align", f"{kind}, no columns", aligned(kind, [[1], [2]], [[], []])),
+        Sample("attn_align", f"{kind}, hidden by causality", aligned(kind, [[1, 3, 8]], [[2, 4, 5]])),
+        Sample("attn_align", f"{kind}, ragged", aligned(kind, [[3, 5, -1], [-1, -1, -1], [8, 2, 7]], [[0, -1], [2, 3], [7, 1]], H=6, G=2)),
+        Sample("attn_align", f"{kind}, twice and unsorted", aligned(kind, [[5, 3, 5]], [[2, 0, 2]])),
+        Sample("attn_align", f"{kind}, not contiguous", aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], contiguous=False)),
+        Sample("attn_align", f"{kind}, masks that differ", aligned(kind, [[3, 5, 8]], [[0, 2, 3, 5]]), masks(2, 3, 9)),
+        Sample("attn_align", f"{kind}, several tiles", aligned(kind, [[200, 71, 72, 144, 3, 150, 201, 99]], [[70, 71, 72, 143, 144, 199]], H=6, G=2, L=203, d=17)),
+        Sample("attn_align", f"{kind}, several chunks of rows", aligned(kind, [list(range(90, 170))], [[5, 80, 100]], H=3, G=1, L=170, d=8), {"scale": 0.2}),
+        Sample("attn_align", f"{kind}, more columns than a tile", aligned(kind, [[99, 98, 60]], [list(range(95)) + [-1, 99, 3]], H=2, G=1, L=100, d=6)),
+        Sample("attn_align", f"{kind}, scores of +-30", aligned(kind, [[40, 39, 38, 20]], [[30, 31, 5, 39]], L=41, d=16, scale=3.3)),
+        Sample("attn_align", f"{kind}, equal paths", aligned(kind, [[3, 5, 80]], [[0, 2, 3]], equal=True, L=90), exact=(0,)),
+    ]
+SAMPLES += [
+    Sample("attn_align", "kl, heads averaged", aligned("kl", [[3, 5], [4, -1]], [[0, 2, 3], [1, 2, -1]], "mean")),
+    Sample("attn_align", "kl, heads averaged, teacher detached", aligned("kl", [[3, 5], [4, -1]], [[0, 2, 3], [1, 2, -1]], "mean"), {"teacher_grad": False}, gradcheck=False),
+]
+
+
+def test_align_teacher_gets_nothing(compiled):
+    for kind in ("kl", "frobenius", "mse"):
+        args = aligned(kind, [[3, 5]], [[0, 2]])(f64)
+        for grad in run(ops.attn_align, args, Sample("", "", None, {"teacher_grad": False}))[1]:
+            assert not grad[0].any() and grad[1].any()
+
+
+@pytest.mark.parametrize("kind", ["kl", "frobenius", "mse"])
+def test_align_keeps_sums_alone(compiled, kind):
+    """What backward keeps beyond q and k is of size M, however many columns there are."""
+    args = aligned(kind, [list(range(100, 140))], [list(range(60))], L=140, d=8)(f32)
+    q, k = args[2].requires_grad_(), args[3].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        ops.attn_align(*args)
+    own = [x for x in saved if x.data_ptr() not in (q.data_ptr(), k.data_ptr())]
+    assert own and max(x.numel() for x in own) <= 2 * 4 * 40
+
+
+@pytest.mark.parametrize("kind", ["frobenius", "mse"])
+def test_align_with_lse_given(compiled, kind):
+    kind, kept, q, k, rows, cols = args = aligned(kind, [[3, 5, -1]], [[0, 2, 3]])(f64)
+    lse = attention.attn_lse(q, k, rows.repeat(2, 1))
+    got, want = (run(ops.attn_align, args, Sample("", "", None, keywords)) for keywords in ({"lse": lse}, {}))
+    within(got[0], want[0], want[0], 0, f64, "loss")
+    within(got[1], want[1], want[1], 0, f64, "gradient")
+
+
+def test_align_what_is_refused(compiled):
+    args = aligned("kl", [[3, 5]], [[0, 2]])(f32)
+    for kind, kept in (("mse", "mean"), ("l1", "keep")):
+        with pytest.raises(ValueError, match="choose kl, frobenius or mse"):
+            ops.attn_align(kind, kept, *args[2:])
+
+
 # ---- the checks of every sample (below the samples of all operators) -------------------------------------------------
 
-@each_place
+@pytest.mark.parametrize("place", VERSIONS)
 @pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=lambda d: str(d)[6:])
 @each_sample()
 def test_values_and_gradients(index, dtype, place, device):
@@ -458,7 +545,7 @@ def test_gradcheck(index, place, device):
     check_gradients(index, device)
 
 
-@pytest.mark.parametrize("place", ["cpu-128", "cuda"])
+@pytest.mark.parametrize("place", PLACES[::3])
 @each_sample(lambda sample: sample.opcheck)
 def test_opcheck(index, place, device):
     check_registration(index, device)
