@@ -80,14 +80,16 @@ class AttentionTap:
 
     layers             set of decoder layers to read, counted from 0
     rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: the intact half first)
-    kind               "weights" reads attn_slice, "scores" reads attn_scores, which needs no pass over all L keys
+    kind               "weights" reads attn_slice, "scores" reads attn_scores, which needs no pass over all L keys; or a function
+                       called as these two are: a compiled one, or one that goes straight to a loss
     bias, key_padding  as in attn_scores, where attention has them; right padding needs neither
     """
 
     def __init__(self, layers, rows, cols, kind="weights", *, bias=None, key_padding=None):
-        if kind not in ("weights", "scores"):
+        if not callable(kind) and kind not in ("weights", "scores"):
             raise ValueError(f"AttentionTap kind {kind!r}: choose weights or scores")
-        self.layers, self.rows, self.cols, self.kind = set(layers), rows, cols, kind
+        self.layers, self.rows, self.cols = set(layers), rows, cols
+        self.read = kind if callable(kind) else attn_slice if kind == "weights" else attn_scores
         self.bias, self.key_padding = bias, key_padding
         self._slices = {}
 
@@ -95,15 +97,14 @@ class AttentionTap:
         """q [B,H,L,d], k [B,G,L,d] of decoder layer `layer`; does nothing in a layer that was not chosen."""
         if layer not in self.layers:
             return
-        read = attn_slice if self.kind == "weights" else attn_scores
-        values = read(q, k, self.rows, self.cols, scale=scale, bias=self.bias, key_padding=self.key_padding)
+        values = self.read(q, k, self.rows, self.cols, scale=scale, bias=self.bias, key_padding=self.key_padding)
         # Checkpointing runs the layer again in backward. That run must save the same tensors, so the slice is always
         # computed; the loss hangs on the first one, so a later one is dropped.
         self._slices.setdefault(layer, values)
 
     @property
     def slices(self):
-        """dict layer -> [B,H,M,K], in order of layers. Raises RuntimeError while a chosen layer is missing."""
+        """dict layer -> [B,H,M,K], or what the function returned, in order of layers. Raises RuntimeError while a chosen layer is missing."""
         if missing := sorted(self.layers - self._slices.keys()):
             raise RuntimeError(f"AttentionTap: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
                                "run, does the model have these layers, and does its attention function call the tap?")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from conftest import gradients
 
 from crystal import attention, losses, ops
 from crystal.config import UserError
@@ -521,6 +522,37 @@ def test_align_what_is_refused(compiled):
     for kind, kept in (("mse", "mean"), ("l1", "keep")):
         with pytest.raises(ValueError, match="choose kl, frobenius or mse"):
             ops.attn_align(kind, kept, *args[2:])
+
+
+# ---- a training step -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("checkpointing", [(), ("--checkpointing",)], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("flags", [(), ("--attn_loss", "frobenius", "--attn_layers", "all"), ("--attn_loss", "mse", "--attn_columns", "all"), ("--attn_heads", "mean", "--teacher_grad"),
+                                   ("--realisation", "hidden")], ids=lambda flags: "-".join(flags).replace("--", "") or "kl")
+def test_training_step(setup, monkeypatch, flags, checkpointing):
+    """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in float64."""
+    def step(mode):
+        monkeypatch.setenv("CRYSTAL_OPS", mode)
+        for cached in (ops.choice, ops.announce, ops._served):
+            cached.cache_clear()
+        if mode == "require":
+            try:
+                ops.choice()
+            except UserError as error:
+                pytest.skip(f"no compiled operators here: {error}")
+        s = setup("--lora_dropout", "0", *flags, *checkpointing)
+        terms = s.objective(s.batch, 0.0)
+        return terms, gradients(sum(value for name, value in terms.items() if name not in s.method.watched), s.named)
+
+    try:
+        (got, got_grads), (want, want_grads) = step("require"), step("reference")
+    finally:
+        for cached in (ops.choice, ops.announce, ops._served):
+            cached.cache_clear()
+    for a, b in ((got, want), (got_grads, want_grads)):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")
 
 
 # ---- the checks of every sample (below the samples of all operators) -------------------------------------------------
