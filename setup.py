@@ -71,7 +71,7 @@ def steps(out, nvcc):
     libs = f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu"  # loaded by the time that ours is: no path is recorded
     found.append(("link", f"{out}/_C.so", cpu, {"libs": libs}))
     if nvcc:
-        found.append(("nvlink", f"{out}/_C_cuda.so", cuda, {}))
+        found.append(("nvlink", f"{out}/_C_cuda.so", cuda, {"libs": libs}))
     return found
 
 
@@ -85,7 +85,7 @@ def rules(cxx, nvcc):
         # What ptxas says about registers and spills is kept beside the object: a test reads it.
         "nvcc": f"{nvcc} -MMD -MF $out.d $flags {gencode} --threads 2 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden "
                 "-c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
-        "nvlink": f"{nvcc} -shared $in -o $out",  # with CUDA's runtime inside: it loads beside any torch
+        "nvlink": f"{nvcc} -shared $in -o $out $libs",  # with CUDA's runtime inside: it loads beside any torch
     }
 
 

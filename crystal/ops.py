@@ -34,18 +34,18 @@ SERVED = {  # operator: {device: dtypes}
 
 @functools.cache
 def choice():
-    """(compiled operators chosen?, devices that they serve, one line that says so). Loads the extension."""
+    """(CRYSTAL_OPS, devices that compiled operators serve, one line that says so). Loads the extension."""
     mode = os.environ.get("CRYSTAL_OPS", "auto")
     if mode not in ("auto", "reference", "require"):
         raise UserError(f"CRYSTAL_OPS={mode}: choose auto, reference or require")
     if mode == "reference":
-        return False, (), "operators: plain PyTorch (CRYSTAL_OPS=reference)"
+        return mode, (), "operators: plain PyTorch (CRYSTAL_OPS=reference)"
     devices, problem = _load()
     if problem and mode == "require":
         raise UserError(f"CRYSTAL_OPS=require, but {problem}")
     if problem:
-        return False, (), f"operators: plain PyTorch ({problem})"
-    return True, devices, f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors on the CPU)"
+        return mode, (), f"operators: plain PyTorch ({problem})"
+    return mode, devices, f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors on the CPU)"
 
 
 @functools.cache
@@ -82,12 +82,12 @@ def _served(name, device, dtype):
     """Whether the compiled operator takes such tensors; says why not, once (require: raises)."""
     if not _said:
         announce()
-    compiled, devices, _ = choice()
-    if compiled and device in devices and dtype in SERVED[name].get(device, ()):
+    mode, devices, _ = choice()
+    if device in devices and dtype in SERVED[name].get(device, ()):
         return True
-    if compiled:
+    if devices:
         problem = f"{name} is not compiled for {str(dtype).removeprefix('torch.')} on {device}"
-        if os.environ.get("CRYSTAL_OPS") == "require":
+        if mode == "require":
             raise UserError(f"CRYSTAL_OPS=require, but {problem}")
         print(f"operators: {problem}: plain PyTorch", file=sys.stderr)
     return False
