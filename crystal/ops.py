@@ -24,9 +24,9 @@ CPU = {torch.float64, torch.float32, torch.bfloat16}
 CUDA = CPU | {torch.float16}
 SERVED = {  # operator: {device: dtypes}
     "vocab_kl_ce": {"cpu": CPU, "cuda": CUDA},
-    "attn_slice": {"cpu": CPU},
-    "attn_scores": {"cpu": CPU},
-    "attn_align": {"cpu": CPU},
+    "attn_slice": {"cpu": CPU, "cuda": CUDA},
+    "attn_scores": {"cpu": CPU, "cuda": CUDA},
+    "attn_align": {"cpu": CPU, "cuda": CUDA},
 }
 
 
@@ -283,12 +283,14 @@ def attn_align(kind, heads, q, k, rows, cols, *, scale=None, lse=None, bias=None
     """losses.attn_align without its slices: sums over a row are all that is kept.
 
     "kl" with heads "keep" reads the chosen rows and columns alone. "frobenius" and "mse" go over the L keys as attn_slice does, and a
-    given lse must be the rows' own. "kl" with heads "mean" is losses.attn_loss on compiled slices: its rows meet across the heads.
+    given lse must be the rows' own. Compiled slices that losses.attn_loss compares: "kl" with heads "mean", whose rows meet across the
+    heads, and on a GPU "frobenius" and "mse", and heads of more than 256 numbers.
     """
-    if losses.slice_kind(kind, heads) == "weights" and heads == "mean":
-        A = attn_slice(q, k, rows.repeat(2, 1), cols.repeat(2, 1), scale=scale, lse=lse, bias=bias, key_padding=key_padding)
-        A_int, A_cor = A.chunk(2)
-        return losses.attn_loss(kind, heads, A_int if teacher_grad else A_int.detach(), A_cor, rows, cols)
+    if heads == "mean" or q.is_cuda and (kind != "kl" or q.shape[-1] > 256):
+        at, rest = (rows.repeat(2, 1), cols.repeat(2, 1)), {"scale": scale, "bias": bias, "key_padding": key_padding}
+        X = attn_scores(q, k, *at, **rest) if losses.slice_kind(kind, heads) == "scores" else attn_slice(q, k, *at, lse=lse, **rest)
+        X_int, X_cor = X.chunk(2)
+        return losses.attn_loss(kind, heads, X_int if teacher_grad else X_int.detach(), X_cor, rows, cols)
     if (kind, heads) not in (("kl", "keep"), ("frobenius", "keep"), ("mse", "keep")) or _wants(bias) or not served("attn_align", q):
         return losses.attn_align(kind, heads, q, k, rows, cols, scale=scale, lse=lse, bias=bias, key_padding=key_padding, teacher_grad=teacher_grad)
     attention.check(q, k, bias, key_padding)

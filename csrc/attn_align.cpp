@@ -5,23 +5,11 @@
 
 namespace crystal {
 
-// The halves of what is given for both paths; rows and cols [B,..] are those of each.
-static Align halves(const AttnTensors& t, bool kl) {
-  Align p = {t.a, t.a, kl};
-  const int64_t B = p.int_.B = p.cor.B = t.a.B / 2, wide = t.a.type == Float::f64 ? 8 : 4, cell = t.a.type == Float::f64 ? 8 : t.a.type == Float::f32 ? 4 : 2;
-  p.cor.q = (const char*)t.a.q + B * t.a.q_stride[0] * cell;
-  p.cor.k = (const char*)t.a.k + B * t.a.k_stride[0] * cell;
-  if (t.a.bias) p.cor.bias = (const char*)t.a.bias + B * t.a.M * t.a.L * wide;
-  if (t.a.padding) p.cor.padding = t.a.padding + B * t.a.L;
-  return p;
-}
-
 // q, k of both paths, intact first; rows, cols likewise (both halves alike). -> value [B,H,M], norm [2B,H,M], through [2B,H,M] (empty for kl). teacher_grad is
 // backward's
 static std::tuple<Tensor, Tensor, Tensor> attn_align(const Tensor& q, const Tensor& k, const Tensor& rows, const Tensor& cols, bool kl, double scale,
                                                      const std::optional<Tensor>& lse, const std::optional<Tensor>& bias, const std::optional<Tensor>& key_padding, bool) {
   const AttnTensors t(q, k, rows, cols, scale, bias, key_padding);
-  STD_TORCH_CHECK(t.a.B % 2 == 0, "attn_align: the batch holds both paths, so it is even");
   const Align p = halves(t, kl);
   const int64_t B = t.a.B / 2, H = t.a.H, M = t.a.M;
   Tensor value = torch::stable::new_empty(q, {B, H, M}, wide(q)), norm = torch::stable::new_empty(value, {2 * B, H, M});
@@ -44,12 +32,11 @@ static std::tuple<Tensor, Tensor> attn_align_backward(const Tensor& g, const Ten
   const int64_t R = both.B * both.H * both.M;
   const void* above = values(g, q, R / 2, "the gradient from above");
   const AlignRows kept = {values(value, q, R / 2, "value"), values(norm, q, R, "norm"), values(through, q, kl ? 0 : R, "through")};
-  auto zeros = [](const Tensor& x, bool wanted) { return wanted ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, {0}); };
-  Tensor dq = zeros(q, want_q), dk = zeros(k, want_k);
+  Tensor dq = zeros_if(want_q, q), dk = zeros_if(want_k, k);
   if (!R || !both.K || (!want_q && !want_k)) return {dq, dk};
   int64_t dq_stride[4] = {}, dk_stride[4] = {};
-  for (int i = 0; i < 4 && want_q; ++i) dq_stride[i] = dq.stride(i);
-  for (int i = 0; i < 4 && want_k; ++i) dk_stride[i] = dk.stride(i);
+  if (want_q) strides_like(dq, q, dq_stride);
+  if (want_k) strides_like(dk, k, dk_stride);
   const int64_t chunks = CRYSTAL_WIDTH(attn_align_chunks(p, torch::stable::get_num_threads()));
   Tensor parts = torch::stable::new_empty(q, {want_q ? chunks * R * both.d : 0}, wide(q));
   torch::stable::parallel_for(0, p.int_.B * both.G * chunks, 1, [&](int64_t begin, int64_t end) {
