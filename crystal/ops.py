@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from crystal import attention, losses
 from crystal.config import UserError
@@ -68,20 +69,20 @@ def _load():
     return tuple(devices), None
 
 
-@functools.cache
-def announce(write=functools.partial(print, file=sys.stderr)):
-    """Says once which operators were chosen; a program that wants it elsewhere calls this first, with a `write` of its own."""
-    _said.append(write(choice()[2]))
-
-
 _said = []
+
+
+def announce(write=None):
+    """Says which operators were chosen, once: on stderr, or by `write` where a program calls this before it uses any."""
+    if not _said:
+        _said.append(choice()[2])
+        (write or (lambda line: print(line, file=sys.stderr)))(_said[0])
 
 
 @functools.cache
 def _served(name, device, dtype):
     """Whether the compiled operator takes such tensors; says why not, once (require: raises)."""
-    if not _said:
-        announce()
+    announce()
     mode, devices, _ = choice()
     if device in devices and dtype in SERVED[name].get(device, ()):
         return True
@@ -275,6 +276,76 @@ def _attn_backward_fake(q, k, rows, cols, scale, direct, through, lse, bias, key
 def _wanted(ctx, grads):
     """An operator's gradients, None for those that nobody asked for."""
     return [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad)]
+
+
+# ---- attention_with_slice --------------------------------------------------------------------------------------------
+
+def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
+    """attention.attention_with_slice at almost the cost of the attention alone.
+
+    Attention's log sum exp normalises the slice, so that forward reads M rows and K columns and nothing else. Backward, the gradient
+    through the normaliser rides on attention's own: it takes the output O only to form delta = rowsum(dO O), and the slice wants
+    delta' = delta - dLSE; so it is given O' = O - dLSE dO / |dO|^2 in the chosen rows, and no pass over L is added. Rows with (almost)
+    no dO, a last row that nothing reads for instance, cannot carry it: they go through attn_backward.
+
+    So on a CPU, whose fused attention takes every mask and dtype served here. On a GPU, whose several attentions take different ones:
+    PyTorch's attention and attn_slice, one after the other. A mask that wants a gradient takes plain PyTorch.
+    """
+    if _wants(mask) or not served("attn_slice", q):
+        return attention.attention_with_slice(q, k, v, rows, cols, scale=scale, mask=mask)
+    if mask is not None:
+        mask = attention.additive(mask, q.dtype)
+    if q.device.type == "cpu":
+        attention.check(q, k, mask, None)
+        return _AttentionWithSlice.apply(*map(_dense, (q, k, v)), rows, cols, _scale(q, scale), mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out, attn_slice(q, k, rows, cols, scale=scale, bias=None if mask is None else attention.row_bias(mask, rows))
+
+
+class _AttentionWithSlice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, rows, cols, scale, mask):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+        bias = None if mask is None else attention.row_bias(mask, rows)
+        lse_rows = lse.gather(2, _at(rows, q.shape[1])).to(_wide(q.dtype)).contiguous()  # [B,H,M]
+        A, _ = torch.ops.crystal.attn_slice(q, k, rows, cols, scale, lse_rows, bias, None)
+        ctx.save_for_backward(q, k, v, rows, cols, mask, out, lse, lse_rows, A)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return out, A
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_A):
+        q, k, v, rows, cols, mask, out, lse, lse_rows, A = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else _dense(d_out)
+        direct = torch.zeros_like(A) if d_A is None else torch.where(A == 0, 0, d_A * A)  # [B,H,M,K]
+        at = _at(rows, q.shape[1])  # [B,H,M]
+        through = direct.sum(-1).masked_fill((rows < 0)[:, None], 0.0)  # [B,H,M]: -dLSE of each row
+        here = torch.zeros(lse.shape, dtype=A.dtype).scatter_add_(2, at, through).gather(2, at)  # a position chosen twice: of both
+        across = at[..., None].expand(-1, -1, -1, q.shape[3])  # [B,H,M,d]
+        up = d_out.gather(2, across).to(A.dtype)
+        size = up.square().sum(-1)  # [B,H,M]
+        carries = size > 1e-30
+        shift = up * (here / size.where(carries, 1.0))[..., None]
+        moved = out.gather(2, across).to(A.dtype) + shift.masked_fill(~carries[..., None], 0.0)
+        shifted = out.scatter(2, across, moved.to(out.dtype))  # O'
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, shifted, lse, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
+        rest = through.masked_fill(carries, 0.0)
+        bias = None if mask is None else attention.row_bias(mask, rows)
+        torch.ops.crystal.attn_backward_(dq if ctx.needs_input_grad[0] else None, dk if ctx.needs_input_grad[1] else None, q, k, rows, cols, ctx.scale, direct,
+                                         rest if rest.any() else None, lse_rows, bias, None)
+        return dq, dk, dv, None, None, None, None
+
+
+def _dense(x):
+    """The numbers of a head side by side in memory, as PyTorch's attention for the CPU reads them whatever x's strides are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _at(rows, H):
+    """rows [B,M] -> [B,H,M], the padded ones at 0."""
+    return rows.clamp(min=0)[:, None].expand(-1, H, -1)
 
 
 # ---- attn_align: eq. 5 from both paths' queries and keys -------------------------------------------------------------

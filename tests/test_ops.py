@@ -61,7 +61,7 @@ VERSIONS = ["emulated-1", "emulated-2", "emulated-3"] if EMULATED else [*PLACES[
 def compiled(monkeypatch):
     """The compiled operators or an error, whatever the environment says; skips where they are not built."""
     monkeypatch.setenv("CRYSTAL_OPS", "require")
-    for cached in (ops.choice, ops.announce, ops._served):
+    for cached in (ops.choice, ops._served):
         cached.cache_clear()
     try:
         ops.choice()
@@ -71,7 +71,7 @@ def compiled(monkeypatch):
         torch.ops.load_library(EMULATED)
         monkeypatch.setattr(ops, "SERVED", {name: {"cpu": served.get("cuda", ())} for name, served in ops.SERVED.items()})
     yield
-    for cached in (ops.choice, ops.announce, ops._served):
+    for cached in (ops.choice, ops._served):
         cached.cache_clear()
 
 
@@ -457,6 +457,85 @@ def test_slice_second_derivative_raises(compiled):
         grad.sum().backward()
 
 
+# ---- attention_with_slice --------------------------------------------------------------------------------------------
+
+def with_value(make):
+    def made(dtype):
+        q, k, rows, cols = make(dtype)
+        return [q, k, normal(*k.shape, seed=9, dtype=dtype), rows, cols]
+    return made
+
+
+def square_mask(B, L, kind):
+    """Causal [B,1,L,L] with blocked cells, one row of the first sequence blocked wholly: bool, or float with values between."""
+    b = normal(B, 1, L, L, seed=5)
+    blocked = (b > 1.2) | torch.ones(L, L, dtype=torch.bool).triu(1)
+    blocked[0, 0, 4] = True
+    return ~blocked if kind == "bool" else b.masked_fill(blocked, -INF)
+
+
+WITH_SLICE = [(case, with_value(make), {}) for case, make, keywords, _ in ATTENTION if not keywords] + [
+    (f"{kind} mask", with_value(heads([[3, 4, 8, -1], [8, 7, 4, 0]], [[0, 2, 3], [0, 7, 8]])), {"mask": square_mask(2, 9, kind)}) for kind in ("bool", "float")
+] + [("own scale", with_value(heads([[3, 5]], [[0, 2]])), {"scale": 0.3})]
+each_with_slice = pytest.mark.parametrize("case", WITH_SLICE, ids=[case[0] for case in WITH_SLICE])
+
+
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=lambda d: str(d)[6:])
+@each_with_slice
+def test_attention_with_slice(compiled, case, dtype):
+    """Values and gradients, of both outputs and of each alone; in float64 every combination of wanted gradients."""
+    _, make, keywords = case
+    sample, args = Sample("", "", None, keywords), make(dtype)
+    for used in (None, [0], [1]):
+        for wanted in ([None, (0,), (1,), (2,), (0, 1), (0, 2), (1, 2)] if dtype == f64 else [None]):
+            if (used, wanted) == ([1], (2,)):
+                continue  # the slice does not hang on the values
+            got = run(ops.attention_with_slice, args, sample, wanted=wanted, used=used)
+            plain = run(attention.attention_with_slice, args, sample, wanted=wanted, used=used)
+            exact = run(attention.attention_with_slice, args, sample, dtype=f64, wanted=wanted, used=used)
+            within(got[0], plain[0], exact[0], 2, dtype, f"used {used} wanted {wanted} output")
+            within(got[1], plain[1], exact[1], 3, dtype, f"used {used} wanted {wanted} gradient")
+
+
+@pytest.mark.gradcheck
+@each_with_slice
+def test_attention_with_slice_gradcheck(compiled, case):
+    _, make, keywords = case
+    args = [x.requires_grad_(x.is_floating_point()) for x in make(f64)]
+    torch.autograd.gradcheck(functools.partial(ops.attention_with_slice, **keywords), args, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-17, 1e-12, 1e-3], ids=str)
+def test_attention_with_slice_where_nothing_reads_the_output(compiled, size, dtype):
+    """Rows whose output has no gradient, or next to none, still get the slice's through the normaliser."""
+    args = with_value(heads([[3, 5, 8, 8], [4, 6, -1, 0]], [[0, 2, 3], [1, 2, 4]]))(dtype)
+    factor = torch.ones(2, 1, 9, 1, dtype=dtype)
+    factor[:, :, [3, 8, 0]] = size
+
+    def gradients_of(f, args):
+        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in args]
+        out, A = f(*leaves)
+        above = [normal(*x.shape, seed=i).to(x.dtype) for i, x in enumerate((out, A))]
+        return [x.double() for x in torch.autograd.grad([out, A], leaves[:3], [above[0] * factor.to(out.dtype), above[1]])]
+
+    got, plain, exact = gradients_of(ops.attention_with_slice, args), gradients_of(attention.attention_with_slice, args), \
+        gradients_of(attention.attention_with_slice, [x.double() if x.is_floating_point() else x for x in args])
+    within(got, plain, exact, 3, dtype, "gradient")
+
+
+def test_attention_with_slice_makes_no_pass_over_the_keys(compiled, monkeypatch):
+    """Where every chosen row's output is read, backward asks attn_backward_ for the chosen cells alone."""
+    args = [x.requires_grad_(x.is_floating_point()) for x in with_value(heads([[3, 5]], [[0, 2]]))(f64)]
+    with Calls() as calls:
+        out, A = ops.attention_with_slice(*args)
+        (out.square().sum() + A.square().sum()).backward()
+        out, A = ops.attention_with_slice(*args)
+        (out[:, :, :5].square().sum() + A.square().sum()).backward()
+    throughs = [made[8] for function, made in calls.made if "attn_backward_" in function.name()]
+    assert throughs[0] is None and throughs[1] is not None
+
+
 # ---- attn_align ------------------------------------------------------------------------------------------------------
 
 REFERENCE["attn_align"] = losses.attn_align
@@ -540,7 +619,7 @@ def test_training_step(setup, monkeypatch, flags, checkpointing):
     """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in float64."""
     def step(mode):
         monkeypatch.setenv("CRYSTAL_OPS", mode)
-        for cached in (ops.choice, ops.announce, ops._served):
+        for cached in (ops.choice, ops._served):
             cached.cache_clear()
         if mode == "require":
             try:
@@ -554,7 +633,7 @@ def test_training_step(setup, monkeypatch, flags, checkpointing):
     try:
         (got, got_grads), (want, want_grads) = step("require"), step("reference")
     finally:
-        for cached in (ops.choice, ops.announce, ops._served):
+        for cached in (ops.choice, ops._served):
             cached.cache_clear()
     for a, b in ((got, want), (got_grads, want_grads)):
         assert a.keys() == b.keys()
@@ -595,7 +674,7 @@ def test_opcheck(index, place, device):
 @pytest.fixture
 def fresh(monkeypatch, capsys):
     """fresh(mode): the module as at its first import under CRYSTAL_OPS=mode."""
-    caches = ops.choice, ops.announce, ops._served
+    caches = ops.choice, ops._served
 
     def forget():
         for cached in caches:
