@@ -13,6 +13,7 @@ here touches it, which is why fused attention can stay on while its weights are 
 This file is the specification of the compiled operators. It builds M x L scores and keeps them for the backward pass.
 """
 import torch
+import torch.nn.functional as F
 
 INF = float("inf")
 
@@ -70,6 +71,29 @@ def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding
     if lse is not None:
         norm = norm + (lse - norm).detach()  # the value is the given one, the gradient still flows
     return (scores - norm.masked_fill(blind, 0.0)[..., None]).exp()  # -inf - (-inf) would be NaN
+
+
+def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
+    """Attention's output and its slice -> (out [B,H,L,d] like q, A [B,H,M,K] of attn_slice).
+
+    v     [B,G,L,d]
+    mask  None (causal), bool [B,1,L,L], True where a row sees a key, or float [B,1,L,L] added to the scores. The slice is that of
+          the masked weights, and causal whatever the mask says.
+    """
+    bias = None if mask is None else row_bias(additive(mask, q.dtype), rows)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else additive(mask, q.dtype), is_causal=mask is None, scale=scale,
+                                         enable_gqa=q.shape[1] != k.shape[1])
+    return out, attn_slice(q, k, rows, cols, scale=scale, bias=bias)
+
+
+def additive(mask, dtype):
+    """A mask as attention takes it, bool or float -> float, -inf where blocked."""
+    return mask.to(dtype) if mask.is_floating_point() else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -INF)
+
+
+def row_bias(mask, rows):
+    """Of an additive mask [B,1,L,L] the chosen rows -> [B,1,M,L]."""
+    return mask.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
 
 
 class AttentionTap:
