@@ -28,8 +28,11 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10
 
 
 def compiler(variable, names):
-    """The first of $variable and names that is there, or None."""
-    return next((path for name in (os.environ.get(variable, ""), *names) if name and (path := shutil.which(name))), None)
+    """$variable where it is set, else the first of names; None if there is no such program."""
+    own = os.environ.get(variable, "")
+    if own:
+        return own if shutil.which(own.split()[0]) else None
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def wants_cuda(nvcc):
@@ -48,7 +51,7 @@ def steps(out, nvcc):
     """Every command of the build as (kind, output, inputs, {variable: value}); objects first, then what is linked from them."""
     torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])  # without the seconds that its import takes
     common = f"-std=c++17 -O3 -DNDEBUG -DTORCH_TARGET_VERSION={TORCH_TARGET} -Icsrc -I{shlex.quote(str(torch / 'include'))}"
-    sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.c*"))
+    sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu"))
     native = os.uname().machine in ("x86_64", "AMD64")
     found, cpu, cuda = [], [], []
     for source in sources:
@@ -71,7 +74,7 @@ def steps(out, nvcc):
     libs = f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu"  # loaded by the time that ours is: no path is recorded
     found.append(("link", f"{out}/_C.so", cpu, {"libs": libs}))
     if nvcc:
-        found.append(("nvlink", f"{out}/_C_cuda.so", cuda, {}))
+        found.append(("nvlink", f"{out}/_C_cuda.so", cuda, {"libs": libs}))
     return found
 
 
@@ -85,7 +88,7 @@ def rules(cxx, nvcc):
         # What ptxas says about registers and spills is kept beside the object: a test reads it.
         "nvcc": f"{nvcc} -MMD -MF $out.d $flags {gencode} --threads 2 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden "
                 "-c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
-        "nvlink": f"{nvcc} -shared $in -o $out",  # with CUDA's runtime inside: it loads beside any torch
+        "nvlink": f"{nvcc} -shared $in -o $out $libs",  # with CUDA's runtime inside: it loads beside any torch
     }
 
 

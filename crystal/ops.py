@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from crystal import attention, losses
 from crystal.config import UserError
@@ -24,8 +25,9 @@ CPU = {torch.float64, torch.float32, torch.bfloat16}
 CUDA = CPU | {torch.float16}
 SERVED = {  # operator: {device: dtypes}
     "vocab_kl_ce": {"cpu": CPU, "cuda": CUDA},
-    "attn_slice": {"cpu": CPU},
-    "attn_scores": {"cpu": CPU},
+    "attn_slice": {"cpu": CPU, "cuda": CUDA},
+    "attn_scores": {"cpu": CPU, "cuda": CUDA},
+    "attn_align": {"cpu": CPU, "cuda": CUDA},
 }
 
 
@@ -33,18 +35,18 @@ SERVED = {  # operator: {device: dtypes}
 
 @functools.cache
 def choice():
-    """(compiled operators chosen?, devices that they serve, one line that says so). Loads the extension."""
+    """(CRYSTAL_OPS, devices that compiled operators serve, one line that says so). Loads the extension."""
     mode = os.environ.get("CRYSTAL_OPS", "auto")
     if mode not in ("auto", "reference", "require"):
         raise UserError(f"CRYSTAL_OPS={mode}: choose auto, reference or require")
     if mode == "reference":
-        return False, (), "operators: plain PyTorch (CRYSTAL_OPS=reference)"
+        return mode, (), "operators: plain PyTorch (CRYSTAL_OPS=reference)"
     devices, problem = _load()
     if problem and mode == "require":
         raise UserError(f"CRYSTAL_OPS=require, but {problem}")
     if problem:
-        return False, (), f"operators: plain PyTorch ({problem})"
-    return True, devices, f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors on the CPU)"
+        return mode, (), f"operators: plain PyTorch ({problem})"
+    return mode, devices, f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors on the CPU)"
 
 
 @functools.cache
@@ -67,26 +69,26 @@ def _load():
     return tuple(devices), None
 
 
-@functools.cache
-def announce(write=functools.partial(print, file=sys.stderr)):
-    """Says once which operators were chosen; a program that wants it elsewhere calls this first, with a `write` of its own."""
-    _said.append(write(choice()[2]))
-
-
 _said = []
+
+
+def announce(write=None):
+    """Says which operators were chosen, once: on stderr, or by `write` where a program calls this before it uses any."""
+    if not _said:
+        _said.append(choice()[2])
+        (write or (lambda line: print(line, file=sys.stderr)))(_said[0])
 
 
 @functools.cache
 def _served(name, device, dtype):
     """Whether the compiled operator takes such tensors; says why not, once (require: raises)."""
-    if not _said:
-        announce()
-    compiled, devices, _ = choice()
-    if compiled and device in devices and dtype in SERVED[name].get(device, ()):
+    announce()
+    mode, devices, _ = choice()
+    if device in devices and dtype in SERVED[name].get(device, ()):
         return True
-    if compiled:
+    if devices:
         problem = f"{name} is not compiled for {str(dtype).removeprefix('torch.')} on {device}"
-        if os.environ.get("CRYSTAL_OPS") == "require":
+        if mode == "require":
             raise UserError(f"CRYSTAL_OPS=require, but {problem}")
         print(f"operators: {problem}: plain PyTorch", file=sys.stderr)
     return False
@@ -113,6 +115,10 @@ def _register():
     torch.library.register_autograd("crystal::attn_slice", _slice_backward, setup_context=_slice_context)
     torch.library.register_autograd("crystal::attn_scores", _scores_backward, setup_context=_scores_context)
     _not_twice("attn_backward")
+    torch.library.register_fake("crystal::attn_align", _align_fake)
+    torch.library.register_fake("crystal::attn_align_backward", _align_backward_fake)
+    torch.library.register_autograd("crystal::attn_align", _align_backward, setup_context=_align_context)
+    _not_twice("attn_align_backward")
 
 
 def _not_twice(name):
@@ -270,3 +276,121 @@ def _attn_backward_fake(q, k, rows, cols, scale, direct, through, lse, bias, key
 def _wanted(ctx, grads):
     """An operator's gradients, None for those that nobody asked for."""
     return [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad)]
+
+
+# ---- attention_with_slice --------------------------------------------------------------------------------------------
+
+def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
+    """attention.attention_with_slice at almost the cost of the attention alone.
+
+    Attention's log sum exp normalises the slice, so that forward reads M rows and K columns and nothing else. Backward, the gradient
+    through the normaliser rides on attention's own: it takes the output O only to form delta = rowsum(dO O), and the slice wants
+    delta' = delta - dLSE; so it is given O' = O - dLSE dO / |dO|^2 in the chosen rows, and no pass over L is added. Rows with (almost)
+    no dO, a last row that nothing reads for instance, cannot carry it: they go through attn_backward.
+
+    So on a CPU, whose fused attention takes every mask and dtype served here. On a GPU, whose several attentions take different ones:
+    PyTorch's attention and attn_slice, one after the other. A mask that wants a gradient takes plain PyTorch.
+    """
+    if _wants(mask) or not served("attn_slice", q):
+        return attention.attention_with_slice(q, k, v, rows, cols, scale=scale, mask=mask)
+    if mask is not None:
+        mask = attention.additive(mask, q.dtype)
+    if q.device.type == "cpu":
+        attention.check(q, k, mask, None)
+        return _AttentionWithSlice.apply(*map(_dense, (q, k, v)), rows, cols, _scale(q, scale), mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out, attn_slice(q, k, rows, cols, scale=scale, bias=None if mask is None else attention.row_bias(mask, rows))
+
+
+class _AttentionWithSlice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, rows, cols, scale, mask):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+        bias = None if mask is None else attention.row_bias(mask, rows)
+        lse_rows = lse.gather(2, _at(rows, q.shape[1])).to(_wide(q.dtype)).contiguous()  # [B,H,M]
+        A, _ = torch.ops.crystal.attn_slice(q, k, rows, cols, scale, lse_rows, bias, None)
+        ctx.save_for_backward(q, k, v, rows, cols, mask, out, lse, lse_rows, A)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return out, A
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_A):
+        q, k, v, rows, cols, mask, out, lse, lse_rows, A = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else _dense(d_out)
+        direct = torch.zeros_like(A) if d_A is None else torch.where(A == 0, 0, d_A * A)  # [B,H,M,K]
+        at = _at(rows, q.shape[1])  # [B,H,M]
+        through = direct.sum(-1).masked_fill((rows < 0)[:, None], 0.0)  # [B,H,M]: -dLSE of each row
+        here = torch.zeros(lse.shape, dtype=A.dtype).scatter_add_(2, at, through).gather(2, at)  # a position chosen twice: of both
+        across = at[..., None].expand(-1, -1, -1, q.shape[3])  # [B,H,M,d]
+        up = d_out.gather(2, across).to(A.dtype)
+        size = up.square().sum(-1)  # [B,H,M]
+        carries = size > 1e-30
+        shift = up * (here / size.where(carries, 1.0))[..., None]
+        moved = out.gather(2, across).to(A.dtype) + shift.masked_fill(~carries[..., None], 0.0)
+        shifted = out.scatter(2, across, moved.to(out.dtype))  # O'
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, shifted, lse, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
+        rest = through.masked_fill(carries, 0.0)
+        bias = None if mask is None else attention.row_bias(mask, rows)
+        torch.ops.crystal.attn_backward_(dq if ctx.needs_input_grad[0] else None, dk if ctx.needs_input_grad[1] else None, q, k, rows, cols, ctx.scale, direct,
+                                         rest if rest.any() else None, lse_rows, bias, None)
+        return dq, dk, dv, None, None, None, None
+
+
+def _dense(x):
+    """The numbers of a head side by side in memory, as PyTorch's attention for the CPU reads them whatever x's strides are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _at(rows, H):
+    """rows [B,M] -> [B,H,M], the padded ones at 0."""
+    return rows.clamp(min=0)[:, None].expand(-1, H, -1)
+
+
+# ---- attn_align: eq. 5 from both paths' queries and keys -------------------------------------------------------------
+
+def attn_align(kind, heads, q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding=None, teacher_grad=True):
+    """losses.attn_align without its slices: sums over a row are all that is kept.
+
+    "kl" with heads "keep" reads the chosen rows and columns alone. "frobenius" and "mse" go over the L keys as attn_slice does, and a
+    given lse must be the rows' own. Compiled slices that losses.attn_loss compares: "kl" with heads "mean", whose rows meet across the
+    heads, and on a GPU "frobenius" and "mse", and heads of more than 256 numbers.
+    """
+    if heads == "mean" or q.is_cuda and (kind != "kl" or q.shape[-1] > 256):
+        at, rest = (rows.repeat(2, 1), cols.repeat(2, 1)), {"scale": scale, "bias": bias, "key_padding": key_padding}
+        X = attn_scores(q, k, *at, **rest) if losses.slice_kind(kind, heads) == "scores" else attn_slice(q, k, *at, lse=lse, **rest)
+        X_int, X_cor = X.chunk(2)
+        return losses.attn_loss(kind, heads, X_int if teacher_grad else X_int.detach(), X_cor, rows, cols)
+    if (kind, heads) not in (("kl", "keep"), ("frobenius", "keep"), ("mse", "keep")) or _wants(bias) or not served("attn_align", q):
+        return losses.attn_align(kind, heads, q, k, rows, cols, scale=scale, lse=lse, bias=bias, key_padding=key_padding, teacher_grad=teacher_grad)
+    attention.check(q, k, bias, key_padding)
+    if lse is not None:
+        lse = lse.detach().to(_wide(q.dtype)).contiguous()
+    values = torch.ops.crystal.attn_align(q, k, rows.repeat(2, 1), cols.repeat(2, 1), kind == "kl", _scale(q, scale), lse, bias, key_padding, teacher_grad)[0]  # [B,H,M]
+    if kind == "kl":
+        return losses.mean_rows(values, rows)
+    total = values.sum((1, 2))
+    return total if kind == "frobenius" else total / losses.cells(q.shape[1], rows, cols)
+
+
+def _align_fake(q, k, rows, cols, kl, scale, lse, bias, key_padding, teacher_grad):
+    norm = q.new_empty(*q.shape[:2], rows.shape[1], dtype=_wide(q.dtype))  # [2B,H,M]
+    return norm[: len(q) // 2].clone(), norm, norm[: 0 if kl else len(q)].clone()
+
+
+def _align_context(ctx, inputs, output):
+    q, k, rows, cols, ctx.kl, ctx.scale, _, bias, key_padding, ctx.teacher_grad = inputs
+    ctx.save_for_backward(q, k, rows, cols, *output, bias, key_padding)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _align_backward(ctx, g, *_):
+    q, k, rows, cols, value, norm, through, bias, key_padding = ctx.saved_tensors
+    grads = torch.ops.crystal.attn_align_backward(g.contiguous(), q, k, rows, cols, ctx.kl, ctx.scale, value, norm, through, bias, key_padding, ctx.teacher_grad,
+                                                  *ctx.needs_input_grad[:2])
+    return *_wanted(ctx, grads), *[None] * 8
+
+
+def _align_backward_fake(g, q, k, rows, cols, kl, scale, value, norm, through, bias, key_padding, teacher_grad, want_q, want_k):
+    return q.new_empty(q.shape if want_q else (0,)), k.new_empty(k.shape if want_k else (0,))

@@ -1,6 +1,6 @@
 // From torch's tensors to what the attention kernels are given, with the checks that keep them inside memory. For CPU and CUDA glue.
 #pragma once
-#include "attn_slice.h"
+#include "attn_align.h"
 #include "common.h"
 
 namespace crystal {
@@ -56,5 +56,28 @@ inline void* values(const std::optional<Tensor>& x, const Tensor& q, int64_t num
   AttnTensors::on_device(*x, q);
   return x->data_ptr();
 }
+
+// The halves of what is given for both paths; rows and cols [B,..] are those of each.
+inline Align halves(const AttnTensors& t, bool kl) {
+  STD_TORCH_CHECK(t.a.B % 2 == 0, "attn_align: the batch holds both paths, so it is even");
+  Align p = {t.a, t.a, kl};
+  const int64_t B = p.int_.B = p.cor.B = t.a.B / 2, wide = t.a.type == Float::f64 ? 8 : 4, cell = t.a.type == Float::f64 ? 8 : t.a.type == Float::f32 ? 4 : 2;
+  p.cor.q = (const char*)t.a.q + B * t.a.q_stride[0] * cell;
+  p.cor.k = (const char*)t.a.k + B * t.a.k_stride[0] * cell;
+  if (t.a.bias) p.cor.bias = (const char*)t.a.bias + B * t.a.M * t.a.L * wide;
+  if (t.a.padding) p.cor.padding = t.a.padding + B * t.a.L;
+  return p;
+}
+
+// The strides of a gradient d of x.
+inline void strides_like(const std::optional<Tensor>& d, const Tensor& x, int64_t* stride) {
+  for (int i = 0; d && i < 4; ++i) {
+    STD_TORCH_CHECK(d->dim() == 4 && d->size(i) == x.size(i) && d->scalar_type() == x.scalar_type(), "attention: dq and dk have the shapes and dtype of q and k");
+    stride[i] = d->stride(i);
+  }
+}
+
+// Zeros like x, or an empty tensor for a gradient that is not wanted.
+inline Tensor zeros_if(bool wanted, const Tensor& x) { return wanted ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, {0}); }
 
 }  // namespace crystal

@@ -39,19 +39,11 @@ static void attn_backward_(const std::optional<Tensor>& dq, const std::optional<
   const int64_t R = a.B * a.H * a.M;
   const Through slopes = {values(direct, q, R * a.K, "direct"), values(through, q, R, "through"), values(lse, q, R, "lse")};
   STD_TORCH_CHECK(!through || lse, "attn_backward_: the gradient through the normaliser needs lse");
-  auto like = [](const std::optional<Tensor>& d, const Tensor& x, int64_t* stride) {
-    if (!d) return;
-    for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(d->dim() == 4 && d->size(i) == x.size(i), "attn_backward_: dq and dk have the shapes of q and k");
-      stride[i] = d->stride(i);
-    }
-    STD_TORCH_CHECK(d->scalar_type() == x.scalar_type(), "attn_backward_: dq and dk have the dtype of q and k");
-  };
   int64_t dq_stride[4], dk_stride[4];
-  like(dq, q, dq_stride);
-  like(dk, k, dk_stride);
+  strides_like(dq, q, dq_stride);
+  strides_like(dk, k, dk_stride);
   if (!R || (!dq && !dk)) return;
-  const int64_t chunks = CRYSTAL_WIDTH(attn_backward_chunks(a, torch::stable::get_num_threads()));
+  const int64_t chunks = CRYSTAL_WIDTH(attn_backward_chunks(a, through.has_value(), torch::stable::get_num_threads()));
   Tensor parts = torch::stable::new_empty(q, {dq ? chunks * R * a.d : 0}, wide(q));
   torch::stable::parallel_for(0, a.B * a.G * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit)
@@ -67,8 +59,7 @@ static void attn_backward_(const std::optional<Tensor>& dq, const std::optional<
 static std::tuple<Tensor, Tensor> attn_backward(const Tensor& q, const Tensor& k, const Tensor& rows, const Tensor& cols, double scale, const Tensor& direct,
                                             const std::optional<Tensor>& through, const std::optional<Tensor>& lse, const std::optional<Tensor>& bias,
                                             const std::optional<Tensor>& key_padding, bool want_q, bool want_k) {
-  auto zeros = [](const Tensor& x, bool wanted) { return wanted ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, {0}); };
-  const Tensor dq = zeros(q, want_q), dk = zeros(k, want_k);
+  const Tensor dq = zeros_if(want_q, q), dk = zeros_if(want_k, k);
   attn_backward_(want_q ? std::optional<Tensor>(dq) : std::nullopt, want_k ? std::optional<Tensor>(dk) : std::nullopt, q, k, rows, cols, scale, direct, through, lse, bias, key_padding);
   return {dq, dk};
 }
@@ -82,6 +73,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(crystal, m) {
         "Tensor? bias, Tensor? key_padding) -> ()");
   m.def("attn_backward(Tensor q, Tensor k, Tensor rows, Tensor cols, float scale, Tensor direct, Tensor? through, Tensor? lse, Tensor? bias, Tensor? key_padding, "
         "bool want_q, bool want_k) -> (Tensor, Tensor)");
+  m.def("attn_slice_version(int choose) -> int");  // on the GPU
 }
 
 STABLE_TORCH_LIBRARY_IMPL(crystal, CPU, m) {

@@ -40,7 +40,7 @@ CRYSTAL_WIDTHS(
   // weights: out = A, lse computed, or copied from lse_in where that is given. Otherwise out = S and lse_out is left alone.
   void attn_slice(const Attn&, int64_t unit, bool weights, const void* lse_in, void* lse_out, void* out);
   // Adds to dk [B,G,L,d] and sets dq_parts [chunks,B,H,M,d]; either may be null. B G chunks units.
-  int64_t attn_backward_chunks(const Attn&, int64_t threads);
+  int64_t attn_backward_chunks(const Attn&, bool through, int64_t threads);
   void attn_backward(const Attn&, int64_t unit, int64_t chunks, const Through&, void* dq_parts, void* dk, const int64_t* dk_stride);
   // Adds the chunks of dq_parts to dq [B,H,L,d]. B H units.
   void attn_add_rows(const Attn&, int64_t unit, int64_t chunks, void* dq_parts, void* dq, const int64_t* dq_stride);

@@ -9,7 +9,6 @@ namespace WIDTH {
 
 // ---- forward: a unit is at most ROWS rows of one sequence and key head -----------------------------------------------------------
 
-static int64_t row_chunks(const Attn& a) { return (group_rows(a) + ROWS - 1) / ROWS; }
 int64_t attn_slice_units(const Attn& a) { return a.B * a.G * row_chunks(a); }
 
 template <class In, class T> static void slice_(const Attn& a, int64_t unit, bool want_weights, const T* lse_in, T* lse_out, T* out) {
@@ -42,10 +41,10 @@ void attn_slice(const Attn& a, int64_t unit, bool want_weights, const void* lse_
 #undef CALL
 }
 
-// ---- backward: a unit is a range of keys of one sequence and key head, so that each key is written once --------------------------
+// ---- backward: a unit is a range of keys of one sequence and key head, so that each key is written once; of scores, all columns ---
 
-static int64_t key_tiles(const Attn& a) { return (a.L + KEYS - 1) / KEYS; }
-int64_t attn_backward_chunks(const Attn& a, int64_t threads) {
+int64_t attn_backward_chunks(const Attn& a, bool through, int64_t threads) {
+  if (!through) return 1;
   const int64_t wanted = (threads + a.B * a.G - 1) / (a.B * a.G);
   return wanted < key_tiles(a) ? wanted : key_tiles(a);
 }
@@ -67,32 +66,31 @@ static void grad_(const Attn& a, int64_t unit, int64_t chunks, const Through& t,
     norm.p[r] = lse[r] == NONE<T> ? T(0) : lse[r];  // a row that sees nothing: its scores are all -inf
     factor.p[r] = -through[r];
   }
-  for (int64_t j = begin; j < end && j <= q.last; j += KEYS) {
-    int64_t inside = 0;  // columns among this tile's keys
-    for (int64_t c = 0; c < a.K; ++c) inside += cols[c] >= j && cols[c] < j + KEYS;
-    if (!through && !inside) continue;
-    k.range(a, b, g, j, q.last + 1);
+  const bool by_column = !through;  // then no other key has a gradient
+  for (int64_t j = by_column ? 0 : begin; j < (by_column ? a.K : end) && (by_column || j <= q.last); j += KEYS) {
+    if (by_column) k.columns(a, b, g, j); else k.range(a, b, g, j, q.last + 1);
     dkeys.clear(KEYS * k.ld);
     for (int64_t r0 = 0; r0 < R; r0 += ROWS) {
       const int64_t n = R - r0 < ROWS ? R - r0 : ROWS;
-      if (through) {  // dS = -through P
+      auto add_direct = [&](int64_t i, int64_t c) { for (int64_t r = 0; r < n; ++r) s.p[i * wide + r] += direct[(r0 + r) * a.K + c]; };
+      if (by_column) {
+        s.clear(k.n * wide);
+        for (int64_t i = 0; i < k.n; ++i) add_direct(i, j + i);
+      } else {  // dS = -through P + direct
         scores(a, b, q, r0, n, k, s.p, wide);
         for (int64_t i = 0; i < k.n; ++i)
           for (int64_t r = 0; r < padded<T>(n); r += lanes<T>::N) {
             T* cell = s.p + i * wide + r;
             store(cell, exp(load(cell) - load(norm.p + r0 + r)) * load(factor.p + r0 + r));
           }
-      } else {
-        s.clear(k.n * wide);
+        for (int64_t c = 0; c < a.K; ++c)
+          if (cols[c] >= j && cols[c] - j < k.n) add_direct(cols[c] - j, c);
       }
-      for (int64_t c = 0; inside && c < a.K; ++c)  // + direct
-        if (cols[c] >= j && cols[c] - j < k.n)
-          for (int64_t r = 0; r < n; ++r) s.p[(cols[c] - j) * wide + r] += direct[(r0 + r) * a.K + c];
       if (dk) product<T, true>(k.n, depth, n, s.p, wide, 1, q.along.p + r0 * q.ld, q.ld, dkeys.p, k.ld);
       if (dq_parts) product<T, true>(n, depth, k.n, s.p, 1, wide, k.rows.p, k.ld, dq.p + r0 * k.ld, k.ld);
     }
     for (int64_t i = 0; dk && i < k.n; ++i)
-      add_to(dk + b * dk_stride[0] + g * dk_stride[1] + k.at[i] * dk_stride[2], dk_stride[3], a.d, dkeys.p + i * k.ld);
+      if (k.at[i] >= 0) add_to(dk + b * dk_stride[0] + g * dk_stride[1] + k.at[i] * dk_stride[2], dk_stride[3], a.d, dkeys.p + i * k.ld);
   }
   for (int64_t r = 0; dq_parts && r < R; ++r)
     for (int64_t c = 0; c < a.d; ++c) dq_parts[((chunk * a.B * a.G * R) + first + r) * a.d + c] = dq.p[r * k.ld + c] * T(a.scale);

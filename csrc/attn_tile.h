@@ -88,6 +88,8 @@ template <class In, class T> static inline void add_to(In* to, int64_t step, int
 }
 
 static inline int64_t group_rows(const Attn& a) { return a.H / a.G * a.M; }  // R
+static inline int64_t row_chunks(const Attn& a) { return (group_rows(a) + ROWS - 1) / ROWS; }
+static inline int64_t key_tiles(const Attn& a) { return (a.L + KEYS - 1) / KEYS; }
 
 // Rows from .. from+n of the R of one sequence and key head: row r is head r / M of the group, chosen row r % M.
 template <class In, class T> struct Queries {

@@ -168,6 +168,7 @@ static void backward_(const Tensor& g_int, const Tensor& g_cor, const Tensor& g_
 }  // namespace crystal
 
 STABLE_TORCH_LIBRARY_FRAGMENT(crystal, m) {
+  m.def("vocab_kl_ce_version(int choose) -> int");  // of the CUDA kernels alone
   m.def("vocab_kl_ce(Tensor logits_int, Tensor? logits_cor, Tensor targets_int, Tensor targets_cor, Tensor answer, "
         "bool teacher_grad, bool in_place) -> (Tensor ce_int, Tensor ce_cor, Tensor kl, Tensor sums, Tensor at)");  // the two flags are for the backward pass
   m.def("vocab_kl_ce_backward(Tensor g_int, Tensor g_cor, Tensor g_kl, Tensor logits_int, Tensor? logits_cor, Tensor targets_int, Tensor targets_cor, Tensor answer, "
