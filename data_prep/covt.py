@@ -61,7 +61,7 @@ def opened(path):
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
-        part = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+        part = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # streamed, not mapped
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
     names = part.schema_arrow.names
