@@ -72,6 +72,11 @@ def read(path, image_root="", turns="first"):
     return found, dropped
 
 
+def check(where, item, root):
+    """Whether `read` would take this parsed object: RecordError names the field if not. root: folder of its images."""
+    _records(where, item, Path(root).resolve(), "first")
+
+
 def _items(path, text):
     """(where, parsed object or RecordError) of each line of JSONL, or each element of a JSON list."""
     if path.suffix != ".jsonl" and text.lstrip().startswith("["):
