@@ -49,7 +49,10 @@ def wants_cuda(nvcc):
 
 def steps(out, nvcc):
     """Every command of the build as (kind, output, inputs, {variable: value}); objects first, then what is linked from them."""
-    torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])  # without the seconds that its import takes
+    spec = importlib.util.find_spec("torch")  # without the seconds that its import takes
+    if not spec:
+        sys.exit("crystal: no torch where the build runs; install it first, then: pip install --no-build-isolation -e .")
+    torch = Path(spec.submodule_search_locations[0])
     common = f"-std=c++17 -O3 -DNDEBUG -DTORCH_TARGET_VERSION={TORCH_TARGET} -Icsrc -I{shlex.quote(str(torch / 'include'))}"
     sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu"))
     native = os.uname().machine in ("x86_64", "AMD64")
