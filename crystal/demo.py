@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import crystal.model
 from crystal import config, data, evaluate, export, generate, methods, train, visualize
+from crystal.config import UserError
 from crystal.layout import Format
 from data_prep import toy
 
@@ -42,6 +43,8 @@ def data_of(method, scenes, teacher):
     files = {"--data": scenes / "train.jsonl", "--val_data": scenes / "val.jsonl"}
     if issubclass(methods.get(method), methods.get("lavit")):
         from data_prep import lavit_teacher
+        if not (teacher / "checkpoints").is_dir():
+            raise UserError(f"--method {method}: its teacher {teacher} is not there; sft has to be trained first")
         for flag, limit in (("--data", 0), ("--val_data", 64)):
             lavit_teacher.main(["--teacher", str(teacher), "--data", str(files[flag]), "--limit", str(limit), "--keep", "all", "--batch_size", "64",
                                 "--max_new_tokens", "8", "--overwrite"])

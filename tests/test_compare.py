@@ -57,3 +57,11 @@ def test_runs_are_made_once_and_go_on_where_they_stopped(model_dirs, records_fil
         compare.main([*flags, "--lr", "1"])
     with pytest.raises(UserError, match="--data goes with --test"):
         compare.main(["--data", "x"])
+
+
+def test_lavit_needs_its_teacher_first(tmp_path):
+    from crystal import demo
+    with pytest.raises(UserError, match="sft has to be trained first"):
+        demo.data_of("lavit", tmp_path, tmp_path / "sft-0")
+    assert demo.data_of("livr", tmp_path, tmp_path / "sft-0") == ["--data", str(tmp_path / "train.jsonl"), "--val_data", str(tmp_path / "val.jsonl")]
+    assert demo.recipe("crystal")[-2:] == ["--labels", "answer"]
