@@ -26,7 +26,6 @@ OWN = {
     "crystal": ["--labels", "answer"],
     "livr": [],
     "lavit": ["--tune", "lora"],
-    # The encoder is a real vision transformer of random weights: this shows that the parts work, and can teach little.
     "valr": ["--lr_latents", "3e-4", "--lr_rows", "5", "--first_share", "0.6", "--latents", "4", "--encoders", "tiny"],
     "sft": [],
 }
@@ -73,6 +72,8 @@ def main(argv=None):
     for n, method in enumerate(chosen):
         name = Path(method).stem
         say(f"{n + 2}. Training {name}: {args.max_steps} updates of 16 from the same base")
+        if "--encoders" in recipe(method):
+            print(RANDOM)
         flags = [*data_of(method, scenes, out / "sft"), "--max_steps", str(args.max_steps), "--seed", str(args.seed), "--save_every", "1000",
                  "--eval_every", "60", "--log_every", "30", "--overwrite"]
         runs[name] = train.main(["--method", method, "--output", str(out / name), *recipe(method), *flags])
