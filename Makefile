@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11, a compiler and make:
-#   make demo      trains, evaluates, draws and exports on the shipped tiny model   (METHOD=crystal by default)
+#   make demo      trains, evaluates, draws and exports on the shipped tiny model   (METHOD=crystal by default; sft, livr, lavit, valr, or a file of yours)
 #   make test      the test suite
 # Both build the compiled operators of csrc/ first, as does `make setup`; CRYSTAL_CUDA=auto|1|0 chooses the GPU part (see setup.py).
 PYTHON ?= python3

@@ -101,6 +101,8 @@ def main(argv=None):
                     where[method] = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0")
                 going = "--resume" if checkpoint.newest(run) else "--overwrite"
                 train.main([*flags, *where[method], "--output", str(run), going])
+                if not checkpoint.step_dir(run, args.max_steps).is_dir():
+                    raise UserError(f"{run}: stopped before its end; the same command goes on from there")
                 model, fmt, _ = export.open_model(run)
                 results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec)
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import crystal.model
 from crystal import config, data, evaluate, export, generate, methods, train, visualize
+from crystal.config import UserError
 from crystal.layout import Format
 from data_prep import toy
 
@@ -25,7 +26,6 @@ OWN = {
     "crystal": ["--labels", "answer"],
     "livr": [],
     "lavit": ["--tune", "lora"],
-    # The encoder is a real vision transformer of random weights: this shows that the parts work, and can teach little.
     "valr": ["--lr_latents", "3e-4", "--lr_rows", "5", "--first_share", "0.6", "--latents", "4", "--encoders", "tiny"],
     "sft": [],
 }
@@ -42,6 +42,8 @@ def data_of(method, scenes, teacher):
     files = {"--data": scenes / "train.jsonl", "--val_data": scenes / "val.jsonl"}
     if issubclass(methods.get(method), methods.get("lavit")):
         from data_prep import lavit_teacher
+        if not (teacher / "checkpoints").is_dir():
+            raise UserError(f"--method {method}: its teacher {teacher} is not there; sft has to be trained first")
         for flag, limit in (("--data", 0), ("--val_data", 64)):
             lavit_teacher.main(["--teacher", str(teacher), "--data", str(files[flag]), "--limit", str(limit), "--keep", "all", "--batch_size", "64",
                                 "--max_new_tokens", "8", "--overwrite"])
@@ -70,6 +72,8 @@ def main(argv=None):
     for n, method in enumerate(chosen):
         name = Path(method).stem
         say(f"{n + 2}. Training {name}: {args.max_steps} updates of 16 from the same base")
+        if "--encoders" in recipe(method):
+            print(RANDOM)
         flags = [*data_of(method, scenes, out / "sft"), "--max_steps", str(args.max_steps), "--seed", str(args.seed), "--save_every", "1000",
                  "--eval_every", "60", "--log_every", "30", "--overwrite"]
         runs[name] = train.main(["--method", method, "--output", str(out / name), *recipe(method), *flags])

@@ -279,7 +279,7 @@ def test_without_both_terms_no_teacher_is_needed(setup):
 def test_bad_input(setup):
     s = setup(*LORA)
     s.records[0].features = {}
-    with pytest.raises(RecordError, match="lavit.jsonl:1: field 'features': no 'lavit' in it"):
+    with pytest.raises(RecordError, match="lavit.jsonl:1: field 'features': no 'lavit' in it; data_prep/lavit_teacher.py makes it"):
         s.examples.build(0, 0)
     with pytest.raises(RecordError, match="lavit.jsonl:3: field 'features': the teacher saw 2 images, the record has 1"):
         s.method.extras(s.records[2], [None])

@@ -102,6 +102,9 @@ class Method(SFT):
         names = ["gaze", "gaze_grid"] * bool(s.w_gaze) + ["v_sem"] * bool(s.w_semantics)
         if not names:
             return {}
+        if "lavit" not in record.features:
+            raise data.RecordError(f"{record.where}: field 'features': no 'lavit' in it; data_prep/lavit_teacher.py makes it, "
+                                   "and --w_gaze 0 --w_semantics 0 trains without a teacher")
         found = data.load_features(record, "lavit")
         if missing := [name for name in names if name not in found]:
             raise data.RecordError(f"{record.where}: field 'features': {record.features['lavit']} holds no {missing[0]} for the id {record.id!r}")
