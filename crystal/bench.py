@@ -25,7 +25,7 @@ def main(argv=None):
     parser = OneLineParser(prog="bench.py", description="Times of the compiled operators, their floors and peers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU where there is one")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of logits, queries and keys")
-    parser.add_argument("--only", default="vocab,slice,align", help="operators to measure")
+    parser.add_argument("--only", default="vocab,slice,align", help="operators to measure: these, frobenius, attention")
     parser.add_argument("--rows", type=int, default=32, help="N, rows of each path's logits")
     parser.add_argument("--vocab", type=int, default=152064, help="V")
     parser.add_argument("--slice", default="2,2048,64,8,28,4,128", help="B,L,M,K,H,G,d of the attention operators")
@@ -261,11 +261,34 @@ def align_case(a, sizes, device):
     return f"kl, B {B}, L {L}, M {M}, K {K}, H {H}, G {G}, d {d}, {a.dtype}", leaves, peers, ((read, flops), (read + written, 3 * flops))
 
 
+def frobenius_case(a, sizes, device):
+    """Eq. 5 as written, over image and latents: a pass over all keys, and on a CPU no slice written out."""
+    (B, L, M, K, H, G, d), (leaves, rows, _) = sizes, heads(a, sizes, device)
+    if B % 2:
+        raise UserError("--slice: B sequences are both paths of B/2 pairs, so B must be even")
+    rows, cols = rows[: B // 2], torch.arange(L // 2, device=device).expand(B // 2, -1).contiguous()
+    eager = lambda q, k: (losses.attn_align("frobenius", "keep", q, k, rows, cols),)
+    peers = {"compiled": lambda q, k: (ops.attn_align("frobenius", "keep", q, k, rows, cols),), "eager": eager, "torch.compile": compiled_by_torch(eager, a.compile)}
+    flops, moved = 2 * H * d * int((rows.repeat(2, 1) + 1).sum()), B * G * L * d * leaves[1].element_size()
+    return f"frobenius, B {B}, L {L}, M {M}, K {L // 2}, H {H}, G {G}, d {d}, {a.dtype}", leaves, peers, ((moved, flops), (2 * moved, 3 * flops))
+
+
+def attention_case(a, sizes, device):
+    """Attention together with its slice: what supervising adds to the attention alone."""
+    (B, L, M, K, H, G, d), (leaves, rows, cols) = sizes, heads(a, sizes, device)
+    v = torch.randn(B, G, L, d, generator=torch.Generator().manual_seed(1)).to(leaves[0]).requires_grad_()
+    eager = lambda *x: attention.attention_with_slice(*x, rows, cols)
+    peers = {"compiled": lambda *x: ops.attention_with_slice(*x, rows, cols), "eager": eager, "torch.compile": compiled_by_torch(eager, a.compile),
+             "attention alone": lambda *x: (F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=H != G),)}
+    flops, moved = 2 * B * H * L * (L + 1) * d, sum(x.numel() * x.element_size() for x in (*leaves, v))  # two products over half of L x L
+    return f"attention and slice, B {B}, L {L}, M {M}, K {K}, H {H}, G {G}, d {d}, {a.dtype}", [*leaves, v], peers, ((moved, flops), (2 * moved, 5 * flops // 2))
+
+
 def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-CASES = {"vocab": vocab_case, "slice": slice_case, "align": align_case}
+CASES = {"vocab": vocab_case, "slice": slice_case, "align": align_case, "frobenius": frobenius_case, "attention": attention_case}
 
 if __name__ == "__main__":
     run_cli(main)
