@@ -1,7 +1,8 @@
 """Does `--reliance` tell used latents from unused ones? Models of both kinds, trained alike, and what it says of each.
 
 `open` may read the image and pass its latents by (reliance_open.py); `bottleneck` may not (reliance_bottleneck.py). Both start from the tiny base
-with the same tokens, data, order, updates and rates; the mask is the only difference. Exit code 1 if a verdict is not the expected one.
+with the same tokens, data, order, updates and rates; the mask is the only difference. Answers are asked for without a mask, of both: what a
+user of the model does. Exit code 1 if a verdict is not the expected one. What a run said stands in reliance_check.log.
 
     python data_prep/reliance_check.py                  # three seeds each; about 10 minutes on two quiet cores
 """
