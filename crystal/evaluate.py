@@ -320,13 +320,14 @@ def main(argv=None):
     method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
     if args.bottleneck and type(method).biases is SFT.biases:
         raise UserError(f"--bottleneck: {method.settings.method} has no mask")
+    biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
     if args.latents == "free":
         thought_length(fmt, args.model)  # refuses a model without latents before anything is asked
     folder = Path(args.model) if Path(args.model).is_dir() else Path("runs") / Path(args.model).name
     if args.reliance:
         how = corruption or (data.corruption_of(settings) if settings else ("blur", *data.PRIOR["blur"]))
-        reliance.run(model, fmt, records, args.out or folder / "reliance" / Path(args.data).stem, {"model": args.model, "checkpoint": args.checkpoint, "data": args.data},
-                     corruption=how, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed, procs=procs)
+        reliance.run(model, fmt, records, args.out or folder / "reliance" / Path(args.data).stem, {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "bottleneck": args.bottleneck},
+                     corruption=how, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed, procs=procs, biases=biases)
         procs.stop()
         return
     if args.diagnose:
@@ -351,7 +352,6 @@ def main(argv=None):
              "prompt": fmt.tokenizer.decode(fmt.question(records[0].turns, [1] * len(records[0].images), "none" if args.latents == "free" else args.latents)[0])}
     predictions = Predictions(out, asked, args.overwrite, procs) if out else None
     kept = {"done": predictions.done, "tell": predictions.tell} if predictions else {}
-    biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
     results = answers(model, fmt, records, args.batch_size, args.latents, corruption, args.grey, args.seed, args.max_new_tokens,
                       procs=procs, progress="evaluate", biases=biases, **kept)
     if tsv:

@@ -244,10 +244,10 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
 
 
 @torch.no_grad()
-def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, max_new_tokens=32, seed=0, procs=None, progress=False):
+def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, max_new_tokens=32, seed=0, procs=None, progress=False, biases=None):
     """A model with latents on records -> everything as one JSON object (see `summarise`); all ranks take their share and return the whole.
 
-    corruption: (mode, low, high). Raises UserError if the prompts hold no latents, or no two answers differ.
+    corruption: (mode, low, high). biases: function (batch) -> [bottleneck.Bias], a mask under which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
     """
     procs = procs or processes.Processes(device=model.device)
     kept, dropped = questions(model, fmt, records, "keep", corruption, seed), questions(model, fmt, records, "drop", corruption, seed)
@@ -264,8 +264,11 @@ def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, m
     bar = tqdm(total=3 * len(mine), desc="reliance", unit="question", disable=not (progress and procs.is_first and sys.stderr.isatty()), leave=False)
     results = []  # {"index", "condition", "prediction", "correct"}
 
-    def answer(batch, prompts, condition, biases=None):
-        for i, prediction in zip(batch, generate(model, prompts, fmt, max_new_tokens, biases)):
+    always = biases or (lambda batch: [])
+
+    def answer(batch, prompts, condition, blind=lambda batch: []):
+        both = (lambda batch: [*always(batch), *blind(batch)]) if condition.hidden or biases else None
+        for i, prediction in zip(batch, generate(model, prompts, fmt, max_new_tokens, both)):
             results.append({"index": i, "condition": condition.name, "prediction": prediction, "correct": score(records[i], prediction)[1]})
 
     # As trained; on the way, mean and spread of the latents' states over all questions.
@@ -290,7 +293,7 @@ def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, m
         sources["noise"] = mean[:, None] + spread[:, None] * torch.stack(noise, 1).to(mean.device)  # [layers,B,K,D]
         for name, source in (("swapped", others), ("intact", intact)):
             with recorded(model, source.where) as sources[name]:
-                generate(model, source.prompts, fmt, 1)
+                generate(model, source.prompts, fmt, 1, biases)
         for condition in CONDITIONS[1:]:
             ask = asked(model, examples[condition.latents], "pixel_values_cor" if condition.corrupted else "pixel_values")
             if condition.hidden:

@@ -1,16 +1,22 @@
 """A method file for `--method`: reliance_open.py with a bottleneck in every update, so that the answer can know the image through the latents alone.
 
-What comes after the latents is blind to the image and to all that saw it before them: question and thought. LIVR's mask (its section 3.2) closes
-question and thought to the image instead; a base this small, which reads images in its question's rows, does not relearn that in minutes.
+From the row that predicts the answer's first token on, all between the image's begin and that row but the latents is hidden: question and thought
+saw the image too. LIVR's mask (its section 3.2) closes question and thought to the image instead; a base this small, which reads images in its
+question's rows, does not relearn that in minutes. `evaluate --bottleneck` and `--reliance --bottleneck` ask such a model under its own mask.
 """
 import torch
 
 from crystal.bottleneck import Bias
+from crystal.layout import latent_tokens
 from data_prep.reliance_open import Method as Open
 
 
 class Method(Open):
-    def mask(self, batch):
-        at = torch.arange(batch["input_ids"].shape[1])[None].to(batch["latents"].device)  # [1,L]
-        first, last = batch["latents"][:, :1], batch["latents"][:, -1:]                # [B,1] each
-        return [Bias(at > last, (at >= batch["image"][:, :1]) & (at < first))]         # [B,L] each
+    def biases(self, model, batch):
+        """batch: input_ids [B,L], left- or right-padded, and rows [B,M], the answer rows."""
+        ids, s = batch["input_ids"], self.settings
+        names = latent_tokens(s.latents, s.latent_kind)
+        latents = torch.isin(ids, torch.tensor(model.tokenizer.convert_tokens_to_ids(names), device=ids.device))  # [B,L]
+        answer = torch.arange(ids.shape[1], device=ids.device) >= batch["rows"][:, :1]  # [B,L]
+        image = (ids == model.hf.config.image_token_id).cumsum(1) > 0                  # [B,L], from the first image on
+        return [Bias(answer, image & ~latents & ~answer)]
