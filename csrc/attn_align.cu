@@ -25,7 +25,7 @@ template <class In, class C> __device__ __forceinline__ bool both_scores(const A
   return *x != none<C>() && *y != none<C>();
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) align_rows(Align p, C* value, C* norm) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 4) align_rows(Align p, C* value, C* norm) {
   const Attn& a = p.int_;
   const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
   if (i >= rows) return;  // the whole warp
@@ -53,7 +53,7 @@ template <class In, class C> __device__ __forceinline__ bool slopes(const Align&
   return true;
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS)
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 4)
 align_rows_backward(Align p, bool teacher_grad, const C* g, const C* value, const C* norm, C* parts) {
   const Attn& a = p.int_;
   const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
@@ -82,7 +82,7 @@ align_rows_backward(Align p, bool teacher_grad, const C* g, const C* value, cons
   }
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS)
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 4)
 align_columns_backward(Align p, bool teacher_grad, const C* g, const C* value, const C* norm, C* parts) {
   __shared__ C shared[WARPS][32 * MOST];
   const Attn& a = p.int_;

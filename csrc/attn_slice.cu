@@ -22,7 +22,7 @@ constexpr int WIDTH_D = 64;                                      // numbers of d
 
 // ---- version 1 -----------------------------------------------------------------------------------------------------------------------
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) lse_naive(Attn a, C* top, C* sum) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_naive(Attn a, C* top, C* sum) {
   __shared__ C tops[WARPS], sums[WARPS];
   const Row r(a, blockIdx.x);
   Online<In, C> own;
@@ -56,7 +56,7 @@ template <class In, class C> __device__ __forceinline__ C slope_naive(const Attn
   return ds;
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) backward_row_naive(Attn a, Through t, C* parts) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backward_row_naive(Attn a, Through t, C* parts) {
   __shared__ C ds[THREADS];
   const int64_t i = blockIdx.x;
   const Row r(a, i);
@@ -73,7 +73,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) backward
   }
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) backward_key_naive(Attn a, Through t, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backward_key_naive(Attn a, Through t, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   __shared__ C ds[THREADS];
   const int64_t j = blockIdx.x % a.L, g = blockIdx.x / a.L % a.G, b = blockIdx.x / a.L / a.G, R = a.H / a.G * a.M, first = (b * a.G + g) * R;
   for (int64_t c0 = 0; c0 < a.d; c0 += THREADS) {
@@ -192,7 +192,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_t
 }
 
 // A warp per row: merges the shares of its log sum exp, then column by column.
-template <class In, class C> __global__ void __launch_bounds__(THREADS) columns(Attn a, int splits, const C* top, const C* sum, const C* lse_in, C* lse_out, C* out) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) columns(Attn a, int splits, const C* top, const C* sum, const C* lse_in, C* lse_out, C* out) {
   const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
   if (i >= rows) return;  // the whole warp
   const Row r(a, i);
@@ -209,7 +209,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) columns(
 
 // KEYS: a block owns a tile of keys and goes through the rows, dK += dS^T Q. Otherwise it owns rows and goes through its share of the keys,
 // dQ = dS K. Of d it owns WIDTH_D numbers: for the other ones another block computes the scores again.
-template <class In, class C, bool KEYS> __global__ void __launch_bounds__(THREADS)
+template <class In, class C, bool KEYS> __global__ void __launch_bounds__(THREADS, 2)
 backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   constexpr int T = TILE<C>, N = T / 16, W = WIDTH_D / 16;
   __shared__ Tile<In, C> tile;
@@ -287,7 +287,7 @@ backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int6
 }
 
 // A block per row: the first row at a position adds what all rows there have got.
-template <class In, class C> __global__ void __launch_bounds__(THREADS) add_rows(Attn a, int splits, const C* parts, In* dq, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) add_rows(Attn a, int splits, const C* parts, In* dq, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   const Row r(a, blockIdx.x);
   if (r.position < 0) return;
   for (int64_t m = 0; m < r.m; ++m)
