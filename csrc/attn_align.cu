@@ -17,15 +17,15 @@ constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int MOST = 8;  // numbers of d that a lane holds at most: d <= 256
 
 // Both paths' scores of row i (of the intact half) and its c-th column; false where either path hides it.
-template <class In, class C> __device__ inline bool both_scores(const Align& p, const Row& r, int64_t c, C* x, C* y) {
+template <class In, class C> __device__ __forceinline__ bool both_scores(const Align& p, const Row& r, int64_t c, C* x, C* y) {
   const Attn& a = p.int_;
-  const int64_t j = a.cols[r.b * a.K + c], g = r.h / (a.H / a.G);
-  *x = score<C>(a, r.b, r.m, r.position, j, warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, g, j)));
-  *y = score<C>(p.cor, r.b, r.m, r.position, j, warp_dot<In, C>(p.cor, query<In>(p.cor, r), key<In>(p.cor, r.b, g, j)));
+  const int64_t j = a.cols[r.b * a.K + c];
+  *x = score<C>(a, r.b, r.m, r.position, j, warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
+  *y = score<C>(p.cor, r.b, r.m, r.position, j, warp_dot<In, C>(p.cor, query<In>(p.cor, r), key<In>(p.cor, r.b, r.g, j)));
   return *x != none<C>() && *y != none<C>();
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) align_rows(Align p, C* value, C* norm) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 4) align_rows(Align p, C* value, C* norm) {
   const Attn& a = p.int_;
   const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
   if (i >= rows) return;  // the whole warp
@@ -44,7 +44,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) align_ro
 }
 
 // dx and dy of a row and column.
-template <class In, class C> __device__ inline bool slopes(const Align& p, const Row& r, int64_t i, int64_t c, const C* g, const C* value, const C* norm, C* dx, C* dy) {
+template <class In, class C> __device__ __forceinline__ bool slopes(const Align& p, const Row& r, int64_t i, int64_t c, const C* g, const C* value, const C* norm, C* dx, C* dy) {
   C x, y;
   if (!both_scores<In, C>(p, r, c, &x, &y)) return false;
   const C log_p = x - norm[i], log_q = y - norm[p.int_.B * p.int_.H * p.int_.M + i], u = exp_of<C>(log_p), v = exp_of<C>(log_q);
@@ -53,7 +53,7 @@ template <class In, class C> __device__ inline bool slopes(const Align& p, const
   return true;
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS)
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 4)
 align_rows_backward(Align p, bool teacher_grad, const C* g, const C* value, const C* norm, C* parts) {
   const Attn& a = p.int_;
   const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
@@ -63,8 +63,8 @@ align_rows_backward(Align p, bool teacher_grad, const C* g, const C* value, cons
   C sum[MOST] = {}, sum2[MOST] = {}, dx, dy;
   for (int64_t c = 0; c < a.K; ++c) {
     if (!slopes<In, C>(p, r, i, c, g, value, norm, &dx, &dy)) continue;
-    const int64_t j = a.cols[r.b * a.K + c], head = r.h / (a.H / a.G);
-    const In *k = key<In>(a, r.b, head, j), *k2 = key<In>(p.cor, r.b, head, j);
+    const int64_t j = a.cols[r.b * a.K + c];
+    const In *k = key<In>(a, r.b, r.g, j), *k2 = key<In>(p.cor, r.b, r.g, j);
 #pragma unroll
     for (int e = 0; e < MOST; ++e) {
       const int64_t at = lane + 32 * e;
@@ -82,7 +82,7 @@ align_rows_backward(Align p, bool teacher_grad, const C* g, const C* value, cons
   }
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS)
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 4)
 align_columns_backward(Align p, bool teacher_grad, const C* g, const C* value, const C* norm, C* parts) {
   __shared__ C shared[WARPS][32 * MOST];
   const Attn& a = p.int_;

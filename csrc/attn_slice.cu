@@ -22,12 +22,12 @@ constexpr int WIDTH_D = 64;                                      // numbers of d
 
 // ---- version 1 -----------------------------------------------------------------------------------------------------------------------
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) lse_naive(Attn a, C* top, C* sum) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_naive(Attn a, C* top, C* sum) {
   __shared__ C tops[WARPS], sums[WARPS];
   const Row r(a, blockIdx.x);
   Online<In, C> own;
   for (int64_t j = threadIdx.x; j <= r.position; j += THREADS) {
-    const C s = score<C>(a, r.b, r.m, r.position, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.h / (a.H / a.G), j)));
+    const C s = score<C>(a, r.b, r.m, r.position, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
     own.add(s, s == none<C>() ? C(0) : C(1));
   }
   for (int d = 16; d; d >>= 1) {
@@ -42,21 +42,21 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) lse_naiv
 }
 
 // dS of one row and key, but for the direct part.
-template <class In, class C> __device__ inline C slope(const Attn& a, const Row& r, int64_t i, int64_t j, C product, const Through& t) {
+template <class In, class C> __device__ __forceinline__ C slope(const Attn& a, const Row& r, int64_t i, int64_t j, C product, const Through& t) {
   const C s = score<C>(a, r.b, r.m, r.position, j, product);
   return s == none<C>() ? C(0) : -((const C*)t.through)[i] * exp_of<C>(s - ((const C*)t.lse)[i]);
 }
 
-template <class In, class C> __device__ C slope_naive(const Attn& a, int64_t i, int64_t j, const Through& t) {
+template <class In, class C> __device__ __forceinline__ C slope_naive(const Attn& a, int64_t i, int64_t j, const Through& t) {
   const Row r(a, i);
   C ds = 0;
-  if (t.through && j <= r.position) ds = slope<In, C>(a, r, i, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.h / (a.H / a.G), j)), t);
+  if (t.through && j <= r.position) ds = slope<In, C>(a, r, i, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)), t);
   for (int64_t c = 0; c < a.K; ++c)
     if (a.cols[r.b * a.K + c] == j) ds += ((const C*)t.direct)[i * a.K + c];
   return ds;
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) backward_row_naive(Attn a, Through t, C* parts) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backward_row_naive(Attn a, Through t, C* parts) {
   __shared__ C ds[THREADS];
   const int64_t i = blockIdx.x;
   const Row r(a, i);
@@ -67,13 +67,13 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) backward
       __syncthreads();
       ds[threadIdx.x] = j0 + threadIdx.x < a.L ? slope_naive<In, C>(a, i, j0 + threadIdx.x, t) : C(0);
       __syncthreads();
-      for (int64_t j = j0; c < a.d && j < j0 + THREADS && j <= r.position; ++j) sum += ds[j - j0] * C(widen(key<In>(a, r.b, r.h / (a.H / a.G), j)[c * a.k_stride[3]]));
+      for (int64_t j = j0; c < a.d && j < j0 + THREADS && j <= r.position; ++j) sum += ds[j - j0] * C(widen(key<In>(a, r.b, r.g, j)[c * a.k_stride[3]]));
     }
     if (c < a.d) parts[i * a.d + c] = sum * C(a.scale);
   }
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) backward_key_naive(Attn a, Through t, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backward_key_naive(Attn a, Through t, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   __shared__ C ds[THREADS];
   const int64_t j = blockIdx.x % a.L, g = blockIdx.x / a.L % a.G, b = blockIdx.x / a.L / a.G, R = a.H / a.G * a.M, first = (b * a.G + g) * R;
   for (int64_t c0 = 0; c0 < a.d; c0 += THREADS) {
@@ -112,7 +112,7 @@ template <class In, class C> struct Tile {
 };
 
 // Products of a tile's rows and the keys from j0 on: thread (y, x) of 16 x 16 gets rows y + 16 u and keys x + 16 v. pool: shared memory.
-template <class In, class C> __device__ inline void multiply(const Attn& a, const Tile<In, C>& tile, int64_t b, int64_t g, int64_t j0, C* pool, C (&sums)[TILE<C> / 16][TILE<C> / 16]) {
+template <class In, class C> __device__ __forceinline__ void multiply(const Attn& a, const Tile<In, C>& tile, int64_t b, int64_t g, int64_t j0, C* pool, C (&sums)[TILE<C> / 16][TILE<C> / 16]) {
   constexpr int T = TILE<C>, N = T / 16;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
   C(*qs)[T + 1] = (C(*)[T + 1])pool, (*ks)[T + 1] = (C(*)[T + 1])(pool + DEPTH * (T + 1));
@@ -122,6 +122,7 @@ template <class In, class C> __device__ inline void multiply(const Attn& a, cons
     for (int v = 0; v < N; ++v) sums[u][v] = 0;
   for (int64_t c0 = 0; c0 < a.d; c0 += DEPTH) {
     __syncthreads();
+#pragma unroll 2  // more need more registers than there are
     for (int i = threadIdx.x; i < T * DEPTH; i += THREADS) {  // neighbours read side by side, and write to different banks
       const int64_t c = c0 + i % DEPTH, j = j0 + i / DEPTH;
       const In* q = tile.query[i / DEPTH];
@@ -129,7 +130,7 @@ template <class In, class C> __device__ inline void multiply(const Attn& a, cons
       ks[i % DEPTH][i / DEPTH] = j < a.L && c < a.d ? C(widen(key<In>(a, b, g, j)[c * a.k_stride[3]])) : C(0);
     }
     __syncthreads();
-#pragma unroll 8
+#pragma unroll 4
     for (int c = 0; c < DEPTH; ++c) {
       C p[N], r[N];
 #pragma unroll
@@ -148,7 +149,7 @@ __device__ inline void share(int64_t n, int64_t size, int64_t split, int64_t spl
   *from = tiles * split / splits * size, *to = tiles * (split + 1) / splits * size;
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS) lse_tiles(Attn a, int splits, C* top, C* sum) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_tiles(Attn a, int splits, C* top, C* sum) {
   constexpr int T = TILE<C>, N = T / 16;
   __shared__ Tile<In, C> tile;
   __shared__ C pool[2 * DEPTH * (T + 1)];
@@ -159,6 +160,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) lse_tile
   __syncthreads();
   int64_t from, to, last = -1;
   share(a.L, T, split, splits, &from, &to);
+#pragma unroll 1
   for (int i = 0; i < T; ++i) last = tile.position[i] > last ? tile.position[i] : last;
   Online<In, C> own[N];
   for (int64_t j0 = from; j0 < to && j0 <= last; j0 += T) {
@@ -190,7 +192,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) lse_tile
 }
 
 // A warp per row: merges the shares of its log sum exp, then column by column.
-template <class In, class C> __global__ void __launch_bounds__(THREADS) columns(Attn a, int splits, const C* top, const C* sum, const C* lse_in, C* lse_out, C* out) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) columns(Attn a, int splits, const C* top, const C* sum, const C* lse_in, C* lse_out, C* out) {
   const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
   if (i >= rows) return;  // the whole warp
   const Row r(a, i);
@@ -200,14 +202,14 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS) columns(
   if (lse_out && threadIdx.x % 32 == 0) lse_out[i] = lse;
   for (int64_t c = 0; c < a.K; ++c) {
     const int64_t j = a.cols[r.b * a.K + c];
-    const C s = score<C>(a, r.b, r.m, r.position, j, warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.h / (a.H / a.G), j)));
+    const C s = score<C>(a, r.b, r.m, r.position, j, warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
     if (threadIdx.x % 32 == 0) out[i * a.K + c] = !lse_out ? s : s == none<C>() ? C(0) : exp_of<C>(s - lse);
   }
 }
 
 // KEYS: a block owns a tile of keys and goes through the rows, dK += dS^T Q. Otherwise it owns rows and goes through its share of the keys,
 // dQ = dS K. Of d it owns WIDTH_D numbers: for the other ones another block computes the scores again.
-template <class In, class C, bool KEYS> __global__ void __launch_bounds__(THREADS)
+template <class In, class C, bool KEYS> __global__ void __launch_bounds__(THREADS, 2)
 backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   constexpr int T = TILE<C>, N = T / 16, W = WIDTH_D / 16;
   __shared__ Tile<In, C> tile;
@@ -248,6 +250,7 @@ backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int6
       const int64_t column = a.cols[b * a.K + c] - j0, row = threadIdx.x;
       if (column >= 0 && column < T && row < T && r0 + row < R) ds[row][column] += ((const C*)t.direct)[((b * a.G + g) * R + r0 + row) * a.K + c];
     }
+#pragma unroll 2
     for (int i = threadIdx.x; i < T * WIDTH_D; i += THREADS) {  // the other side's numbers [T][WIDTH_D]
       const int64_t c = d0 + i % WIDTH_D, j = j0 + i / WIDTH_D;
       const In* q = tile.query[i / WIDTH_D];
@@ -284,7 +287,7 @@ backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int6
 }
 
 // A block per row: the first row at a position adds what all rows there have got.
-template <class In, class C> __global__ void __launch_bounds__(THREADS) add_rows(Attn a, int splits, const C* parts, In* dq, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
+template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) add_rows(Attn a, int splits, const C* parts, In* dq, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   const Row r(a, blockIdx.x);
   if (r.position < 0) return;
   for (int64_t m = 0; m < r.m; ++m)

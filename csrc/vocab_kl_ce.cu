@@ -97,7 +97,7 @@ template <class T, int W> __device__ Sums sweep(const T* z, const T* z2, int64_t
   typedef typename computed<T>::type C;
   Running<C> r = {lowest<C>(), 0, lowest<C>(), 0, 0};
   const int64_t end = from + (to - from) / W * W;
-#pragma unroll 2
+#pragma unroll (sizeof(T) == 8 ? 1 : 2)
   for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
     const Pack<T, W> x = *(const Pack<T, W>*)(z + i), x2 = z2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
     C top = widen(x.v[0]), top2 = widen(x2.v[0]);
@@ -116,15 +116,15 @@ template <class T, int W> __device__ Sums sweep(const T* z, const T* z2, int64_t
   return {double(r.m), double(r.s), double(r.m2), double(r.s2), double(r.e)};
 }
 
-// Part `part` of `parts` of V logits, cut at multiples of W.
-template <int W> __device__ inline int64_t cut(int64_t V, int64_t part, int64_t parts) {
-  return part == parts ? V : (V / W) * part / parts * W;
-}
+// Where part `part` of V logits begins; step is a multiple of W. (A division of long integers here would be a call, and spill.)
+__device__ inline int64_t cut(int64_t V, int64_t part, int64_t step) { return part * step < V ? part * step : V; }
 
-template <class T, int W> __global__ void __launch_bounds__(THREADS) sums_of_parts(VocabArgs a, Sums* work, int parts) {
+template <int W> int64_t step_of(int64_t V, int parts) { return (V + int64_t(parts) * W - 1) / (int64_t(parts) * W) * W; }
+
+template <class T, int W> __global__ void __launch_bounds__(THREADS) sums_of_parts(VocabArgs a, Sums* work, int parts, int64_t step) {
   const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts, at = a.at[n], at2 = a.at[a.N + n];
   const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride, *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
-  const int64_t from = cut<W>(a.V, part, parts), to = cut<W>(a.V, part + 1, parts);
+  const int64_t from = cut(a.V, part, step), to = cut(a.V, part + 1, step);
   Sums sums = {};
   if (a.answer[n]) {
     sums = sweep<T, W>(z, z2, from, to);
@@ -186,7 +186,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) values_of_rows(Voc
 // What the cells of one row's gradient have in common.
 template <class C> struct Row { C m, m2, e, over_s, over_s2, g_int, g_cor, g_kl, g_kl_int; };
 
-template <class T, int W> __global__ void __launch_bounds__(THREADS) slopes_of_parts(VocabArgs a, int parts) {
+template <class T, int W> __global__ void __launch_bounds__(THREADS) slopes_of_parts(VocabArgs a, int parts, int64_t step) {
   typedef typename computed<T>::type C;
   const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts, at = a.at[n], at2 = a.at[a.N + n], t = a.t[n], t2 = a.t2[n];
   const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride, *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
@@ -206,8 +206,8 @@ template <class T, int W> __global__ void __launch_bounds__(THREADS) slopes_of_p
       y2 += r.g_kl * (q - p);
     }
   };
-  const int64_t from = cut<W>(a.V, part, parts), to = cut<W>(a.V, part + 1, parts), end = from + (to - from) / W * W;
-#pragma unroll 2
+  const int64_t from = cut(a.V, part, step), to = cut(a.V, part + 1, step), end = from + (to - from) / W * W;
+#pragma unroll (sizeof(T) == 8 ? 1 : 2)
   for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
     const Pack<T, W> x = read ? *(const Pack<T, W>*)(z + i) : Pack<T, W>{}, x2 = read2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
     Pack<T, W> y, y2;
@@ -252,10 +252,10 @@ template <class T> int forward_as(int version, const VocabArgs& a, Sums* work, v
     error = LAUNCH((sums_naively<T>), unsigned(a.N), THREADS, stream, a, work);
   } else if (aligned(a, false, sizeof(T))) {
     parts = parts_for(a, version, W);
-    error = LAUNCH((sums_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, work, parts);
+    error = LAUNCH((sums_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, work, parts, step_of<W>(a.V, parts));
   } else {
     parts = parts_for(a, version, 1);
-    error = LAUNCH((sums_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, work, parts);
+    error = LAUNCH((sums_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, work, parts, step_of<1>(a.V, parts));
   }
   if (error) return error;
   return LAUNCH((values_of_rows<T>), unsigned((a.N + THREADS / 32 - 1) / (THREADS / 32)), THREADS, stream, a, work, parts);
@@ -266,10 +266,10 @@ template <class T> int backward_as(int version, const VocabArgs& a, void* stream
   if (!a.N) return 0;
   if (version > 1 && aligned(a, true, sizeof(T))) {
     const int parts = parts_for(a, version, W);
-    return LAUNCH((slopes_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, parts);
+    return LAUNCH((slopes_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, parts, step_of<W>(a.V, parts));
   }
   const int parts = parts_for(a, version, 1);
-  return LAUNCH((slopes_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, parts);
+  return LAUNCH((slopes_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, parts, step_of<1>(a.V, parts));
 }
 
 }  // namespace
