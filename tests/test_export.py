@@ -173,6 +173,7 @@ def test_a_base_that_lacks_what_was_trained_is_named(runs, tmp_path, monkeypatch
     save_file({n: t for n, t in state.items() if n != lost}, base / "model.safetensors")
     with pytest.raises(UserError, match=f"{lost} was trained, but no safetensors file there has it"):
         export.export(runs["crystal"], merged=tmp_path / "merged")
+    shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")  # there, and still none of the base's
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {lost: "../other.safetensors"}}))
     with pytest.raises(UserError, match="no file ../other.safetensors"):
         export.export(runs["crystal"], merged=tmp_path / "merged")
