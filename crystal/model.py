@@ -34,11 +34,19 @@ class Family:
     merger: str
 
 
+DECODER = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
 FAMILIES = {
     "qwen2_5_vl": Family(
-        language=r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+        language=DECODER,
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
         merger=r"model\.visual\.merger\.mlp\.\d+",
+    ),
+    # DeepStack: mergers of its own bring features of early vision blocks to the outputs of the first decoder layers.
+    "qwen3_vl": Family(
+        language=DECODER,
+        vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
+        merger=r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
     ),
 }
 
@@ -130,19 +138,22 @@ class Model(nn.Module):
     def add_tokens(self, tokens, seed=0):
         """Gives `tokens` spare vocabulary rows, initialised like an average token, and makes those rows trainable.
 
-        The vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns the new ids.
+        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has learned for it. The
+        vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns the ids.
         """
+        known = self.tokenizer.get_vocab().keys() & set(tokens)
         self.tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
         ids = self.tokenizer.convert_tokens_to_ids(tokens)
         embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
         if max(ids) >= embed.num_embeddings:
             raise UserError(f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has {embed.num_embeddings} rows; use fewer --latents")
+        fresh = [i for i, token in zip(ids, tokens) if token not in known]
         g = torch.Generator().manual_seed(seed)
         for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:
-            used = weight.detach()[: min(ids)].float()
+            used = weight.detach()[: min(fresh, default=1)].float()
             # An average row plus a little spread: close enough to be harmless, far enough apart to become different.
-            noise = torch.randn(len(ids), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
-            weight.data[ids] = (used.mean(0) + noise).to(weight.dtype)
+            noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
+            weight.data[fresh] = (used.mean(0) + noise).to(weight.dtype)
         self.rows = TokenRows(embed, head, ids)
         return ids
 
@@ -160,6 +171,10 @@ class Model(nn.Module):
         """M-RoPE positions [3,B,L] of a batch; explicit, since those that the model caches go stale."""
         return self.hf.model.get_rope_index(batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"],
                                             attention_mask=batch["attention_mask"])[0]
+
+    def keywords(self, inputs):
+        """Tensors of a batch -> keywords of the transformers model's forward and generate."""
+        return dict(inputs)
 
     def hidden(self, inputs, latent_copy=None, tap=None, biases=()):
         """inputs: tensors of a batch (right-padded) -> hidden states after the final norm [B,L,D].

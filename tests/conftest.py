@@ -1,4 +1,5 @@
 """What the tests share: small random models in Hugging Face layout, records with real images, and one batch of them."""
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -17,8 +18,28 @@ from crystal.train import Objective
 torch.set_num_threads(1)  # these models are too small to share
 
 
-def write_model(path, tied=True, **text):
-    """A random Qwen2.5-VL of two or three layers with tiny's tokenizer and image rules, written as a directory."""
+def qwen3_vl(path, settings):
+    """What makes a tiny directory one of Qwen3-VL: DeepStack after two of three vision blocks, patches of 16, a tokenizer that knows <think>."""
+    text, vision = settings["text_config"], settings["vision_config"]
+    settings |= {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+    text |= {"model_type": "qwen3_vl_text", "head_dim": 12}  # heads wider than hidden size / heads, as in the smaller real ones
+    text["rope_parameters"] |= {"mrope_section": [2, 2, 2], "mrope_interleaved": True}
+    vision |= {"model_type": "qwen3_vl_vision", "depth": 3, "deepstack_visual_indexes": [0, 1], "patch_size": 16, "num_position_embeddings": 16}
+    rules = json.loads((path / "preprocessor_config.json").read_text())
+    rules |= {"patch_size": 16, "size": {"shortest_edge": 4096, "longest_edge": 16384}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps({n: x for n, x in rules.items() if n not in ("min_pixels", "max_pixels")}))
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
+    tokenizer.save_pretrained(path)
+
+
+def write_model(path, tied=True, family=None, **text):
+    """A random model of two or three layers with tiny's tokenizer and image rules, written as a directory.
+
+    family: what makes of it another than Qwen2.5-VL, a function (directory, contents of config.json).
+    """
     shutil.copytree(crystal.model.TINY, path)
     settings = json.loads((path / "config.json").read_text())
     settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = tied
@@ -26,6 +47,8 @@ def write_model(path, tied=True, **text):
                                 "layer_types": ["full_attention"] * 3, "rope_parameters": {"mrope_section": [2, 1, 1], "rope_theta": 100.0, "rope_type": "default"}} | text
     settings["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "out_hidden_size": settings["text_config"]["hidden_size"],
                                   "fullatt_block_indexes": [1], "window_size": 56}
+    if family:
+        family(path, settings)
     settings["dtype"] = "float32"
     (path / "config.json").write_text(json.dumps(settings))
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -45,6 +68,20 @@ def write_model(path, tied=True, **text):
 def model_dirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return {tied: write_model(root / ("tied" if tied else "untied"), tied) for tied in (True, False)}
+
+
+FAMILIES = {"qwen3_vl": qwen3_vl}  # beside Qwen2.5-VL
+
+
+@pytest.fixture(scope="session")
+def family_dirs(tmp_path_factory):
+    """family_dirs(family, tied) -> directory of a tiny random model of it, written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def make(family, tied):
+        return write_model(root / f"{family}-{'tied' if tied else 'untied'}", tied, FAMILIES[family])
+    return make
 
 
 RECORDS = [  # (question, answer, sizes of the images)
@@ -69,10 +106,11 @@ def records_file(tmp_path_factory):
 
 
 @pytest.fixture
-def setup(model_dirs, records_file):
-    """setup(*flags, tied=, dtype=, which=) -> settings, model, method, objective, fmt, batch: one step's ingredients."""
-    def make(*flags, tied=True, dtype=torch.float64, which=None):
-        settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(model_dirs[tied]), *flags])
+def setup(model_dirs, family_dirs, records_file):
+    """setup(*flags, tied=, dtype=, which=, family=) -> settings, model, method, objective, fmt, batch: one step's ingredients."""
+    def make(*flags, tied=True, dtype=torch.float64, which=None, family=None):
+        directory = family_dirs(family, tied) if family else model_dirs[tied]
+        settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(directory), *flags])
         model = crystal.model.load(settings.model, dtype)
         method, fmt = methods.attach(model, settings)
         objective = Objective(model, method).train()
@@ -97,6 +135,7 @@ def setup(model_dirs, records_file):
 def float64_modules(monkeypatch):
     """RMSNorm and rotary embeddings compute in float64; the stock modules drop to float32 on the way."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as m
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as m3
 
     def norm(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
@@ -106,8 +145,10 @@ def float64_modules(monkeypatch):
         turn = lambda x: x * cos + m.rotate_half(x) * sin
         return turn(q), turn(k)
 
-    monkeypatch.setattr(m.Qwen2_5_VLRMSNorm, "forward", norm)
-    monkeypatch.setattr(m, "apply_rotary_pos_emb_vision", rotate)
+    for kind in (m.Qwen2_5_VLRMSNorm, m3.Qwen3VLTextRMSNorm):
+        monkeypatch.setattr(kind, "forward", norm)
+    for module in (m, m3):
+        monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)
 
 
 def gradients(loss, named):
