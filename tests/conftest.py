@@ -35,6 +35,34 @@ def qwen3_vl(path, settings):
     tokenizer.save_pretrained(path)
 
 
+def llava_onevision(path, settings):
+    """What makes a tiny directory one of LLaVA-OneVision: SigLIP on tiles of 2 x 2 patches, up to 4 x 4 of them, Qwen2, <image>."""
+    text = {n: x for n, x in settings["text_config"].items() if n not in ("rope_parameters", "model_type")}
+    text |= {"model_type": "qwen2", "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
+              "image_size": 28, "vision_use_head": False}
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]}, replace_extra_special_tokens=False)
+    # Like the real one: all images, then all text, of lists alone.
+    tokenizer.chat_template = ("{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + ' ' -}}"
+                               "{%- for part in message['content'] if part is mapping and part['type'] == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
+                               "{%- for part in message['content'] if part is mapping and part['type'] == 'text' -%}{{- '\n' + part['text'] -}}{%- endfor -%}"
+                               "{{- '<|im_end|>' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}")
+    tokenizer.save_pretrained(path)
+    pinpoints = [[28 * h, 28 * w] for h in (1, 2, 4) for w in (1, 2, 4)]
+    rules = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 28, "width": 28}, "image_grid_pinpoints": pinpoints,
+             "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(rules))
+    (path / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 4,
+                                                            "vision_feature_select_strategy": "full", "image_processor": rules}))
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    tied = settings["tie_word_embeddings"]
+    settings.clear()
+    settings |= {"model_type": "llava_onevision", "architectures": ["LlavaOnevisionForConditionalGeneration"], "text_config": text, "vision_config": vision,
+                 "image_token_index": image, "video_token_index": video, "image_grid_pinpoints": pinpoints, "tie_word_embeddings": tied}
+
+
 def write_model(path, tied=True, family=None, **text):
     """A random model of two or three layers with tiny's tokenizer and image rules, written as a directory.
 
@@ -70,7 +98,7 @@ def model_dirs(tmp_path_factory):
     return {tied: write_model(root / ("tied" if tied else "untied"), tied) for tied in (True, False)}
 
 
-FAMILIES = {"qwen3_vl": qwen3_vl}  # beside Qwen2.5-VL
+FAMILIES = {"qwen3_vl": qwen3_vl, "llava_onevision": llava_onevision}  # beside Qwen2.5-VL
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +162,7 @@ def setup(model_dirs, family_dirs, records_file):
 @pytest.fixture
 def float64_modules(monkeypatch):
     """RMSNorm and rotary embeddings compute in float64; the stock modules drop to float32 on the way."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as m
     from transformers.models.qwen3_vl import modeling_qwen3_vl as m3
 
@@ -145,7 +174,7 @@ def float64_modules(monkeypatch):
         turn = lambda x: x * cos + m.rotate_half(x) * sin
         return turn(q), turn(k)
 
-    for kind in (m.Qwen2_5_VLRMSNorm, m3.Qwen3VLTextRMSNorm):
+    for kind in (m.Qwen2_5_VLRMSNorm, Qwen2RMSNorm, m3.Qwen3VLTextRMSNorm):
         monkeypatch.setattr(kind, "forward", norm)
     for module in (m, m3):
         monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)

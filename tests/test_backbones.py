@@ -6,19 +6,24 @@ tools load. Tied heads in one half of the tests, untied ones in the other.
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FAMILIES, gradients
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.image_processing_utils import select_best_resolution
 
 import crystal.model
-from crystal import data, export, feedback, layout, train
+from crystal import data, export, feedback, layout, methods, train, visualize
 from crystal import generate as generate_module
 from crystal.config import Progress, UserError
 from crystal.generate import decode_feedback, generate
 from crystal.losses import ce_rows
+from crystal.methods.lavit import align, top
+from data_prep import lavit_teacher
 
 each = pytest.mark.parametrize("family", FAMILIES)
 FULL = ("--lora_on", "language,vision,merger", "--lora_dropout", "0")
@@ -103,6 +108,100 @@ def test_pixel_bounds_reach_qwen3s_processor(family_dirs):
         assert low <= area <= high and model.image_tokens(grid) == [area // 32**2]
 
 
+def test_llavas_image_tokens_are_as_many_as_its_processor_says():
+    """Real geometry, SigLIP at 384 with patches of 14: sizes that fit, that are cut, and that are shrunk because they exceed nine tiles."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionProcessor
+    config = LlavaOnevisionConfig()
+    images = crystal.model.Tiles(SimpleNamespace(image_grid_pinpoints=config.image_grid_pinpoints), config)
+    stock = SimpleNamespace(image_processor=images.processor, num_image_tokens=729, vision_aspect_ratio="anyres_max_9")
+    stock._get_unpadded_features = lambda *args: LlavaOnevisionProcessor._get_unpadded_features(stock, *args)
+    for h, w in ((384, 384), (100, 100), (480, 640), (1333, 800), (700, 4000), (3000, 4000), (37, 411)):
+        best = select_best_resolution((h, w), config.image_grid_pinpoints)
+        grid = torch.tensor([[best[0] * best[1] // 384**2 + 1, h, w]])
+        assert images.tokens(grid) == [LlavaOnevisionProcessor._get_number_of_features(stock, h, w, 384, 384)], (h, w)
+        (whole, (rows, columns)), = images.grids(grid)
+        assert whole == (27, 27) and images.rows(grid) == [int(grid[0, 0])] and abs((columns - 1) / rows / (w / h) - 1) < 0.1
+    assert images.grids(torch.tensor([[1, 480, 640]])) == [[(27, 27), (1, 1)]]  # one of several: the whole view and its newline
+
+
+def test_llava_shows_several_images_as_one_tile_each(setup):
+    s = setup("--method", "sft", family="llava_onevision")
+    tiles = s.batch["image_grid_thw"][:, 0].tolist()
+    assert min(tiles[:2]) > 1 and tiles[2:] == [1, 1] and len(s.batch["pixel_values"]) == sum(tiles)
+    assert s.model.keywords(s.batch)["batch_num_images"] == [1, 1, 2]
+    sizes = [image.size[::-1] for record in s.records for image in map(Image.open, record.images)]
+    assert s.model.keywords(s.batch)["image_sizes"].tolist() == [list(size) for size in sizes]
+
+
+def test_a_template_that_wants_lists_shows_the_whole_conversation(setup):
+    fmt = setup("--method", "sft", family="llava_onevision", which=[0]).fmt
+    ids, image = fmt.prompt([("system", "Be short."), ("user", "<image>\nA star?"), ("assistant", "Yes."), ("user", "Red <|im_end|>?")], [3])
+    text = fmt.tokenizer.decode(ids)
+    assert text == ("<|im_start|>system \nBe short.<|im_end|><|im_start|>user <image><image><image>\n\nA star?<|im_end|>"
+                    "<|im_start|>assistant \nYes.<|im_end|><|im_start|>user \nRed <|im_end|>?<|im_end|><|im_start|>assistant\n")
+    assert ids.count(fmt.end) == 4 and [ids[t] for t in image] == [fmt.image] * 3
+
+
+REAL = {  # the text, vision and other settings of published config.json files, where they differ from transformers' defaults
+    "Qwen2.5-VL-3B": ("qwen2_5_vl", True, 36, dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_key_value_heads=2, vocab_size=151936),
+                      dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048), 2),
+    "Qwen2.5-VL-7B": ("qwen2_5_vl", False, 28, dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064),
+                      dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584), 2),
+    "Qwen2.5-VL-32B": ("qwen2_5_vl", False, 64, dict(hidden_size=5120, intermediate_size=27648, num_attention_heads=40, num_key_value_heads=8, vocab_size=152064),
+                       dict(hidden_size=1280, intermediate_size=3456, num_heads=16, out_hidden_size=5120), 2),
+    "Qwen3-VL-4B": ("qwen3_vl", True, 36, dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936),
+                    dict(hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560, deepstack_visual_indexes=[0, 1, 2]), 8),
+    "Qwen3-VL-8B": ("qwen3_vl", False, 36, dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936),
+                    dict(hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=4096, deepstack_visual_indexes=[0, 1, 2]), 8),
+    "LLaVA-OneVision-0.5B": ("llava_onevision", True, 24, dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=152000), {}, 2),
+    "LLaVA-OneVision-7B": ("llava_onevision", False, 28, dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152128), {}, 2),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configurations(name):
+    """Real widths, two of the decoder's layers, no weights at all: adapters, token rows and head land where and as large as they should."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    family, tied, depth, text, vision, merger = REAL[name]
+    kind = "qwen2" if family == "llava_onevision" else f"{family}_text"
+    vision = vision | ({"num_hidden_layers": 3} if family == "llava_onevision" else {"depth": 3})
+    if family == "llava_onevision":  # its defaults are the real ones, given whole or not at all
+        vision |= dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14, image_size=384, vision_use_head=False)
+    config = AutoConfig.for_model(family, text_config=text | {"model_type": kind, "num_hidden_layers": 2, "tie_word_embeddings": tied}, vision_config=vision,
+                                  tie_word_embeddings=tied)
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    hf.requires_grad_(False)
+    row = crystal.model.FAMILIES[family]
+    model = crystal.model.Model(hf, AutoTokenizer.from_pretrained(crystal.model.TINY), row.images(None, config), row, name)
+    settings = methods.parse(["--lora_on", "language,vision,merger"])
+    names = model.add_adapters(settings)
+    blocks, D, r, d = 3, text["hidden_size"], 16, text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    per_block = {"qwen2_5_vl": 5, "qwen3_vl": 4, "llava_onevision": 6}[family]
+    assert len(names) == 7 * 2 + per_block * blocks + merger and model.tied == tied == (hf.config.tie_word_embeddings and "lm_head.weight" in hf.all_tied_weights_keys)
+    H, G, I = text["num_attention_heads"] * d, text["num_key_value_heads"] * d, text["intermediate_size"]
+    layer = r * ((D + H) + 2 * (D + G) + (H + D) + 3 * (D + I))
+    language = sum(p.numel() for n, p in hf.named_parameters() if "lora" in n and "language_model" in n)
+    assert language == 2 * layer and depth * layer * 2 < 0.9e9  # the adapters of all layers, in bytes of bfloat16
+    model.add_tokens(layout.new_tokens(8, "diverse"))
+    trained = dict(model.rows.named_parameters())
+    assert {n: tuple(p.shape) for n, p in trained.items()} == {n: (12, D) for n in (["rows"] if tied else ["rows", "head_rows"])}
+    assert hf.lm_head.weight.shape == (text["vocab_size"], D)
+
+
+def test_what_is_not_supported_is_told_in_one_line(family_dirs, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="^[^\n]*--max_pixels mean nothing to llava_onevision: its image_grid_pinpoints[^\n]*$"):
+        crystal.model.load(str(family_dirs("llava_onevision", True)), max_pixels=10**5)
+    (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
+    with pytest.raises(UserError, match="^[^\n]*'mllama' has no row in model.py's FAMILIES .known: qwen2_5_vl, qwen3_vl, llava_onevision.; tutorials/10_backbones.md[^\n]*$"):
+        crystal.model.load(str(tmp_path))
+    wrong = replace(crystal.model.FAMILIES["qwen3_vl"], merger=r"model\.visual\.merger\.mlp\.\d+")
+    monkeypatch.setitem(crystal.model.FAMILIES, "qwen3_vl", wrong)
+    model = crystal.model.load(str(family_dirs("qwen3_vl", True)))
+    with pytest.raises(UserError, match="--lora_on language,merger: no Linear of it matches .* in its row"):
+        model.add_adapters(methods.parse(["--lora_on", "language,merger"]))
+
+
 # --- the dual path -----------------------------------------------------------------------------------------------
 
 @each
@@ -170,6 +269,47 @@ def test_the_bottleneck_hides_the_image(setup, family):
         assert torch.equal(behind(s.batch, blocked), behind(other, blocked))
         assert not torch.equal(behind(s.batch, biases), behind(other, biases))  # the latents let it through
     assert biases[0].keys[0][image].all() and not biases[0].queries[0][image].any()
+
+
+@each
+def test_a_teacher_looks_and_a_student_learns_its_gaze(setup, family):
+    """lavit_teacher's features of a family serve a student of it, grid for grid; a teacher's single grid serves both grids of LLaVA's."""
+    s = setup("--method", "lavit", "--tune", "lora", family=family)
+    found = lavit_teacher.look(s.model, s.fmt, s.method, s.records, 3)
+    grids = [x["gaze_grid"] for x, _ in found]
+    several = 2 if family == "llava_onevision" else 1
+    assert [len(g) for g in grids] == [several, several, 2 * several]
+    assert [int(g.prod(1).sum()) for g in grids] == [len(x["gaze"]) for x, _ in found] == (s.batch["image"] >= 0).sum(1).tolist()
+    pad = lambda name: torch.nn.utils.rnn.pad_sequence([x[name] for x, _ in found], batch_first=True)
+    targets = s.method.targets(s.model, {**s.batch, "gaze": pad("gaze"), "gaze_grid": pad("gaze_grid")})
+    for b, (x, _) in enumerate(found):
+        assert torch.equal(targets[b, : len(x["gaze"])], top(x["gaze"], 8)) and not targets[b, len(x["gaze"]) :].any()
+    one = torch.arange(4.0)
+    targets = s.method.targets(s.model, {**s.batch, "gaze": one.repeat(3, 2), "gaze_grid": torch.tensor([[[2, 2], [0, 0]]] * 2 + [[[2, 2], [2, 2]]])})
+    own = [tuple(g) for g in grids[0].tolist()]
+    assert torch.allclose(targets[0, : len(found[0][0]["gaze"])], top(torch.cat([align(one, [(2, 2)], [g]) for g in own]), 8))
+
+
+@each
+def test_pictures_know_the_first_images_grid(setup, family):
+    s = setup(family=family, which=[0])
+    seen = visualize.answer_attention(s.model, s.batch, s.settings, {0, 2}, s.method.copied(s.batch))
+    assert tuple(seen.image.shape[1:]) == s.model.image_processor.grids(s.batch["image_grid_thw"])[0][0]
+    total = seen.image.sum((1, 2)) + seen.latents.sum(1) + seen.rest
+    assert torch.allclose(total, torch.ones(2), atol=1e-5) and seen.image.min() > 0
+
+
+@each
+@pytest.mark.parametrize("place", ["after", "before"])
+def test_livrs_export_asks_as_training_does(setup, family, place):
+    s = setup("--method", "livr", "--place", place, family=family)
+    n = s.model.image_tokens(s.batch["image_grid_thw"])[0]
+    ids, _, latents = s.fmt.question([("user", "<image>\nWhat is it?")], [n])
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    rendered = s.model.tokenizer.apply_chat_template(messages, chat_template=s.fmt.chat_template(), tokenize=False, add_generation_prompt=True)
+    token = s.model.family.marks[0]
+    assert s.model.tokenizer.decode(ids).replace(token * n, token) == rendered
+    assert [ids[t] for t in latents] == s.fmt.latents and s.model.tokenizer.decode(ids[latents[0] - 1]) in (s.model.family.marks[-1] if place == "before" else "What is it?")
 
 
 # --- feedback ----------------------------------------------------------------------------------------------------
@@ -316,6 +456,9 @@ def test_untouched_weights_are_the_bases_to_the_bit(runs, family_dirs, family, k
     run = runs[family, kind]
     merged, base = load_file(run / "merged" / "model.safetensors"), load_file(family_dirs(family, kind == "tied") / "model.safetensors")
     assert merged.keys() == base.keys()
+    if family == "llava_onevision":  # what its processor needs beside the image processor's settings, which stand elsewhere
+        carried = json.loads((run / "merged" / "processor_config.json").read_text())
+        assert carried["num_image_tokens"] == 4 and "image_processor" not in carried and (run / "merged" / "preprocessor_config.json").is_file()
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
     touched = {f"{n}.weight" for n in adapter["target_modules"]}
     trained = adapter["trainable_token_indices"]
