@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11, a compiler and make:
-#   make demo      trains, evaluates, draws and exports on the shipped tiny model   (METHOD=crystal by default)
+#   make demo      trains, evaluates, draws and exports on the shipped tiny model   (METHOD=crystal by default; sft, livr, lavit, valr, or a file of yours)
 #   make test      the test suite
+# Both build the compiled operators of csrc/ first, as does `make setup`; CRYSTAL_CUDA=auto|1|0 chooses the GPU part (see setup.py).
 PYTHON ?= python3
 VENV ?= .venv
 METHOD ?= crystal
@@ -10,8 +11,9 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test clean
 setup: $(VENV)/.ready
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 
-$(VENV)/.ready: requirements.txt setup.py
+$(VENV)/.ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "crystal needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@echo "setting up $(VENV): once, a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,4 +28,4 @@ test: setup
 	@$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info crystal/*.so

@@ -13,6 +13,7 @@ here touches it, which is why fused attention can stay on while its weights are 
 This file is the specification of the compiled operators. It builds M x L scores and keeps them for the backward pass.
 """
 import torch
+import torch.nn.functional as F
 
 INF = float("inf")
 
@@ -30,7 +31,7 @@ def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     Raises TypeError for a key_padding that is not bool and for a bias that is not float: a mask of ones and zeros
     would be read the wrong way round, or added to the scores where it blocks nothing.
     """
-    _check(q, k, bias, key_padding)
+    check(q, k, bias, key_padding)
     at = cols.clamp(min=0)
     if bias is not None:
         bias = bias.gather(3, at[:, None, None, :].expand(*bias.shape[:3], -1))  # [B,1,M,K]
@@ -44,7 +45,7 @@ def attn_lse(q, k, rows, *, scale=None, bias=None, key_padding=None):
 
     Arguments as in attn_scores. -inf, with zero gradient, for a padded row and for one that sees no key.
     """
-    _check(q, k, bias, key_padding)
+    check(q, k, bias, key_padding)
     every = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)  # [B,L]
     scores = _scores(q, k, rows, every, scale, bias, key_padding)  # [B,H,M,L]
     blind = scores.isneginf().all(-1)  # [B,H,M]
@@ -72,6 +73,29 @@ def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding
     return (scores - norm.masked_fill(blind, 0.0)[..., None]).exp()  # -inf - (-inf) would be NaN
 
 
+def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
+    """Attention's output and its slice -> (out [B,H,L,d] like q, A [B,H,M,K] of attn_slice).
+
+    v     [B,G,L,d]
+    mask  None (causal), bool [B,1,L,L], True where a row sees a key, or float [B,1,L,L] added to the scores. The slice is that of
+          the masked weights, and causal whatever the mask says.
+    """
+    bias = None if mask is None else row_bias(additive(mask, q.dtype), rows)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else additive(mask, q.dtype), is_causal=mask is None, scale=scale,
+                                         enable_gqa=q.shape[1] != k.shape[1])
+    return out, attn_slice(q, k, rows, cols, scale=scale, bias=bias)
+
+
+def additive(mask, dtype):
+    """A mask as attention takes it, bool or float -> float, -inf where blocked."""
+    return mask.to(dtype) if mask.is_floating_point() else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -INF)
+
+
+def row_bias(mask, rows):
+    """Of an additive mask [B,1,L,L] the chosen rows -> [B,1,M,L]."""
+    return mask.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
+
+
 class AttentionTap:
     """Reads the slice of chosen layers during one forward; make a new one for each forward.
 
@@ -80,14 +104,16 @@ class AttentionTap:
 
     layers             set of decoder layers to read, counted from 0
     rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: the intact half first)
-    kind               "weights" reads attn_slice, "scores" reads attn_scores, which needs no pass over all L keys
+    kind               "weights" reads attn_slice, "scores" reads attn_scores, which needs no pass over all L keys; or a function
+                       called as these two are: a compiled one, or one that goes straight to a loss
     bias, key_padding  as in attn_scores, where attention has them; right padding needs neither
     """
 
     def __init__(self, layers, rows, cols, kind="weights", *, bias=None, key_padding=None):
-        if kind not in ("weights", "scores"):
+        if not callable(kind) and kind not in ("weights", "scores"):
             raise ValueError(f"AttentionTap kind {kind!r}: choose weights or scores")
-        self.layers, self.rows, self.cols, self.kind = set(layers), rows, cols, kind
+        self.layers, self.rows, self.cols = set(layers), rows, cols
+        self.read = kind if callable(kind) else attn_slice if kind == "weights" else attn_scores
         self.bias, self.key_padding = bias, key_padding
         self._slices = {}
 
@@ -95,15 +121,14 @@ class AttentionTap:
         """q [B,H,L,d], k [B,G,L,d] of decoder layer `layer`; does nothing in a layer that was not chosen."""
         if layer not in self.layers:
             return
-        read = attn_slice if self.kind == "weights" else attn_scores
-        values = read(q, k, self.rows, self.cols, scale=scale, bias=self.bias, key_padding=self.key_padding)
+        values = self.read(q, k, self.rows, self.cols, scale=scale, bias=self.bias, key_padding=self.key_padding)
         # Checkpointing runs the layer again in backward. That run must save the same tensors, so the slice is always
         # computed; the loss hangs on the first one, so a later one is dropped.
         self._slices.setdefault(layer, values)
 
     @property
     def slices(self):
-        """dict layer -> [B,H,M,K], in order of layers. Raises RuntimeError while a chosen layer is missing."""
+        """dict layer -> [B,H,M,K], or what the function returned, in order of layers. Raises RuntimeError while a chosen layer is missing."""
         if missing := sorted(self.layers - self._slices.keys()):
             raise RuntimeError(f"AttentionTap: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
                                "run, does the model have these layers, and does its attention function call the tap?")
@@ -132,7 +157,8 @@ def _take(x, at):
     return x.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _check(q, k, bias, key_padding):
+def check(q, k, bias, key_padding):
+    """Raises ValueError or TypeError for what attn_scores says it does."""
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
     if key_padding is not None and key_padding.dtype != torch.bool:

@@ -72,6 +72,11 @@ def read(path, image_root="", turns="first"):
     return found, dropped
 
 
+def check(where, item, root):
+    """Whether `read` would take this parsed object: RecordError names the field if not. root: folder of its images."""
+    _records(where, item, Path(root).resolve(), "first")
+
+
 def _items(path, text):
     """(where, parsed object or RecordError) of each line of JSONL, or each element of a JSON list."""
     if path.suffix != ".jsonl" and text.lstrip().startswith("["):
@@ -172,9 +177,9 @@ def _records(where, item, root, keep):
 
 
 def load_image(path, where):
-    """An image file -> RGB PIL image, turned as its EXIF says. RecordError for a broken or oversized one."""
+    """An image file, or a function that opens one -> RGB PIL image, turned as its EXIF says. RecordError for a broken or oversized one."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path() if callable(path) else path) as image:
             image.load()  # verify() passes a truncated JPEG
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the record's fault

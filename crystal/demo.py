@@ -1,9 +1,10 @@
 """The whole main job in minutes on a CPU: train, evaluate, draw, export, ask.
 
     make demo                    sft and crystal
-    make demo METHOD=m           sft and m
+    make demo METHOD=m           sft and m: livr, lavit, valr, or a file of your own
 
-Both methods start from the shipped tiny model and see the same toy scenes the same number of times.
+Both methods start from the shipped tiny model and see the same toy scenes the same number of times. LaViT's teacher is the
+demo's own sft run, no larger than its student; what its filters would leave out is printed, and trained on all the same.
 """
 import argparse
 import sys
@@ -13,14 +14,41 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import crystal.model
-from crystal import config, data, evaluate, export, generate, train, visualize
+from crystal import config, data, evaluate, export, generate, methods, train, visualize
+from crystal.config import UserError
 from crystal.layout import Format
 from data_prep import toy
 
 # Two minutes at most each on two cores; the paper's own settings are train.py's defaults. A model this small forgets how to see
 # while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows learn faster than the rest.
-TRAINING = ["--batch_size", "16", "--lr", "5e-4", "--lr_rows", "20", "--labels", "answer", "--save_every", "1000", "--eval_every", "60",
-            "--eval_records", "64", "--log_every", "30", "--overwrite"]
+TRAINING = ["--batch_size", "16", "--lr", "5e-4", "--lr_rows", "20", "--eval_records", "64"]
+OWN = {
+    "crystal": ["--labels", "answer"],
+    "livr": [],
+    "lavit": ["--tune", "lora"],
+    "valr": ["--lr_latents", "3e-4", "--lr_rows", "5", "--first_share", "0.6", "--latents", "4", "--encoders", "tiny"],
+    "sft": [],
+}
+
+
+def recipe(method):
+    """Flags of train.py with which a method, or what is built on it, trains on the tiny base in minutes."""
+    kind = methods.get(method)
+    return TRAINING + next(flags for name, flags in OWN.items() if issubclass(kind, methods.get(name)))
+
+
+def data_of(method, scenes, teacher):
+    """Flags that name a method's data below `scenes`; LaViT's is what the run `teacher` saw in it, made here."""
+    files = {"--data": scenes / "train.jsonl", "--val_data": scenes / "val.jsonl"}
+    if issubclass(methods.get(method), methods.get("lavit")):
+        from data_prep import lavit_teacher
+        if not (teacher / "checkpoints").is_dir():
+            raise UserError(f"--method {method}: its teacher {teacher} is not there; sft has to be trained first")
+        for flag, limit in (("--data", 0), ("--val_data", 64)):
+            lavit_teacher.main(["--teacher", str(teacher), "--data", str(files[flag]), "--limit", str(limit), "--keep", "all", "--batch_size", "64",
+                                "--max_new_tokens", "8", "--overwrite"])
+            files[flag] = files[flag].with_suffix(".lavit.jsonl")
+    return [str(word) for flag in files.items() for word in flag]
 
 
 def main(argv=None):
@@ -39,41 +67,41 @@ def main(argv=None):
     records, _ = data.read(scenes / "test.jsonl")
     records = records[: args.questions]
 
-    methods = list(dict.fromkeys(["sft", args.method]))
+    chosen = list(dict.fromkeys(["sft", args.method]))
     runs = {}
-    for n, method in enumerate(methods):
+    for n, method in enumerate(chosen):
         name = Path(method).stem
-        say(f"{n + 2}. Training {name}: {args.max_steps} updates of 16 from the same base on the same data")
-        flags = ["--data", f"{scenes}/train.jsonl", "--val_data", f"{scenes}/val.jsonl", "--max_steps", str(args.max_steps), "--seed", str(args.seed)]
-        runs[name] = train.main(["--method", method, "--output", str(out / name), *TRAINING, *flags])
+        say(f"{n + 2}. Training {name}: {args.max_steps} updates of 16 from the same base")
+        if "--encoders" in recipe(method):
+            print(RANDOM)
+        flags = [*data_of(method, scenes, out / "sft"), "--max_steps", str(args.max_steps), "--seed", str(args.seed), "--save_every", "1000",
+                 "--eval_every", "60", "--log_every", "30", "--overwrite"]
+        runs[name] = train.main(["--method", method, "--output", str(out / name), *recipe(method), *flags])
 
-    say(f"{len(methods) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of the 95 % interval")
-    columns = {}
-
-    def measure(column, model, fmt, **how):
-        columns[column] = evaluate.by_family(evaluate.answers(model, fmt, records, 100, progress=column, max_new_tokens=8, **how))
-
+    say(f"{len(chosen) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of the 95 % interval")
+    how = dict(batch_size=100, max_new_tokens=8)
     base = crystal.model.load("tiny")
-    measure("base", base, Format(base.tokenizer))
+    seeing = evaluate.answers(base, Format(base.tokenizer), records, progress="base", **how)
     base.hf.load_state_dict(load_file(crystal.model.TINY.parent / "blind" / "model.safetensors"), strict=False)
-    measure("blind", base, Format(base.tokenizer), grey=True)
+    found = {"blind": evaluate.answers(base, Format(base.tokenizer), records, grey=True, progress="blind", **how), "base": seeing}
+    masses = ""
     for name, run in runs.items():
         model, fmt, settings = export.open_model(run)
-        measure(name, model, fmt)
-        if fmt.count:
-            measure(f"{name}, latents dropped", model, fmt, latents="drop")
-    order = ["blind", "base"] + [c for c in columns if c not in ("blind", "base")]
-    text = evaluate.table({c: columns[c] for c in order})
+        asked, mass = evaluate.diagnose(model, fmt, methods.get(settings.method)(settings), records, **how)
+        found |= {name if column == "as trained" else f"{name}, {column}": results for column, results in asked.items()}
+        if mass is not None:
+            masses += f"{name}: mean attention from answers to latents, over layers, heads and rows: {mass:.4f}\n"
+    text = evaluate.table({column: evaluate.by_family(results) for column, results in found.items()}) + "\n" + masses.rstrip()
     print(text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.txt").write_text(text + "\n")
 
-    say(f"{len(methods) + 3}. Pictures")
+    say(f"{len(chosen) + 3}. Pictures")
     for path in visualize.pictures(runs[Path(args.method).stem], scenes / "test.jsonl", out / "pictures"):
         print(path)
 
     run = runs[Path(args.method).stem]
-    say(f"{len(methods) + 4}. Export and one question")
+    say(f"{len(chosen) + 4}. Export and one question")
     export.main(["--run", str(run)])
     record = records[0]
     print(f"{record.images[0]}\n{record.turns[-1][1].removeprefix('<image>').strip()}")
@@ -83,7 +111,7 @@ def main(argv=None):
     say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
     print(f"""  tutorials/00_first_run.md                       read how it works, step by step
   .venv/bin/python crystal/train.py --help        every setting
-  .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 --batch_size 16 --lr 5e-4 --lr_rows 20 --labels answer --eval_every 200
+  .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 {' '.join(recipe(args.method))} --eval_every 200
   .venv/bin/python -m crystal.evaluate --model {run} --data {scenes}/test.jsonl
   .venv/bin/python -m crystal.generate --model {run}/merged --image {record.images[0]} --question "What colour is the star?" """)
 

@@ -1,17 +1,19 @@
-"""Accuracy by question family, each with its 95 % interval.
+"""Accuracy with intervals on one's own records or on a benchmark, and whether the latents are used.
 
     python -m crystal.evaluate --model runs/crystal --data runs/toy/test.jsonl
-    torchrun --nproc_per_node=4 crystal/evaluate.py --model runs/crystal --data runs/toy/test.jsonl --latents drop
+    torchrun --nproc_per_node=4 crystal/evaluate.py --model runs/crystal --benchmark CV-Bench-2D.tsv
+    python -m crystal.evaluate --model runs/crystal --data runs/toy/test.jsonl --reliance
 
     python -m crystal.evaluate --model runs/livr --data runs/toy/test.jsonl --diagnose
 
-Greedy answers, compared with the reference exactly, case and a final full stop aside. Every rank answers its share.
---diagnose asks whether a run's latents are used (LIVR, section 4.4.1): without them, under the method's mask, and both.
+Greedy answers. Records are compared exactly, case and a final full stop aside; a TSV of VLMEvalKit's by its rules (benchmarks.py). Every rank
+answers its share and writes each prediction as it comes, so that a run that was killed goes on where it stood.
+--reliance is the causal test (reliance.py). --diagnose is LIVR's section 4.4.1 for any method, quickly: without latents, under
+the method's own mask, and both.
 
 B questions, M answer rows, K latents, H heads.
 """
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -22,53 +24,93 @@ if not __package__:
 import torch
 from tqdm import tqdm
 
-from crystal import config, data, methods, processes
+from crystal import benchmarks, config, data, methods, processes, reliance
 from crystal.attention import AttentionTap
+from crystal.benchmarks import score, wilson
+from crystal.bottleneck import Bias
 from crystal.config import UserError
 from crystal.export import open_model
-from crystal.generate import generate
+from crystal.generate import answer_text, generate, thought_length, write
 from crystal.methods.sft import Method as SFT
 
 
-def wilson(hits, n, z=1.96):
-    """Wilson's score interval of a proportion: (low, high) of hits / n at 95 %; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+class Bar:
+    """How far a rank is: a bar on a terminal, elsewhere a line each half minute, both with the time left. Nothing without a name."""
 
+    def __init__(self, total, name, procs):
+        on = bool(name) and procs.is_first
+        self.bar = tqdm(total=total, desc=name, unit="question", disable=not (on and sys.stderr.isatty()), leave=False)
+        self.lines, self.name, self.total, self.done, self.started = on and self.bar.disable, name, total, 0, time.perf_counter()
+        self.told = self.started
 
-def same(prediction, answer):
-    """Exact match after trimming, lower case, and dropping one final full stop on either side."""
-    tidy = lambda text: text.strip().lower().removesuffix(".").strip()
-    return tidy(prediction) == tidy(answer)
+    def update(self, n):
+        self.bar.update(n)
+        self.done += n
+        now = time.perf_counter()
+        if self.lines and now - self.told > 30:
+            self.told = now
+            left = (now - self.started) / self.done * (self.total - self.done)
+            print(f"{self.name}: {self.done} of {self.total} questions, about {left / 60:.0f} min left", flush=True)
+
+    def close(self):
+        self.bar.close()
 
 
 def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None, grey=False, seed=0, max_new_tokens=32, procs=None, progress="",
-            biases=None):
-    """Records -> one dict each, in order: id, family, question, answer, prediction, correct.
+            biases=None, done=None, tell=lambda result: None):
+    """Records -> one dict each, in order: id, family, question, answer, prediction, extracted, correct.
 
-    latents: "keep", or "drop" to leave them out of the sequence. corruption: (mode, low, high) answers from corrupted
-    images; grey answers from grey ones. biases: function (batch) -> [bottleneck.Bias], a mask at test time. Ranks share
-    the records and all return the whole list.
+    latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them; "free" lets the model
+    write them, each result then says how many it wrote. corruption: (mode, low, high) answers from corrupted images; grey
+    answers from grey ones. biases: function (batch) -> [bottleneck.Bias], a mask at test time. Ranks share the records and
+    all return the whole list. done: results of an earlier run by index, which are not asked again; tell is called with each
+    new result.
     """
     procs = procs or processes.Processes(device=model.device)
-    examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, latents), model.image_processor, corruption, seed, grey=grey,
+    if latents == "mask":
+        latents, biases = "keep", hide_latents(fmt, biases)
+    prompt = "none" if latents == "free" else latents  # the plain chat prompt: thought and latents are the model's to write
+    examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, prompt), model.image_processor, corruption, seed, grey=grey,
                              copies=fmt.copies)
-    mine, found = list(range(procs.rank, len(records), procs.world)), []
-    bar = tqdm(total=len(mine), desc=progress, unit="question", disable=not (progress and procs.is_first and sys.stderr.isatty()), leave=False)
+    done = done or {}
+    left = [i for i in range(len(records)) if i not in done]
+    mine, found = left[procs.rank :: procs.world], []
+    bar = Bar(len(mine), progress, procs)
     for at in range(0, len(mine), batch_size):
         batch = [examples.build(i, 0) for i in mine[at : at + batch_size]]
         pixels = "pixel_values_cor" if corruption else "pixel_values"
         prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in batch]
-        for i, prediction in zip(mine[at:], generate(model, prompts, fmt, max_new_tokens, biases, latents)):
+        wrote = {}
+        if latents == "free":
+            ids = write(model, prompts, fmt, max_new_tokens + thought_length(fmt, model.name), biases)
+            predictions = [answer_text(model, fmt, x) for x in ids]
+            wrote = {i: sum(token in fmt.latents for token in x) for i, x in zip(mine[at:], ids)}
+        else:
+            predictions = generate(model, prompts, fmt, max_new_tokens, biases, latents)
+        for i, prediction in zip(mine[at:], predictions):
             r = records[i]
-            found.append({"index": i, "id": r.id, "family": r.family or "all", "question": r.turns[-1][1], "answer": r.answer,
-                          "prediction": prediction, "correct": same(prediction, r.answer)})
+            extracted, correct = score(r, prediction)
+            asked = r.turns[-1][1] if isinstance(r.turns[-1][1], str) else r.turns[-1][1][-1]
+            found.append({"index": i, "id": r.id, "family": r.family or "all", "question": asked, "answer": r.answer,
+                          "prediction": prediction, "extracted": extracted, "correct": correct} | ({"latents": wrote[i]} if wrote else {}))
+            tell(found[-1])
         bar.update(len(batch))
     bar.close()
-    return sorted(procs.gather(found), key=lambda f: f["index"])
+    return sorted([*done.values(), *procs.gather(found)], key=lambda f: f["index"])
+
+
+# --- diagnostics ----------------------------------------------------------------------------------------------------------
+
+def hide_latents(fmt, biases=None):
+    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function (batch) -> [bottleneck.Bias]."""
+    if not fmt.count or fmt.begin is not None:
+        raise UserError("--latents mask: the prompt holds no latents" + (" (they are fed back after it: --latents drop)" if fmt.count else ""))
+
+    def both(batch):
+        latents = torch.isin(batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device))  # [B,L]
+        return [*(biases(batch) if biases else []), Bias(~latents, latents)]
+
+    return both
 
 
 def diagnose(model, fmt, method, records, **how):
@@ -103,6 +145,8 @@ def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None)
     return procs.sum(total) / len(records)
 
 
+# --- tables ---------------------------------------------------------------------------------------------------------------
+
 def by_family(results):
     """Results of `answers` -> {family: (hits, n)}, families in order of appearance, then "all"."""
     table = {}
@@ -118,71 +162,211 @@ def table(columns):
     """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 % interval."""
     families = list(dict.fromkeys(f for c in columns.values() for f in c))
     families = [f for f in families if f != "all"] + ["all"]
-    width = max(14, *(len(c) + 2 for c in columns))
-    lines = ["family".ljust(12) + "questions".rjust(10) + "".join(c.rjust(width) for c in columns)]
+    width = {c: max(12, len(c) + 2) for c in columns}
+    lines = ["family".ljust(12) + "questions".rjust(10) + "".join(c.rjust(width[c]) for c in columns)]
     for family in families:
         cells, count = "", 0
-        for column in columns.values():
+        for name, column in columns.items():
             hits, count = column[family]
             low, high = wilson(hits, count)
-            cells += f"{100 * hits / count:.1f} ±{50 * (high - low):.1f}".rjust(width)
+            cells += f"{100 * hits / count:.1f} ±{50 * (high - low):.1f}".rjust(width[name])
         lines.append(family.ljust(12) + str(count).rjust(10) + cells)
     return "\n".join(lines)
 
 
+def benchmark_text(name, records, results):
+    """Scores of a benchmark as lines, what was read how, and how many answers no rule could read -> (text, JSON object)."""
+    rules = sorted({r.rule for r in records})
+    lines = benchmarks.scores(name, [r | {"row": records[r["index"]].row} for r in results])
+    unread = sum(r["extracted"] is None for r in results) / len(results)
+    width = max(12, *(len(line) + 2 for line in lines))
+    out = [f"{name or 'a benchmark of its own'}: {len(results)} questions", "".ljust(width) + "rows".rjust(8) + "score".rjust(9) + "95 % interval".rjust(18)]
+    for line, (value, n, interval) in lines.items():
+        out.append(line.ljust(width) + str(n).rjust(8) + f"{100 * value:.2f}".rjust(9) + (f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "").rjust(18))
+    out += [f"read by: {rule}: {benchmarks.EXTRACTION[rule]}" for rule in rules]
+    out.append(f"answers that could not be read, counted as wrong: {100 * unread:.1f} %")
+    return "\n".join(out), {"benchmark": name, "scores": {line: {"score": v, "rows": n, "interval": i} for line, (v, n, i) in lines.items()},
+                            "extraction": {rule: benchmarks.EXTRACTION[rule] for rule in rules}, "unread": unread}
+
+
+def written_text(results, K):
+    """Results of `--latents free` -> (a line: how many answers came after all K latents, after some, after none; the shares)."""
+    counts = [r["latents"] for r in results]
+    shares = {"all": sum(n >= K for n in counts), "some": sum(0 < n < K for n in counts), "none": sum(n == 0 for n in counts)}
+    shares = {name: n / len(counts) for name, n in shares.items()}
+    return f"latents that the model wrote itself: all {K} in " + f"{100 * shares['all']:.1f} % of the answers, some in {100 * shares['some']:.1f} %, none in {100 * shares['none']:.1f} %", shares
+
+
+# --- predictions on disk --------------------------------------------------------------------------------------------------
+
+class Predictions:
+    """PATH.jsonl, a line per question, and PATH.json, what was asked how and what came of it.
+
+    While a run lasts each rank appends to a part of its own, PATH.jsonl.RANK; `close` puts the parts together in order. Opening goes on with
+    whatever is there (`done`: results by index), if it was asked in the same way; UserError if not. A line cut short by a kill is asked again.
+    """
+
+    def __init__(self, path, settings, overwrite, procs):
+        self.path, self.about, self.settings, self.procs = Path(path), Path(path).with_suffix(".json"), settings, procs
+        self.file, self.done = None, {}
+        parts = [p for p in self.path.parent.glob(f"{self.path.name}.*") if p.suffix[1:].isdigit()]
+        if not overwrite and (parts or self.path.exists()):
+            before = json.loads(self.about.read_text()).get("settings") if self.about.exists() else None
+            if before != settings:
+                changed = sorted(k for k in settings if before is None or before.get(k) != settings[k])
+                raise UserError(f"{self.path}: holds predictions that were made otherwise ({', '.join(changed)}); --overwrite starts anew, --out names another file")
+            for part in [self.path, *parts]:
+                for line in part.read_text().split("\n")[:-1] if part.exists() else ():
+                    try:
+                        result = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # two pieces of lines where a kill fell between them
+                    self.done[result["index"]] = result
+        procs.barrier()  # all ranks have read
+        if procs.is_first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                self.path.unlink(missing_ok=True)
+                for part in parts:
+                    part.unlink()
+            self.describe({})
+        procs.barrier()
+        if self.done:
+            procs.print(f"{self.path}: {len(self.done)} questions are answered already")
+
+    def describe(self, outcome):
+        part = Path(f"{self.about}.part")
+        part.write_text(json.dumps({"settings": self.settings} | outcome, indent=1) + "\n")
+        part.replace(self.about)
+
+    def tell(self, result):
+        if self.file is None:
+            at = Path(f"{self.path}.{self.procs.rank}")
+            cut = at.exists() and not at.read_bytes().endswith(b"\n")
+            self.file = open(at, "a")
+            self.file.write("\n" if cut else "")
+        self.file.write(json.dumps(result) + "\n")
+        self.file.flush()
+
+    def close(self, results, outcome):
+        if self.file:
+            self.file.close()
+        self.procs.barrier()
+        if self.procs.is_first:
+            part = Path(f"{self.path}.part")
+            part.write_text("".join(json.dumps(r) + "\n" for r in results))
+            part.replace(self.path)
+            for rank in self.path.parent.glob(f"{self.path.name}.*"):
+                if rank.suffix[1:].isdigit():
+                    rank.unlink()
+            self.describe(outcome)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
 def main(argv=None):
-    parser = config.OneLineParser(prog="evaluate.py", description="Accuracy by question family on a JSON or JSONL file.")
+    parser = config.OneLineParser(prog="evaluate.py", description="Accuracy on records or a benchmark, with intervals; --reliance: are the latents used?")
     parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
     parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
-    parser.add_argument("--data", required=True, help="records, JSON or JSONL")
+    parser.add_argument("--data", "--benchmark", required=True, help="records, JSON or JSONL, or a benchmark's TSV in VLMEvalKit's format")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
-    parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
+    parser.add_argument("--reliance", action="store_true", help="intervene on the latents' states, and say whether they are used")
+    parser.add_argument("--diagnose", action="store_true", help="four quick columns: as trained, without latents, under the method's mask, both; and the attention they get")
     parser.add_argument("--bottleneck", action="store_true", help="answer under the method's mask, as LIVR's: the image is seen through latents alone")
-    parser.add_argument("--diagnose", action="store_true", help="are the latents used: without them, under the method's mask, both, and the attention they get")
+    parser.add_argument("--latents", default="keep", choices=("keep", "drop", "mask", "free"),
+                        help="keep the thought and its latents in the prompt, leave the latents out, let no other token see them, or let the model write them and report how often it does")
     parser.add_argument("--corruption", default="", help="answer from corrupted images: MODE, or MODE=STRENGTH as in blur=5")
     parser.add_argument("--grey", action="store_true", help="answer from grey images")
+    parser.add_argument("--scores", default="", help="whose scores a TSV gets, if its name does not tell: " + ", ".join(benchmarks.SCORES))
+    parser.add_argument("--suffix", default="", help="text to put behind every prompt of a TSV")
+    parser.add_argument("--min_pixels", type=int, default=None, help="images are scaled up to at least this area; default: the model's own")
+    parser.add_argument("--max_pixels", type=int, default=None, help="images are scaled down to at most this area; default: the model's own")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0, help="of corruption, of the pairs that swap latents, and of the bootstrap")
     parser.add_argument("--limit", type=int, default=0, help="first so many records; 0: all")
-    parser.add_argument("--out", default="", help="write a line of JSON per question here")
+    parser.add_argument("--out", default="", help="predictions, a line of JSON per question (with --reliance a folder); a TSV's and --reliance's default to the model's folder")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds predictions already")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    try:
-        procs = processes.start(args.device)
-    except ValueError as error:
-        raise UserError(f"--device {args.device}: {error}") from None
-    model, fmt, settings = open_model(args.model, args.checkpoint, procs.device)
-    method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
-    if args.bottleneck and type(method).biases is SFT.biases:
-        raise UserError(f"--bottleneck: {method.settings.method} has no mask")
-    records, dropped = data.read(args.data, args.image_root)
-    if broken := [r for r in records if isinstance(r, data.RecordError)]:
-        raise broken[0]
-    if dropped:
-        procs.print(f"{dropped} later turns are not asked")
-    records = records[: args.limit or None]
+    if args.scores and args.scores not in benchmarks.SCORES:
+        raise UserError(f"--scores {args.scores}: choose one of {', '.join(benchmarks.SCORES)}")
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise UserError("--batch_size and --max_new_tokens must be at least 1")
     corruption = None
     if args.corruption:
         mode, _, strength = args.corruption.partition("=")
         if mode not in data.PRIOR:
             raise UserError(f"--corruption {mode}: choose one of {', '.join(data.PRIOR)}")
-        corruption = (mode, float(strength), float(strength)) if strength else (mode, *data.PRIOR[mode])
-    started = time.perf_counter()
-    how = dict(batch_size=args.batch_size, corruption=corruption, grey=args.grey, max_new_tokens=args.max_new_tokens, procs=procs)
-    if args.diagnose:
-        found, mass = diagnose(model, fmt, method, records, **how)
-        results = [r | {"asked": name} for name, part in found.items() for r in part]
+        try:
+            corruption = (mode, float(strength), float(strength)) if strength else (mode, *data.PRIOR[mode])
+        except ValueError:
+            raise UserError(f"--corruption {args.corruption}: {strength!r} is not a number") from None
+    try:
+        procs = processes.start(args.device)
+    except ValueError as error:
+        raise UserError(f"--device {args.device}: {error}") from None
+    tsv = Path(args.data).suffix == ".tsv"
+    if tsv:
+        records, dropped = benchmarks.read(args.data, args.image_root, args.suffix), 0
     else:
-        biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
-        found, mass = {Path(args.model).name: answers(model, fmt, records, latents=args.latents, biases=biases, progress="evaluate", **how)}, None
-        results = found[Path(args.model).name]
-    procs.print(table({name: by_family(part) for name, part in found.items()}))
-    if mass is not None:
-        procs.print(f"mean attention from answers to latents, over layers, heads and rows: {mass:.4f}")
-    procs.print(f"{len(results)} questions in {time.perf_counter() - started:.0f} s")
-    if args.out and procs.is_first:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text("".join(json.dumps(r) + "\n" for r in results))
+        records, dropped = data.read(args.data, args.image_root)
+    if broken := [r for r in records if isinstance(r, data.RecordError)]:
+        raise broken[0]
+    if dropped:
+        procs.print(f"{dropped} later turns are not asked")
+    records = records[: args.limit or None]
+    model, fmt, settings = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
+    if args.bottleneck and type(method).biases is SFT.biases:
+        raise UserError(f"--bottleneck: {method.settings.method} has no mask")
+    if args.latents == "free":
+        thought_length(fmt, args.model)  # refuses a model without latents before anything is asked
+    folder = Path(args.model) if Path(args.model).is_dir() else Path("runs") / Path(args.model).name
+    if args.reliance:
+        how = corruption or (data.corruption_of(settings) if settings else ("blur", *data.PRIOR["blur"]))
+        reliance.run(model, fmt, records, args.out or folder / "reliance" / Path(args.data).stem, {"model": args.model, "checkpoint": args.checkpoint, "data": args.data},
+                     corruption=how, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed, procs=procs)
+        procs.stop()
+        return
+    if args.diagnose:
+        found, mass = diagnose(model, fmt, method, records, batch_size=args.batch_size, corruption=corruption, grey=args.grey,
+                               max_new_tokens=args.max_new_tokens, procs=procs)
+        procs.print(table({name: by_family(part) for name, part in found.items()}))
+        if mass is not None:
+            procs.print(f"mean attention from answers to latents, over layers, heads and rows: {mass:.4f}")
+        if args.out and procs.is_first:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text("".join(json.dumps(r | {"asked": name}) + "\n" for name, part in found.items() for r in part))
+        procs.stop()
+        return
+
+    started = time.perf_counter()
+    out = args.out or (folder / "evaluation" / f"{Path(args.data).stem}.jsonl" if tsv else "")
+    name = args.scores or benchmarks.known_as(args.data)
+    pixels = {edge: n for edge, n in dict(model.image_processor.size).items() if n}
+    asked = {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "latents": args.latents, "bottleneck": args.bottleneck, "corruption": list(corruption or ()),
+             "grey": args.grey,
+             "pixels": pixels, "max_new_tokens": args.max_new_tokens, "suffix": args.suffix, "limit": args.limit, "seed": args.seed,
+             "prompt": fmt.tokenizer.decode(fmt.question(records[0].turns, [1] * len(records[0].images), "none" if args.latents == "free" else args.latents)[0])}
+    predictions = Predictions(out, asked, args.overwrite, procs) if out else None
+    kept = {"done": predictions.done, "tell": predictions.tell} if predictions else {}
+    biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
+    results = answers(model, fmt, records, args.batch_size, args.latents, corruption, args.grey, args.seed, args.max_new_tokens,
+                      procs=procs, progress="evaluate", biases=biases, **kept)
+    if tsv:
+        text, outcome = benchmark_text(name, records, results)
+    else:
+        families = by_family(results)
+        text, outcome = table({Path(args.model).name: families}), {"families": {f: {"right": h / n, "rows": n, "interval": wilson(h, n)} for f, (h, n) in families.items()}}
+    if args.latents == "free":
+        line, shares = written_text(results, fmt.count)
+        text, outcome = f"{text}\n{line}", outcome | {"written": shares}
+    procs.print(text)
+    procs.print(f"{len(results)} questions in {time.perf_counter() - started:.0f} s; pixels {pixels}; first prompt:\n{asked['prompt']!r}")
+    if predictions:
+        predictions.close(results, outcome)
+        procs.print(f"wrote {predictions.path} and {predictions.about.name}")
     procs.stop()
 
 

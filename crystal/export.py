@@ -17,6 +17,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+import torch.nn as nn
+from safetensors import safe_open
 
 import crystal.model
 from crystal import checkpoint, config, lora, methods
@@ -26,39 +28,47 @@ from crystal.layout import Format
 MARK = "crystal.json"  # in a merged directory that stock tools use in part
 
 
-def open_model(name, which="best", device="cpu", **how):
+def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, max_pixels=None, weights=True):
     """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or None).
 
     which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's number.
-    how: dtype, min_pixels and max_pixels of model.load for what is no run; a run keeps its own.
+    dtype: of what is no run; None takes bfloat16 on a GPU, float32 elsewhere; a run keeps its own. min_pixels, max_pixels:
+    see model.load; of a run they default to what it was trained with. weights False: of a run, what it trained has values
+    and the frozen rest is shapes alone.
     """
     run = Path(name)
     if not (run / "checkpoints").is_dir():
         if (run / "metrics.jsonl").exists():
             raise UserError(f"{run}: a run without checkpoints")
-        model = crystal.model.load(name, device=device, **how)
+        dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)  # as train.py's --dtype auto
+        model = crystal.model.load(name, dtype, device, min_pixels, max_pixels)
         return model, exported_format(crystal.model.resolve(name), model.tokenizer), None
     directory = find(run, which)
     files, state = checkpoint.load(directory)
     settings = methods.saved_settings(state["settings"], directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
-    model = crystal.model.load(settings.model, dtype, device, settings.min_pixels, settings.max_pixels)
+    model = crystal.model.load(settings.model, dtype, device, min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, weights)
     settings.checkpointing = False
     _, fmt = methods.attach(model, settings)
     named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
     # A method's heads, and the encoders behind them, serve its losses alone: they stay in the checkpoint.
     tensors = {n: t for n, t in files["trainable.safetensors"].items() if not n.startswith("heads.")}
     checkpoint.load_parameters(named, tensors, directory)
-    model.to(device)
-    model.after_update()
+    if weights:
+        model.to(device)
+        model.after_update()
+    else:  # what has a place but no memory is given the checkpoint's own tensors
+        for n, _ in named:
+            owner, _, leaf = n.removeprefix("model.").rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensors[n], requires_grad=False))
     return model.eval(), fmt, settings
 
 
-def open_run(run, which="best", device="cpu"):
+def open_run(run, which="best", device="cpu", weights=True):
     """open_model of a run directory and nothing else: a mistyped one is not asked of a hub."""
     if not (Path(run) / "checkpoints").is_dir():
         raise UserError(f"{run}: not a run directory of train.py (no checkpoints in it)")
-    return open_model(run, which, device)
+    return open_model(run, which, device, weights=weights)
 
 
 def exported_format(directory, tokenizer):
@@ -68,9 +78,11 @@ def exported_format(directory, tokenizer):
         return Format(tokenizer)
     try:
         saved = json.loads(file.read_text())
+        if saved["method"].endswith(".py"):  # a directory may come from anywhere: what it names is not run
+            raise UserError(f"{file}: exported by {saved['method']}, a method of its own; open the run directory instead")
         method = methods.get(saved["method"])
         return method(method.Settings(**saved)).format(tokenizer)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not what crystal.export wrote: {error}") from None
 
 
@@ -89,21 +101,85 @@ def find(run, which):
 
 
 def export(run, which="best", merged=None, adapter=None):
-    """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed."""
-    model, fmt, settings = open_run(run, which)
-    if adapter and settings.tune == "lora":
-        with fresh(adapter) as out:
-            lora.save_adapter(out, model.hf, model.rows, settings.model)
-            save_tokenizer(model, fmt, out)
+    """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed.
+
+    Returns the directories written: a run of `--tune full` has no adapter. The base's weights are never in memory
+    together, so this needs about the memory of its largest matrix and of what was trained.
+    """
+    model, fmt, settings = open_run(run, which, weights=False)
+    written = []
     if merged:
-        lora.merge(model.hf)
+        base = crystal.model.directory(settings.model)
         with fresh(merged) as out:
+            merge(base, out, model, changes(model, settings))
+            for name in ("config.json", "generation_config.json", "video_preprocessor_config.json"):
+                if (base / name).exists():
+                    shutil.copyfile(base / name, out / name)
+            if (base / "processor_config.json").exists():  # less the image processor's settings: they are written below, and twice they could disagree
+                rules = json.loads((base / "processor_config.json").read_text())
+                (out / "processor_config.json").write_text(json.dumps({n: x for n, x in rules.items() if n != "image_processor"}, indent=2) + "\n")
             if fmt.begin is not None:
-                model.hf.generation_config.suppress_tokens = [fmt.begin]
                 (out / MARK).write_text(json.dumps({"method": settings.method, "latents": settings.latents}) + "\n")
-            model.hf.save_pretrained(out)
+                file = out / "generation_config.json"
+                rules = json.loads(file.read_text()) if file.exists() else {}
+                file.write_text(json.dumps(rules | {"suppress_tokens": [fmt.begin]}, indent=2) + "\n")
             save_tokenizer(model, fmt, out)
             model.image_processor.save_pretrained(out)
+        written.append(Path(merged))
+    if adapter and settings.tune == "lora":
+        with fresh(adapter) as out:
+            lora.save_adapter(out, model.hf, model.rows, crystal.model.resolve(settings.model))
+            save_tokenizer(model, fmt, out)
+        written.append(Path(adapter))
+    return written
+
+
+def changes(model, settings):
+    """{parameter's name: function from the base's weight W to the trained one, in W's dtype} of all that training changed."""
+    if settings.tune == "full":
+        found = {n: lambda W, p=p: p.to(W.dtype) for n, p in model.hf.named_parameters() if p.device.type != "meta"}
+    else:
+        found = {f"{n}.weight": layer.merged for n, layer in lora.adapters(model.hf).items()}
+    if model.rows is not None:
+        ids = torch.tensor(model.rows.ids)
+        names = {module: f"{n}.weight" for n, module in model.hf.named_modules()}
+        for module, P in model.rows.pairs():
+            found[names[module]] = lambda W, P=P: W.index_copy(0, ids, P.to(W.dtype))
+        if model.rows.tied:  # some files hold the tied head too
+            found["lm_head.weight"] = found[names[model.hf.get_input_embeddings()]]
+    return found
+
+
+def merge(base, out, model, changes):
+    """Copies the base's safetensors files as they are and writes the changed tensors over their own bytes.
+
+    Untouched weights are the base's to the bit because nothing else is written: names, dtypes, order and shards stay.
+    UserError if the base has no safetensors files or a changed tensor is not in them.
+    """
+    index = base / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    left = set(changes) - ({"lm_head.weight"} if model.tied else set())
+    for name in names:
+        if Path(name).name != name or not (base / name).is_file():
+            raise UserError(f"{base}: no file {name}; an export needs the base's safetensors files")
+        shutil.copyfile(base / name, out / name)
+        with open(base / name, "rb") as file:  # the format: the header's length in 8 bytes, the header in JSON, the tensors
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+        with safe_open(base / name, "pt") as tensors, open(out / name, "r+b") as file:
+            for key in tensors.keys():
+                if (change := changes.get(parameter := crystal.model.parameter_name(model.hf, key))) is not None:
+                    W = tensors.get_tensor(key)
+                    new = change(W)
+                    if new.shape != W.shape:
+                        raise UserError(f"{base / name}: {key} has shape {tuple(W.shape)}, the trained one {tuple(new.shape)}")
+                    file.seek(start + header[key]["data_offsets"][0])
+                    file.write(new.contiguous().view(torch.uint8).numpy())
+                    left.discard(parameter)
+    if left:
+        raise UserError(f"{base}: {sorted(left)[0]} was trained, but no safetensors file there has it")
+    if index.exists():
+        shutil.copyfile(index, out / index.name)
 
 
 def save_tokenizer(model, fmt, out):
@@ -138,8 +214,8 @@ def main(argv=None):
     parser.add_argument("--out", default="", help="folder to write merged/ and adapter/ into; empty: the run directory")
     args = parser.parse_args(argv)
     out = Path(args.out or args.run)
-    export(args.run, args.checkpoint, out / "merged", out / "adapter")
-    print(f"wrote {out / 'merged'}" + (f" and {out / 'adapter'}" if (out / "adapter").exists() else ""))
+    written = export(args.run, args.checkpoint, out / "merged", out / "adapter")
+    print(f"wrote {' and '.join(map(str, written))}")
     if (out / "merged" / MARK).exists():
         print("Its latents are states that the model feeds back to itself: crystal.generate and crystal.evaluate decode them; transformers, vLLM and other\n"
               "tools load the directory, but cannot. There it answers without latents: generation_config.json suppresses the tag that opens them.")

@@ -11,6 +11,8 @@ So a latent cannot begin before the position in front of it is done. Two ways to
 Both give gradients through every latent into what precedes it. The cache is our own because transformers drops its own
 under activation checkpointing: feedback would then be switched off without a word.
 """
+from contextlib import contextmanager
+
 import torch
 
 
@@ -128,6 +130,20 @@ def parallel(model, inputs, latents, updates, layers=()):
 def forward(model, inputs, latents, updates=None, layers=()):
     """`recurrence` for updates None, else `parallel` with so many."""
     return recurrence(model, inputs, latents, layers) if updates is None else parallel(model, inputs, latents, updates, layers)
+
+
+@contextmanager
+def filled(model, h, latents):
+    """While open, a plain forward over the batch takes the latents' inputs from h [B,L,D], what `recurrence` left: it leaves h again.
+
+    One pass over whole sequences, for whatever watches attention. latents: bool [B,L].
+    """
+    before = torch.cat([h[:, :1], h[:, :-1]], 1)
+    hook = model.hf.get_input_embeddings().register_forward_hook(lambda _, __, x: torch.where(latents[:, :, None], before.to(x.dtype), x))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

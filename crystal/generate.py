@@ -16,18 +16,24 @@ import torch
 
 from crystal import config, data
 from crystal.bottleneck import additive_mask
+from crystal.config import UserError
 from crystal.export import open_model
 from crystal.feedback import Stream
 
 
+def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):
+    """Prompts and the rest as `write` takes them -> list of decoded answers."""
+    return [answer_text(model, fmt, ids) for ids in write(model, prompts, fmt, max_new_tokens, biases, latents, streamer)]
+
+
 @torch.no_grad()
-def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep"):
-    """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of decoded answers.
+def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):
+    """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of the ids written after each.
 
     biases: function (batch) -> [bottleneck.Bias] over the prompts, as a method's `biases`; what is generated sees of its
     prompt what the prompt's last row sees. latents: "drop" keeps a model that opens its latents itself from doing so; other
-    formats leave them out of the prompt. What stands in an answer after `<answer>`, if the model wrote one, else all of it;
-    special tokens removed, trimmed.
+    formats leave them out of the prompt. streamer: an object with put(tokens [B]) and end(), told each step's tokens as they
+    come (first put: the prompts).
     """
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
     pad = model.tokenizer.pad_token_id
@@ -44,30 +50,41 @@ def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep"
     batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device), **images}
     kinds = (batch["input_ids"] == fmt.image).int()
     if fmt.begin is not None:
-        said = decode_feedback(model, {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}, fmt, max_new_tokens, latents)
-    else:
-        blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
-        with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
-            out = model.hf.generate(**model.keywords(batch | {"mm_token_type_ids": kinds}), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad)
-        said = out[:, L:].tolist()
-    answers = []
-    for ids in said:
-        if fmt.open in ids:
-            ids = ids[ids.index(fmt.open) + 1 :]
-        if fmt.close in ids:
-            ids = ids[: ids.index(fmt.close)]
-        answers.append(model.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    return answers
+        whole = {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}
+        return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
+    blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+    with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
+        out = model.hf.generate(**model.keywords(batch | {"mm_token_type_ids": kinds}), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end,
+                                pad_token_id=pad, streamer=streamer)
+    return out[:, L:].tolist()
+
+
+def answer_text(model, fmt, ids):
+    """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all; no special tokens, trimmed."""
+    if fmt.open in ids:
+        ids = ids[ids.index(fmt.open) + 1 :]
+    if fmt.close in ids:
+        ids = ids[: ids.index(fmt.close)]
+    return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def thought_length(fmt, name):
+    """Tokens that a model needs for the thought, its latents and the tags, if it is to write them itself. UserError if it never learned to."""
+    if fmt.think is None:
+        raise UserError(f"--latents free: {name} has no latents that it learned to write; a run directory of crystal is needed")
+    return len(fmt.thinking()[0]) + 2
 
 
 @torch.no_grad()
-def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", max_thought=256):
+def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=None, max_thought=256):
     """Greedy decoding that switches modes at the tags of latents -> list of the ids each row says, pads for its latents.
 
     After `fmt.begin` the next fmt.count inputs are the states before them (feedback.py), then `fmt.finish` is forced and tokens
     are inputs again; every row by its own clock, over one cache. batch: right-padded prompts. latents: "drop" never chooses `begin`.
     max_new_tokens: from `<answer>` on; before it a row may say max_thought tokens that are no latents.
     """
+    tell = streamer.put if streamer else lambda tokens: None
+    tell(batch["input_ids"])
     free, finish = -1, 0  # what a row does next: choose a token, close the latents, or (1 and more) that many latents
     stream, prompt = Stream(model), batch["attention_mask"].bool()
     positions = model.positions(batch)                                         # [3,B,L]
@@ -93,7 +110,10 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", max_thoug
             if not done[b]:
                 said[b].append(tokens[b])
                 done[b] = tokens[b] == fmt.end or (budget[b] <= 0 and mode[b] == free)
+        tell(torch.tensor(tokens))
         if all(done):
+            if streamer:
+                streamer.end()
             return said
         x = model.hf.get_input_embeddings()(torch.tensor(tokens, device=last.device))          # [B,D]
         x = torch.where(torch.tensor(fed, device=last.device)[:, None], last.to(x.dtype), x)
@@ -109,14 +129,15 @@ def main(argv=None):
     parser.add_argument("--image", action="append", default=[], help="an image file; give it again for several")
     parser.add_argument("--question", required=True)
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
+    parser.add_argument("--latents", default="keep", choices=("keep", "drop", "free"), help="keep the thought and its latents in the prompt, leave the latents out, or let the model write them itself")
     args = parser.parse_args(argv)
     model, fmt, _ = open_model(args.model, args.checkpoint)
     images = [data.load_image(path, "--image") for path in args.image for _ in range(fmt.copies)]
     out = model.image_processor(images=images, return_tensors="pt") if images else {}
     counts = model.image_tokens(out["image_grid_thw"]) if images else []
-    ids, _, _ = fmt.question([("user", "<image>" * len(args.image) + args.question)], counts, args.latents)
-    print(generate(model, [(ids, out.get("pixel_values"), out.get("image_grid_thw"))], fmt, args.max_new_tokens, latents=args.latents)[0])
+    ids, _, _ = fmt.question([("user", "<image>" * len(args.image) + args.question)], counts, "none" if args.latents == "free" else args.latents)
+    room = thought_length(fmt, args.model) if args.latents == "free" else 0
+    print(generate(model, [(ids, out.get("pixel_values"), out.get("image_grid_thw"))], fmt, args.max_new_tokens + room, latents=args.latents)[0])
 
 
 if __name__ == "__main__":

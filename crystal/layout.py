@@ -48,10 +48,11 @@ class Format:
     subclass with a `question` and a `chat_template` of its own.
 
     count: K of the latents in a sequence. copies: how often each image stands in it. open, close: ids of the tags around
-    an answer, or None. begin, finish: ids of the tags around latents that the model feeds back to itself, or None.
+    an answer, think, unthink: of those around a thought that ends in latents, begin, finish: of those around latents that
+    the model feeds back to itself; None where there are none.
     """
     copies = 1
-    open = close = begin = finish = None
+    open = close = begin = finish = think = unthink = None
 
     def __init__(self, tokenizer, count=0, kind="diverse", thought="fixed"):
         self.tokenizer, self.count, self.thought = tokenizer, count, thought
@@ -69,15 +70,16 @@ class Format:
         """Ids up to where the assistant speaks, and the positions of the image tokens.
 
         turns: [(role, text)] with `<image>` where an image stands; the last is the user's. image_tokens: N of each image,
-        once for each of its copies.
+        once for each of its copies. A text may also be a list of texts with an image between each two: there a typed
+        `<image>` is text.
         """
         texts, messages = [], []
         for role, text in turns:
             content = []
-            for i, part in enumerate(text.split("<image>")):
+            # LLaVA's files break the line after an image, the template does not.
+            for i, part in enumerate(text if isinstance(text, list) else text.replace("<image>\n", "<image>").split("<image>")):
                 if i:
                     content += [{"type": "image"}] * self.copies
-                    part = part.removeprefix("\n")  # LLaVA's files break the line after an image, the template does not
                 if part:
                     content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
                     texts.append(part)

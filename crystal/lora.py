@@ -57,6 +57,11 @@ class LoRALinear(nn.Module):
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
 
+    @torch.no_grad()
+    def merged(self, W):
+        """W + (alpha / r) B A in W's dtype: the sum is taken in float32 (float64 if W is) and rounded once. W [out,in]."""
+        return (W.to(_wide(W)) + self.scale * (self.lora_B @ self.lora_A).to(W.device, _wide(W))).to(W.dtype)
+
     def forward(self, x):
         shape = (*x.shape[:-1], self.out_features)
         x = x.reshape(-1, self.in_features)                                                     # [N,in]
@@ -88,13 +93,9 @@ def add_lora(model, pattern, r=16, alpha=32, dropout=0.0, generator=None):
 
 @torch.no_grad()
 def merge(model):
-    """Turns every LoRALinear of `model` back into its nn.Linear, with weight W + (alpha / r) B A, in place.
-
-    The sum is taken in float32 (float64 if W is) and cast to W's dtype once. No other weight is touched.
-    """
+    """Turns every LoRALinear of `model` back into its nn.Linear, with weight `merged`, in place. No other weight is touched."""
     for name, layer in adapters(model).items():
-        W = layer.base.weight
-        W.copy_(W.to(_wide(W)) + layer.scale * (layer.lora_B @ layer.lora_A))
+        layer.base.weight.copy_(layer.merged(layer.base.weight))
         _replace(model, name, layer.base)
 
 

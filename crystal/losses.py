@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from crystal.attention import attn_scores, attn_slice
+
 
 # ---- rows of logits: cross entropy and eq. 4 -------------------------------------------------------------------------
 
@@ -29,6 +31,42 @@ def kl_rows(logits_int, logits_cor):
     Exactly 0 with exactly zero gradients for equal logits.
     """
     return _kl(_wide(logits_int).log_softmax(-1), _wide(logits_cor).log_softmax(-1))
+
+
+def vocab_kl_ce(logits_int, logits_cor, targets_int, targets_cor, answer, *, teacher_grad=True, in_place=False):
+    """What eq. 4 and both cross entropies read of the logits, row by row -> (ce_int, ce_cor, kl), [N] each.
+
+    n runs over N positions of the sequences. A path has a row of logits at n if it has a label there or if n is an answer
+    row, and its rows stand in the order of n.
+
+    logits_int    [R,V], the intact path's rows
+    logits_cor    [R',V], the corrupted path's; None if they follow the intact ones in logits_int, as one product with the
+                  head leaves them: their gradient is then one tensor too, and nothing is split or joined
+    targets_int   [N] int64, label of the intact path at n; negative for none (ce_int is 0 there)
+    targets_cor   [N], the corrupted path's
+    answer        [N] bool, rows of the KL (kl is 0 elsewhere)
+    teacher_grad  False: KL does not move the intact path
+    in_place      the logits are the caller's to give up: in a backward pass that does not retain its graph their memory may
+                  become that of their gradient, and another backward that needs their values raises
+
+    Raises ValueError if targets and answer do not speak of R and R' rows.
+    """
+    in_int, in_cor = (targets_int >= 0) | answer, (targets_cor >= 0) | answer  # [N]
+    rows = [int(in_int.sum()), int(in_cor.sum())]
+    if len(logits_int) + (0 if logits_cor is None else len(logits_cor)) != sum(rows) or logits_cor is not None and len(logits_int) != rows[0]:
+        raise ValueError(f"targets and answer speak of {rows[0]} intact and {rows[1]} corrupted rows, which the logits have not: "
+                         f"{list(logits_int.shape)}, {logits_cor if logits_cor is None else list(logits_cor.shape)}")
+    if logits_cor is None:
+        logits_int, logits_cor = logits_int.split(rows)
+    teacher = logits_int if teacher_grad else logits_int.detach()
+
+    def ce(logits, targets, here):
+        label = targets >= 0
+        values = ce_rows(logits[label[here]], targets[label])
+        return values.new_zeros(len(targets)).masked_scatter(label, values)
+
+    kl = kl_rows(teacher[answer[in_int]], logits_cor[answer[in_cor]])
+    return ce(logits_int, targets_int, in_int), ce(logits_cor, targets_cor, in_cor), kl.new_zeros(len(answer)).masked_scatter(answer, kl)
 
 
 def mean_per_pair(values, pair, pairs, share=1.0):
@@ -72,8 +110,7 @@ def attn_mse(A_int, A_cor, rows, cols):
 
     Cells are heads x rows x columns less the padded ones; causally hidden cells count. 0 without rows or columns.
     """
-    cells = A_int.shape[1] * (rows >= 0).sum(1) * (cols >= 0).sum(1)  # [B]
-    return attn_frobenius(A_int, A_cor) / cells.clamp(min=1)
+    return attn_frobenius(A_int, A_cor) / cells(A_int.shape[1], rows, cols)
 
 
 def attn_kl(S_int, S_cor, rows, cols):
@@ -87,7 +124,7 @@ def attn_kl(S_int, S_cor, rows, cols):
     # Filled with a number so large that log p = log q there: p = q = 0 gives 0, and where all is hidden p = q = 1/K
     # does too; with -inf it would be NaN.
     log_p, log_q = (_wide(S).masked_fill(hidden, -1e30).log_softmax(-1) for S in (S_int, S_cor))
-    return _mean_rows(_kl(log_p, log_q), rows)
+    return mean_rows(_kl(log_p, log_q), rows)
 
 
 def attn_kl_heads_mean(A_int, A_cor, rows, cols):
@@ -99,7 +136,7 @@ def attn_kl_heads_mean(A_int, A_cor, rows, cols):
     without weight on any column counts with 0. Padded rows do not count. 0 without rows.
     """
     log_p, log_q = (_log_share(_wide(A).mean(1), cols) for A in (A_int, A_cor))  # [B,M,K]
-    return _mean_rows(_kl(log_p, log_q)[:, None], rows)
+    return mean_rows(_kl(log_p, log_q)[:, None], rows)
 
 
 def slice_kind(kind, heads):
@@ -122,6 +159,22 @@ def attn_loss(kind, heads, X_int, X_cor, rows, cols):
     if (kind, heads) == ("mse", "keep"):
         return attn_mse(X_int, X_cor, rows, cols)
     raise ValueError(f"attention loss {kind!r} with heads {heads!r}: choose kl, frobenius or mse with keep, or kl with mean")
+
+
+def attn_align(kind, heads, q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding=None, teacher_grad=True):
+    """Eq. 5 of one layer straight from the queries and keys of both paths -> [B].
+
+    q, k                    [2B,H,L,d], [2B,G,L,d], the intact path's B sequences first
+    rows, cols              [B,M], [B,K]: the same for both paths
+    scale, bias, key_padding, lse  as in attention.attn_slice, [2B, ...]; "kl" with heads "keep" reads no lse
+    teacher_grad            False: the intact path gets no gradient
+
+    kind, heads and what is raised: as in attn_loss.
+    """
+    at, rest = (rows.repeat(2, 1), cols.repeat(2, 1)), {"scale": scale, "bias": bias, "key_padding": key_padding}
+    X = attn_scores(q, k, *at, **rest) if slice_kind(kind, heads) == "scores" else attn_slice(q, k, *at, lse=lse, **rest)
+    X_int, X_cor = X.chunk(2)
+    return attn_loss(kind, heads, X_int if teacher_grad else X_int.detach(), X_cor, rows, cols)
 
 
 # ---- eq. 6 -----------------------------------------------------------------------------------------------------------
@@ -194,7 +247,12 @@ def _log_share(A, cols):
     return log_A.masked_fill((cols < 0)[:, None, :], -1e30).log_softmax(-1)  # softmax of logarithms divides by their sum
 
 
-def _mean_rows(values, rows):
+def cells(H, rows, cols):
+    """How many cells a slice has that are not padding, at least 1 -> [B]."""
+    return (H * (rows >= 0).sum(1) * (cols >= 0).sum(1)).clamp(min=1)
+
+
+def mean_rows(values, rows):
     """values [B,H,M] -> [B], mean over heads and rows that are not padding."""
     valid = rows >= 0  # [B,M]
     summed = values.masked_fill(~valid[:, None], 0.0).sum((1, 2))

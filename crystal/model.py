@@ -8,7 +8,6 @@ I images, P rows of pixel_values.
 transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers leaves open: a
 registered attention function, a pre-hook on each decoder layer, and keywords of the forward that travel to both.
 """
-import json
 import re
 import warnings
 from contextlib import contextmanager
@@ -20,11 +19,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers import LlavaOnevisionModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from crystal import layout
@@ -40,14 +40,13 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 class Images:
     """How a family prepares images and takes them. This is Qwen's way; another family's class says what it does otherwise.
 
-    processor: transformers' image processor. config: the model's. extra: {file name: text}, what else the processor's
-    directory holds. A batch has pixel_values [P,..], the rows of all its images one after the other, and
-    image_grid_thw [I,3], which says what each image is: frames, and rows and columns of patches.
+    processor: transformers' image processor. config: the model's. A batch has pixel_values [P,..], the rows of all its
+    images one after the other, and image_grid_thw [I,3], which says what each image is: frames, and rows and columns of patches.
     """
     bounded = True  # whether --min_pixels and --max_pixels mean anything
 
-    def __init__(self, processor, config, extra=()):
-        self.processor, self.config, self.extra = processor, config, dict(extra)
+    def __init__(self, processor, config):
+        self.processor, self.config = processor, config
 
     size = property(lambda self: self.processor.size)
 
@@ -79,8 +78,6 @@ class Images:
 
     def save_pretrained(self, directory):
         self.processor.save_pretrained(directory)
-        for name, text in self.extra.items():
-            (Path(directory) / name).write_text(text)
 
 
 class Tiles(Images):
@@ -362,10 +359,11 @@ def resolve(name):
     return name
 
 
-def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=None):
+def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=None, weights=True):
     """A model directory or hub name -> Model, frozen and in evaluation mode.
 
     min_pixels, max_pixels: bounds on an image's area in pixels after resizing; None keeps the directory's own.
+    weights False: shapes alone, on torch's "meta" device, for those who need names and no values.
     Raises UserError if it cannot be loaded or is of a family that crystal does not know. Remote code never runs.
     """
     source = resolve(name)
@@ -381,21 +379,34 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
             raise UserError(f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its image_grid_pinpoints say into what tiles an image is cut")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
-        hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
+        if weights:
+            hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
+        else:
+            device = "meta"
+            with torch.device(device):
+                hf = AutoModelForImageTextToText.from_config(config, trust_remote_code=False, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a model: {' '.join(str(error).split())[:300]}") from error
     hf.requires_grad_(False).eval().to(device)
-    return Model(hf, tokenizer, family.images(processor, hf.config, processor_files(source)), family, name)
+    return Model(hf, tokenizer, family.images(processor, hf.config), family, name)
 
 
-def processor_files(source):
-    """{name: text} of what else a model's directory tells the processors of other tools: for an export to carry along."""
-    found = {}
-    for name in ("processor_config.json", "video_preprocessor_config.json"):
-        if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False):
-            # The image processor's own settings stand in preprocessor_config.json: twice they could disagree.
-            found[name] = json.dumps({n: x for n, x in json.loads(Path(path).read_text()).items() if n != "image_processor"}, indent=2) + "\n"
-    return found
+def directory(name):
+    """Where a model's files lie: the directory itself, or the local copy of a hub's; UserError if it cannot be had."""
+    source = resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: its files cannot be had: {' '.join(str(error).split())[:300]}") from error
+
+
+def parameter_name(hf, key):
+    """A tensor's name in a checkpoint file -> the parameter's in the model: older files of a family use other prefixes."""
+    for renaming in get_model_conversion_mapping(hf):
+        key, _ = renaming.rename_source_key(key)
+    return key
 
 
 def prepare(model, settings, tokens=()):

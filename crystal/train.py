@@ -29,7 +29,7 @@ import transformers
 from tqdm import tqdm
 
 import crystal.model
-from crystal import checkpoint, config, data, methods, processes
+from crystal import checkpoint, config, data, methods, ops, processes
 from crystal.config import UserError
 from crystal.losses import total
 
@@ -76,6 +76,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=weights_dtype != dtype)
 
     # ----------------------------------------------------------------------------------------------------- model
+    ops.announce(procs.print)
     with procs.first():  # a hub name is downloaded once
         model = crystal.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
     method, fmt = methods.attach(model, settings)

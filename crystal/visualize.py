@@ -8,6 +8,7 @@ intact path and index 1 the corrupted one. Left out on purpose: images of a reco
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -20,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from crystal import config, data, methods
+from crystal import config, data, feedback, methods
 from crystal.attention import AttentionTap
 from crystal.config import Settings, UserError, layers_of
 from crystal.corrupt import LEVELS, MODES, corrupt
 from crystal.export import open_model
 from crystal.latent_copy import dual_forward
 from crystal.methods.crystal import Settings as CrystalSettings
+from crystal.methods.crystal import mask_of
 
 UNITS = {"blur": "r = {:g} px", "mask": "s = {:g}", "crop": "s = {:g}", "jigsaw": "ρ = {:g}", "color": "s = {:g}", "noise": "σ = {:g}", "impulse": "s = {:g}"}
 PATHS = ("intact", "corrupted")
@@ -167,18 +169,24 @@ class AnswerAttention:
 
 
 @torch.no_grad()
-def answer_attention(model, batch, settings, layers, copied=None):
+def answer_attention(model, batch, settings, layers, copied=None, fed=None):
     """One pair through both paths -> AnswerAttention.
 
     batch: of one record, with corrupted pixels (data.collate). layers: set of decoder layers to average over.
     copied: bool [1,L], the rows that the corrupted path takes from the intact one; None shares nothing.
+    fed: bool [1,L], latents that each path feeds back to itself (feedback.py); None where there are none.
     """
     h, w = model.image_processor.grids(batch["image_grid_thw"])[0][0]
     row = batch["rows"][:, :1]                                                     # [1,1]
     image = batch["image"][:, : h * w]                                             # [1,N]; the first image's come first
     cols = torch.cat([image, batch["latents"]], 1)                                 # [1,N+K]
     tap = AttentionTap(layers, row.repeat(2, 1), cols.repeat(2, 1), "weights")
-    states = torch.cat(dual_forward(model, batch, copied, getattr(settings, "realisation", "kv"), tap))  # [2,L,D]
+    inputs = nullcontext()
+    if fed is not None:
+        both = [feedback.recurrence(model, batch | {"pixel_values": batch[pixels]}, fed)[0] for pixels in ("pixel_values", "pixel_values_cor")]
+        inputs = feedback.filled(model, torch.cat(both), fed.repeat(2, 1))
+    with inputs:
+        states = torch.cat(dual_forward(model, batch, copied, getattr(settings, "realisation", "kv"), tap))  # [2,L,D]
     weights = torch.stack([x.mean(1)[:, 0] for x in tap.slices.values()]).mean(0).float().cpu()  # [2,N+K]
     return AnswerAttention(weights[:, : h * w].unflatten(1, (h, w)), weights[:, h * w :], 1 - weights.sum(1),
                            model.logits(states[:, int(row)]).float().cpu())
@@ -217,7 +225,8 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
         examples = Seen([record], lambda r, n: method.layout(fmt, r, n), model.image_processor, corruption, settings.seed, copies=fmt.copies)
         batch = data.to_device(data.collate([examples.build(0, 0) | {"bad": []}], model.tokenizer.pad_token_id), model.device, model.hf.dtype)
         copied = method.copied(batch) if hasattr(method, "copied") else None
-        seen = answer_attention(model, batch, settings, layers, copied)
+        fed = None if fmt.begin is None else mask_of(batch["latents"], batch["input_ids"].shape[1])
+        seen = answer_attention(model, batch, settings, layers, copied, fed)
         target = batch["targets"][0, batch["rows"][0, 0]]
         question = " ".join(record.turns[-1][1].replace("<image>", "").split())
         line.suptitle(f"{tidy(question, 80)}   reference: {tidy(record.answer, 30)}", fontsize=11)
@@ -236,9 +245,10 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
                          color="darkgreen" if said == target else "firebrick")
             if bars:
                 chart = axes[2 * p + 1]
-                chart.barh(range(1, fmt.count + 1), seen.latents[p].numpy(), color=COLOURS[p])
-                chart.set(xlim=(0, 1.05 * longest), ylim=(fmt.count + 0.5, 0.5), xticks=[0, longest], xticklabels=["0", f"{longest:.1%}"],
-                          yticks=range(1, fmt.count + 1, 1 + (fmt.count - 1) // 16))
+                count = len(seen.latents[p])  # of all segments
+                chart.barh(range(1, count + 1), seen.latents[p].numpy(), color=COLOURS[p])
+                chart.set(xlim=(0, 1.05 * longest), ylim=(count + 0.5, 0.5), xticks=[0, longest], xticklabels=["0", f"{longest:.1%}"],
+                          yticks=range(1, count + 1, 1 + (count - 1) // 16))
                 chart.tick_params(labelsize=7)
                 chart.set_title("each latent", fontsize=9)
     return save(fig, path)

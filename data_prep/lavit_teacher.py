@@ -16,6 +16,8 @@ not computed again: the same command goes on where it was stopped.
 Text rows are those after the last image: question, the template's words, and the reference answer, which for a record that
 passes the first filter is the teacher's own. B records, L length, M text rows, N image tokens, H heads, E hidden size.
 """
+import glob
+import hashlib
 import json
 import os
 import sys
@@ -31,8 +33,9 @@ from safetensors.torch import save_file
 
 from crystal import config, data, evaluate, methods, processes
 from crystal.attention import attn_slice
+from crystal.checkpoint import MANIFEST
 from crystal.config import UserError
-from crystal.export import open_model
+from crystal.export import find, open_model
 from crystal.methods.lavit import entropy, focus, inside, normalise, salient
 from crystal.methods.sft import Method as SFT
 
@@ -84,7 +87,8 @@ def look(model, fmt, method, records, batch_size):
             own = torch.tensor([grid for image in seen for grid in image])                               # [I,2], for some families more than one of an image
             cols = cols[cols >= 0]
             A = normalise(S[: len(cols)].float())                                                        # eq. 3
-            tensors = {"gaze": A, "gaze_grid": own.clone(), "gaze_top": A.argsort(descending=True, stable=True)[:TOP], "v_sem": states[cols].float().mean(0).cpu()}
+            tensors = {"gaze": A, "gaze_grid": own.clone(), "gaze_top": A.argsort(descending=True, stable=True)[:TOP],
+                       "v_sem": states[cols].float().mean(0).cpu()}
             target = torch.zeros(len(A), dtype=torch.bool)
             if r.boxes:  # boxes are pixels of the first image
                 first = torch.cat([inside(r.boxes, sizes_of[0], grid) for grid in seen[0]])
@@ -111,7 +115,10 @@ def shard(model, fmt, method, records, args):
 
 
 def passes(line, share):
-    """The three filters of section 4.1 -> (correct, not solvable without the image, attention on target). Without boxes the third cannot be judged, and passes."""
+    """The three filters of section 4.1 -> (correct, not solvable without the image, attention on target).
+
+    Without boxes the third cannot be judged, and passes.
+    """
     return line["correct"], not line["blind_correct"], line["focus"] is None or line["focus"] >= share
 
 
@@ -128,6 +135,13 @@ def report(lines, share):
     if len(judged) < n:
         out.append(f"  {n - len(judged)} records have no boxes: the last filter lets them pass")
     return "\n".join(out)
+
+
+def weights(args):
+    """What tells a run's checkpoints apart: the hash of the manifest that hashes its files. Empty for a directory or a hub name."""
+    if not (Path(args.teacher) / "checkpoints").is_dir():
+        return ""
+    return hashlib.sha256((find(Path(args.teacher), args.checkpoint) / MANIFEST).read_bytes()).hexdigest()
 
 
 def replace_file(path, write):
@@ -152,6 +166,7 @@ def main(argv=None):
     parser.add_argument("--max_pixels", type=int, default=None, help="images are scaled down to at most this area; default: the teacher's own")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of a teacher that is no run; auto: bfloat16 on a GPU, float32 elsewhere")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--overwrite", action="store_true", help="make shards anew that another teacher or other settings made")
     args = parser.parse_args(argv)
     try:
         procs = processes.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last shard
@@ -172,15 +187,20 @@ def main(argv=None):
     records = records[: args.limit or None]
     folder = root / "lavit"
     parts = [folder / f"{source.stem}-{i:05d}" for i in range((len(records) + args.shard - 1) // args.shard)]
-    made_with = {n: getattr(args, n) for n in ("teacher", "checkpoint", "shard", "min_pixels", "max_pixels")} | {"records": [r.id for r in records]}
+    made_with = {n: getattr(args, n) for n in ("teacher", "shard", "min_pixels", "max_pixels", "max_new_tokens")}
+    made_with |= {"weights": weights(args), "records": [r.id for r in records]}
     note = folder / f"{source.stem}.json"
-    if note.is_file() and json.loads(note.read_text()) != made_with:
-        raise UserError(f"{note}: the shards there were made with another teacher, other records or other settings; remove {folder}/{source.stem}* first")
+    stale = note.is_file() and json.loads(note.read_text()) != made_with
+    if stale and not args.overwrite:
+        raise UserError(f"{note}: the shards there were made by another teacher, of other records or with other settings; --overwrite makes them anew")
     procs.barrier()  # all ranks have looked
     if procs.is_first:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{glob.escape(source.stem)}-[0-9][0-9][0-9][0-9][0-9].*") if stale else ():
+            old.unlink()
         note.write_text(json.dumps(made_with) + "\n")
 
+    procs.barrier()
     todo = [i for i, part in enumerate(parts) if not (Path(f"{part}.jsonl").is_file() and Path(f"{part}.safetensors").is_file())]
     procs.barrier()  # all ranks have seen the same ones missing
     procs.print(f"{len(records)} records in {len(parts)} shards, {len(parts) - len(todo)} there already" + (f"; {dropped} later turns left out" if dropped else ""))

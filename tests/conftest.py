@@ -18,6 +18,10 @@ from crystal.train import Objective
 torch.set_num_threads(1)  # these models are too small to share
 
 
+def pytest_addoption(parser):
+    parser.addoption("--require-cuda", action="store_true", help="fail, not skip, what needs a GPU where there is none (tests/test_ops.py)")
+
+
 def qwen3_vl(path, settings):
     """What makes a tiny directory one of Qwen3-VL: DeepStack after two of three vision blocks, patches of 16, a tokenizer that knows <think>."""
     text, vision = settings["text_config"], settings["vision_config"]

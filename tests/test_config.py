@@ -1,4 +1,5 @@
 """Settings: defaults, presets, the command line, and one line for what is wrong."""
+import sys
 from dataclasses import asdict, fields
 
 import pytest
@@ -8,7 +9,7 @@ from crystal.config import UserError, layers_of
 from crystal.methods import parse
 from crystal.methods.crystal import PRESETS, Settings
 
-NAMES = ("sft", "crystal", "livr")
+NAMES = ("sft", "crystal", "livr", "lavit", "valr")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,6 +38,40 @@ def test_a_method_has_its_own_settings(capsys):
     with pytest.raises(UserError, match="--preset: invalid choice: 'released'"):
         parse(["--method", "sft", "--preset", "released"])
     assert not {f.name for f in fields(config.Settings)} & {"corruption", "kl_share", "masked"}
+
+
+MINE = """from __future__ import annotations
+from dataclasses import dataclass
+from crystal.config import setting
+from crystal.methods import livr
+
+@dataclass
+class Settings(livr.Settings):
+    lr: float = setting(3e-4, "peak learning rate")
+    twist: int = setting(7, "how much")
+
+class Method(livr.Method):
+    Settings = Settings
+"""
+
+
+def test_a_file_of_ones_own_has_settings_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    s = parse(["--method", "mine.py", "--twist", "8"])
+    assert (s.twist, s.lr, s.masked) == (8, 3e-4, 0.4) and str(s.run_dir) == "runs/mine"
+    monkeypatch.chdir("/")
+    assert methods.saved_settings(asdict(s), "here") == s and methods.get(s.method) is methods.get(s.method)  # its run opens from anywhere
+    for text, message in (("class Method(:", r"--method bad.py: line 1: "), ("x = 1", "defines no class Method"), ("class Method: pass", "must inherit")):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(UserError, match=message):
+            parse(["--method", "bad.py"])
+        sys.modules.pop(str(tmp_path / "bad.py"), None)
+    with pytest.raises(UserError, match="--method nowhere.py: no such file"):
+        parse(["--method", "nowhere.py"])
+    with pytest.raises(UserError, match="--method: expected one argument"):
+        parse(["--method"])
 
 
 def test_preset_then_what_was_given_by_hand():

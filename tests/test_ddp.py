@@ -19,7 +19,7 @@ def run(launcher, flags, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("method, world", [("crystal", 4), ("sft", 2), ("livr", 2)])
+@pytest.mark.parametrize("method, world", [("crystal", 4), ("sft", 2), ("livr", 2), ("valr", 2)])
 def test_several_processes_equal_one(model_dirs, records_file, tmp_path, method, world):
     flags = ["--method", method, "--model", str(model_dirs[True]), "--data", str(records_file), "--val_data", str(records_file), "--latents", "3", "--lora_r", "2",
              "--lora_dropout", "0", "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64", "--device", "cpu", "--eval_every", "3"]

@@ -162,22 +162,26 @@ def check(command, capsys, monkeypatch):
     assert file.is_file(), f"no such file: {name(file)}"
     flags = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}
     if flags:
-        known = flags_of(name(file).removesuffix(".py").replace("/", "."), capsys, monkeypatch)
+        method = [words[i : i + 2] for i, word in enumerate(words) if word == "--method"]  # which has flags of its own
+        known = flags_of(name(file).removesuffix(".py").replace("/", "."), capsys, monkeypatch, *method[0] if method else ())
         assert flags <= known, f"{name(file)} has no {', '.join(sorted(flags - known))}"
 
 
 HELP = {}
 
 
-def flags_of(module, capsys, monkeypatch):
-    """Every flag that an entry point's --help lists; asked once, in this process."""
-    if module not in HELP:
-        monkeypatch.setattr(sys, "argv", [module, "--help"])
+def flags_of(module, capsys, monkeypatch, *method):
+    """Every flag that an entry point's --help lists; asked once, in this process. method: ("--method", its name) of a training command."""
+    if module != "crystal.train" or "".join(method).endswith(".py"):
+        method = ()
+    key = " ".join((module, *method))
+    if key not in HELP:
+        monkeypatch.setattr(sys, "argv", [module, *method, "--help"])
         monkeypatch.setattr(sys, "path", list(sys.path))  # scripts put the repository's root first
         with pytest.raises(SystemExit):
             importlib.import_module(module).main()
-        HELP[module] = capsys.readouterr().out
-    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", HELP[module]))
+        HELP[key] = capsys.readouterr().out
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", HELP[key]))
 
 
 ENTRIES = [p for folder in ("crystal", "data_prep") for p in sorted((ROOT / folder).glob("*.py")) if 'if __name__ == "__main__"' in p.read_text()]

@@ -1,27 +1,15 @@
-"""Scores: Wilson's interval, exact match, families, tables; blind, corrupted and latent-free answers differ where they must."""
+"""Families and tables; blind, corrupted and latent-free answers differ where they must; benchmarks, and runs that were killed."""
+import csv
 import json
 
 import pytest
+from test_benchmarks import picture
 
 import crystal.model
-from crystal import data, evaluate
+from crystal import benchmarks, data, evaluate, processes
 from crystal.config import UserError
-from crystal.evaluate import by_family, same, table, wilson
+from crystal.evaluate import by_family, table
 from crystal.layout import Format
-
-
-def test_wilson_against_scipy():
-    from scipy.stats import binomtest
-    for hits, n in ((0, 10), (3, 10), (10, 10), (617, 1000)):
-        ci = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-        assert wilson(hits, n) == pytest.approx((ci.low, ci.high), abs=1e-4)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("prediction, answer, right", [("Red", "red", True), (" red. ", "red", True), ("red.", "Red", True), ("reddish", "red", False), ("", "red", False),
-                                                       ("a red one", "red", False), ("3", "3", True)])
-def test_exact_match(prediction, answer, right):
-    assert same(prediction, answer) is right
 
 
 def test_table_by_family():
@@ -37,7 +25,7 @@ def test_answers_from_what_is_shown(records_file):
     records, _ = data.read(records_file)
     fed, fmt = [], Format(model.tokenizer)
 
-    def record(model, prompts, fmt, n):
+    def record(model, prompts, fmt, n, biases, latents):
         fed.append(prompts)
         return ["red"] * len(prompts)
 
@@ -65,3 +53,95 @@ def test_command_line(records_file, tmp_path, capsys):
         evaluate.main(["--data", str(records_file), "--corruption", "fog"])
     with pytest.raises(UserError, match="cannot be read"):
         evaluate.main(["--data", str(tmp_path / "none.jsonl")])
+
+
+def test_free_latents_are_counted(setup, monkeypatch):
+    """Of three answers one comes after all latents, one after some, one after none."""
+    s = setup()
+    end = [s.fmt.open] + s.fmt.text("red") + [s.fmt.close, s.fmt.end]
+    monkeypatch.setattr(evaluate, "write", lambda model, prompts, fmt, n, *_: [s.fmt.thinking()[0] + end, s.fmt.latents[:2] + end, s.fmt.text("red")][: len(prompts)])
+    results = evaluate.answers(s.model, s.fmt, s.records, latents="free")
+    assert [r["latents"] for r in results] == [3, 2, 0] and [r["prediction"] for r in results] == ["red"] * 3
+    line, shares = evaluate.written_text(results, 3)
+    assert shares == {"all": 1 / 3, "some": 1 / 3, "none": 1 / 3} and "all 3 in 33.3 %" in line
+
+
+# --- benchmarks -----------------------------------------------------------------------------------------------------------
+
+def tsv(path, n=5):
+    """n questions whose answers alternate, each with a picture of its own."""
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+        rows.writerow(["index", "image", "question", "A", "B", "answer", "category"])
+        rows.writerows([i, picture(i), "Which?", "cat", "dog", "AB"[i % 2], "xy"[i // 3]] for i in range(n))
+    return path
+
+
+def told(out):
+    return [json.loads(x) for x in out.read_text().splitlines()]
+
+
+def test_a_benchmark_from_file_to_scores(tmp_path, monkeypatch, capsys):
+    path, out = tsv(tmp_path / "BLINK.tsv"), tmp_path / "p.jsonl"
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, fmt, n, *_: ["A", "the dog", "cat or dog"][: len(prompts)])
+    flags = ["--benchmark", str(path), "--device", "cpu", "--batch_size", "3", "--out", str(out), "--min_pixels", "3136", "--max_pixels", "6272"]
+    evaluate.main(flags)
+    printed = capsys.readouterr().out
+    assert [(r["extracted"], r["correct"]) for r in told(out)] == [("A", True), ("B", True), (None, False), ("A", False), ("B", False)]
+    about = json.loads(out.with_suffix(".json").read_text())
+    assert about["scores"]["Overall"]["score"] == 0.4 and about["scores"]["x"]["rows"] == 3 and about["benchmark"] == "BLINK" and about["unread"] == 0.2
+    assert about["settings"]["pixels"] == {"shortest_edge": 3136, "longest_edge": 6272} and "Question: Which?\nOptions:\nA. cat" in about["settings"]["prompt"]
+    for line in ("BLINK: 5 questions", "read by: choice: " + benchmarks.EXTRACTION["choice"], "counted as wrong: 20.0 %", "longest_edge"):
+        assert line in printed
+    assert not list(tmp_path.glob("p.jsonl.*"))
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
+    """The second batch dies; what the first said stays, is not asked again, and the outcome is that of a run in one piece."""
+    path, out, calls = tsv(tmp_path / "x.tsv"), tmp_path / "p.jsonl", []
+
+    def answer(model, prompts, fmt, n, *_):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ["A"] * len(prompts)
+
+    monkeypatch.setattr(evaluate, "generate", answer)
+    flags = ["--data", str(path), "--device", "cpu", "--batch_size", "2", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(flags)
+    part = tmp_path / "p.jsonl.0"
+    assert [r["id"] for r in told(part)] == ["0", "1"] and not out.exists()
+    with open(part, "a") as file:
+        file.write('{"index": 2, "id"')  # the kill fell into a line
+    with pytest.raises(UserError, match=r"p\.jsonl: holds predictions that were made otherwise \(max_new_tokens\); --overwrite"):
+        evaluate.main([*flags, "--max_new_tokens", "5"])
+    evaluate.main(flags)
+    assert calls == [2, 2, 2, 1] and "2 questions are answered already" in capsys.readouterr().out
+    assert [r["id"] for r in told(out)] == ["0", "1", "2", "3", "4"] and not part.exists()
+    evaluate.main(flags)  # nothing is left to ask
+    assert len(calls) == 4 and json.loads(out.with_suffix(".json").read_text())["scores"]["Overall"]["score"] == 0.6
+    evaluate.main([*flags, "--overwrite"])
+    assert calls[4:] == [2, 2, 1]
+
+
+def test_two_parts_of_a_killed_run_are_read_by_one_process(tmp_path):
+    """Whoever goes on may have another number of ranks."""
+    out, procs = tmp_path / "p.jsonl", processes.Processes()
+    for rank, line in ((0, {"index": 0}), (1, {"index": 3})):
+        first = evaluate.Predictions(out, {"a": 1}, False, processes.Processes(rank=0))
+        first.procs = processes.Processes(rank=rank)
+        first.tell(line)
+    again = evaluate.Predictions(out, {"a": 1}, False, procs)
+    assert again.done == {0: {"index": 0}, 3: {"index": 3}}
+    again.tell({"index": 1})
+    again.close([{"index": i} for i in (0, 1, 3)], {})
+    assert [r["index"] for r in told(out)] == [0, 1, 3] and sorted(p.name for p in tmp_path.iterdir()) == ["p.json", "p.jsonl"]
+
+
+def test_bad_flags_are_one_line(tmp_path, records_file):
+    path = tsv(tmp_path / "x.tsv", 1)
+    for flags, says in ((["--scores", "MMVQ"], "--scores MMVQ: choose one of"), (["--batch_size", "0"], "at least 1"), (["--corruption", "blur=x"], "'x' is not a number"),
+                        (["--latents", "free", "--device", "cpu"], "tiny has no latents")):
+        with pytest.raises(UserError, match=says):
+            evaluate.main(["--data", str(path), *flags])

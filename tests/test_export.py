@@ -1,14 +1,17 @@
 """Exports that other tools load: a merged directory for transformers alone, an adapter for peft; answers equal ours."""
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from crystal import data, export, train
+import crystal.model
+from crystal import data, export, lora, train
 from crystal.config import UserError
 from crystal.generate import generate
 
@@ -17,20 +20,22 @@ import json, sys
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-directory, questions = sys.argv[1], json.loads(sys.argv[2])
-model, tokenizer = AutoModelForImageTextToText.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
 torch.set_num_threads(1)
-for question, paths in questions:
-    messages = [{"role": "user", "content": [{"type": "image"}] * len(paths) + [{"type": "text", "text": question}]}]
-    images = processor(images=[Image.open(p) for p in paths], return_tensors="pt")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    for n in (images["image_grid_thw"].prod(-1) // 4).tolist():
-        text = text.replace("<|image_pad|>", "<|placeholder|>" * n, 1)
-    ids = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt")
-    kinds = (ids["input_ids"] == model.config.image_token_id).int()
-    out = model.generate(**ids, **images, mm_token_type_ids=kinds, max_new_tokens=5, do_sample=False)
-    print(json.dumps(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip()))
+for directory in sys.argv[2:]:
+    model, tokenizer = AutoModelForImageTextToText.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+    answers = []
+    for question, paths in json.loads(sys.argv[1]):
+        messages = [{"role": "user", "content": [{"type": "image"}] * len(paths) + [{"type": "text", "text": question}]}]
+        images = processor(images=[Image.open(p) for p in paths], return_tensors="pt")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for n in (images["image_grid_thw"].prod(-1) // 4).tolist():
+            text = text.replace("<|image_pad|>", "<|placeholder|>" * n, 1)
+        ids = tokenizer(text.replace("<|placeholder|>", "<|image_pad|>"), return_tensors="pt")
+        kinds = (ids["input_ids"] == model.config.image_token_id).int()
+        out = model.generate(**ids, **images, mm_token_type_ids=kinds, max_new_tokens=5, do_sample=False)
+        answers.append(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+    print(json.dumps(answers))
 assert "crystal" not in sys.modules
 """
 
@@ -45,10 +50,22 @@ def runs(model_dirs, records_file, tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def theirs(runs, records_file, tmp_path_factory):
+    """{run: what its merged directory answers in transformers alone}, all in one process that never imports crystal."""
+    records, _ = data.read(records_file)
+    for run in runs.values():
+        export.export(run, merged=run / "merged", adapter=run / "adapter")
+    asked = [(r.turns[-1][1].replace("<image>", "").strip(), [str(p) for p in r.images]) for r in records]
+    done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(asked), *(str(run / "merged") for run in runs.values())], capture_output=True, text=True,
+                          cwd=tmp_path_factory.mktemp("elsewhere"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(runs, map(json.loads, done.stdout.splitlines())))
+
+
 @pytest.mark.parametrize("name", ["crystal", "untied", "full", "sft", "released"])
-def test_merged_directory_answers_as_we_do_in_transformers_alone(runs, name, records_file, model_dirs, tmp_path):
+def test_merged_directory_answers_as_we_do_in_transformers_alone(runs, theirs, name, records_file, model_dirs):
     run = runs[name]
-    export.export(run, merged=run / "merged", adapter=run / "adapter")
     records, _ = data.read(records_file)
     model, fmt, _ = export.open_model(run)
     ours = []
@@ -56,17 +73,123 @@ def test_merged_directory_answers_as_we_do_in_transformers_alone(runs, name, rec
         images = model.image_processor(images=[Image.open(p) for p in r.images], return_tensors="pt")
         ids, _, _ = fmt.question(r.turns, model.image_tokens(images["image_grid_thw"]))
         ours.append(generate(model, [(ids, images["pixel_values"], images["image_grid_thw"])], fmt, 5)[0])
-    asked = [(r.turns[-1][1].replace("<image>", "").strip(), [str(p) for p in r.images]) for r in records]
-    done = subprocess.run([sys.executable, "-c", STOCK, str(run / "merged"), json.dumps(asked)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [json.loads(x) for x in done.stdout.splitlines()] == ours
-    assert any(ours)
+    assert theirs[name] == ours and any(ours)
     # untouched weights are the base's to the bit
-    merged, base = load_file(run / "merged" / "model.safetensors"), load_file(model_dirs[name not in ("untied", "released")] / "model.safetensors")
-    touched = ("visual",) if name != "released" else ("visual.patch_embed",)
-    same = [n for n in base if any(t in n for t in touched) or n.endswith("norm.weight") and name != "full"]
-    assert same and all(torch.equal(merged[n], base[n]) for n in same)
-    assert any(not torch.equal(merged[n], base[n]) for n in base)
+    before, after = (sums(d) for d in (model_dirs[name not in ("untied", "released")], run / "merged"))
+    touched = {n for n in before if before[n] != after[n]}
+    assert set(before) == set(after) and touched and all(TOUCHED[name](n) for n in touched)
+
+
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+TOUCHED = {"crystal": lambda n: "_proj.weight" in n and "visual" not in n or n.endswith(VOCABULARY), "full": lambda n: "visual" not in n,
+           "sft": lambda n: "_proj.weight" in n and "visual" not in n, "released": lambda n: n.endswith(("proj.weight", "qkv.weight", "mlp.0.weight", "mlp.2.weight", *VOCABULARY))}
+TOUCHED["untied"] = TOUCHED["crystal"]
+
+
+def sums(directory):
+    """{tensor: (dtype, shape, SHA-256 of its bytes)} of all safetensors files of a directory."""
+    found = {}
+    for file in directory.glob("*.safetensors"):
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        for key, entry in json.loads(raw[8:start]).items():
+            if key != "__metadata__":
+                low, high = entry["data_offsets"]
+                found[key] = entry["dtype"], tuple(entry["shape"]), hashlib.sha256(raw[start + low : start + high]).hexdigest()
+    return found
+
+
+def rewrite(source, path, dtype, shards, old_names=False):
+    """A copy of a model directory in another dtype, in several files, with the tensors' names of years ago."""
+    shutil.copytree(source, path)
+    state = {n: t.to(dtype) for n, t in load_file(path / "model.safetensors").items()}
+    if old_names:
+        state = {n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in state.items()}
+    (path / "model.safetensors").unlink()
+    names, where = sorted(state), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        part = {n: state[n] for n in names[i::shards]}
+        save_file(part, path / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    if shards > 1:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"dtype": str(dtype).removeprefix("torch.")}))
+    return path
+
+
+LOADS = """
+import json, sys
+import torch
+from transformers import AutoModelForImageTextToText
+torch.set_num_threads(1)
+for directory in sys.argv[1:]:
+    model, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    print(json.dumps([str(model.dtype), float(model.lm_head.weight.double().sum()), float(model.model.language_model.layers[0].mlp.up_proj.weight.double().sum())]))
+assert "crystal" not in sys.modules
+"""
+BASES = {  # name: tied, dtype, files, names of years ago
+    "bf16": (True, torch.bfloat16, 1, False), "bf16 untied": (False, torch.bfloat16, 3, False),
+    "old names": (False, torch.float32, 2, True), "old bf16": (True, torch.bfloat16, 2, True),
+}
+
+
+def test_every_kind_of_base(model_dirs, records_file, tmp_path):
+    """Changed tensors are W + (alpha / r) B A and the new rows, rounded once; all others, names, dtypes and files are the base's."""
+    expected = []
+    for name, (tied, dtype, shards, old) in BASES.items():
+        base = rewrite(model_dirs[tied], tmp_path / f"{name} base", dtype, shards, old)
+        run = train.main(["--model", str(base), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "1", "--eval_every", "0",
+                          "--dtype", str(dtype).removeprefix("torch."), "--output", str(tmp_path / name)])
+        assert export.export(run, merged=run / "merged") == [run / "merged"]
+        before, after = sums(base), sums(run / "merged")
+        assert sorted(p.name for p in (run / "merged").glob("*.safetensors*")) == sorted(p.name for p in base.glob("*.safetensors*"))
+        assert {n: x[:2] for n, x in before.items()} == {n: x[:2] for n, x in after.items()}
+        touched = {n for n in before if before[n] != after[n]}
+        assert touched and all(TOUCHED["crystal"](n) for n in touched)
+
+        model, fmt, _ = export.open_model(run)  # the run itself, in memory
+        lora.merge(model.hf)
+        ours = dict(model.hf.named_parameters())
+        stored = {}
+        for file in (run / "merged").glob("*.safetensors"):
+            stored |= load_file(file)
+        for key, tensor in stored.items():
+            assert torch.equal(tensor, ours[crystal.model.parameter_name(model.hf, key)]), key
+        first = ours["model.language_model.layers.0.mlp.up_proj.weight"]
+        expected.append([str(dtype), float(model.hf.lm_head.weight.double().sum()), float(first.double().sum())])
+    done = subprocess.run([sys.executable, "-c", LOADS, *(str(tmp_path / n / "merged") for n in BASES)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [json.loads(x) for x in done.stdout.splitlines()] == expected
+
+
+def test_a_base_that_lacks_what_was_trained_is_named(runs, tmp_path, monkeypatch, model_dirs):
+    base = shutil.copytree(model_dirs[True], tmp_path / "base")
+    monkeypatch.setattr(crystal.model, "directory", lambda name: base)
+    state = load_file(base / "model.safetensors")
+    lost = "model.language_model.layers.1.mlp.up_proj.weight"
+    save_file({n: t for n, t in state.items() if n != lost}, base / "model.safetensors")
+    with pytest.raises(UserError, match=f"{lost} was trained, but no safetensors file there has it"):
+        export.export(runs["crystal"], merged=tmp_path / "merged")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {lost: "../other.safetensors"}}))
+    with pytest.raises(UserError, match="no file ../other.safetensors"):
+        export.export(runs["crystal"], merged=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_adapter_alone_needs_no_weights(runs, monkeypatch, tmp_path):
+    """What is exported from names and shapes is what the run holds."""
+    run = runs["untied"]
+    monkeypatch.setattr(crystal.model.AutoModelForImageTextToText, "from_pretrained", None)
+    export.export(run, adapter=tmp_path / "adapter", merged=tmp_path / "merged")
+    monkeypatch.undo()
+    model, _, _ = export.open_model(run)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ours = lora.adapter_state(model.hf, model.rows)
+    assert stored.keys() == ours.keys() and all(torch.equal(stored[n], ours[n]) for n in ours)
+    assert any("lora_B" in n and t.abs().max() > 0 for n, t in stored.items())
 
 
 @pytest.mark.parametrize("name", ["crystal", "untied"])

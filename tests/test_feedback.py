@@ -158,6 +158,15 @@ def test_no_row_sees_the_future_and_no_latent_its_token(ragged):
     assert torch.equal(other[0, :t], h[0, :t]) and not torch.equal(other[0, t:], h[0, t:])
 
 
+def test_one_pass_over_filled_inputs_leaves_the_same_states(ragged, float64_modules):
+    s = ragged()
+    h, _ = feedback.recurrence(s.model, s.batch, s.latents)
+    real = s.batch["attention_mask"].bool()
+    with feedback.filled(s.model, h, s.latents):
+        assert (s.model.hidden(s.batch) - h)[real].abs().max() < 1e-10
+    assert (s.model.hidden(s.batch) - h)[real].abs().max() > 1e-3  # closed again: latents are tokens
+
+
 def test_misplaced_latents_are_refused(ragged):
     s = ragged()
     for b, t in ((0, 0), (0, s.latents.shape[1] - 1)):
@@ -173,3 +182,16 @@ def test_misplaced_latents_are_refused(ragged):
         feedback.recurrence(s.model, s.batch, s.latents, (4,))
     with pytest.raises(ValueError, match="at least 0"):
         feedback.parallel(s.model, s.batch, s.latents, -1)
+
+
+def test_the_command_prints_error_and_time(records_file, capsys):
+    """On the shipped model the errors fall with T."""
+    from crystal.config import UserError
+    from data_prep import feedback_check
+    feedback_check.main(["--data", str(records_file), "--records", "1", "--updates", "0,3", "--repeats", "1"])
+    head, _, *table = capsys.readouterr().out.splitlines()
+    assert "16 latents a segment, up to 32 a record" in head
+    rows = [line.split() for line in table]
+    assert [row[0] for row in rows] == ["0", "3"] and all(float(rows[0][i]) > 1.2 * float(rows[1][i]) > 0 for i in (1, 2))
+    with pytest.raises(UserError, match="no-run: not a directory"):
+        feedback_check.main(["--run", "./no-run"])

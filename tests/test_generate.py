@@ -154,3 +154,17 @@ def test_command_line(records_file, capsys, tmp_path):
         generate.main(["--image", str(tmp_path / "none.png"), "--question", "x"])
     with pytest.raises(UserError, match="--question"):
         generate.main(["--image", str(image)])
+
+
+def test_latents_that_the_model_writes_itself(setup, monkeypatch):
+    """--latents free: the plain chat prompt, room for the thought, and the answer behind `<answer>`."""
+    s = setup()
+    said = s.fmt.thinking()[0] + [s.fmt.open] + s.fmt.text("red") + [s.fmt.close, s.fmt.end]
+    assert generate.thought_length(s.fmt, "x") == len(said) - len(s.fmt.text("red")) - 1
+    fed = []
+    monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **_: fed.append(input_ids) or torch.cat([input_ids, torch.tensor([said])], 1))
+    ask = prompts(s, "none")[:1]
+    assert generate.write(s.model, ask, s.fmt) == [said] and generate.generate(s.model, ask, s.fmt) == ["red"]
+    assert not set(s.fmt.latents) & set(fed[0][0].tolist())
+    with pytest.raises(UserError, match="x has no latents that it learned to write"):
+        generate.thought_length(setup("--method", "sft").fmt, "x")

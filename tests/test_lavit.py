@@ -9,7 +9,7 @@ from conftest import gradients
 from safetensors.torch import load_file, save_file
 from test_ddp import SCRIPT, run
 
-from crystal import checkpoint, losses, methods, train
+from crystal import checkpoint, evaluate, layout, losses, methods, train
 from crystal.bottleneck import additive_mask
 from crystal.config import Progress, UserError
 from crystal.data import RecordError
@@ -139,6 +139,13 @@ def test_gaze_is_the_mean_over_layers_and_heads_of_what_eager_attention_computes
     assert abs(kl - terms["gaze"]) < 1e-6
 
 
+def test_semantics_read_the_last_latent_through_the_head(setup):
+    s = setup(*LORA)
+    h, phi = s.model.hidden(s.batch), s.method.heads["semantics"]
+    cosines = [torch.cosine_similarity(phi(h[b, s.batch["latents"][b, -1]]), s.batch["v_sem"][b].double(), 0) for b in range(3)]
+    assert abs(s.objective(s.batch, at(1.0))["semantics"] - (1 - sum(cosines) / 3)) < 1e-6
+
+
 def test_loss_functions():
     cols = torch.tensor([[0, 1, 2, -1], [4, 5, 6, 7]])
     A = torch.tensor([[[0.1, 0.2, 0.1, 0.0]] * 2, [[0.1, 0.1, 0.1, 0.1], [0.4, 0.1, 0.1, 0.2]]], dtype=torch.float64, requires_grad=True)  # [B,K,N]
@@ -217,6 +224,23 @@ def test_no_future_leaks_through_the_gate(setup):
         assert torch.equal(a[:last], b[:last]) and not torch.equal(a[last], b[last])
 
 
+def test_latents_masked_at_inference(setup):
+    """Table 3's last control: other latents change no row but theirs, to the bit; seen, they do. It adds to a method's own mask."""
+    s = setup(*LORA, which=[0])
+    other = dict(s.batch, input_ids=s.batch["input_ids"].clone())
+    at_latents = s.batch["latents"][0]
+    other["input_ids"][0, at_latents] = other["input_ids"][0, at_latents.flip(0)]
+    rest = torch.ones_like(s.batch["input_ids"], dtype=torch.bool)
+    rest[0, at_latents] = False
+    for how, same in ((evaluate.hide_latents(s.fmt), True), (lambda batch: [], False)):
+        a, b = (s.model.hidden(x, biases=how(x))[rest] for x in (s.batch, other))
+        assert torch.equal(a, b) == same
+    both = evaluate.hide_latents(s.fmt, lambda batch: s.method.biases(s.model, batch))(s.batch)
+    assert len(both) == 2 and torch.equal(both[0].keys, s.batch["input_ids"] == s.fmt.image)
+    with pytest.raises(UserError, match="--latents mask"):
+        evaluate.hide_latents(layout.Format(s.model.tokenizer))
+
+
 def test_bottleneck_at_test_time_is_the_closed_gate(setup):
     """`evaluate --bottleneck` asks for the mask of a prompt whose only row is `<answer>`."""
     s = setup(*LORA, which=[0])
@@ -255,12 +279,14 @@ def test_without_both_terms_no_teacher_is_needed(setup):
 def test_bad_input(setup):
     s = setup(*LORA)
     s.records[0].features = {}
-    with pytest.raises(RecordError, match="lavit.jsonl:1: field 'features': no 'lavit' in it"):
+    with pytest.raises(RecordError, match="lavit.jsonl:1: field 'features': no 'lavit' in it; data_prep/lavit_teacher.py makes it"):
         s.examples.build(0, 0)
+    with pytest.raises(RecordError, match="lavit.jsonl:3: field 'features': the teacher saw 2 images, the record has 1"):
+        s.method.extras(s.records[2], [None])
     s = setup(*LORA, "--semantics_dim", "7")
     with pytest.raises(UserError, match="--semantics_dim 32 is needed"):
         s.objective(s.batch, at(0.0))
-    for flags in (["--gate_warmup", "0"], ["--w_gaze", "-1"], ["--gate", "ajar"]):
+    for flags in (["--gate_warmup", "0"], ["--w_gaze", "-1"], ["--gate", "ajar"], ["--turns", "all"]):
         with pytest.raises(UserError, match=flags[0]):
             methods.parse(["--method", "lavit", *flags])
 

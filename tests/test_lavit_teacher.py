@@ -104,15 +104,25 @@ def test_files_resume_and_the_student_learns_from_them(model_dirs, source, tmp_p
     assert (folder / f"{kept.name}.safetensors").stat().st_mtime_ns == stamp
     after = load_file(f"{lost}.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
-    with pytest.raises(UserError, match="made with another teacher"):
+    with pytest.raises(UserError, match="made by another teacher"):
         teach(model_dirs, source, "--max_pixels", "6272")
+    teach(model_dirs, source, "--max_pixels", "6272", "--overwrite", "--keep", "all")
+    assert "0 there already" in capsys.readouterr().out and load_file(f"{kept}.safetensors")["0/gaze_grid"].prod() < 12
 
     # a student that sees the images larger: its grid is finer than the teacher's
     flags = ["--method", "lavit", "--model", str(model_dirs[True]), "--data", str(out), "--max_steps", "2", "--batch_size", "3", "--lr", "1e-3", "--min_pixels", "25088",
              "--eval_every", "0", "--output", str(tmp_path / "run")]
-    train.main(flags)
+    run = train.main(flags)
     first, last = (json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert last["gaze"] < first["gaze"] and last["semantics"] < first["semantics"]
+
+    # a run as teacher: its checkpoint counts, not its name alone
+    (tmp_path / "own.jsonl").write_text(source.read_text().splitlines()[0] + "\n")
+    own = ["--teacher", str(run), "--data", str(tmp_path / "own.jsonl"), "--max_new_tokens", "2", "--keep", "all", "--device", "cpu"]
+    lavit_teacher.main(own)
+    train.main(flags + ["--overwrite", "--seed", "1"])
+    with pytest.raises(UserError, match="made by another teacher"):
+        lavit_teacher.main(own)
 
 
 def test_two_ranks_write_what_one_writes(model_dirs, source, tmp_path):

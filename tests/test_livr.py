@@ -11,6 +11,7 @@ from crystal.bottleneck import additive_mask
 from crystal.config import UserError
 from crystal.latent_copy import LatentCopy
 from crystal.layout import IGNORE
+from crystal.methods.sft import cross_entropy
 
 MASKED, OPEN = (methods.parse(["--method", "livr"]).progress(step) for step in (0, 4000))
 LIVR = ("--method", "livr", "--lora_dropout", "0")
@@ -108,7 +109,8 @@ def test_the_loss_is_alive(setup, tune, checkpointing, progress):
 def test_the_stages_differ_by_the_mask_alone(setup):
     s = setup(*LIVR)
     masked, opened = (s.objective(s.batch, p)["ce"] for p in (MASKED, OPEN))
-    plain = setup("--method", "livr", "--lora_dropout", "0", "--masked", "0")
+    assert torch.equal(masked, cross_entropy(s.model, s.batch, s.method.biases(s.model, s.batch))) and torch.equal(opened, cross_entropy(s.model, s.batch))
+    plain = setup("--method", "livr", "--lora_dropout", "0", "--masked", "0")  # stage 2 from its first update on
     assert masked != opened and torch.equal(opened, plain.objective(plain.batch, plain.settings.progress(0))["ce"])
 
 

@@ -198,3 +198,47 @@ def test_tuning_a_file_of_ones_own(flags, tmp_path):
     assert line["loss"] == pytest.approx(sum(line[n] for n in ("ce_int", "ce_cor", "kl", "attn", "mine")))
     with pytest.raises(UserError, match="known are crystal, .*sft"):
         train.main(flags("x", "--method", "nothing"))
+
+
+STAGED = """from dataclasses import dataclass
+from crystal import config
+from crystal.config import Stage, setting
+from crystal.methods import sft
+
+@dataclass
+class Settings(config.Settings):
+    second: str = setting("", "records of the second stage")
+
+    @property
+    def stages(self):
+        return [Stage("first", 0.5, self.lr), Stage("second", 0.5, self.lr / 2, self.second)]
+
+class Method(sft.Method):
+    Settings = Settings
+    seen = []
+
+    def layout(self, fmt, record, image_tokens, stage=-1):
+        self.seen.append((stage, record.where.rpartition("/")[2].partition(":")[0]))
+        return super().layout(fmt, record, image_tokens)
+
+    def losses(self, model, batch, progress):
+        self.seen.append((progress.step, progress.stage, progress.of_stage))
+        return super().losses(model, batch, progress)
+"""
+
+
+def test_a_stage_has_its_own_data_and_layout(flags, records_file, tmp_path):
+    from crystal import methods
+    (tmp_path / "staged.py").write_text(STAGED)
+    other = records_file.parent / "other.jsonl"
+    other.write_text(records_file.read_text())
+    more = ["--method", str(tmp_path / "staged.py"), "--second", str(other), "--max_steps", "4", "--batch_size", "1", "--val_data", str(records_file), "--eval_every", "2"]
+    train.main(flags("staged", *more))
+    seen = methods.get(str(tmp_path / "staged.py")).seen
+    steps = [x for x in seen if len(x) == 3 and x[0] < 4]
+    assert steps == [(0, 0, 0.0), (1, 0, 0.5), (2, 1, 0.0), (3, 1, 0.5)]
+    layouts = [x for x in seen if len(x) == 2]
+    assert layouts[:2] == [(0, "train.jsonl")] * 2 and layouts.count((1, "other.jsonl")) == 2 and layouts.count((1, "train.jsonl")) == 6 and len(layouts) == 10
+    assert seen.count((4, 1, 1.0)) == 6
+    with pytest.raises(UserError, match="nowhere.jsonl: cannot be read"):
+        train.main(flags("x", *more, "--second", "nowhere.jsonl"))

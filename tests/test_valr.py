@@ -91,6 +91,11 @@ def test_alignment_equals_a_loop(made):
     _, after = valr.feedback.recurrence(s.model, s.batch, fed, (2,))
     e, expected, at = s.method.encoders[0], [], 0
     own = torch.cat(s.model.hf.model.get_image_features(s.batch["pixel_values"], s.batch["image_grid_thw"]).pooler_output)
+    s.batch["pixel_values"].requires_grad_()
+    with valr.own_features(s.model, s.batch) as seen:
+        s.model.hidden(s.batch)
+    assert torch.equal(seen[0], own) and not seen[0].requires_grad  # a target, even where the tower trains
+    s.batch["pixel_values"].requires_grad_(False)
     for b, r in enumerate(s.records):
         n = len(s.examples[0, b]["layout"].image)
         sees = [torch.cat([e(e.pixels(data.load_image(p, ""))[None])[0] for p in r.images]).double(), own[at : at + n]]
@@ -163,6 +168,36 @@ def test_wrong_settings_are_told(made, setup, records_file):
     s.records[0].images.clear()
     with pytest.raises(data.RecordError, match="nothing to align to"):
         s.method.extras(s.records[0], [])
+
+
+def test_what_looks_at_attention_sees_the_recurrence(made):
+    from crystal.attention import AttentionTap
+    s = made()
+    fed = valr.mask_of(s.batch["latents"], s.batch["input_ids"].shape[1])
+    h, _ = valr.feedback.recurrence(s.model, s.batch, fed)
+    tap = AttentionTap({0, 2}, s.batch["rows"], s.batch["latents"])
+    real = s.batch["attention_mask"].bool()
+    assert (s.method.hidden(s.model, s.batch, tap) - h)[real].abs().max() < 1e-5  # stock norms compute in float32
+    assert all(0 < x.sum(-1)[0, :, 0].mean() < 1 for x in tap.slices.values())
+
+
+def test_attention_is_drawn_of_fed_back_latents(made, tmp_path):
+    """Both paths' last states are the recurrence's; a bar for each latent of each segment; the picture is drawn."""
+    from crystal import visualize
+    s = made(dtype=torch.float32, which=[0])
+    s.model.eval()
+    examples = data.Examples(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), 0)
+    batch = data.to_device(data.collate([examples[0, 0]], 0), torch.device("cpu"), torch.float32)
+    fed = valr.mask_of(batch["latents"], batch["input_ids"].shape[1])
+    found = visualize.answer_attention(s.model, batch, s.settings, {0, 2}, None, fed)
+    assert found.latents.shape == (2, 6) and torch.allclose(found.image.sum((1, 2)) + found.latents.sum(1) + found.rest, torch.ones(2), atol=1e-5)
+    for path, pixels in enumerate(("pixel_values", "pixel_values_cor")):
+        with torch.no_grad():
+            h, _ = valr.feedback.recurrence(s.model, batch | {"pixel_values": batch[pixels]}, fed)
+        assert torch.allclose(found.logits[path], s.model.logits(h[0, batch["rows"][0, 0]]), atol=1e-3)
+    plain = visualize.answer_attention(s.model, batch, s.settings, {0, 2})
+    assert (plain.latents - found.latents).abs().max() > 1e-4
+    assert visualize.attention_maps(s.model, s.fmt, s.settings, s.records, tmp_path / "a.png").stat().st_size > 10000
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def get(name):
         module = importlib.import_module(f"crystal.methods.{name}")
     if not hasattr(module, "Method"):
         raise UserError(f"--method {name}: defines no class Method")
+    if not issubclass(module.Method, importlib.import_module("crystal.methods.sft").Method):
+        raise UserError(f"--method {name}: its class Method must inherit from crystal.methods.sft's, or another method's")
     return module.Method
 
 

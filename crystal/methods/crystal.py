@@ -7,6 +7,7 @@ B pairs, L sequence length, D hidden size, H heads, M answer rows, K columns, N 
     corrupted  I_cor  Q  <think> .. latents .. </think>  <answer> R        CE_cor, student
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,8 +16,9 @@ from crystal.attention import AttentionTap
 from crystal.config import UserError, setting
 from crystal.latent_copy import dual_forward
 from crystal.layout import IGNORE, Format, new_tokens
-from crystal.losses import attn_loss, ce_rows, kl_rows, mean_per_pair, slice_kind
+from crystal.losses import mean_per_pair
 from crystal.methods.sft import Method as SFT
+from crystal.ops import attn_align, attn_slice, vocab_kl_ce
 
 # The authors' released code (github yangzhangok/crystal, bc08a90) where it differs from the paper.
 PRESETS = {
@@ -99,8 +101,9 @@ class Method(SFT):
         cols = self.columns(batch)                                                     # [B,K]
         copied = self.copied(batch)                                                    # [B,L]
         layers, rows2 = config.layers_of(s.attn_layers, len(model.layers)), rows.repeat(2, 1)
-        tap = AttentionTap(layers, rows2, cols.repeat(2, 1), slice_kind(s.attn_loss, s.attn_heads))
-        mass = AttentionTap(layers, rows2, batch["latents"].repeat(2, 1), "weights")
+        align = partial(attn_align, s.attn_loss, s.attn_heads, teacher_grad=s.teacher_grad)
+        tap = AttentionTap(layers, rows, cols, align)                                  # eq. 5 of each layer, [B]
+        mass = AttentionTap(layers, rows2, batch["latents"].repeat(2, 1), attn_slice)
 
         def taps(layer, q, k, scale):
             tap(layer, q, k, scale)
@@ -113,28 +116,20 @@ class Method(SFT):
         label_int = targets != IGNORE
         label_cor = label_int & (mask_of(rows, L) if s.ce == "pooled" else ~copied)
         answer = mask_of(rows, L)                                                      # [B,L]
-        need_int, need_cor = label_int | answer, label_cor | answer
-        # One product with the head for both paths; only the rows that a loss reads.
-        logits = model.logits(torch.cat([h_int[need_int], h_cor[need_cor]]))
-        logits_int, logits_cor = logits.split([int(need_int.sum()), int(need_cor.sum())])
-
-        def ce(logits, need, label):  # -> [N] and whose each is
-            return ce_rows(logits[label[need]], targets[label]), label.nonzero()[:, 0]
-
-        ce_int, pair_int = ce(logits_int, need_int, label_int)
-        ce_cor, pair_cor = ce(logits_cor, need_cor, label_cor)
+        # One product with the head for both paths; only the rows that a loss reads, which their gradients may overwrite.
+        logits = model.logits(torch.cat([h_int[label_int | answer], h_cor[label_cor | answer]]))
+        need = label_int | label_cor | answer
+        pair = need.nonzero()[:, 0]                                                    # [N]
+        label_int, label_cor, answer, labels = (x[need] for x in (label_int, label_cor, answer, targets))
+        ce_int, ce_cor, kl = vocab_kl_ce(logits, None, labels.where(label_int, IGNORE), labels.where(label_cor, IGNORE), answer,
+                                         teacher_grad=s.teacher_grad, in_place=True)   # [N] each
         if s.ce == "pooled":
-            terms = {"ce": mean_per_pair(torch.cat([ce_int, ce_cor]), torch.cat([pair_int, pair_cor]), B)}
+            terms = {"ce": mean_per_pair(torch.cat([ce_int[label_int], ce_cor[label_cor]]), torch.cat([pair[label_int], pair[label_cor]]), B)}
         else:
-            terms = {"ce_int": mean_per_pair(ce_int, pair_int, B), "ce_cor": mean_per_pair(ce_cor, pair_cor, B)}
+            terms = {"ce_int": mean_per_pair(ce_int[label_int], pair[label_int], B), "ce_cor": mean_per_pair(ce_cor[label_cor], pair[label_cor], B)}
+        terms["kl"] = mean_per_pair(kl[answer], pair[answer], B, s.kl_share)           # eq. 4
 
-        teacher = (lambda x: x) if s.teacher_grad else torch.Tensor.detach
-        kl = kl_rows(teacher(logits_int[answer[need_int]]), logits_cor[answer[need_cor]])
-        terms["kl"] = mean_per_pair(kl, answer.nonzero()[:, 0], B, s.kl_share)         # eq. 4
-
-        slices = [(x[:B], x[B:]) for x in tap.slices.values()]                         # [B,H,M,K] each
-        terms["attn"] = torch.stack([attn_loss(s.attn_loss, s.attn_heads, teacher(a_int), a_cor, rows, cols)
-                                     for a_int, a_cor in slices]).mean(0)              # eq. 5
+        terms["attn"] = torch.stack(list(tap.slices.values())).mean(0)                 # eq. 5
         masses = torch.stack([x.sum(-1).mean(1) for x in mass.slices.values()]).mean(0)  # [2B,M]
         masses = masses.sum(1) / (rows2 >= 0).sum(1).clamp(min=1)                      # [2B]
         terms["mass_int"], terms["mass_cor"] = masses.chunk(2)

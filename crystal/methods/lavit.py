@@ -58,6 +58,8 @@ class Settings(config.Settings):
             raise UserError(f"--gate_warmup {self.gate_warmup} --gate_start {self.gate_start}: each must be above 0 and at most 1")
         if min(self.w_semantics, self.w_gaze) < 0 or self.gaze_top < 1:
             raise UserError("--w_semantics and --w_gaze must not be negative, --gaze_top must be at least 1")
+        if self.turns == "all" and (self.w_semantics or self.w_gaze):
+            raise UserError("--turns all: the teacher has looked at the first question of a record alone")
 
     @property
     def weights(self):
@@ -100,9 +102,14 @@ class Method(SFT):
         names = ["gaze", "gaze_grid"] * bool(s.w_gaze) + ["v_sem"] * bool(s.w_semantics)
         if not names:
             return {}
+        if "lavit" not in record.features:
+            raise data.RecordError(f"{record.where}: field 'features': no 'lavit' in it; data_prep/lavit_teacher.py makes it, "
+                                   "and --w_gaze 0 --w_semantics 0 trains without a teacher")
         found = data.load_features(record, "lavit")
         if missing := [name for name in names if name not in found]:
             raise data.RecordError(f"{record.where}: field 'features': {record.features['lavit']} holds no {missing[0]} for the id {record.id!r}")
+        if s.w_gaze and len(found["gaze_grid"]) != len(images):
+            raise data.RecordError(f"{record.where}: field 'features': the teacher saw {len(found['gaze_grid'])} images, the record has {len(images)}")
         return {name: found[name] for name in names}
 
     def modules(self, model):
@@ -191,8 +198,8 @@ def top(A, k):
 def align(A, grids, to):
     """A [N] on a teacher's grids -> [N'] on a student's, each image bilinearly (appendix C.2); grids that agree change nothing."""
     parts = A[: sum(h * w for h, w in grids)].split([h * w for h, w in grids])
-    return torch.cat([part if tuple(grid) == tuple(new) else F.interpolate(part.view(1, 1, *grid), tuple(new), mode="bilinear", align_corners=False).flatten()
-                      for part, grid, new in zip(parts, grids, to)])
+    drawn = lambda part, grid, new: F.interpolate(part.view(1, 1, *grid), tuple(new), mode="bilinear", align_corners=False).flatten()
+    return torch.cat([part if tuple(grid) == tuple(new) else drawn(part, grid, new) for part, grid, new in zip(parts, grids, to)])
 
 
 def focus(A, inside):

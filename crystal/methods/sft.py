@@ -6,7 +6,8 @@ import torch.nn as nn
 
 from crystal import config
 from crystal.layout import IGNORE, Format
-from crystal.losses import ce_rows, mean_per_pair
+from crystal.losses import mean_per_pair
+from crystal.ops import ce_rows
 
 
 class Method:

@@ -21,6 +21,7 @@ from crystal import config, data, encoders, feedback
 from crystal.config import Stage, UserError, setting
 from crystal.layout import IGNORE, Format, Layout, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
+from crystal.methods.crystal import mask_of
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
 
@@ -142,13 +143,20 @@ class Method(SFT):
                 found |= {f"features_{m}": F, f"count_{m}": torch.tensor([len(F)])}
         return found
 
+    def hidden(self, model, batch, tap=None):
+        """The recurrence, then one pass over whole sequences that a tap can watch."""
+        fed = mask_of(batch["latents"], batch["input_ids"].shape[1])
+        h, _ = feedback.recurrence(model, batch, fed)
+        with feedback.filled(model, h, fed):
+            return model.hidden(batch, tap=tap)
+
     def losses(self, model, batch, progress):
         """{"ce"}, and in the second stage {"repa"}: means over the batch's records of token mean and of alignment."""
         if progress.stage == 0:
             # The projections wait for the second stage; 0 of them keeps the processes' gradients in step.
             return {"ce": cross_entropy(model, batch) + 0 * sum(p.sum() for p in self.projections.parameters())}
         B, L = batch["input_ids"].shape
-        fed = torch.zeros(B, L + 1, dtype=torch.bool, device=batch["input_ids"].device).scatter(1, batch["latents"] % (L + 1), True)[:, :L]
+        fed = mask_of(batch["latents"], L)                                                         # [B,L]
         with own_features(model, batch) as own:
             h, after = feedback.forward(model, batch, fed, self.settings.updates, (self.layer,))   # [B,L,D]
         terms = {"ce": cross_entropy(model, batch, h=h)}

@@ -1,0 +1,380 @@
+"""Are the latents used? Interventions on their hidden states, the answer's attention, and a verdict whose rule is fixed beforehand.
+
+    python -m crystal.evaluate --model runs/crystal --data runs/toy/test.jsonl --reliance
+
+Dropping latents shortens the sequence to one that the model was never trained on, and attention mass says where a model looks, not what it
+takes. The causal question is another: does the answer change when the latents hold what they would hold for another image? So every condition
+below keeps weights, question and positions, and replaces the hidden states of the K latents at the input of every decoder layer. All later rows
+see a latent through its key and value alone, so replacing its states replaces all that the answer can know of it.
+
+    as trained                           everything as the model learned it
+    latents dropped                      the sequence without them
+    latents: mean, noise                 states replaced by their mean over the data, or by Gaussian noise of their mean and spread
+    latents: swapped                     states of another image with another answer: the causal test
+    image hidden, latents kept           every later row but the latents is blind to the image (LIVR's bottleneck), and the floor without latents
+    image corrupted, latents intact      what CrystaL trains; and corrupted latents with it
+
+THE RULE: the latents are used if the 95 % interval of (as trained - swapped), paired by question, lies above 0.
+
+B questions, L prompt length, K latents, N image tokens, M answer rows, H heads, D hidden size.
+"""
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from crystal import data, processes, visualize
+from crystal.attention import AttentionTap
+from crystal.benchmarks import score, tidy, wilson
+from crystal.bottleneck import Bias
+from crystal.config import UserError
+from crystal.generate import generate
+from crystal.layout import IGNORE, Layout
+
+RULE = "used if the paired 95 % interval of (as trained - swapped) lies above 0"
+MARKERS = ("<|vision_start|>", "<|vision_end|>")  # they stand around an image and may repeat it: they count as image
+
+
+@dataclass(frozen=True)
+class Condition:
+    """latents: keep or drop them. states: whose stand at the latents. hidden: the image is, from later rows. corrupted: the image is."""
+    name: str
+    latents: str = "keep"
+    states: str = "own"
+    hidden: bool = False
+    corrupted: bool = False
+
+
+AS_TRAINED = Condition("as trained")
+SWAPPED = Condition("latents: swapped", states="swapped")
+CONDITIONS = (
+    AS_TRAINED,
+    Condition("latents dropped", latents="drop"),
+    Condition("latents: mean", states="mean"),
+    Condition("latents: noise", states="noise"),
+    SWAPPED,
+    Condition("image hidden, latents kept", hidden=True),
+    Condition("image hidden, latents dropped", hidden=True, latents="drop"),
+    Condition("image corrupted, latents intact", corrupted=True, states="intact"),
+    Condition("image corrupted, latents corrupted", corrupted=True),
+)
+
+
+# --- interventions ----------------------------------------------------------------------------------------------------
+
+@contextmanager
+def before_layers(model, change):
+    """While it lasts, change(n, h [B,L,D], kwargs) -> (h, kwargs) runs before decoder layer n in every forward, generation's too."""
+    def hook(n):
+        def run(layer, args, kwargs):
+            h, kwargs = change(n, args[0] if args else kwargs["hidden_states"], kwargs)
+            return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+        return run
+
+    handles = [layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in enumerate(model.layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded(model, where):
+    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each layer. where: positions [B,K]."""
+    states = []
+
+    def change(n, h, kwargs):
+        if h.shape[1] > 1:  # the prompt; one row is a token being decoded, which reads the latents from the cache
+            states.append(h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2])))
+        return h, kwargs
+
+    with before_layers(model, change):
+        yield states
+
+
+@contextmanager
+def replaced(model, where, states):
+    """The latents at positions where [B,K] have the given states: [B,K,D] for each layer."""
+    def change(n, h, kwargs):
+        if h.shape[1] > 1:
+            h = h.scatter(1, where[:, :, None].expand(-1, -1, h.shape[2]), states[n].to(h.dtype))
+        return h, kwargs
+
+    with before_layers(model, change):
+        yield
+
+
+def hidden_image(ask):
+    """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the prompt and while decoding."""
+    return lambda batch: [Bias(~ask.image & ~ask.latents, ask.image)]
+
+
+@dataclass
+class Asked:
+    """A batch of prompts as `generate` pads them, to the left. ids: lists; where: latents [B,K]; image, latents, mask: [B,L]."""
+    prompts: list
+    where: torch.Tensor
+    image: torch.Tensor
+    latents: torch.Tensor
+    mask: torch.Tensor
+
+
+def asked(model, examples, pixels="pixel_values"):
+    """Examples of `questions` -> Asked. pixels: or "pixel_values_cor" for the corrupted images."""
+    prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in examples]
+    B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
+    where = torch.tensor([[L - len(ids) + i for i in e["layout"][2]] for e, (ids, _, _) in zip(examples, prompts)], dtype=torch.long)
+    image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
+    markers = set(model.tokenizer.convert_tokens_to_ids(list(MARKERS))) - {None, model.tokenizer.unk_token_id}
+    for b, (e, (ids, _, _)) in enumerate(zip(examples, prompts)):
+        left = L - len(ids)
+        mask[b, left:] = 1
+        around = [i for i, token in enumerate(ids) if token in markers]
+        image[b, [left + i for i in [*e["layout"][1], *around]]] = True
+    latents = torch.zeros(B, L, dtype=torch.bool).scatter(1, where, True)
+    return Asked(prompts, *(x.to(model.device) for x in (where, image, latents, mask)))
+
+
+def questions(model, fmt, records, latents="keep", corruption=None, seed=0):
+    """Records -> Examples whose layout is (ids, image positions, latent positions).
+
+    A merged directory's chat template writes the latents itself: there they are found by their tokens' name.
+    """
+    named = {i for token, i in model.tokenizer.get_added_vocab().items() if token.startswith("<|latent_")}
+
+    def layout(record, image_tokens):
+        ids, image, where = fmt.question(record.turns, image_tokens, latents)
+        if not fmt.count and named:
+            where = [i for i, token in enumerate(ids) if token in named]
+            if latents == "drop":  # latents stand after the image: its positions stay
+                ids, where = [token for token in ids if token not in named], []
+        return ids, image, where
+
+    return data.Examples(records, layout, model.image_processor, corruption, seed, copies=fmt.copies)
+
+
+def donors(records, seed=0):
+    """For each record the index of one with another image and another answer, to swap latents with: [len(records)].
+
+    If there is one, it was asked the same question; else it is of the same family; else any. UserError if all answers are alike.
+    """
+    g = torch.Generator().manual_seed(data.seed_of(seed, 1))
+    keys = [[(0, str(r.turns)) for r in records], [(1, r.family) for r in records], [(2,) for r in records]]
+    groups = {}
+    for tier in keys:
+        for i, key in enumerate(tier):
+            groups.setdefault(key, []).append(i)
+    found = []
+    for i, record in enumerate(records):
+        for tier in keys:
+            group = groups[tier[i]]
+            start = int(torch.randint(len(group), (), generator=g))
+            donor = next((j for j in group[start:] + group[:start] if tidy(records[j].answer) != tidy(record.answer) and records[j].images != record.images), None)
+            if donor is not None:
+                break
+        if donor is None:
+            raise UserError(f"--reliance: no other image with another answer than {record.answer!r} to swap {record.where}'s latents with")
+        found.append(donor)
+    return found
+
+
+# --- the numbers --------------------------------------------------------------------------------------------------------
+
+def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
+    """Right or wrong [n] under two conditions -> (mean difference a - b, low, high): percentile interval of the paired bootstrap over questions.
+
+    A difference is -1, 0 or 1, so resampling n questions with replacement is one multinomial draw of how many of each.
+    """
+    d = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
+    n = len(d)
+    counts = np.random.default_rng(seed).multinomial(n, [(d == v).mean() for v in (-1, 0, 1)], size=draws)  # [draws,3]
+    low, high = np.quantile((counts[:, 2] - counts[:, 0]) / n, [(1 - level) / 2, (1 + level) / 2])
+    return float(d.mean()), float(low), float(high)
+
+
+def verdict(difference, low, high):
+    """The paired difference (as trained - swapped) and its 95 % interval, as shares -> (used, one line in plain words)."""
+    numbers = f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    if low > 0:
+        return True, f"The latents are used: with another image's latents fewer answers are right ({numbers})."
+    if high < 0:
+        return False, f"The latents are not used to advantage: with another image's latents more answers are right ({numbers})."
+    return False, f"No use of the latents is shown: another image's latents leave as many answers right ({numbers}, which holds 0)."
+
+
+@torch.no_grad()
+def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambda n: None):
+    """Share of the answer rows' attention, by decoder layer, mean over heads, rows and questions -> {"latents": [..], "image": [..]}.
+
+    The rows are those that predict the reference answer's tokens, with the answer given; the weights are the true softmax's.
+    """
+    procs = procs or processes.Processes(device=model.device)
+    examples = questions(model, fmt, records)
+    ask, layers = examples.layout, range(len(model.layers))
+
+    def layout(record, image_tokens):
+        ids, image, latents = ask(record, image_tokens)
+        whole = ids + fmt.text(record.answer)
+        return Layout(whole, [IGNORE] * len(whole), image, latents=latents, rows=list(range(len(ids) - 1, len(whole) - 1)))
+
+    examples.layout = layout
+    sums = {"latents": torch.zeros(len(layers), dtype=torch.float64), "image": torch.zeros(len(layers), dtype=torch.float64)}
+    mine = list(range(procs.rank, len(records), procs.world))
+    for at in range(0, len(mine), batch_size):
+        batch = data.collate([examples[0, i] for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id)
+        if "error" in batch:
+            raise data.RecordError(batch["error"])
+        batch = data.to_device(batch, model.device, model.hf.dtype)
+        taps = {name: AttentionTap(layers, batch["rows"], batch[name]) for name in sums}
+        model.hidden(batch, tap=lambda *args: [tap(*args) for tap in taps.values()])
+        rows = (batch["rows"] >= 0).sum(1)                                              # [B]
+        for name, tap in taps.items():
+            mass = torch.stack([x.sum(-1).mean(1).sum(1) / rows for x in tap.slices.values()])  # [layers,B]; x [B,H,M,columns]
+            sums[name] += mass.double().sum(1).cpu()
+        advance(len(rows))
+    return {name: (procs.sum(total) / len(records)).tolist() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, max_new_tokens=32, seed=0, procs=None, progress=False):
+    """A model with latents on records -> everything as one JSON object (see `summarise`); all ranks take their share and return the whole.
+
+    corruption: (mode, low, high). Raises UserError if the prompts hold no latents, or no two answers differ.
+    """
+    procs = procs or processes.Processes(device=model.device)
+    kept, dropped = questions(model, fmt, records, "keep", corruption, seed), questions(model, fmt, records, "drop", corruption, seed)
+    if len(records) < max(2, procs.world):
+        raise UserError(f"--reliance: {len(records)} questions for {procs.world} process(es) are too few")
+    counts = {len(kept.build(i, 0)["layout"][2]) for i in (0, len(records) - 1)}
+    if 0 in counts:
+        raise UserError(f"{model.name}: no latents stand in its prompts, so there is nothing to test; --reliance is for models trained with latents that are not generated")
+    if len(counts) > 1:
+        raise UserError(f"{model.name}: --reliance needs the same number of latents in every prompt, not {sorted(counts)}")
+    partner = donors(records, seed)
+    mine = list(range(procs.rank, len(records), procs.world))
+    batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
+    bar = tqdm(total=3 * len(mine), desc="reliance", unit="question", disable=not (progress and procs.is_first and sys.stderr.isatty()), leave=False)
+    results = []  # {"index", "condition", "prediction", "correct"}
+
+    def answer(batch, prompts, condition, biases=None):
+        for i, prediction in zip(batch, generate(model, prompts, fmt, max_new_tokens, biases)):
+            results.append({"index": i, "condition": condition.name, "prediction": prediction, "correct": score(records[i], prediction)[1]})
+
+    # As trained; on the way, mean and spread of the latents' states over all questions.
+    moments = None  # [2,layers,K,D]: sums of states and of their squares
+    for batch in batches:
+        ask = asked(model, [kept.build(i, 0) for i in batch])
+        with recorded(model, ask.where) as states:
+            answer(batch, ask.prompts, AS_TRAINED)
+        states = torch.stack(states).double()                                           # [layers,B,K,D]
+        sums = torch.stack([states.sum(1), states.square().sum(1)])
+        moments = sums if moments is None else moments + sums
+        bar.update(len(batch))
+    moments = procs.sum(moments) / len(records)
+    mean, spread = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()    # [layers,K,D]
+
+    for batch in batches:
+        examples = {"keep": [kept.build(i, 0) for i in batch], "drop": [dropped.build(i, 0) for i in batch]}
+        others = asked(model, [kept.build(partner[i], 0) for i in batch])
+        intact = asked(model, examples["keep"])
+        sources = {"mean": mean[:, None].expand(-1, len(batch), -1, -1)}
+        noise = [torch.randn(mean.shape, generator=torch.Generator().manual_seed(data.seed_of(seed, 2, i)), dtype=mean.dtype) for i in batch]
+        sources["noise"] = mean[:, None] + spread[:, None] * torch.stack(noise, 1).to(mean.device)  # [layers,B,K,D]
+        for name, source in (("swapped", others), ("intact", intact)):
+            with recorded(model, source.where) as sources[name]:
+                generate(model, source.prompts, fmt, 1)
+        for condition in CONDITIONS[1:]:
+            ask = asked(model, examples[condition.latents], "pixel_values_cor" if condition.corrupted else "pixel_values")
+            if condition.hidden:
+                answer(batch, ask.prompts, condition, hidden_image(ask))
+            elif condition.states != "own":
+                with replaced(model, ask.where, sources[condition.states]):
+                    answer(batch, ask.prompts, condition)
+            else:
+                answer(batch, ask.prompts, condition)
+        bar.update(len(batch))
+    mass = attention_mass(model, fmt, records, batch_size, procs, bar.update)
+    bar.close()
+    summary = summarise(procs.gather(results), records, partner, seed)
+    return summary | {"attention": mass, "corruption": list(corruption), "seed": seed, "latents": counts.pop()}
+
+
+def summarise(results, records, partner, seed=0):
+    """Predictions of every condition -> questions, conditions (shares with intervals), followed, rule, used, verdict.
+
+    followed: share of the answers that became the other image's answer when its latents were put in, and how many were that as trained.
+    """
+    table = {c.name: [None] * len(records) for c in CONDITIONS}
+    for r in results:
+        table[r["condition"]][r["index"]] = r
+    right = {name: [r["correct"] for r in rows] for name, rows in table.items()}
+    base, conditions = AS_TRAINED.name, []
+    for name, rows in table.items():
+        low, high = wilson(sum(right[name]), len(records))
+        line = {"condition": name, "right": sum(right[name]) / len(records), "low": low, "high": high}
+        if name != base:
+            difference, low, high = paired_bootstrap(right[name], right[base], seed)
+            line |= {"difference": difference, "difference_low": low, "difference_high": high,
+                     "changed": sum(r["prediction"] != t["prediction"] for r, t in zip(rows, table[base])) / len(records)}
+        conditions.append(line)
+    followed = {name: sum(score(records[j], r["prediction"])[1] for j, r in zip(partner, table[name])) / len(records) for name in (SWAPPED.name, base)}
+    used, words = verdict(*paired_bootstrap(right[base], right[SWAPPED.name], seed))
+    return {"questions": len(records), "conditions": conditions, "followed": followed, "rule": RULE, "used": used, "verdict": words}
+
+
+# --- what a reader sees -------------------------------------------------------------------------------------------------
+
+def text(result):
+    """The result of `measure` -> table, attention and verdict as lines."""
+    mode, low, high = result["corruption"]
+    lines = [f"{result['questions']} questions; percent right; differences to the first line are paired, with 95 % intervals; corruption {mode} {low:g} to {high:g}",
+             "condition".ljust(36) + "right".rjust(12) + "difference".rjust(12) + "95 % interval".rjust(18) + "answers changed".rjust(17)]
+    for c in result["conditions"]:
+        line = c["condition"].ljust(36) + f"{100 * c['right']:.1f} ±{50 * (c['high'] - c['low']):.1f}".rjust(12)
+        if "difference" in c:
+            interval = f"{100 * c['difference_low']:+.1f} to {100 * c['difference_high']:+.1f}"
+            line += f"{100 * c['difference']:+.1f}".rjust(12) + interval.rjust(18) + f"{100 * c['changed']:.1f}".rjust(17)
+        lines.append(line)
+    lines.append(f"answers that are the other image's: {100 * result['followed'][SWAPPED.name]:.1f} % with its latents, {100 * result['followed'][AS_TRAINED.name]:.1f} % as trained")
+    lines.append("attention of the answer rows by layer, percent")
+    for name, mass in result["attention"].items():
+        lines.append(f"  to {result['latents']} latents".ljust(20) if name == "latents" else "  to the image".ljust(20))
+        lines[-1] += "".join(f"{100 * m:6.1f}" for m in mass)
+    return "\n".join([*lines, f"rule: {result['rule']}", f"verdict: {result['verdict']}"])
+
+
+def picture(result, path):
+    """Attention mass by layer, latents and image -> path of the PNG. UserError without matplotlib."""
+    fig = visualize.figure(5, 3.2)
+    ax = fig.subplots()
+    layers = range(len(result["attention"]["image"]))
+    for (name, mass), colour in zip(result["attention"].items(), visualize.COLOURS):
+        ax.plot(layers, [100 * m for m in mass], "o-", color=colour, markersize=3, label=f"{result['latents']} latents" if name == "latents" else name)
+    ax.set(xlabel="decoder layer", ylabel="attention of the answer rows, %", ylim=(0, None), xticks=list(layers) if len(layers) < 13 else None)
+    ax.legend(frameon=False)
+    ax.set_title("used" if result["used"] else "no use shown", fontsize=10)
+    return visualize.save(fig, path)
+
+
+def run(model, fmt, records, out, about, **how):
+    """`measure`, printed by the first rank and written below `out`: reliance.json, reliance.txt, attention.png. about: what else the JSON says."""
+    procs = how["procs"]
+    started = time.perf_counter()
+    result = measure(model, fmt, records, progress=True, **how)
+    if procs.is_first:
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        print(text(result))
+        (out / "reliance.json").write_text(json.dumps(about | result, indent=1) + "\n")
+        (out / "reliance.txt").write_text(text(result) + "\n")
+        picture(result, out / "attention.png")
+        print(f"wrote {out}/reliance.json, reliance.txt and attention.png in {time.perf_counter() - started:.0f} s", flush=True)
+    return result

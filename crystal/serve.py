@@ -1,0 +1,558 @@
+"""Serve a model: an OpenAI-compatible chat endpoint, safe by default.
+
+    python -m crystal.serve --model runs/crystal/merged --port 8000
+    curl http://127.0.0.1:8000/v1/models
+
+`/v1/models`, `/v1/chat/completions` (streamed or not) and `/health`, over starlette, uvicorn and pydantic. It takes what
+generate.py takes, a run, an exported directory or a hub name, and gives generate.py's answers: greedy, so a request for
+anything else (a temperature, tools, several choices) is refused and not quietly answered another way.
+
+Images arrive as data URLs and in no other way: the server opens no file and no address that a client names. Every
+request is bounded before it costs anything (body, images, pixels, tokens, places in the queue), and whatever is wrong
+with one is told in a line of JSON with a 4xx. Requests that wait together are answered by one call of `generate`.
+"""
+import asyncio
+import base64
+import copy
+import hmac
+import io
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+try:
+    import uvicorn
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: serve.py needs the extra `serve`: pip install starlette uvicorn pydantic ({error})", file=sys.stderr)
+    sys.exit(2)
+
+import torch
+from PIL import Image, ImageOps
+
+from crystal import config, generate
+from crystal.config import UserError
+from crystal.export import open_model
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may open; of an animation the first picture counts
+KEY = "CRYSTAL_API_KEY"  # of the environment: a flag would stand in the list of processes
+log = logging.getLogger("crystal.serve")
+
+
+@dataclass
+class Limits:
+    body: int = 32 * 2**20         # bytes of a request
+    body_seconds: float = 60.0     # for a request's body to arrive
+    images: int = 16               # of one request
+    pixels: int = 50_000_000       # of one image as sent; the model's own bounds come after it
+    tokens: int = 4096             # new tokens that a request may ask for
+    default_tokens: int = 512      # new tokens of a request that names no number
+    queue: int = 64                # requests that wait or are being answered
+    batch: int = 8                 # requests answered by one call
+
+
+class Refusal(Exception):
+    """What is wrong with a request: an HTTP status and one line."""
+
+    def __init__(self, status, message, param=None):
+        super().__init__(message)
+        self.status, self.message, self.param = status, " ".join(message.split()), param
+
+    def response(self):
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        headers = {"Retry-After": "1"} if self.status == 503 else {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        return JSONResponse({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}, self.status, headers)
+
+
+# --- the wire format ---------------------------------------------------------------------------------------------
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Strict):
+    url: str
+    detail: str | None = None  # the model's own bounds on pixels hold
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+class Message(Strict):
+    role: Literal["system", "user", "assistant"]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def parts(cls, content):
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class ChatRequest(Strict):
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    # Only these values leave an answer greedy.
+    temperature: float | None = Field(None, ge=0, le=0)
+    n: int | None = Field(None, ge=1, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    repetition_penalty: float | None = Field(None, ge=1, le=1)
+    # Without effect on a greedy answer.
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    user: str | None = None
+
+
+def parse(body):
+    """bytes -> ChatRequest; Refusal names the field."""
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(x) for x in first["loc"])
+        what = "not known to this server" if first["type"] == "extra_forbidden" else first["msg"]
+        hint = "; this server answers greedily" if where in ("temperature", "n") or where.endswith("_penalty") else ""
+        raise Refusal(400, f"{where}: {what}{hint}" if where else what, where or None) from None
+
+
+def turns_of(messages, limits):
+    """Messages -> (turns for layout.Format with texts between images as a list, the images' data URLs with their place)."""
+    turns, urls = [], []
+    for i, message in enumerate(messages):
+        texts = [""]
+        for j, part in enumerate(message.content):
+            if isinstance(part, TextPart):
+                texts[-1] += part.text
+                continue
+            if message.role != "user":
+                raise Refusal(400, f"messages.{i}.content.{j}: an image may stand in a user's message alone")
+            urls.append((part.image_url.url, f"messages.{i}.content.{j}.image_url.url"))
+            texts.append("")
+        turns.append((message.role, texts))
+    if messages[-1].role != "user":
+        raise Refusal(400, "messages: the last one must be the user's", "messages")
+    if len(urls) > limits.images:
+        raise Refusal(400, f"messages: {len(urls)} images, at most {limits.images} are allowed", "messages")
+    return turns, urls
+
+
+def image_of(url, where, limits):
+    """A data URL -> RGB PIL image. Nothing is decoded before its size is known."""
+    head, comma, data = url.partition(",")
+    if not head.startswith("data:"):
+        raise Refusal(400, f"{where}: must be a data URL (data:image/png;base64,...); this server opens no address and no file", where)
+    if not comma or not head.endswith(";base64"):
+        raise Refusal(400, f"{where}: a data URL must be base64 (data:image/png;base64,...)", where)
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise Refusal(400, f"{where}: bad base64: {error}", where) from None
+    try:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            if image.width * image.height > limits.pixels:
+                raise Refusal(400, f"{where}: {image.width} x {image.height} pixels, at most {limits.pixels} are allowed", where)
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Refusal:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the request's fault
+        reason = " ".join(str(error).split()).split(" <_io")[0] or type(error).__name__
+        raise Refusal(400, f"{where}: not a readable image ({', '.join(FORMATS)}): {reason}", where) from None
+
+
+# --- one model, many requests ------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Job:
+    """A prompt on its way to the model, and where its events go: ("text", new text), ("done", Answer) or ("failed", line)."""
+    stream: bool
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    prompt: tuple = ()               # ids, pixel_values, image_grid_thw
+    limit: int = 0                   # new tokens
+    said: list = field(default_factory=list)  # ids as they come
+    sent: str = ""                   # text told so far
+    holds: bool = False              # one of the places for decoded pictures
+    gone: bool = False               # the client hung up
+
+    def tell(self, *event):
+        if not self.gone:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+@dataclass
+class Answer:
+    text: str
+    tokens: int
+    finish: str  # "stop" or "length"
+
+
+class Abandoned(Exception):
+    """Nobody waits for this batch any more."""
+
+
+class Engine(threading.Thread):
+    """The one thread that runs the model: takes what waits, up to a batch of equal token limits, oldest first."""
+
+    def __init__(self, model, fmt, latents, batch, window=0.01):
+        super().__init__(daemon=True)
+        self.model, self.fmt, self.latents, self.batch, self.window = model, fmt, latents, batch, window
+        self.jobs, self.ready, self.stopping = [], threading.Condition(), False
+        # A tokenizer keeps state while it encodes (are special tokens split?), so the one that reads prompts is not the one that writes answers.
+        self.reader, self.reading = copy.deepcopy(fmt), threading.Lock()
+
+    def prepare(self, turns, images):
+        """Turns and PIL images -> what generate takes: (ids, pixel_values, image_grid_thw)."""
+        images = [image for image in images for _ in range(self.fmt.copies)]
+        out = self.model.image_processor(images=images, return_tensors="pt") if images else {}
+        counts = self.model.image_tokens(out["image_grid_thw"]) if images else []
+        with self.reading:
+            ids, _, _ = self.reader.question(turns, counts, self.latents)
+        return ids, out.get("pixel_values"), out.get("image_grid_thw")
+
+    def submit(self, job):
+        with self.ready:
+            self.jobs.append(job)
+            self.ready.notify()
+
+    def stop(self):
+        with self.ready:
+            self.stopping = True
+            self.ready.notify()
+
+    def next_batch(self):
+        """The next jobs to answer together; None when asked to stop."""
+        with self.ready:
+            self.ready.wait_for(lambda: self.jobs or self.stopping)
+            if self.stopping:
+                return None
+            self.ready.wait_for(lambda: len(self.jobs) >= self.batch, self.window)  # those that come together go together
+            self.jobs = [job for job in self.jobs if not job.gone]
+            batch = [job for job in self.jobs if job.limit == self.jobs[0].limit][: self.batch]
+            self.jobs = [job for job in self.jobs if job not in batch]
+            return batch
+
+    def run(self):
+        while (batch := self.next_batch()) is not None:
+            if batch:
+                self.answer(batch)
+
+    def answer(self, batch):
+        try:
+            texts = generate.generate(self.model, [job.prompt for job in batch], self.fmt, batch[0].limit, latents=self.latents, streamer=Steps(self, batch))
+        except Abandoned:
+            return
+        except Exception as error:
+            if len(batch) == 1:
+                log.exception("a request failed")
+                batch[0].tell("failed", f"the model failed on this request: {type(error).__name__}")
+            texts = None
+        if texts is None:  # too little memory for the whole batch, say: one by one, so that each gets what it can
+            for job in batch if len(batch) > 1 else ():
+                self.answer([job])
+            return
+        for job, text in zip(batch, texts):
+            if text.startswith(job.sent) and text != job.sent:
+                job.tell("text", text[len(job.sent) :])
+            tokens = len(job.said) or len(self.fmt.text(text))  # a method that generates in its own way may not tell its steps
+            cut = tokens >= job.limit and self.fmt.end not in job.said
+            job.tell("done", Answer(text, tokens, "length" if cut else "stop"))
+
+
+class Steps:
+    """What generate tells after each token: counts them and passes on new text to those who stream."""
+
+    def __init__(self, engine, batch):
+        self.engine, self.batch, self.begun = engine, batch, False
+        for job in batch:
+            job.said = []
+
+    def put(self, tokens):
+        if not self.begun:  # the prompts come first
+            self.begun = True
+            return
+        model, fmt = self.engine.model, self.engine.fmt
+        for job, token in zip(self.batch, tokens.tolist()):
+            if fmt.end in job.said:
+                continue  # padding beside longer answers
+            job.said.append(token)
+            if not job.stream or ((fmt.begin is not None or (fmt.count and fmt.thought == "cot")) and fmt.open not in job.said):
+                continue  # a thought of its own is no answer yet
+            text = generate.answer_text(model, fmt, job.said)
+            if text.startswith(job.sent) and text != job.sent and not text.endswith("\ufffd"):  # half a character waits
+                job.tell("text", text[len(job.sent) :])
+                job.sent = text
+        if all(job.gone for job in self.batch):
+            raise Abandoned
+
+    def end(self):
+        pass
+
+
+# --- the server --------------------------------------------------------------------------------------------------
+
+class Server:
+    """The endpoints of one model. `app` is an ASGI application; start the engine before it takes requests."""
+
+    def __init__(self, model, fmt, name, limits, latents="keep", key=None, hosts=()):
+        self.name, self.limits, self.key, self.hosts, self.places = name, limits, key, hosts, 0
+        self.engine = Engine(model, fmt, latents, limits.batch)
+        self.decoded = asyncio.Semaphore(2 * limits.batch)  # pictures become large when they are decoded: of the rest only the bodies wait
+        self.context = model.hf.config.get_text_config().max_position_embeddings
+        self.created = int(time.time())
+        routes = [Route("/health", self.health), Route("/v1/models", self.guarded(self.models)),
+                  Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"])]
+        self.app = Starlette(routes=routes, exception_handlers={
+            Refusal: lambda request, error: error.response(),
+            HTTPException: lambda request, error: Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response(),
+            Exception: lambda request, error: Refusal(500, f"internal error: {type(error).__name__}").response()})
+
+    async def health(self, request):
+        return JSONResponse({"status": "ok", "model": self.name, "places_taken": self.places, "places": self.limits.queue})
+
+    def guarded(self, endpoint):
+        """The endpoint, for those who may ask: the right host name and, where there is a key, the key."""
+        async def guard(request):
+            host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
+            if self.hosts and host not in self.hosts:  # a web page whose name was pointed at this machine must not ask
+                raise Refusal(403, f"host {host!r}: this server answers to {', '.join(self.hosts)}")
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
+                raise Refusal(401, "wrong or missing API key (Authorization: Bearer ...)")
+            return await endpoint(request)
+        return guard
+
+    async def models(self, request):
+        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created, "owned_by": "crystal"}]})
+
+    async def chat(self, request):
+        if self.places >= self.limits.queue:
+            await self.body(request, keep=False)
+            raise Refusal(503, f"all {self.limits.queue} places are taken; try again")
+        self.places += 1
+        job = response = None
+        try:
+            if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+                await self.body(request, keep=False)
+                raise Refusal(415, "content-type must be application/json")  # a web page may send others to any address unasked
+            asked = parse(await self.body(request))
+            if asked.model != self.name:
+                raise Refusal(404, f"model: no {asked.model!r} here, this server has {self.name!r}", "model")
+            job = Job(bool(asked.stream), asyncio.get_running_loop())
+            await self.decoded.acquire()
+            job.holds = True
+            if await request.is_disconnected():
+                raise Refusal(499, "the client hung up")
+            job.prompt, job.limit = await asyncio.to_thread(self.prepare, asked)  # decoding a picture must not stop the others
+            self.engine.submit(job)
+            head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+            if job.stream:
+                usage = bool(asked.stream_options and asked.stream_options.include_usage)
+                response = Stream(self.chunks(job, head, usage), lambda: self.leave(job))
+                return response
+            async for kind, value in self.events(job, request):
+                if kind == "failed":
+                    raise Refusal(500, value)
+                if kind == "done":
+                    choice = {"index": 0, "message": {"role": "assistant", "content": value.text}, "logprobs": None, "finish_reason": value.finish}
+                    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(job, value)})
+            raise Refusal(499, "the client hung up")
+        finally:
+            if response is None:  # a stream leaves when it ends
+                self.leave(job)
+
+    def leave(self, job):
+        """Gives a request's place back, however it ended."""
+        self.places -= 1
+        if job is not None:
+            job.gone = True
+            if job.holds:
+                self.decoded.release()
+
+    async def body(self, request, keep=True):
+        """A request's body, bounded in bytes and time. What is too much is read and dropped, so that the client gets to read why."""
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if keep and size <= self.limits.body:
+                        parts.append(part)
+                    else:
+                        parts.clear()
+                    if size > 4 * self.limits.body:
+                        break
+        except ClientDisconnect:
+            raise Refusal(499, "the client hung up") from None
+        except TimeoutError:
+            raise Refusal(408, f"the body took more than {self.limits.body_seconds:g} s to arrive") from None
+        if size > self.limits.body:
+            raise Refusal(413, f"the body is larger than {self.limits.body} bytes")
+        return b"".join(parts)
+
+    def prepare(self, asked):
+        """A parsed request -> (prompt for generate, limit of new tokens); runs in a thread of its own."""
+        turns, urls = turns_of(asked.messages, self.limits)
+        limit = asked.max_completion_tokens or asked.max_tokens or self.limits.default_tokens
+        if limit > self.limits.tokens:
+            raise Refusal(400, f"max_tokens: {limit}, at most {self.limits.tokens} are allowed", "max_tokens")
+        images = [image_of(url, where, self.limits) for url, where in urls]
+        try:
+            prompt = self.engine.prepare(turns, images)
+        except ValueError as error:  # an image whose sides differ two hundredfold, for one
+            raise Refusal(400, f"messages: {error}", "messages") from None
+        if len(prompt[0]) + limit > self.context:
+            raise Refusal(400, f"messages: {len(prompt[0])} tokens and {limit} new ones, the model's context is {self.context}", "messages")
+        return prompt, limit
+
+    async def events(self, job, request=None):
+        """A job's events up to its last; ends early when the client hangs up."""
+        while True:
+            try:
+                event = await asyncio.wait_for(job.events.get(), 1.0)
+            except TimeoutError:
+                if request is not None and await request.is_disconnected():
+                    return
+                continue
+            yield event
+            if event[0] != "text":
+                return
+
+    async def chunks(self, job, head, usage):
+        """Server-sent events: the role, the text as it comes, why it ended, the tokens if asked for, [DONE]."""
+        def chunk(delta=None, finish=None, **more):
+            choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+            return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+        yield chunk({"role": "assistant", "content": ""})
+        async for kind, value in self.events(job):
+            if kind == "text":
+                yield chunk({"content": value})
+            elif kind == "failed":
+                yield f"data: {json.dumps({'error': {'message': value, 'type': 'server_error', 'param': None, 'code': 500}})}\n\n"
+                return
+            else:
+                yield chunk({}, value.finish)
+                if usage:
+                    yield chunk(usage=usage_of(job, value))
+        yield "data: [DONE]\n\n"
+
+
+class Stream(StreamingResponse):
+    """Server-sent events that call `after` when they end, also when the client hangs up before the first."""
+
+    def __init__(self, content, after):
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.after = after
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.after()
+
+
+def usage_of(job, answer):
+    prompt = len(job.prompt[0])
+    return {"prompt_tokens": prompt, "completion_tokens": answer.tokens, "total_tokens": prompt + answer.tokens}
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+def listen(host, port):
+    """A listening socket (port 0: any free one). UserError if it cannot be had."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: from 0 to 65535")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+        return sock
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}") from None
+
+
+def is_loopback(address):
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def main(argv=None):
+    parser = config.OneLineParser(prog="serve.py", description="Serve a model at an OpenAI-compatible chat endpoint.")
+    parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
+    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
+    parser.add_argument("--name", default="", help="the model's name for clients; empty: the directory's")
+    parser.add_argument("--host", default="127.0.0.1", help=f"address to listen on; one that others reach needs a key in the environment variable {KEY}")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+    parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--min_pixels", type=int, help="images are scaled up to at least this area; default: the model's own")
+    parser.add_argument("--max_pixels", type=int, help="images are scaled down to at most this area; default: the model's own")
+    for name, help in (("body", "largest request in bytes"), ("images", "most images of a request"), ("pixels", "largest image in pixels"),
+                       ("tokens", "most new tokens that a request may ask for"), ("default_tokens", "new tokens of a request that names no number"),
+                       ("queue", "most requests that wait or are being answered; beyond it 503"), ("batch", "most requests answered by one call")):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Limits, name), help=help)
+    args = parser.parse_args(argv)
+    limits = Limits(**{name: getattr(args, name) for name in ("body", "images", "pixels", "tokens", "default_tokens", "queue", "batch")})
+    if low := [name for name, value in vars(limits).items() if value < 1 and name != "images"]:
+        raise UserError(f"--{low[0]} {getattr(limits, low[0])}: must be at least 1")
+    limits.default_tokens = min(limits.default_tokens, limits.tokens)
+    key = os.environ.get(KEY)
+    sock = listen(args.host, args.port)  # before the model: a taken port should not cost its loading
+    address, port = sock.getsockname()[:2]
+    local = is_loopback(address)
+    if not local and not key:
+        raise UserError(f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    model, fmt, _ = open_model(args.model, args.checkpoint, device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    name = args.name or Path(args.model).resolve().name
+    server = Server(model, fmt, name, limits, args.latents, key, ("127.0.0.1", "localhost", "[::1]", args.host) if local else ())
+    server.engine.start()
+    runner = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=30, lifespan="off"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn ends on them, then sends them again
+    print(f"serving {name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 (stop with Ctrl-C)", flush=True)
+    runner.run(sockets=[sock])
+    server.engine.stop()
+    print("stopped", flush=True)
+
+
+if __name__ == "__main__":
+    config.run_cli(main)

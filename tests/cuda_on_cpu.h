@@ -1,0 +1,173 @@
+// Runs the kernels of csrc/*.cu on a CPU, thread by thread: the test of their logic on machines without a GPU (tests/test_ops.py).
+//
+// The threads of a block are contexts that are switched at __syncthreads and at the warp's exchanges, where each waits for the others;
+// blocks run one after the other. It says nothing about speed, and finds no race between two such points. A block in which some threads
+// wait at a barrier that the others never reach ends the program.
+#pragma once
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define __shared__ static
+#define __syncthreads() on_cpu::wait(on_cpu::BLOCK)
+#define UNWRAP(...) __VA_ARGS__
+#define LAUNCH(kernel, blocks, threads, stream, ...) (on_cpu::run(blocks, threads, [&] { UNWRAP kernel(__VA_ARGS__); }), 0)
+#define stop_with(message) (fprintf(stderr, "%s\n", message), abort())
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace on_cpu {
+
+enum State { READY, WARP, BLOCK, DONE };
+
+struct Thread {
+  ucontext_t context;  // to start with; going on is a jump, which asks nothing of the kernel
+  jmp_buf here;
+  bool started = false;
+  std::vector<char> stack = std::vector<char>(64 << 10);
+  State state = READY;
+};
+
+inline std::vector<Thread> threads;
+inline std::vector<uint64_t> given, taken;  // a word of each thread: what it hands to its warp, and what the warp was handed
+inline jmp_buf scheduler;
+inline unsigned current;
+inline std::function<void()> body;
+
+inline unsigned lane() { return current % 32; }
+
+inline void wait(State at) {
+  threads[current].state = at;
+  if (!_setjmp(threads[current].here)) _longjmp(scheduler, 1);
+}
+
+inline void resume(Thread& t) {
+  if (_setjmp(scheduler)) return;
+  if (t.started) _longjmp(t.here, 1);
+  t.started = true;
+  setcontext(&t.context);
+}
+
+inline void start() {
+  body();
+  wait(DONE);
+}
+
+inline void run_block(unsigned count) {
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& t = threads[i];
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.data();
+    t.context.uc_stack.ss_size = t.stack.size();
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, start, 0);
+    t.state = READY, t.started = false;
+  }
+  auto all = [&](unsigned from, unsigned to, State state) {  // of those that are not done; none is not all
+    bool any = false;
+    for (unsigned i = from; i < to; ++i) {
+      if (threads[i].state != DONE && threads[i].state != state) return false;
+      any |= threads[i].state == state;
+    }
+    return any;
+  };
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (unsigned w = 0; w < count; w += 32) {
+      const unsigned end = std::min(w + 32, count);
+      for (unsigned i = w; i < end; ++i) {
+        if (threads[i].state != READY) continue;
+        current = i;
+        threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+        resume(threads[i]);
+        moved = true;
+      }
+      if (all(w, end, WARP)) {
+        for (unsigned i = w; i < end; ++i) {
+          taken[i] = given[i];
+          if (threads[i].state == WARP) threads[i].state = READY;
+        }
+        moved = true;
+      }
+    }
+    if (all(0, count, BLOCK)) {
+      for (unsigned i = 0; i < count; ++i)
+        if (threads[i].state == BLOCK) threads[i].state = READY;
+      moved = true;
+    }
+  }
+  for (unsigned i = 0; i < count; ++i)
+    if (threads[i].state != DONE) stop_with("a thread waits for others that do not come");
+}
+
+inline void run(dim3 blocks, dim3 block, std::function<void()> kernel) {
+  const unsigned count = block.x * block.y * block.z;
+  if (threads.size() < count) threads.resize(count), given.resize(count), taken.resize(count);
+  body = std::move(kernel);
+  gridDim = blocks, blockDim = block;
+  for (unsigned z = 0; z < blocks.z; ++z)
+    for (unsigned y = 0; y < blocks.y; ++y)
+      for (unsigned x = 0; x < blocks.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        run_block(count);
+      }
+}
+
+// What the warp's lanes hand to each other; each reads the lane `from`.
+template <class T> T exchange(T x, unsigned from) {
+  static_assert(sizeof(T) <= 8);
+  memcpy(&given[current], &x, sizeof x);
+  const unsigned first = current - lane();
+  wait(WARP);
+  memcpy(&x, &taken[first + from % 32], sizeof x);
+  return x;
+}
+
+}  // namespace on_cpu
+
+template <class T> T __shfl_sync(unsigned, T x, int from) { return on_cpu::exchange(x, from); }
+template <class T> T __shfl_xor_sync(unsigned, T x, int mask) { return on_cpu::exchange(x, on_cpu::lane() ^ mask); }
+template <class T> T __shfl_down_sync(unsigned, T x, int by) { return on_cpu::exchange(x, on_cpu::lane() + by < 32 ? on_cpu::lane() + by : on_cpu::lane()); }
+template <class T> T __shfl_up_sync(unsigned, T x, int by) { return on_cpu::exchange(x, on_cpu::lane() >= unsigned(by) ? on_cpu::lane() - by : on_cpu::lane()); }
+inline void __syncwarp(unsigned = ~0u) { on_cpu::exchange(0, 0); }
+inline unsigned __ballot_sync(unsigned, bool x) {
+  const unsigned first = on_cpu::current - on_cpu::lane();
+  on_cpu::exchange(uint64_t(x), 0);
+  unsigned bits = 0;
+  for (unsigned i = 0; i < 32 && first + i < on_cpu::threads.size(); ++i) bits |= unsigned(on_cpu::taken[first + i] & 1) << i;
+  return bits;
+}
+inline bool __any_sync(unsigned m, bool x) { return __ballot_sync(m, x) != 0; }
+inline bool __all_sync(unsigned m, bool x) { return __ballot_sync(m, !x) == 0; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+template <class T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
+template <class T> T atomicMax(T* p, T x) { T old = *p; *p = x > old ? x : old; return old; }
+template <class T> T __ldg(const T* p) { return *p; }
+inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline uint16_t to_bf16(float x) {  // to the nearest, ties to even
+  unsigned bits = __float_as_uint(x);
+  return x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fff;
+}

@@ -1,0 +1,309 @@
+"""Interventions that touch the latents and nothing else, a bottleneck without a leak, intervals against closed forms, mass against eager softmax."""
+import itertools
+import json
+import math
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from crystal import evaluate, reliance, train
+from crystal.bottleneck import Bias, additive_mask
+from crystal.config import UserError
+from crystal.generate import generate
+from crystal.layout import Format
+from crystal.reliance import CONDITIONS, asked, donors, hidden_image, measure, paired_bootstrap, questions, recorded, replaced, verdict
+
+
+def ask(s, which=(0, 1, 2), latents="keep"):
+    examples = questions(s.model, s.fmt, s.records, latents)
+    return asked(s.model.eval(), [examples.build(i, 0) for i in which])
+
+
+@torch.no_grad()
+def logits(s, a, pixels=None):
+    """Logits [B,L,V] of left-padded prompts, as generation's first forward computes them."""
+    B, L = a.mask.shape
+    ids = torch.tensor([[s.model.tokenizer.pad_token_id] * (L - len(p[0])) + p[0] for p in a.prompts])
+    x = torch.cat([p[1] for p in a.prompts]).double() if pixels is None else pixels
+    grid = torch.cat([p[2] for p in a.prompts])
+    return s.model.hf(input_ids=ids, attention_mask=a.mask, mm_token_type_ids=(ids == s.fmt.image).int(), pixel_values=x, image_grid_thw=grid, use_cache=False).logits
+
+
+@torch.no_grad()
+def states_of(s, a):
+    with recorded(s.model, a.where) as states:
+        logits(s, a)
+    return states
+
+
+# --- states -------------------------------------------------------------------------------------------------------------
+
+def test_positions_are_the_latents_and_the_image(setup):
+    s = setup()
+    a = ask(s)
+    for b, (ids, _, _) in enumerate(a.prompts):
+        left = a.mask.shape[1] - len(ids)
+        assert [ids[i - left] for i in a.where[b].tolist()] == s.fmt.latents
+        names = s.model.tokenizer.convert_ids_to_tokens([ids[i - left] for i in a.image[b].nonzero()[:, 0].tolist()])
+        assert set(names) == {"<|vision_start|>", "<|image_pad|>", "<|vision_end|>"} and len(names) == ids.count(s.fmt.image) + 2 * len(a.prompts[b][2])
+
+
+def test_own_states_change_nothing_to_the_bit(setup):
+    s = setup()
+    a = ask(s)
+    before, states = logits(s, a), states_of(s, a)
+    assert len(states) == len(s.model.layers) and states[0].shape == (3, 3, 32)
+    with replaced(s.model, a.where, states):
+        assert torch.equal(logits(s, a), before)
+    assert torch.equal(logits(s, a), before)  # and the hooks are gone
+
+
+def test_other_states_change_the_rows_after_the_latents_alone(setup):
+    s = setup()
+    a, before = ask(s), None
+    before, states = logits(s, a), states_of(s, a)
+    with replaced(s.model, a.where, [x.roll(1, 0) for x in states]):
+        after = logits(s, a)
+    for b in range(3):
+        first, last = int(a.where[b, 0]), int(a.where[b, -1])
+        assert torch.equal(after[b, :first], before[b, :first])
+        assert ((after[b, last + 1 :] - before[b, last + 1 :]).abs().amax(-1) > 1e-6).all()
+
+
+def test_padding_does_not_matter(setup):
+    """A prompt's donor gives the same in a batch of three lengths as alone."""
+    s = setup()
+    together, states = ask(s), states_of(s, ask(s))
+    with replaced(s.model, together.where, [x.roll(1, 0) for x in states]):
+        batched = logits(s, together)
+    for b in range(3):
+        alone, donor = ask(s, [b]), states_of(s, ask(s, [(b - 1) % 3]))
+        with replaced(s.model, alone.where, donor):
+            single = logits(s, alone)
+        n = single.shape[1]
+        assert torch.allclose(batched[b, -n:], single[0], atol=1e-5)  # stock norms compute in float32
+
+
+def test_generation_goes_on_from_replaced_states(setup):
+    """With the cache: the latents' keys are the replaced ones for every decoded token."""
+    s = setup(which=[0])
+    a = ask(s, [0])
+    other = [x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype) for x in states_of(s, a)]
+    with replaced(s.model, a.where, other):
+        said = generate_ids(s, a, 4)
+    ids, expected = list(a.prompts[0][0]), []
+    for _ in range(4):  # without a cache, each time from the start
+        grown = SimpleNamespace(prompts=[(ids, *a.prompts[0][1:])], mask=torch.ones(1, len(ids), dtype=torch.long))
+        with replaced(s.model, a.where, other):
+            expected.append(int(logits(s, grown)[0, -1].argmax()))
+        ids = ids + [expected[-1]]
+    assert said == expected and said != generate_ids(s, a, 4)
+
+
+def generate_ids(s, a, n, biases=None):
+    kept = []
+    old, s.model.tokenizer.decode = s.model.tokenizer.decode, lambda ids, **_: kept.append(list(ids)) or ""
+    close, s.fmt.close, end, s.fmt.end = s.fmt.close, -1, s.fmt.end, -1  # nothing ends it
+    try:
+        generate(s.model, a.prompts, s.fmt, n, biases)
+    finally:
+        s.model.tokenizer.decode, s.fmt.close, s.fmt.end = old, close, end
+    return kept[0]
+
+
+# --- the bottleneck -------------------------------------------------------------------------------------------------------
+
+def hidden(s, a):
+    """A context in which one forward of the prompts is blind to the image as `generate` makes it."""
+    return s.model.seeing(additive_mask(hidden_image(a)(None), a.mask))
+
+
+def test_the_bottleneck_blocks_exactly(setup):
+    """With the latents' states held, other pixels change nothing after the image to the bit; without the mask they do."""
+    s = setup()
+    a = ask(s)
+    states = states_of(s, a)
+    pixels = torch.cat([p[1] for p in a.prompts]).double()
+    later = ~a.image & ~a.latents & (a.mask == 1)
+    shown = {}
+    for name, x in (("these", pixels), ("others", pixels.flip(0))):
+        with replaced(s.model, a.where, states), hidden(s, a):
+            shown[name] = logits(s, a, x)[later]
+        with replaced(s.model, a.where, states):
+            shown[name, "open"] = logits(s, a, x)[later]
+    assert torch.equal(shown["these"], shown["others"]) and not torch.equal(shown["these", "open"], shown["others", "open"])
+    with hidden(s, a):  # the latents themselves see the image
+        these = logits(s, a)[later]
+    with hidden(s, a):
+        assert not torch.equal(these, logits(s, a, pixels.flip(0))[later])
+
+
+def test_the_bottleneck_while_decoding_is_the_one_of_training(setup):
+    """Cached decoding says what a forward of the whole sequence with bottleneck.Bias says."""
+    s = setup()
+    for i in range(3):
+        a = ask(s, [i])
+        said = generate_ids(s, a, 4, hidden_image(a))
+        ids, expected = list(a.prompts[0][0]), []
+        for _ in range(4):
+            x = torch.tensor([ids])
+            grow = lambda mask: torch.cat([mask, torch.zeros(1, len(ids) - mask.shape[1], dtype=torch.bool)], 1)
+            inputs = {"input_ids": x, "attention_mask": torch.ones_like(x), "mm_token_type_ids": (x == s.fmt.image).long(), "pixel_values": a.prompts[0][1].double(), "image_grid_thw": a.prompts[0][2]}
+            with torch.no_grad():
+                h = s.model.hidden(inputs, biases=[Bias(~grow(a.image) & ~grow(a.latents), grow(a.image))])
+                expected.append(int(s.model.logits(h[:, -1]).argmax()))
+            ids.append(expected[-1])
+        assert said == expected
+
+
+# --- intervals, donors, verdict -------------------------------------------------------------------------------------------
+
+def test_bootstrap_against_all_resamples():
+    """Four questions have 4^4 resamples: the interval's ends are quantiles of all of them."""
+    a, b = [1, 1, 0, 1], [0, 1, 0, 0]
+    means = sorted(sum(x) / 4 for x in itertools.product([1, 0, 0, 1], repeat=4))
+    for level in (0.5, 0.8, 0.95):  # no end falls on a jump of the 256 means
+        expected = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], method="nearest")
+        assert paired_bootstrap(a, b, level=level)[1:] == tuple(expected)
+    assert paired_bootstrap(a, b)[0] == 0.5 and paired_bootstrap(a, a) == (0.0, 0.0, 0.0)
+
+
+def test_bootstrap_against_the_normal_interval():
+    rng = np.random.default_rng(0)
+    a = rng.random(4000) < 0.7
+    b = a ^ (rng.random(4000) < 0.2)
+    d = a.astype(int) - b.astype(int)
+    half = 1.96 * d.std() / math.sqrt(len(d))
+    mean, low, high = paired_bootstrap(a, b)
+    assert mean == d.mean() and (low, high) == pytest.approx((mean - half, mean + half), abs=0.05 * half)
+    assert paired_bootstrap(a, b, seed=1) != (mean, low, high) == paired_bootstrap(a, b)
+
+
+@pytest.mark.parametrize("numbers, used, words", [((0.1, 0.02, 0.2), True, "are used"), ((0.1, 0.0, 0.2), False, "No use"), ((-0.1, -0.2, -0.02), False, "not used to advantage"),
+                                                  ((0.0, -0.01, 0.01), False, "No use")])
+def test_verdict(numbers, used, words):
+    said, line = verdict(*numbers)
+    assert said is used and words in line and "\n" not in line
+
+
+def test_donors():
+    record = lambda question, answer, image, family: SimpleNamespace(turns=[("user", question)], answer=answer, images=[image], family=family, where=f"x:{image}")
+    records = [record("q", "1", "a", "f"), record("q", "2", "a", "f"), record("q", "2", "b", "f"), record("q", "1", "c", "f"),
+               record("p", "2", "d", "f"), record("p", "Two.", "e", "g"), record("r", "two", "f", "g")]
+    found = donors(records)
+    assert found == donors(records) and found[0] == 2 and found[1] == 3 and found[2] in (0, 3)  # its own image, or its own answer, will not do
+    assert found[4] == 5  # the same question, even in another family
+    for i in (5, 6):  # nobody asked the same, nobody of the family answers otherwise: anybody
+        assert records[found[i]].answer in "12"
+    assert len({tuple(donors(records, seed)) for seed in range(20)}) > 1
+    with pytest.raises(UserError, match="x:e"):
+        donors(records[5:])
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------
+
+def test_mass_equals_eager_softmax(setup):
+    s = setup()
+    mass = reliance.attention_mass(s.model.eval(), s.fmt, s.records, batch_size=2)
+    expected = {"latents": torch.zeros(3), "image": torch.zeros(3)}
+    s.model.hf.set_attn_implementation({"text_config": "eager"})
+    for i, record in enumerate(s.records):
+        a = ask(s, [i])
+        ids, pixels, grid = a.prompts[0]
+        x = torch.tensor([ids + s.fmt.text(record.answer)])
+        with torch.no_grad():
+            out = s.model.hf(input_ids=x, mm_token_type_ids=(x == s.fmt.image).int(), pixel_values=pixels.double(), image_grid_thw=grid, output_attentions=True, use_cache=False)
+        for n, weights in enumerate(out.attentions):  # [1,H,L,L]
+            rows = weights[0, :, len(ids) - 1 : -1].mean((0, 1))  # [L]
+            expected["latents"][n] += rows[a.where[0]].sum() / 3
+            expected["image"][n] += rows[x[0] == s.fmt.image].sum() / 3
+    assert len(mass["image"]) == 3
+    for name in mass:
+        assert torch.allclose(torch.tensor(mass[name]), expected[name], atol=1e-5) and min(mass[name]) > 0
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------------
+
+def test_measure_is_the_same_whenever_and_however_batched(setup):
+    s = setup()
+    first = measure(s.model.eval(), s.fmt, s.records, batch_size=3, max_new_tokens=3)
+    assert first == measure(s.model, s.fmt, s.records, batch_size=3, max_new_tokens=3)
+    assert [c["condition"] for c in first["conditions"]] == [c.name for c in CONDITIONS] and first["questions"] == 3 and first["latents"] == 3
+    one = measure(s.model, s.fmt, s.records, batch_size=1, max_new_tokens=3)
+    assert [c["right"] for c in one["conditions"]] == [c["right"] for c in first["conditions"]]
+    assert one["attention"]["image"] == pytest.approx(first["attention"]["image"], abs=1e-6)
+    lines = reliance.text(first).splitlines()
+    assert lines[-1] == f"verdict: {first['verdict']}" and lines[-2] == f"rule: {reliance.RULE}" and len(lines) == 2 + len(CONDITIONS) + 6
+
+
+def test_each_condition_feeds_what_it_says(setup, monkeypatch):
+    """Which prompts, pixels and states reach the model under each name; predictions decide right and wrong."""
+    s = setup()
+    fed, state, replace, real = [], {"replaced": None}, reliance.replaced, reliance.generate
+
+    @contextmanager
+    def spy(model, where, states):
+        state["replaced"] = states
+        with replace(model, where, states):
+            yield
+        state["replaced"] = None
+
+    def fake(model, prompts, fmt, n, biases=None):
+        if n == 1:
+            return real(model, prompts, fmt, n)  # donors are recorded from a real forward
+        real(model, prompts, fmt, 1)
+        fed.append((prompts, state | {"hidden": biases is not None}))
+        right = len(fed) in (1, 7)
+        return [r.answer if right else "?" for r in s.records]
+
+    monkeypatch.setattr(reliance, "replaced", spy)
+    monkeypatch.setattr(reliance, "generate", fake)
+    result = measure(s.model.eval(), s.fmt, s.records, ("blur", 3.0, 3.0), batch_size=3, max_new_tokens=3)
+    assert len(fed) == len(CONDITIONS)
+    assert [c["right"] for c in result["conditions"]] == [1.0, 0, 0, 0, 0, 0, 1.0, 0, 0] and result["used"]
+    assert [c.get("changed") for c in result["conditions"]] == [None, 1, 1, 1, 1, 1, 0, 1, 1]
+    drops = [i for i, (prompts, _) in enumerate(fed) if not set(s.fmt.latents) & set(prompts[0][0])]
+    blurred = [i for i, (prompts, _) in enumerate(fed) if not torch.equal(prompts[0][1], fed[0][0][0][1])]
+    assert drops == [1, 6] and blurred == [7, 8] and [i for i, (_, x) in enumerate(fed) if x["hidden"]] == [5, 6]
+    assert [i for i, (_, x) in enumerate(fed) if x["replaced"] is not None] == [2, 3, 4, 7]
+    own = states_of(s, ask(s))
+    partner = donors(s.records)
+    mean, noise, swapped, intact = (fed[i][1]["replaced"] for i in (2, 3, 4, 7))
+    for n in range(3):
+        assert torch.allclose(mean[n], own[n].mean(0).expand(3, -1, -1)) and torch.allclose(intact[n], own[n], atol=1e-12)
+        assert torch.allclose(swapped[n], own[n][partner], atol=1e-5)
+    deviation = (noise[1:] - mean[1:]) / torch.stack([x.std(0, correction=0) for x in own[1:]])[:, None]  # layer 0 is the embedding, alike for all
+    assert deviation.std() == pytest.approx(1, abs=0.15) and abs(deviation.mean()) < 0.1
+
+
+def test_a_model_without_latents_is_refused(setup):
+    s = setup("--method", "sft")
+    with pytest.raises(UserError, match="no latents stand in its prompts"):
+        measure(s.model.eval(), s.fmt, s.records)
+
+
+def test_a_merged_directorys_latents_are_found_by_name(setup):
+    s = setup()
+    for latents in ("keep", "drop"):
+        own = [questions(s.model, s.fmt, s.records, latents).build(i, 0)["layout"] for i in range(3)]
+        template, s.model.tokenizer.chat_template = s.model.tokenizer.chat_template, s.fmt.chat_template()
+        merged = [questions(s.model, Format(s.model.tokenizer), s.records, latents).build(i, 0)["layout"] for i in range(3)]
+        s.model.tokenizer.chat_template = template
+        assert merged == own
+
+
+def test_command_line(model_dirs, records_file, tmp_path, capsys):
+    run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--max_steps", "1", "--eval_every", "0",
+                      "--output", str(tmp_path / "run")])
+    capsys.readouterr()
+    evaluate.main(["--model", str(run), "--data", str(records_file), "--reliance", "--max_new_tokens", "2", "--device", "cpu", "--corruption", "noise=30"])
+    out = capsys.readouterr().out
+    folder = run / "reliance" / "train"
+    result = json.loads((folder / "reliance.json").read_text())
+    assert result["verdict"] in out and result["corruption"] == ["noise", 30.0, 30.0] and result["model"] == str(run) and (folder / "reliance.txt").read_text() in out
+    assert (folder / "attention.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(UserError, match="no latents"):
+        evaluate.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--reliance", "--device", "cpu"])
