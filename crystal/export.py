@@ -104,7 +104,7 @@ def export(run, which="best", merged=None, adapter=None):
     """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed.
 
     Returns the directories written: a run of `--tune full` has no adapter. The base's weights are never in memory
-    together, so this needs about the memory of its largest matrix and of what was trained.
+    together: beside what was trained, this needs three times the memory of the largest matrix that changes, the vocabulary.
     """
     model, fmt, settings = open_run(run, which, weights=False)
     written = []
@@ -167,8 +167,8 @@ def merge(base, out, model, changes):
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
         with safe_open(base / name, "pt") as tensors, open(out / name, "r+b") as file:
-            for key in tensors.keys():
-                if (change := changes.get(parameter := crystal.model.parameter_name(model.hf, key))) is not None:
+            for key, parameter in crystal.model.parameter_names(model.hf, tensors.keys()).items():
+                if (change := changes.get(parameter)) is not None:
                     W = tensors.get_tensor(key)
                     new = change(W)
                     if new.shape != W.shape:

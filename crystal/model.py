@@ -402,11 +402,15 @@ def directory(name):
         raise UserError(f"{name}: its files cannot be had: {' '.join(str(error).split())[:300]}") from error
 
 
-def parameter_name(hf, key):
-    """A tensor's name in a checkpoint file -> the parameter's in the model: older files of a family use other prefixes."""
-    for renaming in get_model_conversion_mapping(hf):
-        key, _ = renaming.rename_source_key(key)
-    return key
+def parameter_names(hf, keys):
+    """{a tensor's name in a checkpoint file: the parameter's in the model}; older files of a family use other prefixes."""
+    renamings, names = get_model_conversion_mapping(hf), {}
+    for name in keys:
+        key = name
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        names[name] = key
+    return names
 
 
 def prepare(model, settings, tokens=()):

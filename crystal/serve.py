@@ -345,7 +345,9 @@ class Server:
             Exception: lambda request, error: Refusal(500, f"internal error: {type(error).__name__}").response()})
 
     async def health(self, request):
-        return JSONResponse({"status": "ok", "model": self.name, "places_taken": self.places, "places": self.limits.queue})
+        alive = self.engine.is_alive()
+        return JSONResponse({"status": "ok" if alive else "the model's thread has ended", "model": self.name, "places_taken": self.places,
+                             "places": self.limits.queue}, 200 if alive else 500)
 
     def guarded(self, endpoint):
         """The endpoint, for those who may ask: the right host name and, where there is a key, the key."""

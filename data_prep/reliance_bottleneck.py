@@ -1,14 +1,16 @@
-"""A method file for `--method`: reliance_open.py with LIVR's bottleneck (its first stage) in every update.
+"""A method file for `--method`: reliance_open.py with a bottleneck in every update, so that the answer can know the image through the latents alone.
 
-Every token after the image that is neither image nor latent is blind to it, so what the answer knows of the image went through the latents.
+What comes after the latents is blind to the image and to all that saw it before them: question and thought. LIVR's mask (its section 3.2) closes
+question and thought to the image instead; a base this small, which reads images in its question's rows, does not relearn that in minutes.
 """
+import torch
+
 from crystal.bottleneck import Bias
-from crystal.methods.crystal import mask_of
 from data_prep.reliance_open import Method as Open
 
 
 class Method(Open):
-    def biases(self, model, batch):
-        L = batch["input_ids"].shape[1]
-        image, latents = mask_of(batch["image"], L), mask_of(batch["latents"], L)      # [B,L] each
-        return [Bias(~image & ~latents, image)]
+    def mask(self, batch):
+        at = torch.arange(batch["input_ids"].shape[1])[None].to(batch["latents"].device)  # [1,L]
+        first, last = batch["latents"][:, :1], batch["latents"][:, -1:]                # [B,1] each
+        return [Bias(at > last, (at >= batch["image"][:, :1]) & (at < first))]         # [B,L] each

@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_bytes_and_count_a_sample(sources):
 def test_points_keep_off_depth_edges():
     step = np.full((100, 100), 50, np.uint8)
     step[:, 50:] = 200
-    for seed in range(20):
+    for seed in range(200):
         found = ade20k_depth.points(step, 2, 20, np.random.default_rng(seed))
         assert sorted(d for *_, d in found) == [50, 200] and all(not 48 <= x <= 51 for x, *_ in found)
     assert ade20k_depth.points(step, 3, 20, np.random.default_rng(0)) is None  # only two depths there
