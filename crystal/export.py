@@ -115,6 +115,9 @@ def export(run, which="best", merged=None, adapter=None):
             for name in ("config.json", "generation_config.json", "video_preprocessor_config.json"):
                 if (base / name).exists():
                     shutil.copyfile(base / name, out / name)
+            if (base / "processor_config.json").exists():  # less the image processor's settings: they are written below, and twice they could disagree
+                rules = json.loads((base / "processor_config.json").read_text())
+                (out / "processor_config.json").write_text(json.dumps({n: x for n, x in rules.items() if n != "image_processor"}, indent=2) + "\n")
             if fmt.begin is not None:
                 (out / MARK).write_text(json.dumps({"method": settings.method, "latents": settings.latents}) + "\n")
                 file = out / "generation_config.json"

@@ -50,7 +50,7 @@ class Stream:
     def run(self, positions, valid, **inputs):
         """One piece after all that was kept -> (states [B,n,D], {layer: its output [B,n,D]}, what `keep` wants).
 
-        positions [3,B,n] of M-RoPE; valid: bool [B,n], padding to the right. inputs: input_ids, pixel_values and
+        positions [3,B,n]; valid: bool [B,n], padding to the right. inputs: input_ids, pixel_values and
         image_grid_thw, or inputs_embeds [B,n,D]. States of padding mean nothing.
         """
         cache, mask, seen = KVCache(self.cache), None, {}
@@ -61,7 +61,8 @@ class Stream:
         # Hooks that compute nothing: that a recomputation does not meet them changes nothing.
         hooks = [self.model.layers[i - 1].register_forward_hook(lambda _, __, out, i=i: seen.setdefault(i, out)) for i in self.layers]
         try:
-            h = self.model.hf.model(**inputs, attention_mask=mask, position_ids=positions, use_cache=False, kv_cache=cache).last_hidden_state
+            given = self.model.keywords(inputs | {"position_ids": positions})
+            h = self.model.hf.model(**given, attention_mask=mask, use_cache=False, kv_cache=cache).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()

@@ -54,8 +54,8 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
         return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
     blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
     with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
-        out = model.hf.generate(**batch, mm_token_type_ids=kinds, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end, pad_token_id=pad,
-                                streamer=streamer)
+        out = model.hf.generate(**model.keywords(batch | {"mm_token_type_ids": kinds}), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end,
+                                pad_token_id=pad, streamer=streamer)
     return out[:, L:].tolist()
 
 
@@ -90,7 +90,7 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=
     positions = model.positions(batch)                                         # [3,B,L]
     h, _, piece = stream.run(positions, prompt, input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"])
     last = h[torch.arange(len(h)), prompt.sum(1) - 1]                          # [B,D]
-    at = positions.amax((0, 2)) + 1                                            # [B]: text counts on from the largest of the three axes
+    at = positions.masked_fill(~prompt, 0).amax((0, 2)) + 1                                            # [B]: text counts on from the largest of the three axes
     said, mode, budget, done = [[] for _ in last], [free] * len(last), [max_thought] * len(last), [False] * len(last)
     while True:
         stream.keep(piece)

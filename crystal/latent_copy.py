@@ -130,11 +130,11 @@ def packed_forward(model, batch, copied, tap=None):
     p = pack(batch["attention_mask"], image, torch.zeros_like(image) if copied is None else copied)
     real, at = p.source >= 0, p.source.clamp(min=0)                                    # [B,P] each
     # Images in sequence order: each pair's corrupted ones, then its intact ones.
-    tokens = image.sum(1)                                                              # [B]
-    patches = (tokens * model.image_processor.merge_size ** 2).tolist()
-    ends = batch["image_grid_thw"].prod(-1).cumsum(0)                                  # [I], patches up to each image's end
-    owner = torch.searchsorted(torch.tensor(patches, device=ends.device).cumsum(0), ends)  # [I], whose each image is
-    grids = [batch["image_grid_thw"][owner == b] for b in range(len(tokens))]
+    grids = batch["image_grid_thw"]                                                    # [I,3]
+    ends = torch.tensor(model.image_tokens(grids), device=image.device).cumsum(0)      # [I], tokens up to each image's end
+    owner = torch.searchsorted(image.sum(1).cumsum(0), ends)                           # [I], whose each image is
+    grids = [grids[owner == b] for b in range(len(image))]
+    patches = [sum(model.image_processor.rows(g)) for g in grids]
     pixels = zip(batch["pixel_values_cor"].split(patches), batch["pixel_values"].split(patches))
     inputs = dict(
         input_ids=batch["input_ids"].gather(1, at).masked_fill(~real, model.tokenizer.pad_token_id),

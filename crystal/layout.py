@@ -13,7 +13,7 @@ IGNORE = -100
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 THOUGHT = "Because the feature of the image is"  # the released code's fixed thought
 END = "<|im_end|>"
-IMAGE = "<|image_pad|>"
+IMAGE = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")  # an image's token and those around it, Qwen's
 _SLOT = re.compile("\ue000(\\d+)\ue001")  # stands for a user's text in the rendered template
 
 
@@ -56,7 +56,8 @@ class Format:
 
     def __init__(self, tokenizer, count=0, kind="diverse", thought="fixed"):
         self.tokenizer, self.count, self.thought = tokenizer, count, thought
-        self.end, self.image = tokenizer.convert_tokens_to_ids([END, IMAGE])
+        self.marks = getattr(tokenizer, "image_marks", IMAGE)  # another family's, see model.py
+        self.end, self.image = tokenizer.convert_tokens_to_ids([END, self.marks[0]])
         if count:
             self.think, self.unthink, self.open, self.close = tokenizer.convert_tokens_to_ids(list(TAGS))
             self.latents = tokenizer.convert_tokens_to_ids(latent_tokens(count, kind))
@@ -82,7 +83,7 @@ class Format:
                 if part:
                     content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
                     texts.append(part)
-            messages.append({"role": role, "content": content if role == "user" else "".join(part["text"] for part in content)})
+            messages.append({"role": role, "content": content})  # a list for every role: some templates pass over a plain string
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids, image, counts = [], [], iter(image_tokens)
         for i, piece in enumerate(_SLOT.split(rendered)):

@@ -3,13 +3,18 @@
 The only importer of transformers' modelling. `tiny`, a directory and a hub name take the same road; no path here asks
 which it is. B sequences, L length, D hidden size, H query heads, G key/value heads, d head size, V vocabulary rows.
 
+I images, P rows of pixel_values.
+
 transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers leaves open: a
 registered attention function, a pre-hook on each decoder layer, and keywords of the forward that travel to both.
 """
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -17,10 +22,12 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import LlavaOnevisionModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
+from crystal import layout
 from crystal.bottleneck import additive_mask
 from crystal.config import UserError
 from crystal.lora import TokenRows, add_lora
@@ -28,19 +35,131 @@ from crystal.lora import TokenRows, add_lora
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 
+# --- families ----------------------------------------------------------------------------------------------------
+
+class Images:
+    """How a family prepares images and takes them. This is Qwen's way; another family's class says what it does otherwise.
+
+    processor: transformers' image processor. config: the model's. A batch has pixel_values [P,..], the rows of all its
+    images one after the other, and image_grid_thw [I,3], which says what each image is: frames, and rows and columns of patches.
+    """
+    bounded = True  # whether --min_pixels and --max_pixels mean anything
+
+    def __init__(self, processor, config):
+        self.processor, self.config = processor, config
+
+    size = property(lambda self: self.processor.size)
+
+    def __call__(self, images, return_tensors="pt"):
+        """PIL images of one record -> {"pixel_values", "image_grid_thw"}."""
+        return dict(self.processor(images=images, return_tensors=return_tensors))
+
+    def rows(self, image_grid_thw):
+        """How many rows of pixel_values each image has (list of int)."""
+        return image_grid_thw.prod(-1).tolist()
+
+    def grids(self, image_grid_thw):
+        """How each image's tokens lie, in the order of the sequence: a list of (rows, columns), for Qwen of one."""
+        merge = self.processor.merge_size
+        return [[(h // merge, w // merge)] for _, h, w in image_grid_thw.tolist()]
+
+    def tokens(self, image_grid_thw):
+        """How many tokens each image takes in the sequence (list of int)."""
+        return [sum(h * w for h, w in grids) for grids in self.grids(image_grid_thw)]
+
+    def positions(self, model, batch):
+        """Positions [3,B,L] of a batch; explicit, since those that the model caches go stale."""
+        return model.get_rope_index(batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"],
+                                    attention_mask=batch["attention_mask"])[0]
+
+    def keywords(self, inputs):
+        """Tensors of a batch -> keywords of the transformers model's forward and generate."""
+        return inputs
+
+    def save_pretrained(self, directory):
+        self.processor.save_pretrained(directory)
+
+
+class Tiles(Images):
+    """LLaVA-OneVision's way: the whole image in one tile, then the image in several, put together, without their padding, a newline after each row.
+
+    image_grid_thw [I,3]: tiles, and the image's height and width in pixels. pixel_values [P,3,h,w], P tiles. Of several
+    images in a record each is one tile, padded to a square, as the family was trained. Positions are 1-D.
+    """
+    bounded = False
+
+    def __call__(self, images, return_tensors="pt"):
+        out = self.processor(images=[list(images)], return_tensors=return_tensors)  # nested: the images of one record
+        tiles = out["pixel_values"].shape[1]
+        return {"pixel_values": out["pixel_values"].flatten(0, 1), "image_grid_thw": F.pad(out["image_sizes"], (1, 0), value=tiles)}
+
+    def rows(self, image_grid_thw):
+        return image_grid_thw[:, 0].tolist()
+
+    def grids(self, image_grid_thw):
+        """The whole image's (rows, columns), and those of its tiles put together, newlines included: (1, 1) where one newline is all."""
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        found = []
+        for tiles, *size in image_grid_thw.tolist():
+            # transformers' own code packs empty tiles; where it puts newlines tells the shape.
+            packed, _ = LlavaOnevisionModel.pack_image_features(SimpleNamespace(config=self.config), [torch.zeros(tiles, side * side, 1)], torch.tensor([size]),
+                                                                image_newline=torch.ones(1), vision_aspect_ratio=self.config.vision_aspect_ratio)
+            lines = packed[0][side * side :, 0].nonzero()
+            found.append([(side, side), (len(lines), int(lines[0]) + 1)])
+        return found
+
+    def positions(self, model, batch):
+        B, L = batch["input_ids"].shape
+        return torch.arange(L, device=batch["input_ids"].device).expand(3, B, L)
+
+    def keywords(self, inputs):
+        out = {n: x for n, x in inputs.items() if n not in ("mm_token_type_ids", "image_grid_thw")}
+        if out.get("position_ids") is not None:
+            out["position_ids"] = out["position_ids"][0]
+        if inputs.get("image_grid_thw") is not None:
+            out["image_sizes"] = inputs["image_grid_thw"][:, 1:]
+            # An image on its own has two tiles and more. transformers asks for images a record, and reads no more from it than this.
+            runs = [(one, len(list(run))) for one, run in groupby(tiles == 1 for tiles in self.rows(inputs["image_grid_thw"]))]
+            out["batch_num_images"] = [n for one, run in runs for n in ([run] if one else [1] * run)]
+        return out
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where a kind of model keeps its parts. language, vision, merger: regular expressions of Linear modules' names."""
+    """What differs between kinds of models. language, vision, merger: regular expressions of Linear modules' names.
+
+    marks: the image token, and those around an image that have seen nothing but images, the last one closing it.
+    vision_attention: name of the vision tower's attention function. images: an Images.
+    """
     language: str
     vision: str
     merger: str
+    marks: tuple = layout.IMAGE
+    vision_attention: str = "crystal_flash_vision"
+    images: type = Images
 
+
+DECODER = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 FAMILIES = {
     "qwen2_5_vl": Family(
-        language=r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+        language=DECODER,
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
         merger=r"model\.visual\.merger\.mlp\.\d+",
+    ),
+    # DeepStack: mergers of its own bring features of early vision blocks to the outputs of the first decoder layers.
+    "qwen3_vl": Family(
+        language=DECODER,
+        vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
+        merger=r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
+    ),
+    "llava_onevision": Family(
+        language=DECODER,
+        vision=r"model\.vision_tower\.(vision_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
+        merger=r"model\.multi_modal_projector\.linear_[12]",
+        marks=("<image>",),
+        vision_attention="sdpa",  # SigLIP: tiles of one size, a batch of them as it is
+        images=Tiles,
     ),
 }
 
@@ -109,14 +228,15 @@ def copy_states(layer, args, kwargs):
 class Model(nn.Module):
     """A transformers model with its tokenizer and image processor, seen as crystal needs it.
 
-    hf: the transformers model. rows: TokenRows of the new tokens, or None. dtype, device: of the weights.
+    hf: the transformers model. image_processor: an Images. rows: TokenRows of the new tokens, or None. dtype, device: of the weights.
     """
 
     def __init__(self, hf, tokenizer, image_processor, family, name):
         super().__init__()
         self.hf, self.tokenizer, self.image_processor, self.family, self.name = hf, tokenizer, image_processor, family, name
         self.rows = None
-        hf.set_attn_implementation({"text_config": "crystal", "vision_config": "crystal_flash_vision"})
+        tokenizer.image_marks = family.marks  # the formats know a tokenizer, not its model
+        hf.set_attn_implementation({"text_config": "crystal", "vision_config": family.vision_attention})
         self.layers = hf.model.language_model.layers
         for layer in self.layers:
             layer.register_forward_pre_hook(copy_states, with_kwargs=True)
@@ -132,36 +252,46 @@ class Model(nn.Module):
     def add_tokens(self, tokens, seed=0):
         """Gives `tokens` spare vocabulary rows, initialised like an average token, and makes those rows trainable.
 
-        The vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns the new ids.
+        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has learned for it. The
+        vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns the ids.
         """
+        known = self.tokenizer.get_vocab().keys() & set(tokens)
         self.tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
         ids = self.tokenizer.convert_tokens_to_ids(tokens)
         embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
         if max(ids) >= embed.num_embeddings:
-            raise UserError(f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has {embed.num_embeddings} rows; use fewer --latents")
+            raise UserError(f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has {embed.num_embeddings} rows; use fewer --latents, "
+                            "or a model with more spare rows")
+        fresh = [i for i, token in zip(ids, tokens) if token not in known]
         g = torch.Generator().manual_seed(seed)
         for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:
-            used = weight.detach()[: min(ids)].float()
+            used = weight.detach()[: min(fresh, default=1)].float()
             # An average row plus a little spread: close enough to be harmless, far enough apart to become different.
-            noise = torch.randn(len(ids), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
-            weight.data[ids] = (used.mean(0) + noise).to(weight.dtype)
+            noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
+            weight.data[fresh] = (used.mean(0) + noise).to(weight.dtype)
         self.rows = TokenRows(embed, head, ids)
         return ids
 
     def add_adapters(self, settings):
-        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names."""
-        pattern = "|".join(f"(?:{getattr(self.family, part)})" for part in settings.lora_on.split(","))
-        return add_lora(self.hf, pattern, settings.lora_r, settings.lora_alpha, settings.lora_dropout,
+        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names. UserError for a part without any."""
+        patterns = [getattr(self.family, part) for part in settings.lora_on.split(",")]
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, n) for n, m in self.hf.named_modules() if isinstance(m, nn.Linear)):
+                raise UserError(f"{self.name}: --lora_on {settings.lora_on}: no Linear of it matches {pattern!r} in its row of model.py's FAMILIES")
+        return add_lora(self.hf, "|".join(f"(?:{pattern})" for pattern in patterns), settings.lora_r, settings.lora_alpha, settings.lora_dropout,
                         torch.Generator().manual_seed(settings.seed))
 
     def image_tokens(self, grid):
         """image_grid_thw [I,3] -> how many tokens each image takes in the sequence (list of int)."""
-        return (grid.prod(-1) // self.image_processor.merge_size ** 2).tolist()
+        return self.image_processor.tokens(grid)
 
     def positions(self, batch):
-        """M-RoPE positions [3,B,L] of a batch; explicit, since those that the model caches go stale."""
-        return self.hf.model.get_rope_index(batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"],
-                                            attention_mask=batch["attention_mask"])[0]
+        """Positions [3,B,L] of a batch: M-RoPE's three, or one position three times."""
+        return self.image_processor.positions(self.hf.model, batch)
+
+    def keywords(self, inputs):
+        """Tensors of a batch, named as everywhere in crystal -> keywords of the transformers model's forward and generate."""
+        return self.image_processor.keywords(inputs)
 
     def hidden(self, inputs, latent_copy=None, tap=None, biases=()):
         """inputs: tensors of a batch (right-padded) -> hidden states after the final norm [B,L,D].
@@ -171,9 +301,8 @@ class Model(nn.Module):
         positions = inputs["position_ids"] if "position_ids" in inputs else self.positions(inputs)
         # Right padding needs no mask: causality alone keeps real tokens from seeing what comes after them.
         mask = additive_mask(biases, inputs["attention_mask"], torch.promote_types(self.hf.dtype, torch.float32)) if biases else None
-        return self.hf.model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
-                             pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"],
-                             latent_copy=latent_copy, tap=tap).last_hidden_state
+        given = {n: inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw")} | {"position_ids": positions}
+        return self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, latent_copy=latent_copy, tap=tap).last_hidden_state
 
     @contextmanager
     def seeing(self, mask):
@@ -242,10 +371,14 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in FAMILIES:
-            raise UserError(f"{name}: model type {config.model_type!r} has no row in model.py's FAMILIES (known: {', '.join(FAMILIES)})")
+            raise UserError(f"{name}: model type {config.model_type!r} has no row in model.py's FAMILIES (known: {', '.join(FAMILIES)}); "
+                            "tutorials/10_backbones.md shows how to add one")
+        family = FAMILIES[config.model_type]
         pixels = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
+        if pixels and not family.images.bounded:
+            raise UserError(f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its image_grid_pinpoints say into what tiles an image is cut")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
         if weights:
             hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
         else:
@@ -255,7 +388,7 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a model: {' '.join(str(error).split())[:300]}") from error
     hf.requires_grad_(False).eval().to(device)
-    return Model(hf, tokenizer, image_processor, FAMILIES[config.model_type], name)
+    return Model(hf, tokenizer, family.images(processor, hf.config), family, name)
 
 
 def directory(name):

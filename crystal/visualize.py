@@ -176,8 +176,7 @@ def answer_attention(model, batch, settings, layers, copied=None, fed=None):
     copied: bool [1,L], the rows that the corrupted path takes from the intact one; None shares nothing.
     fed: bool [1,L], latents that each path feeds back to itself (feedback.py); None where there are none.
     """
-    grid, merge = batch["image_grid_thw"][0], model.image_processor.merge_size
-    h, w = int(grid[1]) // merge, int(grid[2]) // merge
+    h, w = model.image_processor.grids(batch["image_grid_thw"])[0][0]
     row = batch["rows"][:, :1]                                                     # [1,1]
     image = batch["image"][:, : h * w]                                             # [1,N]; the first image's come first
     cols = torch.cat([image, batch["latents"]], 1)                                 # [1,N+K]

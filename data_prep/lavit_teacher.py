@@ -74,23 +74,24 @@ def look(model, fmt, method, records, batch_size):
     """Records -> [(tensors of the record, its attention's statistics)]; tensors and statistics as the module's docstring says."""
     sizes = lambda record, images: {"sizes": torch.tensor([image.size for image in images])}
     examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, extras=sizes)
-    found, merge = [], model.image_processor.merge_size
+    found = []
     for at in range(0, len(records), batch_size):
         group = records[at : at + batch_size]
         batch = data.collate([examples.build(at + i, 0) | {"bad": []} for i in range(len(group))], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, model.device, model.hf.dtype)
         tap = Looks(text_rows(batch), batch["image"])
         h = method.hidden(model, batch, tap)                                                             # [B,L,E]
-        grids = (batch["image_grid_thw"][:, 1:] // merge).cpu()                                          # [I,2]
+        images = model.image_processor.grids(batch["image_grid_thw"])                                    # rows and columns of tokens of every image
         for r, S, cols, states, sizes_of in zip(group, tap.S.cpu(), batch["image"], h, batch["sizes"].tolist()):
-            own, grids = grids[: len(r.images)], grids[len(r.images) :]
+            seen, images = images[: len(r.images)], images[len(r.images) :]
+            own = torch.tensor([grid for image in seen for grid in image])                               # [I,2], for some families more than one of an image
             cols = cols[cols >= 0]
             A = normalise(S[: len(cols)].float())                                                        # eq. 3
             tensors = {"gaze": A, "gaze_grid": own.clone(), "gaze_top": A.argsort(descending=True, stable=True)[:TOP],
                        "v_sem": states[cols].float().mean(0).cpu()}
             target = torch.zeros(len(A), dtype=torch.bool)
             if r.boxes:  # boxes are pixels of the first image
-                first = inside(r.boxes, sizes_of[0], own[0].tolist())
+                first = torch.cat([inside(r.boxes, sizes_of[0], grid) for grid in seen[0]])
                 target[: len(first)] = first
             found.append((tensors, {"focus": float(focus(A, target)) if r.boxes else None, "entropy": float(entropy(A)), "salient": salient(A)}))
     return found

@@ -1,4 +1,5 @@
 """What the tests share: small random models in Hugging Face layout, records with real images, and one batch of them."""
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -21,8 +22,56 @@ def pytest_addoption(parser):
     parser.addoption("--require-cuda", action="store_true", help="fail, not skip, what needs a GPU where there is none (tests/test_ops.py)")
 
 
-def write_model(path, tied=True, **text):
-    """A random Qwen2.5-VL of two or three layers with tiny's tokenizer and image rules, written as a directory."""
+def qwen3_vl(path, settings):
+    """What makes a tiny directory one of Qwen3-VL: DeepStack after two of three vision blocks, patches of 16, a tokenizer that knows <think>."""
+    text, vision = settings["text_config"], settings["vision_config"]
+    settings |= {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+    text |= {"model_type": "qwen3_vl_text", "head_dim": 12}  # heads wider than hidden size / heads, as in the smaller real ones
+    text["rope_parameters"] |= {"mrope_section": [2, 2, 2], "mrope_interleaved": True}
+    vision |= {"model_type": "qwen3_vl_vision", "depth": 3, "deepstack_visual_indexes": [0, 1], "patch_size": 16, "num_position_embeddings": 16}
+    rules = json.loads((path / "preprocessor_config.json").read_text())
+    rules |= {"patch_size": 16, "size": {"shortest_edge": 4096, "longest_edge": 16384}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps({n: x for n, x in rules.items() if n not in ("min_pixels", "max_pixels")}))
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
+    tokenizer.save_pretrained(path)
+
+
+def llava_onevision(path, settings):
+    """What makes a tiny directory one of LLaVA-OneVision: SigLIP on tiles of 2 x 2 patches, up to 4 x 4 of them, Qwen2, <image>."""
+    text = {n: x for n, x in settings["text_config"].items() if n not in ("rope_parameters", "model_type")}
+    text |= {"model_type": "qwen2", "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
+              "image_size": 28, "vision_use_head": False}
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]}, replace_extra_special_tokens=False)
+    # Like the real one: all images, then all text, of lists alone.
+    tokenizer.chat_template = ("{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + ' ' -}}"
+                               "{%- for part in message['content'] if part is mapping and part['type'] == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
+                               "{%- for part in message['content'] if part is mapping and part['type'] == 'text' -%}{{- '\n' + part['text'] -}}{%- endfor -%}"
+                               "{{- '<|im_end|>' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}")
+    tokenizer.save_pretrained(path)
+    pinpoints = [[28 * h, 28 * w] for h in (1, 2, 4) for w in (1, 2, 4)]
+    rules = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 28, "width": 28}, "image_grid_pinpoints": pinpoints,
+             "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(rules))
+    (path / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 4,
+                                                            "vision_feature_select_strategy": "full", "image_processor": rules}))
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    tied = settings["tie_word_embeddings"]
+    settings.clear()
+    settings |= {"model_type": "llava_onevision", "architectures": ["LlavaOnevisionForConditionalGeneration"], "text_config": text, "vision_config": vision,
+                 "image_token_index": image, "video_token_index": video, "image_grid_pinpoints": pinpoints, "tie_word_embeddings": tied}
+
+
+def write_model(path, tied=True, family=None, **text):
+    """A random model of two or three layers with tiny's tokenizer and image rules, written as a directory.
+
+    family: what makes of it another than Qwen2.5-VL, a function (directory, contents of config.json).
+    """
     shutil.copytree(crystal.model.TINY, path)
     settings = json.loads((path / "config.json").read_text())
     settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = tied
@@ -30,6 +79,8 @@ def write_model(path, tied=True, **text):
                                 "layer_types": ["full_attention"] * 3, "rope_parameters": {"mrope_section": [2, 1, 1], "rope_theta": 100.0, "rope_type": "default"}} | text
     settings["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "out_hidden_size": settings["text_config"]["hidden_size"],
                                   "fullatt_block_indexes": [1], "window_size": 56}
+    if family:
+        family(path, settings)
     settings["dtype"] = "float32"
     (path / "config.json").write_text(json.dumps(settings))
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -49,6 +100,20 @@ def write_model(path, tied=True, **text):
 def model_dirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return {tied: write_model(root / ("tied" if tied else "untied"), tied) for tied in (True, False)}
+
+
+FAMILIES = {"qwen3_vl": qwen3_vl, "llava_onevision": llava_onevision}  # beside Qwen2.5-VL
+
+
+@pytest.fixture(scope="session")
+def family_dirs(tmp_path_factory):
+    """family_dirs(family, tied) -> directory of a tiny random model of it, written once."""
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def make(family, tied):
+        return write_model(root / f"{family}-{'tied' if tied else 'untied'}", tied, FAMILIES[family])
+    return make
 
 
 RECORDS = [  # (question, answer, sizes of the images)
@@ -73,10 +138,11 @@ def records_file(tmp_path_factory):
 
 
 @pytest.fixture
-def setup(model_dirs, records_file):
-    """setup(*flags, tied=, dtype=, which=) -> settings, model, method, objective, fmt, batch: one step's ingredients."""
-    def make(*flags, tied=True, dtype=torch.float64, which=None):
-        settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(model_dirs[tied]), *flags])
+def setup(model_dirs, family_dirs, records_file):
+    """setup(*flags, tied=, dtype=, which=, family=) -> settings, model, method, objective, fmt, batch: one step's ingredients."""
+    def make(*flags, tied=True, dtype=torch.float64, which=None, family=None):
+        directory = family_dirs(family, tied) if family else model_dirs[tied]
+        settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(directory), *flags])
         model = crystal.model.load(settings.model, dtype)
         method, fmt = methods.attach(model, settings)
         objective = Objective(model, method).train()
@@ -100,7 +166,9 @@ def setup(model_dirs, records_file):
 @pytest.fixture
 def float64_modules(monkeypatch):
     """RMSNorm and rotary embeddings compute in float64; the stock modules drop to float32 on the way."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as m
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as m3
 
     def norm(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
@@ -110,8 +178,10 @@ def float64_modules(monkeypatch):
         turn = lambda x: x * cos + m.rotate_half(x) * sin
         return turn(q), turn(k)
 
-    monkeypatch.setattr(m.Qwen2_5_VLRMSNorm, "forward", norm)
-    monkeypatch.setattr(m, "apply_rotary_pos_emb_vision", rotate)
+    for kind in (m.Qwen2_5_VLRMSNorm, Qwen2RMSNorm, m3.Qwen3VLTextRMSNorm):
+        monkeypatch.setattr(kind, "forward", norm)
+    for module in (m, m3):
+        monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)
 
 
 def gradients(loss, named):

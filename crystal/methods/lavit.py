@@ -163,13 +163,20 @@ class Method(SFT):
 
     def targets(self, model, batch):
         """The teacher's gaze on the student's grid -> [B,N]: aligned, its largest kept, a distribution; 0 at padding."""
-        merge = model.image_processor.merge_size
-        grids = iter((batch["image_grid_thw"][:, 1:] // merge).tolist())                     # rows and columns of tokens of every image
+        images = iter(model.image_processor.grids(batch["image_grid_thw"]))                  # rows and columns of tokens of every image
         out = torch.zeros(batch["image"].shape, dtype=batch["gaze"].dtype, device=batch["gaze"].device)
         for b, (seen, rows) in enumerate(zip(batch["gaze"], batch["gaze_grid"].tolist())):
             teacher = [grid for grid in rows if all(grid)]                                   # an image less than another record's: 0 x 0
-            n = int((batch["image"][b] >= 0).sum())
-            out[b, :n] = top(align(seen, teacher, [next(grids) for _ in teacher]), self.settings.gaze_top)
+            n, own = int((batch["image"][b] >= 0).sum()), []
+            while sum(h * w for image in own for h, w in image) < n:
+                own.append(next(images))
+            flat = [grid for image in own for grid in image]
+            if len(teacher) == len(own) < len(flat):  # a student that sees an image in several grids, of a teacher that sees one
+                parts, times = seen[: sum(h * w for h, w in teacher)].split([h * w for h, w in teacher]), [len(image) for image in own]
+                seen, teacher = (torch.cat([part for part, k in zip(parts, times) for _ in range(k)]), [grid for grid, k in zip(teacher, times) for _ in range(k)])
+            if len(teacher) != len(flat):
+                raise UserError(f"the teacher's gaze has {len(teacher)} grids for a record whose {len(own)} images the student sees in {len(flat)}")
+            out[b, :n] = top(align(seen, teacher, flat), self.settings.gaze_top)
         return out
 
 

@@ -19,8 +19,6 @@ from crystal.config import Stage, UserError, setting
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
 
-VISION = (layout.IMAGE, "<|vision_start|>", "<|vision_end|>")  # an image's tokens; the two around it have seen images too
-
 
 @dataclass
 class Settings(config.Settings):
@@ -67,7 +65,7 @@ class Format(layout.Format):
             return ids, image, []
         at = len(ids) - 1 - ids[::-1].index(self.end)  # where the user's last turn ends
         if self.place == "before" and image:
-            at = image[-1] + 2  # after <|vision_end|>
+            at = image[-1] + 1 + (len(self.marks) > 1)  # after <|vision_end|>
         return ids[:at] + self.latents + ids[at:], image, list(range(at, at + self.count))
 
     def chat_template(self):
@@ -77,9 +75,9 @@ class Format(layout.Format):
         if not self.count:
             return template
         latents = "".join(self.tokenizer.convert_ids_to_tokens(self.latents))
-        # The whole prompt is rendered first; then the latents go behind its last <|vision_end|>, or before its last <|im_end|>.
+        # The whole prompt is rendered first; then the latents go behind its last image, or before its last <|im_end|>.
         split = lambda at, joined: "{%- set parts = prompt.rsplit('" + at + "', 1) -%}{{- parts[0] ~ '" + joined + "' ~ parts[1] -}}"
-        behind_image = "{%- elif '" + VISION[2] + "' in prompt -%}" + split(VISION[2], VISION[2] + latents)
+        behind_image = "{%- elif '" + self.marks[-1] + "' in prompt -%}" + split(self.marks[-1], self.marks[-1] + latents)
         return ("{%- set prompt -%}" + template + "{%- endset -%}{%- if not add_generation_prompt -%}{{- prompt -}}"
                 + behind_image * (self.place == "before") + "{%- else -%}" + split(layout.END, latents + layout.END) + "{%- endif -%}")
 
@@ -98,7 +96,8 @@ class Method(SFT):
         """Stage 1's mask: [Bias]. batch: input_ids [B,L], left- or right-padded, and rows [B,M], the answer rows."""
         ids = batch["input_ids"]
         is_one = lambda tokens: torch.isin(ids, torch.tensor(model.tokenizer.convert_tokens_to_ids(list(tokens)), dtype=torch.long, device=ids.device))
-        image, latents = is_one(VISION), is_one(self.tokens)                           # [B,L] each
+        # The tokens around an image have seen images too.
+        image, latents = is_one(model.family.marks), is_one(self.tokens)                           # [B,L] each
         blind = (image.cumsum(1) > 0) & ~image & ~latents                              # the rest of what follows the first image
         if self.settings.mask == "answer":
             # From the row that predicts the answer's first token on: else an answer of one token would see the image.

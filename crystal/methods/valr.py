@@ -157,7 +157,7 @@ class Method(SFT):
             return {"ce": cross_entropy(model, batch) + 0 * sum(p.sum() for p in self.projections.parameters())}
         B, L = batch["input_ids"].shape
         fed = mask_of(batch["latents"], L)                                                         # [B,L]
-        with own_features(model) as own:
+        with own_features(model, batch) as own:
             h, after = feedback.forward(model, batch, fed, self.settings.updates, (self.layer,))   # [B,L,D]
         terms = {"ce": cross_entropy(model, batch, h=h)}
         if not self.projections:
@@ -193,10 +193,16 @@ def stored(record, name, images):
 
 
 @contextmanager
-def own_features(model):
+def own_features(model, batch):
     """While open, catches what the model's own vision tower gives the decoder: a list of [image tokens, D], detached."""
-    seen = []
-    hook = model.hf.model.visual.register_forward_hook(lambda _, __, out: seen.append(out.pooler_output.detach()))
+    seen, image = [], batch["mm_token_type_ids"] == 1                                              # [B,L]
+
+    def look(module, args, kwargs):
+        if not seen:  # the first piece holds all images
+            x = kwargs["inputs_embeds"]                                                            # [B,n,D]
+            seen.append(x[image[:, : x.shape[1]]].detach())
+
+    hook = model.hf.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield seen
     finally:
