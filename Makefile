@@ -25,7 +25,7 @@ demo: setup
 	@$(BIN)/python -m crystal.demo --method $(METHOD)
 
 test: setup
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 clean:
 	rm -rf $(VENV) build *.egg-info crystal/*.so

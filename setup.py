@@ -165,6 +165,6 @@ setup(
         "track": ["tensorboard"],
         "serve": ["starlette", "uvicorn", "pydantic"],
         "data": ["pyarrow"],
-        "test": ["pytest", "peft", "scikit-image", "scipy", "matplotlib", "openai", "pyarrow", "starlette", "uvicorn", "pydantic"],
+        "test": ["pytest", "pytest-xdist", "peft", "scikit-image", "scipy", "matplotlib", "openai", "pyarrow", "starlette", "uvicorn", "pydantic"],
     },
 )

@@ -193,5 +193,5 @@ def test_the_command_prints_error_and_time(records_file, capsys):
     assert "16 latents a segment, up to 32 a record" in head
     rows = [line.split() for line in table]
     assert [row[0] for row in rows] == ["0", "3"] and all(float(rows[0][i]) > 1.2 * float(rows[1][i]) > 0 for i in (1, 2))
-    with pytest.raises(UserError, match="no-run: not a directory"):
+    with pytest.raises(UserError, match="no-run: no such directory"):
         feedback_check.main(["--run", "./no-run"])

@@ -273,7 +273,7 @@ def test_diagnostics(run, records_file, capsys, tmp_path):
     said = {name: [x["prediction"] for x in lines if x["asked"] == name] for name in ("as trained", "latents dropped", "bottleneck", "bottleneck, dropped")}
     assert len({tuple(x) for x in said.values()}) == 4  # four different ways of asking a random model
     for flags, name in (((), "as trained"), (("--bottleneck",), "bottleneck"), (("--bottleneck", "--latents", "drop"), "bottleneck, dropped")):
-        evaluate.main(["--model", str(run), "--data", str(records_file), *flags, "--max_new_tokens", "3", "--device", "cpu", "--out", str(out)])
+        evaluate.main(["--model", str(run), "--data", str(records_file), *flags, "--max_new_tokens", "3", "--device", "cpu", "--out", str(out), "--overwrite"])
         assert [json.loads(x)["prediction"] for x in out.read_text().splitlines()] == said[name]
     with pytest.raises(UserError, match="sft has no mask"):
         evaluate.main(["--model", "tiny", "--data", str(records_file), "--bottleneck"])
