@@ -25,7 +25,7 @@ demo: setup
 	@$(BIN)/python -m crystal.demo --method $(METHOD)
 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 clean:
 	rm -rf $(VENV) build *.egg-info crystal/*.so
