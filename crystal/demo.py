@@ -6,7 +6,6 @@
 Both methods start from the shipped tiny model and see the same toy scenes the same number of times. LaViT's teacher is the
 demo's own sft run, no larger than its student; what its filters would leave out is printed, and trained on all the same.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -52,7 +51,7 @@ def data_of(method, scenes, teacher):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="demo.py", description="Train, evaluate, draw and export on the tiny model.")
+    parser = config.OneLineParser(prog="demo.py", description="Train, evaluate, draw and export on the tiny model.")
     parser.add_argument("--method", default="crystal")
     parser.add_argument("--max_steps", type=int, default=360)
     parser.add_argument("--seed", type=int, default=0)
