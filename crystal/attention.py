@@ -104,16 +104,13 @@ class AttentionTap:
 
     layers             set of decoder layers to read, counted from 0
     rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: the intact half first)
-    kind               "weights" reads attn_slice, "scores" reads attn_scores, which needs no pass over all L keys; or a function
-                       called as these two are: a compiled one, or one that goes straight to a loss
+    read               attn_slice, attn_scores, which needs no pass over all L keys, or a function called as these two are: a compiled
+                       one (ops.py), or one that goes straight to a loss
     bias, key_padding  as in attn_scores, where attention has them; right padding needs neither
     """
 
-    def __init__(self, layers, rows, cols, kind="weights", *, bias=None, key_padding=None):
-        if not callable(kind) and kind not in ("weights", "scores"):
-            raise ValueError(f"AttentionTap kind {kind!r}: choose weights or scores")
-        self.layers, self.rows, self.cols = set(layers), rows, cols
-        self.read = kind if callable(kind) else attn_slice if kind == "weights" else attn_scores
+    def __init__(self, layers, rows, cols, read=attn_slice, *, bias=None, key_padding=None):
+        self.layers, self.rows, self.cols, self.read = set(layers), rows, cols, read
         self.bias, self.key_padding = bias, key_padding
         self._slices = {}
 

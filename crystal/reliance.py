@@ -37,6 +37,7 @@ from crystal.bottleneck import Bias
 from crystal.config import UserError
 from crystal.generate import generate
 from crystal.layout import IGNORE, Layout
+from crystal.ops import attn_slice
 
 RULE = "used if the paired 95 % interval of (as trained - swapped) lies above 0"
 MARKERS = ("<|vision_start|>", "<|vision_end|>")  # they stand around an image and may repeat it: they count as image
@@ -233,7 +234,7 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
         if "error" in batch:
             raise data.RecordError(batch["error"])
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        taps = {name: AttentionTap(layers, batch["rows"], batch[name]) for name in sums}
+        taps = {name: AttentionTap(layers, batch["rows"], batch[name], attn_slice) for name in sums}
         model.hidden(batch, tap=lambda *args: [tap(*args) for tap in taps.values()])
         rows = (batch["rows"] >= 0).sum(1)                                              # [B]
         for name, tap in taps.items():

@@ -29,6 +29,7 @@ from crystal.export import open_model
 from crystal.latent_copy import dual_forward
 from crystal.methods.crystal import Settings as CrystalSettings
 from crystal.methods.crystal import mask_of
+from crystal.ops import attn_slice
 
 UNITS = {"blur": "r = {:g} px", "mask": "s = {:g}", "crop": "s = {:g}", "jigsaw": "ρ = {:g}", "color": "s = {:g}", "noise": "σ = {:g}", "impulse": "s = {:g}"}
 PATHS = ("intact", "corrupted")
@@ -180,7 +181,7 @@ def answer_attention(model, batch, settings, layers, copied=None, fed=None):
     row = batch["rows"][:, :1]                                                     # [1,1]
     image = batch["image"][:, : h * w]                                             # [1,N]; the first image's come first
     cols = torch.cat([image, batch["latents"]], 1)                                 # [1,N+K]
-    tap = AttentionTap(layers, row.repeat(2, 1), cols.repeat(2, 1), "weights")
+    tap = AttentionTap(layers, row.repeat(2, 1), cols.repeat(2, 1), attn_slice)
     inputs = nullcontext()
     if fed is not None:
         both = [feedback.recurrence(model, batch | {"pixel_values": batch[pixels]}, fed)[0] for pixels in ("pixel_values", "pixel_values_cor")]

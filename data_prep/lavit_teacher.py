@@ -32,12 +32,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from crystal import config, data, evaluate, methods, processes
-from crystal.attention import attn_slice
 from crystal.checkpoint import MANIFEST
 from crystal.config import UserError
 from crystal.export import find, open_model
 from crystal.methods.lavit import entropy, focus, inside, normalise, salient
 from crystal.methods.sft import Method as SFT
+from crystal.ops import attn_slice
 
 TOP = 8  # section 4.1
 

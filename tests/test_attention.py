@@ -210,8 +210,6 @@ def test_what_is_refused():
             read(q, k, *positions, bias=torch.ones(1, 1, 1, 7, dtype=torch.bool))
     with pytest.raises(ValueError, match="4 query heads cannot share 3"):
         attn_slice(q, k[:, [0, 1, 1]], rows, cols)
-    with pytest.raises(ValueError, match="kind"):
-        AttentionTap({0}, rows, cols, kind="logits")
 
 
 # ---- the tap ---------------------------------------------------------------------------------------------------------
@@ -230,11 +228,11 @@ class Layer(torch.nn.Module):
         return x + F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
-def tapped(kind, layers, checkpointed, run=3):
+def tapped(read, layers, checkpointed, run=3):
     """Slices before and after backward, and the gradients of an attention loss plus the output's, of a stack of layers."""
     torch.manual_seed(0)
     stack, x = torch.nn.ModuleList(map(Layer, range(run))), torch.randn(2, 6, 8)
-    tap = AttentionTap(layers, torch.tensor([[3, 5], [4, -1]]), torch.tensor([[1, 2], [0, 3]]), kind)
+    tap = AttentionTap(layers, torch.tensor([[3, 5], [4, -1]]), torch.tensor([[1, 2], [0, 3]]), read)
     for layer in stack:
         x = checkpoint(layer, x, tap, use_reentrant=False) if checkpointed else layer(x, tap)
     before = tap.slices
@@ -242,11 +240,11 @@ def tapped(kind, layers, checkpointed, run=3):
     return before, tap.slices, [p.grad for p in stack.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["weights", "scores"])
+@pytest.mark.parametrize("read", [attn_slice, attn_scores])
 @pytest.mark.parametrize("layers", [{2}, {0, 1, 2}])
-def test_tap_under_checkpointing(kind, layers):
-    plain, _, gradients = tapped(kind, layers, checkpointed=False)
-    before, after, gradients_again = tapped(kind, layers, checkpointed=True)
+def test_tap_under_checkpointing(read, layers):
+    plain, _, gradients = tapped(read, layers, checkpointed=False)
+    before, after, gradients_again = tapped(read, layers, checkpointed=True)
     assert list(plain) == list(before) == sorted(layers)
     for layer in layers:
         assert before[layer].shape == (2, 4, 2, 2) and torch.equal(plain[layer], before[layer])
@@ -257,8 +255,8 @@ def test_tap_under_checkpointing(kind, layers):
 
 def test_tap_reads_what_it_was_told():
     q, k, rows, cols, kw = sample(**SAMPLES["bias and padding"])
-    for kind, read in (("weights", attn_slice), ("scores", attn_scores)):
-        tap = AttentionTap([1], rows, cols, kind, bias=kw["bias"], key_padding=kw["key_padding"])
+    for read in (attn_slice, attn_scores):
+        tap = AttentionTap([1], rows, cols, read, bias=kw["bias"], key_padding=kw["key_padding"])
         tap(0, q, k, 0.5)
         tap(1, q, k, 0.3)
         tap(1, q, k, 0.9)  # a later write is dropped
@@ -268,4 +266,4 @@ def test_tap_reads_what_it_was_told():
 
 def test_tap_names_the_missing_layer():
     with pytest.raises(RuntimeError, match=r"layers \[3, 7\] wrote no slice; wrote: \[2\]"):
-        tapped("weights", {2, 7, 3}, checkpointed=False)
+        tapped(attn_slice, {2, 7, 3}, checkpointed=False)

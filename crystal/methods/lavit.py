@@ -28,6 +28,7 @@ from crystal.losses import gaze, semantics
 from crystal.methods.crystal import mask_of
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
+from crystal.ops import attn_slice
 
 
 @dataclass
@@ -146,7 +147,7 @@ class Method(SFT):
     def losses(self, model, batch, progress):
         """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs."""
         s, B, latents = self.settings, len(batch["input_ids"]), batch["latents"]             # latents [B,K]
-        tap = AttentionTap(range(len(model.layers)), latents, batch["image"]) if s.w_gaze else None
+        tap = AttentionTap(range(len(model.layers)), latents, batch["image"], attn_slice) if s.w_gaze else None
         h = model.hidden(batch, tap=tap, biases=self.gated(model, batch, self.gamma(progress.of_run)))  # [B,L,D]
 
         terms = {"ce": cross_entropy(model, batch, h=h)}
