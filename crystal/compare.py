@@ -1,6 +1,7 @@
 """Methods side by side: the same data, updates and records seen, several seeds each, a table with intervals.
 
     python -m crystal.compare --methods sft,crystal,livr --seeds 3 --max_steps 200
+    torchrun --nproc_per_node=2 crystal/compare.py --methods sft,crystal,livr --seeds 3 --max_steps 200
     python -m crystal.compare --methods "sft,livr,livr: --masked 0" --seeds 5 --model MODEL --data train.jsonl --test test.jsonl
 
 A method may carry flags of its own after a colon, as a control does. What compare does not know itself goes to train.py, for every
@@ -12,13 +13,14 @@ import math
 import re
 import shlex
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from statistics import mean, stdev
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crystal import checkpoint, config, data, demo, evaluate, export, train
+from crystal import checkpoint, config, data, demo, evaluate, export, processes, train
 from crystal.config import UserError
 
 # 97.5 % quantiles of Student's t for 1, 2, .. degrees of freedom.
@@ -77,10 +79,11 @@ def main(argv=None):
     args, more = parser.parse_known_args(argv)
     if args.seeds < 1 or bool(args.data) != bool(args.test):
         raise UserError("--seeds must be at least 1, and --data goes with --test")
-    out = Path(args.output)
+    procs, out = processes.start(), Path(args.output)
     if not args.data:
         from data_prep import toy
-        toy.generate(out / "toy")
+        with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
+            toy.generate(out / "toy")
     records, _ = data.read(args.test or out / "toy" / "test.jsonl")
     if broken := [r for r in records if isinstance(r, data.RecordError)]:
         raise broken[0]
@@ -92,10 +95,11 @@ def main(argv=None):
         for spec, method, own in specs:
             count += 1
             run = out / f"{re.sub(r'[^A-Za-z0-9.]+', '_', spec.removesuffix('.py'))}-{seed}"
-            flags = ["--method", method, "--model", args.model, *(demo.recipe(method) if args.model == "tiny" else []),
+            flags = ["--method", method, "--model", args.model, *(demo.recipe(method, procs.world) if args.model == "tiny" else []),
                      "--max_steps", str(args.max_steps), *more, *shlex.split(own), "--seed", str(seed)]
-            print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}", flush=True)
+            procs.print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}")
             percent = finished(run, flags)
+            procs.barrier()  # all ranks have looked
             if percent is None:
                 if method not in where:  # LaViT's teacher looks once
                     where[method] = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0")
@@ -103,14 +107,17 @@ def main(argv=None):
                 train.main([*flags, *where[method], "--output", str(run), going])
                 if not checkpoint.step_dir(run, args.max_steps).is_dir():
                     raise UserError(f"{run}: stopped before its end; the same command goes on from there")
-                model, fmt, _ = export.open_model(run)
-                results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec)
+                model, fmt, _ = export.open_model(run, device=procs.device)
+                results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec, procs=procs)
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}
-                (run / "compare.json").write_text(json.dumps({"flags": flags, "percent": percent}) + "\n")
+                if procs.is_first:
+                    (run / "compare.json").write_text(json.dumps({"flags": flags, "percent": percent}) + "\n")
             scores.setdefault(spec, []).append(percent)
         text = table(scores)
-        print(f"\nafter {seed + 1} of {args.seeds} seeds: percent of {len(records)} questions, mean and half width of its 95 % interval over seeds\n{text}\n", flush=True)
-    (out / "table.txt").write_text(text + "\n")
+        procs.print(f"\nafter {seed + 1} of {args.seeds} seeds: percent of {len(records)} questions, mean and half width of its 95 % interval over seeds\n{text}\n")
+    if procs.is_first:
+        (out / "table.txt").write_text(text + "\n")
+    procs.stop()
 
 
 if __name__ == "__main__":

@@ -3,24 +3,29 @@
     make demo                    sft and crystal
     make demo METHOD=m           sft and m: livr, lavit, valr, or a file of your own
 
-Both methods start from the shipped tiny model and see the same toy scenes the same number of times. LaViT's teacher is the
-demo's own sft run, no larger than its student; what its filters would leave out is printed, and trained on all the same.
+Both methods start from the shipped tiny model and see the same toy scenes the same number of times. Two cores are two processes that share
+every batch, as four GPUs would. LaViT's teacher is the demo's own sft run, no larger than its student; what its filters would leave out is
+printed, and trained on all the same.
 """
+import os
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 import crystal.model
-from crystal import config, data, evaluate, export, generate, methods, train, visualize
+from crystal import checkpoint, config, data, evaluate, export, generate, methods, processes, train, visualize
 from crystal.config import UserError
 from crystal.layout import Format
 from data_prep import toy
 
 # Two minutes at most each on two cores; the paper's own settings are train.py's defaults. A model this small forgets how to see
 # while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows learn faster than the rest.
-TRAINING = ["--batch_size", "16", "--lr", "5e-4", "--lr_rows", "20", "--eval_records", "64"]
+BATCH = 16
+TRAINING = ["--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
 OWN = {
     "crystal": ["--labels", "answer"],
     "livr": [],
@@ -30,10 +35,10 @@ OWN = {
 }
 
 
-def recipe(method):
-    """Flags of train.py with which a method, or what is built on it, trains on the tiny base in minutes."""
+def recipe(method, world=1):
+    """Flags of train.py with which a method, or what is built on it, trains on the tiny base in minutes, in `world` processes."""
     kind = methods.get(method)
-    return TRAINING + next(flags for name, flags in OWN.items() if issubclass(kind, methods.get(name)))
+    return ["--batch_size", str(BATCH // world), *TRAINING, *next(flags for name, flags in OWN.items() if issubclass(kind, methods.get(name)))]
 
 
 def data_of(method, scenes, teacher):
@@ -53,16 +58,24 @@ def data_of(method, scenes, teacher):
 def main(argv=None):
     parser = config.OneLineParser(prog="demo.py", description="Train, evaluate, draw and export on the tiny model.")
     parser.add_argument("--method", default="crystal")
-    parser.add_argument("--max_steps", type=int, default=360)
+    parser.add_argument("--max_steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=1000, help="test questions for the table")
     parser.add_argument("--output", default="runs/demo")
+    parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=1 if 1 in (torch.cuda.device_count(), os.cpu_count()) else 2,
+                        help="that share the work")
     args = parser.parse_args(argv)
-    out, started = Path(args.output), time.perf_counter()
+    recipe(args.method)  # a wrong name is told before anything starts
+    processes.launch(args.processes, "crystal.demo", sys.argv[1:] if argv is None else argv)
+    procs, out, started = processes.start(), Path(args.output), time.perf_counter()
+
+    def say(text):
+        procs.print(f"\n== {text}")
 
     say("1. Data: toy scenes, questions that need small details")
     scenes = Path("runs/toy")
-    toy.generate(scenes, seed=args.seed)
+    with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
+        toy.generate(scenes, seed=args.seed)
     records, _ = data.read(scenes / "test.jsonl")
     records = records[: args.questions]
 
@@ -70,53 +83,56 @@ def main(argv=None):
     runs = {}
     for n, method in enumerate(chosen):
         name = Path(method).stem
-        say(f"{n + 2}. Training {name}: {args.max_steps} updates of 16 from the same base")
+        say(f"{n + 2}. Training {name}: {args.max_steps} updates of {BATCH} from the same base")
         if "--encoders" in recipe(method):
-            print(RANDOM)
+            procs.print("its encoder is small and has random weights: it shows that everything runs, and teaches little")
         flags = [*data_of(method, scenes, out / "sft"), "--max_steps", str(args.max_steps), "--seed", str(args.seed), "--save_every", "1000",
                  "--eval_every", "60", "--log_every", "30", "--overwrite"]
-        runs[name] = train.main(["--method", method, "--output", str(out / name), *recipe(method), *flags])
+        runs[name] = train.main(["--method", method, "--output", str(out / name), *recipe(method, procs.world), *flags])
+        if not checkpoint.step_dir(runs[name], args.max_steps).is_dir():
+            raise UserError(f"{runs[name]}: stopped before its end")
+    run = runs[Path(args.method).stem]
 
     say(f"{len(chosen) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of the 95 % interval")
-    how = dict(batch_size=100, max_new_tokens=8)
-    base = crystal.model.load("tiny")
+    how = dict(batch_size=100, max_new_tokens=8, procs=procs)
+    base = crystal.model.load("tiny", device=procs.device)
     seeing = evaluate.answers(base, Format(base.tokenizer), records, progress="base", **how)
     base.hf.load_state_dict(load_file(crystal.model.TINY.parent / "blind" / "model.safetensors"), strict=False)
     found = {"blind": evaluate.answers(base, Format(base.tokenizer), records, grey=True, progress="blind", **how), "base": seeing}
     masses = ""
-    for name, run in runs.items():
-        model, fmt, settings = export.open_model(run)
+    for name, directory in runs.items():
+        model, fmt, settings = export.open_model(directory, device=procs.device)
         asked, mass = evaluate.diagnose(model, fmt, methods.get(settings.method)(settings), records, **how)
         found |= {name if column == "as trained" else f"{name}, {column}": results for column, results in asked.items()}
         if mass is not None:
             masses += f"{name}: mean attention from answers to latents, over layers, heads and rows: {mass:.4f}\n"
-    text = evaluate.table({column: evaluate.by_family(results) for column, results in found.items()}) + "\n" + masses.rstrip()
-    print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.txt").write_text(text + "\n")
+    if procs.is_first:
+        text = evaluate.table({column: evaluate.by_family(results) for column, results in found.items()}) + "\n" + masses.rstrip()
+        print(text)
+        (out / "table.txt").write_text(text + "\n")
+        show(run, records[0], scenes, out, len(chosen) + 3)
 
-    say(f"{len(chosen) + 3}. Pictures")
-    for path in visualize.pictures(runs[Path(args.method).stem], scenes / "test.jsonl", out / "pictures"):
-        print(path)
-
-    run = runs[Path(args.method).stem]
-    say(f"{len(chosen) + 4}. Export and one question")
-    export.main(["--run", str(run)])
-    record = records[0]
-    print(f"{record.images[0]}\n{record.turns[-1][1].removeprefix('<image>').strip()}")
-    generate.main(["--model", str(run / "merged"), "--image", str(record.images[0]), "--question", record.turns[-1][1].removeprefix("<image>").strip()])
-    print(f"(the answer is {record.answer})")
-
-    say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
-    print(f"""  tutorials/00_first_run.md                       read how it works, step by step
+        say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
+        print(f"""  tutorials/00_first_run.md                       read how it works, step by step
   .venv/bin/python crystal/train.py --help        every setting
   .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 {' '.join(recipe(args.method))} --eval_every 200
   .venv/bin/python -m crystal.evaluate --model {run} --data {scenes}/test.jsonl
-  .venv/bin/python -m crystal.generate --model {run}/merged --image {record.images[0]} --question "What colour is the star?" """)
+  .venv/bin/python -m crystal.generate --model {run}/merged --image {records[0].images[0]} --question "What colour is the star?" """)
+    procs.stop()
 
 
-def say(text):
-    print(f"\n== {text}", flush=True)
+def show(run, record, scenes, out, n):
+    """Pictures of a run, its export, and the export's answer to one record's question; the headings count from `n`."""
+    print(f"\n== {n}. Pictures", flush=True)
+    for path in visualize.pictures(run, scenes / "test.jsonl", out / "pictures"):
+        print(path)
+
+    print(f"\n== {n + 1}. Export and one question", flush=True)
+    export.main(["--run", str(run)])
+    question = record.turns[-1][1].removeprefix("<image>").strip()
+    print(f"{record.images[0]}\n{question}")
+    generate.main(["--model", str(run / "merged"), "--image", str(record.images[0]), "--question", question])
+    print(f"(the answer is {record.answer})")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Format:
 
     def __init__(self, tokenizer, count=0, kind="diverse", thought="fixed"):
         self.tokenizer, self.count, self.thought = tokenizer, count, thought
-        self.marks = getattr(tokenizer, "image_marks", IMAGE)  # another family's, see model.py
+        self.marks = getattr(tokenizer, "image_marks", IMAGE)  # another family's, see families.py
         self.end, self.image = tokenizer.convert_tokens_to_ids([END, self.marks[0]])
         if count:
             self.think, self.unthink, self.open, self.close = tokenizer.convert_tokens_to_ids(list(TAGS))

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Processes:
     world: int = 1        # how many there are
     local_rank: int = 0   # among the processes of this machine
     device: torch.device = torch.device("cpu")
+    guest: bool = False   # the group is the caller's, as where one program calls another's main; it ends it
 
     @property
     def is_first(self):
@@ -106,13 +108,13 @@ class Processes:
         return module.no_sync() if on and self.world > 1 else nullcontext()
 
     def stop(self):
-        """Leave the group. The last call of a run; harmless without a group and when called twice."""
-        if self.world > 1 and dist.is_initialized():
+        """Leave the group, unless it is the caller's. The last call of a run; harmless without a group and when called twice."""
+        if self.world > 1 and not self.guest and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def start(device="auto", timeout=600.0):
-    """Join the run that torchrun described, or be the only process of it.
+    """Join the run that torchrun described, or be the only process of it. Where this process is in the run's group already, that one is used.
 
     device: "auto" (CUDA where there is any), "cpu", "cuda", or for one process any torch device name. timeout: seconds that a rank waits for the others in one
     call; it bounds how long they hang if one dies without torchrun noticing, and must exceed the slowest thing one rank does alone.
@@ -143,10 +145,19 @@ def start(device="auto", timeout=600.0):
     threads = cpu_threads(cores, local_world, os.environ)
     if threads:
         torch.set_num_threads(threads)
-    if world > 1:
+    guest = world > 1 and dist.is_initialized()
+    if world > 1 and not guest:
         on_cuda = device.type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout), device_id=device if on_cuda else None)
-    return Processes(rank, world, local_rank, device)
+    return Processes(rank, world, local_rank, device, guest)
+
+
+def launch(count, module, argv):
+    """`torchrun --nproc_per_node=count -m module argv` in the place of this process; one process, or one that torchrun started, just goes on."""
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, without a warning to read
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", module, *argv])
 
 
 def cpu_threads(cores, local_world, environ):

@@ -96,7 +96,7 @@ def test_wrong_models(tmp_path, model_dirs):
     bert = tmp_path / "bert"
     bert.mkdir()
     (bert / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="model type 'bert' has no row in model.py's FAMILIES"):
+    with pytest.raises(UserError, match="model type 'bert' has no row in families.py"):
         crystal.model.load(str(bert))
     cut = tmp_path / "cut"
     shutil.copytree(model_dirs[True], cut)

@@ -65,6 +65,13 @@ def first(procs, folder):
     return seen
 
 
+def guest(procs, folder):
+    """A program that calls another's main: the group is joined, and lives on after the other's end."""
+    inner = start("cpu")
+    inner.stop()
+    return [inner.guest, procs.guest, inner.rank == procs.rank, procs.sum(1)]
+
+
 def agree(procs, folder):
     """One rank is signalled, as by a scheduler that knows one process."""
     stop = StopSignal()
@@ -125,7 +132,7 @@ def launch(folder, *acts):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """All acts in one launch, since starting two processes is what takes the time."""
-    return launch(tmp_path_factory.mktemp("two"), "communicate", "gradients", "first", "agree", "dead")
+    return launch(tmp_path_factory.mktemp("two"), "communicate", "gradients", "first", "guest", "agree", "dead")
 
 
 def test_two_processes_communicate(two):
@@ -151,6 +158,10 @@ def test_wrapped_gradients_equal_one_process(two):
 
 def test_first_runs_first_and_its_failure_reaches_the_others(two):
     assert two[0]["first"] == [[False, "ran", "ValueError"], [True, "RankFailed"]]
+
+
+def test_a_group_that_is_there_is_shared_and_left_alone(two):
+    assert two[0]["guest"] == [[True, False, True, 2]] * 2
 
 
 def test_ranks_agree_to_stop(two):

@@ -1,4 +1,4 @@
-"""Every family of model.py's table on a tiny random model: what the other tests show of Qwen2.5-VL holds for each.
+"""Every family of the table in families.py on a tiny random model: what the other tests show of Qwen2.5-VL holds for each.
 
 Loads, logits as stock; realisations, feedback and generation equal; every method's every term alive; exports that stock
 tools load. Tied heads in one half of the tests, untied ones in the other.
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import select_best_resolution
 
 import crystal.model
-from crystal import data, export, feedback, layout, methods, train, visualize
+from crystal import data, export, families, feedback, layout, methods, train, visualize
 from crystal import generate as generate_module
 from crystal.config import Progress, UserError
 from crystal.generate import decode_feedback, generate
@@ -112,7 +112,7 @@ def test_llavas_image_tokens_are_as_many_as_its_processor_says():
     """Real geometry, SigLIP at 384 with patches of 14: sizes that fit, that are cut, and that are shrunk because they exceed nine tiles."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionProcessor
     config = LlavaOnevisionConfig()
-    images = crystal.model.Tiles(SimpleNamespace(image_grid_pinpoints=config.image_grid_pinpoints), config)
+    images = families.Tiles(SimpleNamespace(image_grid_pinpoints=config.image_grid_pinpoints), config)
     stock = SimpleNamespace(image_processor=images.processor, num_image_tokens=729, vision_aspect_ratio="anyres_max_9")
     stock._get_unpadded_features = lambda *args: LlavaOnevisionProcessor._get_unpadded_features(stock, *args)
     for h, w in ((384, 384), (100, 100), (480, 640), (1333, 800), (700, 4000), (3000, 4000), (37, 411)):
@@ -172,7 +172,7 @@ def test_real_configurations(name):
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     hf.requires_grad_(False)
-    row = crystal.model.FAMILIES[family]
+    row = families.FAMILIES[family]
     model = crystal.model.Model(hf, AutoTokenizer.from_pretrained(crystal.model.TINY), row.images(None, config), row, name)
     settings = methods.parse(["--lora_on", "language,vision,merger"])
     names = model.add_adapters(settings)
@@ -193,10 +193,10 @@ def test_what_is_not_supported_is_told_in_one_line(family_dirs, tmp_path, monkey
     with pytest.raises(UserError, match="^[^\n]*--max_pixels mean nothing to llava_onevision: its image_grid_pinpoints[^\n]*$"):
         crystal.model.load(str(family_dirs("llava_onevision", True)), max_pixels=10**5)
     (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
-    with pytest.raises(UserError, match="^[^\n]*'mllama' has no row in model.py's FAMILIES .known: qwen2_5_vl, qwen3_vl, llava_onevision.; tutorials/10_backbones.md[^\n]*$"):
+    with pytest.raises(UserError, match="^[^\n]*'mllama' has no row in families.py .known: qwen2_5_vl, qwen3_vl, llava_onevision.; tutorials/10_backbones.md[^\n]*$"):
         crystal.model.load(str(tmp_path))
-    wrong = replace(crystal.model.FAMILIES["qwen3_vl"], merger=r"model\.visual\.merger\.mlp\.\d+")
-    monkeypatch.setitem(crystal.model.FAMILIES, "qwen3_vl", wrong)
+    wrong = replace(families.FAMILIES["qwen3_vl"], merger=r"model\.visual\.merger\.mlp\.\d+")
+    monkeypatch.setitem(families.FAMILIES, "qwen3_vl", wrong)
     model = crystal.model.load(str(family_dirs("qwen3_vl", True)))
     with pytest.raises(UserError, match="--lora_on language,merger: no Linear of it matches .* in its row"):
         model.add_adapters(methods.parse(["--lora_on", "language,merger"]))
