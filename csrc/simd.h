@@ -41,23 +41,42 @@ static inline vfloat load(const bf16* p) {
 
 static inline void store(float* p, vfloat x) { __builtin_memcpy(p, &x, sizeof x); }
 static inline void store(double* p, vdouble x) { __builtin_memcpy(p, &x, sizeof x); }
-static inline void store(bf16* p, vfloat x) {  // to the nearest, ties to even; NaN stays NaN
-  vuint bits = (vuint)x;
-  vuint even = bits + 0x7fff + ((bits >> 16) & 1);
-  bits = (vuint)(x == x ? (vint)even : (vint)(bits | 0x10000));
-  vhalf half = __builtin_convertvector(bits >> 16, vhalf);
+// Rounded to bfloat16 in the upper halves: to the nearest, ties to even; NaN stays NaN.
+static inline vuint nearest_bf16(vfloat x) {
+  const vuint bits = (vuint)x, even = bits + 0x7fff + ((bits >> 16) & 1);
+  return (vuint)(x == x ? (vint)even : (vint)(bits | 0x10000));
+}
+static inline void store(bf16* p, vfloat x) {
+  vhalf half = __builtin_convertvector(nearest_bf16(x) >> 16, vhalf);
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-// The first n < N lanes; the others are read as fill, and not written.
-template <class T> static inline typename lanes<T>::V load(const T* p, int n, T fill) {
-  T x[lanes<T>::N];
-  for (int i = 0; i < lanes<T>::N; ++i) x[i] = i < n ? p[i] : fill;
-  return load(x);
+// 2N cells as two vectors, in an order that is T's own: for work that goes cell by cell. bf16 cells are taken apart into those at even and
+// at odd places, which is a shift and a mask where neighbours would have to cross the vector.
+template <class V> struct two { V x, y; };
+static inline two<vfloat> load_two(const float* p) { return {load(p), load(p + lanes<float>::N)}; }
+static inline two<vdouble> load_two(const double* p) { return {load(p), load(p + lanes<double>::N)}; }
+static inline two<vfloat> load_two(const bf16* p) {
+  vuint both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return {(vfloat)(both << 16), (vfloat)(both & 0xffff0000u)};
 }
-template <class T> static inline void store(T* p, int n, typename lanes<T>::V x) {
-  T y[lanes<T>::N];
-  store(y, x);
+static inline void store_two(float* p, two<vfloat> v) { store(p, v.x), store(p + lanes<float>::N, v.y); }
+static inline void store_two(double* p, two<vdouble> v) { store(p, v.x), store(p + lanes<double>::N, v.y); }
+static inline void store_two(bf16* p, two<vfloat> v) {
+  const vuint both = nearest_bf16(v.x) >> 16 | (nearest_bf16(v.y) & 0xffff0000u);
+  __builtin_memcpy(p, &both, sizeof both);
+}
+
+// The first n < 2N cells; the others are read as fill, and not written.
+template <class T> static inline auto load_two(const T* p, int n, T fill) {
+  T x[2 * lanes<T>::N];
+  for (int i = 0; i < 2 * lanes<T>::N; ++i) x[i] = i < n ? p[i] : fill;
+  return load_two(x);
+}
+template <class T> static inline void store_two(T* p, int n, two<typename lanes<T>::V> v) {
+  T y[2 * lanes<T>::N];
+  store_two(y, v);
   for (int i = 0; i < n; ++i) p[i] = y[i];
 }
 
@@ -66,7 +85,7 @@ static inline double widen(double x) { return x; }
 static inline float widen(bf16 x) { uint32_t bits = uint32_t(x.bits) << 16; float y; __builtin_memcpy(&y, &bits, 4); return y; }
 static inline void narrow(float* p, double x) { *p = float(x); }
 static inline void narrow(double* p, double x) { *p = x; }
-static inline void narrow(bf16* p, double x) { vfloat v = {}; v[0] = float(x); store(p, 1, v); }
+static inline void narrow(bf16* p, double x) { p->bits = uint16_t(nearest_bf16(vfloat{} + float(x))[0] >> 16); }
 
 // The larger of each lane; a NaN in x is dropped (what follows meets it again).
 static inline vfloat larger(vfloat m, vfloat x) { return x > m ? x : m; }
@@ -96,21 +115,19 @@ template <class V> static inline V rounded(V x) {
   return x;
 }
 
-// e^x for x <= 88 with a relative error of about 1e-7; 0 below -87, NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor
-// series up to r^7 / 7! (the rest is below 6e-9), and 2^n by adding n to the exponent.
+// e^x for x <= 88 with a relative error of about 1e-7 (without FMA it grows by 6e-8 |x|); 0 below -87, NaN for NaN. x = n ln 2 + r with
+// |r| <= ln 2 / 2; e^r by 1 + r + r^2 P(r), P fitted for the least relative error, 3e-9; 2^n by its bits.
 static inline vfloat exp(vfloat x) {
   vfloat t = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
-  vfloat n = t - 12582912.0f;
-  vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in few bits
-  vfloat y = r * (1.0f / 5040) + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
+  vfloat r = x - (t - 12582912.0f) * 0.693147182f;
+  vfloat y = r * 0.0013814540580f + 0.0083687454462f;
+  y = y * r + 0.0416683889925f;
+  y = y * r + 0.1666652113199f;
+  y = y * r + 0.4999999403954f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  y = (vfloat)((vint)y + ((vint)t << 23));
-  return x < -87.0f ? (vfloat){} : y + (x - x);  // x - x is 0, or NaN
+  y *= (vfloat)(((vint)t << 23) + 0x3f800000);
+  return x < -87.0f ? (vfloat){} : y;
 }
 
 static inline vdouble exp(vdouble x) {  // lane by lane: float64 is for checking gradients

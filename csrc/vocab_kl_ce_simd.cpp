@@ -17,17 +17,18 @@ template <> constexpr bf16 lowest<bf16>() { return {0xff61}; }  // -3.0e38
 template <class T, bool BOTH> static void sums_of(const T* z, const T* z2, int64_t n, Sums* out) {
   typedef typename lanes<T>::V V;
   typedef typename lanes<T>::C C;
-  constexpr int N = lanes<T>::N;
+  constexpr int STEP = 2 * lanes<T>::N;
   Sums o = {lowest<double>(), 0, lowest<double>(), 0, 0};
   for (int64_t at = 0; at < n; at += TILE) {
-    const int64_t end = at + TILE < n ? at + TILE : n, full = at + (end - at) / N * N;
+    const int64_t end = at + TILE < n ? at + TILE : n, full = at + (end - at) / STEP * STEP;
     const int tail = int(end - full);
-    V top = load(z + (tail ? full : at), tail ? tail : N, lowest<T>()), top2 = {};
-    if (BOTH) top2 = load(z2 + (tail ? full : at), tail ? tail : N, lowest<T>());
-    for (int64_t i = at; i < full; i += N) {
-      top = larger(top, load(z + i));
-      if (BOTH) top2 = larger(top2, load(z2 + i));
-    }
+    V top = V{} + lowest<C>(), top2 = top;
+    auto look = [&](two<V> v, two<V> v2) {
+      top = larger(larger(top, v.x), v.y);
+      if (BOTH) top2 = larger(larger(top2, v2.x), v2.y);
+    };
+    for (int64_t i = at; i < full; i += STEP) look(load_two(z + i), BOTH ? load_two(z2 + i) : two<V>{});
+    if (tail) look(load_two(z + full, tail, lowest<T>()), BOTH ? load_two(z2 + full, tail, lowest<T>()) : two<V>{});
     const double m = lane_max(top) > o.m ? double(lane_max(top)) : o.m, m2 = BOTH && lane_max(top2) > o.m2 ? double(lane_max(top2)) : o.m2;
     const V shift = V{} + C(m), shift2 = V{} + C(m2);
     V s = {}, s2 = {}, e = {};
@@ -40,8 +41,9 @@ template <class T, bool BOTH> static void sums_of(const T* z, const T* z2, int64
         e += p * (a - b);
       }
     };
-    for (int64_t i = at; i < full; i += N) add(load(z + i), BOTH ? load(z2 + i) : V{});
-    if (tail) add(load(z + full, tail, lowest<T>()), BOTH ? load(z2 + full, tail, lowest<T>()) : V{});
+    auto add_two = [&](two<V> v, two<V> v2) { add(v.x, v2.x), add(v.y, v2.y); };
+    for (int64_t i = at; i < full; i += STEP) add_two(load_two(z + i), BOTH ? load_two(z2 + i) : two<V>{});
+    if (tail) add_two(load_two(z + full, tail, lowest<T>()), BOTH ? load_two(z2 + full, tail, lowest<T>()) : two<V>{});
     const Sums tile = {m, double(lane_sum(s)), m2, double(lane_sum(s2)), double(lane_sum(e))};
     o = merged(o, tile);
   }
@@ -51,7 +53,7 @@ template <class T, bool BOTH> static void sums_of(const T* z, const T* z2, int64
 template <class T> static void slopes_of(const T* z, const T* z2, T* d, T* d2, int64_t n, const Sums& row, const Slopes& g) {
   typedef typename lanes<T>::V V;
   typedef typename lanes<T>::C C;
-  constexpr int N = lanes<T>::N;
+  constexpr int STEP = 2 * lanes<T>::N;
   const V m = V{} + C(row.m), m2 = V{} + C(row.m2), e = V{} + C(row.e), over_s = V{} + C(1 / row.s), over_s2 = V{} + C(1 / row.s2);
   const V g_int = V{} + C(g.g_int), g_cor = V{} + C(g.g_cor), g_kl = V{} + C(g.g_kl), g_kl_int = V{} + C(g.g_kl_int);
   auto cell = [&](V x, V x2, V& y, V& y2) {
@@ -72,17 +74,18 @@ template <class T> static void slopes_of(const T* z, const T* z2, T* d, T* d2, i
     return second ? g.g_cor * (q - 1) + both * g.g_kl * (q - p) : g.g_int * (p - 1) + both * g.g_kl_int * (p * ((a - b) - row.e));
   };
   const double own = d && g.label >= 0 ? at_label(g.label, false) : 0, own2 = d2 && g.label2 >= 0 ? at_label(g.label2, true) : 0;
-  V y, y2;
+  auto cells = [&](two<V> v, two<V> v2, two<V>& y, two<V>& y2) { cell(v.x, v2.x, y.x, y2.x), cell(v.y, v2.y, y.y, y2.y); };
+  two<V> y, y2;
   int64_t i = 0;
-  for (; i + N <= n; i += N) {
-    cell(z ? load(z + i) : V{}, z2 ? load(z2 + i) : V{}, y, y2);
-    if (d) store(d + i, y);
-    if (d2) store(d2 + i, y2);
+  for (; i + STEP <= n; i += STEP) {
+    cells(z ? load_two(z + i) : two<V>{}, z2 ? load_two(z2 + i) : two<V>{}, y, y2);
+    if (d) store_two(d + i, y);
+    if (d2) store_two(d2 + i, y2);
   }
   if (const int tail = int(n - i)) {
-    cell(z ? load(z + i, tail, lowest<T>()) : V{}, z2 ? load(z2 + i, tail, lowest<T>()) : V{}, y, y2);
-    if (d) store(d + i, tail, y);
-    if (d2) store(d2 + i, tail, y2);
+    cells(z ? load_two(z + i, tail, lowest<T>()) : two<V>{}, z2 ? load_two(z2 + i, tail, lowest<T>()) : two<V>{}, y, y2);
+    if (d) store_two(d + i, tail, y);
+    if (d2) store_two(d2 + i, tail, y2);
   }
   if (d && g.label >= 0) narrow(d + g.label, own);
   if (d2 && g.label2 >= 0) narrow(d2 + g.label2, own2);
