@@ -2,7 +2,8 @@
 
 First the machine: bandwidth of a copy, the best matrix product, one empty call. A *floor* is the least time that an operator can take
 there: the larger of the bytes it must move and the products it must form. Then, per operator, a gate (errors against float64 at most
-two and three times those of plain PyTorch, or nothing is timed), and times: median and quartiles of at least 30 runs, peers in turn.
+two and three times those of plain PyTorch, or nothing is timed), and times: median and quartiles of 30 runs, peers in turn, of slow
+peers fewer (the last column).
 
 N rows, V vocabulary; B sequences, L length, M rows, K columns, H heads, G key heads, d head size.
 """
@@ -11,14 +12,18 @@ import importlib.util
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from crystal import attention, losses, ops
 from crystal.config import OneLineParser, UserError, run_cli
+
+SLOW = 1.0  # a peer whose run takes n times so many seconds takes part in every n-th round alone
 
 
 def main(argv=None):
@@ -29,7 +34,7 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=32, help="N, rows of each path's logits")
     parser.add_argument("--vocab", type=int, default=152064, help="V")
     parser.add_argument("--slice", default="2,2048,64,8,28,4,128", help="B,L,M,K,H,G,d of the attention operators")
-    parser.add_argument("--repeats", type=int, default=30, help="runs of each")
+    parser.add_argument("--repeats", type=int, default=30, help="runs of each, of slow peers fewer")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile among the peers: minutes, the first time")
     parser.add_argument("--out", default="runs/bench.json", help="where the JSON goes")
     a = parser.parse_args(argv)
@@ -53,8 +58,8 @@ def main(argv=None):
     rows = []
     for name in wanted:
         rows += measure(name, *CASES[name](a, sizes, device), machine, a.repeats, device)
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(a.out).write_text(json.dumps({"machine": machine, "settings": vars(a), "rows": rows}, indent=1) + "\n")
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(a.out).write_text(json.dumps({"machine": machine, "settings": vars(a), "rows": rows}, indent=1) + "\n")
     print(f"wrote {a.out}")
 
 
@@ -72,6 +77,7 @@ def clock(f, device):
 
 
 def best(f, device, runs=10):
+    """Seconds that f takes at best."""
     return min(clock(f, device)[0] for _ in range(runs))
 
 
@@ -112,14 +118,17 @@ def measure(name, title, leaves, peers, floor, machine, repeats, device):
     gate(name, able, [x.detach().double().requires_grad_() for x in leaves], peers["eager"], device)
 
     times = {peer: ([], []) for peer in able}
-    for _ in range(repeats):
+    every = {peer: max(1, round(sum(once(f, leaves, device)[:2]) / SLOW)) for peer, (f, *_) in able.items()}
+    for n in tqdm(range(repeats), desc=name, disable=not sys.stderr.isatty(), leave=False):
         for peer, (f, *_) in able.items():
+            if n % every[peer]:
+                continue
             forward, backward, *_ = once(f, leaves, device)
             times[peer][0].append(forward * 1e3)
             times[peer][1].append(backward * 1e3)
     floors = [max(moved / machine["copy_gb_s"] / 1e6, flops / machine["tflop_s"] / 1e9) for moved, flops in floor]  # ms
     ours, rows = sum(map(statistics.median, times["compiled"])), []
-    print(f"  {'':24} {'forward ms':>22} {'backward ms':>22} {'of the floor':>13} {'x ours':>7} {'kept MB':>8} {'peak MB':>8}")
+    print(f"  {'':24} {'forward ms':>22} {'backward ms':>22} {'of the floor':>13} {'x ours':>7} {'kept MB':>8} {'peak MB':>8} {'runs':>5}")
     for peer, f in peers.items():
         row = {"operator": name, "case": title, "peer": peer}
         if isinstance(f, str):
@@ -129,10 +138,10 @@ def measure(name, title, leaves, peers, floor, machine, repeats, device):
         quartiles = [statistics.quantiles(t, n=4)[::2] if len(t) > 1 else [t[0]] * 2 for t in times[peer]]
         kept, peak = kept_bytes(f, leaves), peak_bytes(f, leaves, device)
         row |= {"forward_ms": medians[0], "backward_ms": medians[1], "forward_quartiles": quartiles[0], "backward_quartiles": quartiles[1], "floor_ms": floors,
-                "share_of_floor": sum(floors) / sum(medians), "times_ours": sum(medians) / ours, "kept_bytes": kept, "peak_bytes": peak, "repeats": repeats}
+                "share_of_floor": sum(floors) / sum(medians), "times_ours": sum(medians) / ours, "kept_bytes": kept, "peak_bytes": peak, "repeats": len(times[peer][0])}
         rows.append(row)
         spread = [f"{m:.2f} ({q[0]:.2f} to {q[1]:.2f})" for m, q in zip(medians, quartiles)]
-        print(f"  {peer:24} {spread[0]:>22} {spread[1]:>22} {row['share_of_floor']:>12.0%} {row['times_ours']:>7.2f} {kept / 1e6:>8.1f} {peak / 1e6:>8.1f}")
+        print(f"  {peer:24} {spread[0]:>22} {spread[1]:>22} {row['share_of_floor']:>12.0%} {row['times_ours']:>7.2f} {kept / 1e6:>8.1f} {peak / 1e6:>8.1f} {row['repeats']:>5}")
     print(f"  {'floor':24} {floors[0]:>22.2f} {floors[1]:>22.2f}")
     return rows
 
@@ -187,6 +196,7 @@ def peak_bytes(f, leaves, device):
 
 
 def compiled_by_torch(f, wanted):
+    """A peer: f by torch.compile, or why it is left out."""
     return torch.compile(f, dynamic=False) if wanted else "left out (--no-compile)"
 
 
@@ -215,6 +225,7 @@ def vocab_case(a, sizes, device):
 
 
 def heads(a, sizes, device):
+    """(B,L,M,K,H,G,d) -> ([q, k] with gradients, rows [B,M], cols [B,K]), laid out as a record is: latents, then the answer."""
     B, L, M, K, H, G, d = sizes
     g = torch.Generator().manual_seed(0)
     leaves = [torch.randn(B, n, L, d, generator=g).to(device, getattr(torch, a.dtype)).requires_grad_() for n in (H, G)]
@@ -285,6 +296,7 @@ def attention_case(a, sizes, device):
 
 
 def wide(x):
+    """The dtype that results have: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

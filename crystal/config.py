@@ -16,6 +16,7 @@ class UserError(Exception):
 
 
 def setting(default, help, choices=None):
+    """A field of Settings: its default, its line of --help, and what it may be."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -42,6 +43,8 @@ class Progress:
 
 @dataclass
 class Settings:
+    """What every method has; a method's own class adds fields, and may change defaults."""
+
     presets = {"paper": {}}  # name: {field: value}, where a method has others
     least_latents = 1        # a method that can do without has 0
 
@@ -157,6 +160,8 @@ def layers_of(text, count):
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag raises UserError: one line, no usage text."""
+
     hint = "--help lists every flag"
 
     def error(self, message):

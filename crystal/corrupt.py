@@ -184,6 +184,7 @@ OPERATORS = {"blur": blur, "mask": mask, "crop": crop, "jigsaw": jigsaw, "color"
 
 
 def check_mode(mode):
+    """ValueError, in one line, for a mode that is none."""
     if mode not in MODES:
         raise ValueError(f"unknown corruption mode {mode!r}: choose one of {', '.join(MODES)}")
 

@@ -30,6 +30,8 @@ class RecordError(UserError):
 
 @dataclass
 class Record:
+    """One question about images, checked; the head of this file says where it comes from."""
+
     where: str                       # "train.jsonl:17", for messages
     id: str
     turns: list                      # [(role, text)]; the last is the user's question

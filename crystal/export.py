@@ -183,6 +183,7 @@ def merge(base, out, model, changes):
 
 
 def save_tokenizer(model, fmt, out):
+    """Saves the tokenizer with a chat template that ends in the method's own prompt (see Format.chat_template)."""
     template = model.tokenizer.chat_template
     model.tokenizer.chat_template = fmt.chat_template()
     model.tokenizer.save_pretrained(out)

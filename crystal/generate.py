@@ -4,7 +4,6 @@
 
 B questions, L prompt length (padded to the left for transformers, to the right in `decode_feedback`), P patches, K latents, D hidden size, V vocabulary.
 """
-import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path

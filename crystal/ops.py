@@ -354,10 +354,10 @@ def attn_align(kind, heads, q, k, rows, cols, *, scale=None, lse=None, bias=None
     """losses.attn_align without its slices: sums over a row are all that is kept.
 
     "kl" with heads "keep" reads the chosen rows and columns alone. "frobenius" and "mse" go over the L keys as attn_slice does, and a
-    given lse must be the rows' own. Compiled slices that losses.attn_loss compares: "kl" with heads "mean", whose rows meet across the
-    heads, and on a GPU "frobenius" and "mse", and heads of more than 256 numbers.
+    given lse must be the rows' own. Compiled slices that losses.attn_loss compares: heads "mean", whose rows meet across the heads, and "kl" on
+    a GPU with heads of more than 256 numbers.
     """
-    if heads == "mean" or q.is_cuda and (kind != "kl" or q.shape[-1] > 256):
+    if heads == "mean" or q.is_cuda and kind == "kl" and q.shape[-1] > 256:
         at, rest = (rows.repeat(2, 1), cols.repeat(2, 1)), {"scale": scale, "bias": bias, "key_padding": key_padding}
         X = attn_scores(q, k, *at, **rest) if losses.slice_kind(kind, heads) == "scores" else attn_slice(q, k, *at, lse=lse, **rest)
         X_int, X_cor = X.chunk(2)

@@ -19,7 +19,6 @@ THE RULE: the latents are used if the 95 % interval of (as trained - swapped), p
 B questions, L prompt length, K latents, N image tokens, M answer rows, H heads, D hidden size.
 """
 import json
-import math
 import sys
 import time
 from contextlib import contextmanager

@@ -262,6 +262,7 @@ def report_bad(lines, count, step, settings, run, procs):
 
 
 def list_bad(lines, run, procs):
+    """Appends lines to the run's bad_records.jsonl, on rank 0."""
     if procs.is_first:
         run.mkdir(parents=True, exist_ok=True)
         with open(run / "bad_records.jsonl", "a") as file:
@@ -327,6 +328,7 @@ def restore(directory, settings, objective, optimizer, named, procs):
 # ---------------------------------------------------------------------------------------------------------- small things
 
 def write(log, board, line):
+    """One line of metrics to the log, and to TensorBoard if there is one."""
     log.write(json.dumps(line) + "\n")
     log.flush()
     if board:
@@ -342,6 +344,7 @@ def logged_lines(path):
 
 
 def tensorboard(run):
+    """A SummaryWriter in the run; UserError where the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -51,6 +51,7 @@ def figure(width, height):
 
 
 def save(fig, path):
+    """Writes a figure -> Path."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
     return Path(path)
@@ -256,6 +257,7 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
 
 
 def draw_boxes(ax, record):
+    """The record's boxes [x0, y0, x1, y1], pixels of the image, as outlines. RecordError for anything else."""
     boxes = record.boxes if isinstance(record.boxes, list) else [record.boxes]
     for box in boxes:
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, Real) for v in box)):

@@ -3,7 +3,7 @@
 // a warp takes a row and goes through its columns, lanes side by side along d. Forward twice through the columns, for the normalisers and
 // for the sum; backward once for dQ, and a block per column for dK, which goes through the rows that share its key head.
 //
-// frobenius and mse need the pass over all keys: on the GPU they are losses.attn_loss on attn_slice's weights.
+// frobenius needs the pass over all keys: attn_frobenius.cu.
 //
 // Written without a GPU at hand: its logic is tested on a CPU (tests/cuda_on_cpu.h), its speed is not measured.
 #include "attn_cuda.h"

@@ -13,6 +13,11 @@ int attn_slice_backward(int version, const Attn& a, const Through& t, void* dq_p
 // Adds parts [splits,B,H,M,d] to rows of dq [B,H,L,d]; with G for H, K for M and cols for rows: to columns of dk.
 int attn_add_rows(const Attn& a, int splits, const void* parts, void* dq, const int64_t* dq_stride, void* stream);
 
+// frobenius, norm given. Room: times [B,L], parts [KEY_SPLITS,3,B,H,M] forward, [KEY_SPLITS,B,H,M,d] backward. Adds to dq and dk; either may be null.
+int attn_frobenius_forward(const Align& p, const AlignRows& rows, void* times, void* parts, void* stream);
+int attn_frobenius_backward(const Align& p, const void* g, const AlignRows& rows, bool teacher_grad, void* times, void* parts, void* dq, const int64_t* dq_stride, void* dk,
+                            const int64_t* dk_stride, void* stream);
+
 // kl alone. parts: room for [2B,H,M,d] and [2B,G,K,d], or null.
 int attn_align_forward(const Align& p, const AlignRows& rows, void* stream);
 int attn_align_backward(const Align& p, const void* g, const AlignRows& rows, bool teacher_grad, void* row_parts, void* column_parts, void* stream);

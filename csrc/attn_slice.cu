@@ -4,21 +4,15 @@
 // computed lse, and for scores, only R K d is left, and bytes bound it: some 2 MB, 3 us.
 //
 //   1  a block per row; backward, for dK, a block per key: every product of a query and a key reads both from memory
-//   2  tiles of 64 x 64 scores in registers, 16 to a thread, from slices of 32 numbers of d in shared memory; a row's keys are shared
-//      among several blocks, so that few rows fill the GPU; backward, dS goes from registers to the second product through shared memory
+//   2  tiles of scores in registers (attn_tiles.h); a row's keys are shared among several blocks, so that few rows fill the GPU
 //
 // Written without a GPU at hand: their logic is tested on a CPU (tests/cuda_on_cpu.h), their speed is not measured.
 #include "attn_cuda.h"
 
-#include "attn_device.h"
+#include "attn_tiles.h"
 
 namespace crystal {
 namespace {
-
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-template <class C> constexpr int TILE = sizeof(C) == 4 ? 64 : 32;  // rows and keys of a tile
-constexpr int DEPTH = 32;                                        // numbers of d at a time, first product
-constexpr int WIDTH_D = 64;                                      // numbers of d of a block, second product
 
 // ---- version 1 -----------------------------------------------------------------------------------------------------------------------
 
@@ -92,63 +86,6 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backw
 
 // ---- version 2 -----------------------------------------------------------------------------------------------------------------------
 
-// What a block knows of its tile of rows; a tile of keys is `from` and the block's b and g.
-template <class In, class C> struct Tile {
-  const In* query[TILE<C>];  // null beyond the rows
-  int64_t position[TILE<C>], m[TILE<C>];
-  C lse[TILE<C>], through[TILE<C>];
-
-  __device__ void read(const Attn& a, int64_t b, int64_t g, int64_t from, const Through* t) {  // rows from .. of the key head's R
-    const int64_t R = a.H / a.G * a.M;
-    for (int i = threadIdx.x; i < TILE<C>; i += THREADS) {
-      const bool inside = from + i < R;
-      const int64_t at = (b * a.G + g) * R + (inside ? from + i : 0);
-      const Row r(a, at);
-      query[i] = inside && r.position >= 0 ? crystal::query<In>(a, r) : nullptr;
-      position[i] = inside ? r.position : -1, m[i] = r.m;
-      if (t && t->through) lse[i] = ((const C*)t->lse)[at], through[i] = inside ? ((const C*)t->through)[at] : C(0);
-    }
-  }
-};
-
-// Products of a tile's rows and the keys from j0 on: thread (y, x) of 16 x 16 gets rows y + 16 u and keys x + 16 v. pool: shared memory.
-template <class In, class C> __device__ __forceinline__ void multiply(const Attn& a, const Tile<In, C>& tile, int64_t b, int64_t g, int64_t j0, C* pool, C (&sums)[TILE<C> / 16][TILE<C> / 16]) {
-  constexpr int T = TILE<C>, N = T / 16;
-  const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-  C(*qs)[T + 1] = (C(*)[T + 1])pool, (*ks)[T + 1] = (C(*)[T + 1])(pool + DEPTH * (T + 1));
-#pragma unroll
-  for (int u = 0; u < N; ++u)
-#pragma unroll
-    for (int v = 0; v < N; ++v) sums[u][v] = 0;
-  for (int64_t c0 = 0; c0 < a.d; c0 += DEPTH) {
-    __syncthreads();
-#pragma unroll 2  // more need more registers than there are
-    for (int i = threadIdx.x; i < T * DEPTH; i += THREADS) {  // neighbours read side by side, and write to different banks
-      const int64_t c = c0 + i % DEPTH, j = j0 + i / DEPTH;
-      const In* q = tile.query[i / DEPTH];
-      qs[i % DEPTH][i / DEPTH] = q && c < a.d ? C(widen(q[c * a.q_stride[3]])) : C(0);
-      ks[i % DEPTH][i / DEPTH] = j < a.L && c < a.d ? C(widen(key<In>(a, b, g, j)[c * a.k_stride[3]])) : C(0);
-    }
-    __syncthreads();
-#pragma unroll 4
-    for (int c = 0; c < DEPTH; ++c) {
-      C p[N], r[N];
-#pragma unroll
-      for (int u = 0; u < N; ++u) p[u] = qs[c][y + 16 * u], r[u] = ks[c][x + 16 * u];
-#pragma unroll
-      for (int u = 0; u < N; ++u)
-#pragma unroll
-        for (int v = 0; v < N; ++v) sums[u][v] += p[u] * r[v];
-    }
-  }
-}
-
-// Tiles `split` of `splits` of n, as [from, to).
-__device__ inline void share(int64_t n, int64_t size, int64_t split, int64_t splits, int64_t* from, int64_t* to) {
-  const int64_t tiles = (n + size - 1) / size;
-  *from = tiles * split / splits * size, *to = tiles * (split + 1) / splits * size;
-}
-
 template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_tiles(Attn a, int splits, C* top, C* sum) {
   constexpr int T = TILE<C>, N = T / 16;
   __shared__ Tile<In, C> tile;
@@ -156,7 +93,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_t
   const int64_t R = a.H / a.G * a.M, tiles = (R + T - 1) / T, split = blockIdx.x % splits, r0 = blockIdx.x / splits % tiles * T;
   const int64_t g = blockIdx.x / splits / tiles % a.G, b = blockIdx.x / splits / tiles / a.G;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-  tile.read(a, b, g, r0, nullptr);
+  tile.read(a, b, g, r0, nullptr, nullptr);
   __syncthreads();
   int64_t from, to, last = -1;
   share(a.L, T, split, splits, &from, &to);
@@ -214,7 +151,6 @@ backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int6
   constexpr int T = TILE<C>, N = T / 16, W = WIDTH_D / 16;
   __shared__ Tile<In, C> tile;
   __shared__ C pool[2 * DEPTH * (T + 1)], ds[T][T + 1];
-  static_assert(2 * DEPTH * (T + 1) >= T * WIDTH_D, "the second product's tile shares the first one's memory");
   const int64_t R = a.H / a.G * a.M, mine = KEYS ? a.L : R, tiles = (mine + T - 1) / T, slices = (a.d + WIDTH_D - 1) / WIDTH_D;
   int64_t rest = blockIdx.x;
   const int64_t split = rest % splits, d0 = (rest /= splits) % slices * WIDTH_D, own0 = (rest /= slices) % tiles * T, g = (rest /= tiles) % a.G, b = rest / a.G;
@@ -222,14 +158,14 @@ backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int6
   C sums[N][W] = {};
   int64_t from = 0, to = R;
   if (!KEYS) share(a.L, T, split, splits, &from, &to);
-  if (!KEYS) tile.read(a, b, g, own0, &t);
+  if (!KEYS) tile.read(a, b, g, own0, (const C*)t.lse, (const C*)t.through);
   for (int64_t other0 = from; other0 < to && (KEYS || other0 < a.L); other0 += T) {
     const int64_t j0 = KEYS ? own0 : other0, r0 = KEYS ? other0 : own0;
     bool inside = false;  // a column among these keys; the same in every thread
     for (int64_t c = 0; c < a.K; ++c) inside |= a.cols[b * a.K + c] >= j0 && a.cols[b * a.K + c] < j0 + T;
     if (!t.through && !inside) continue;
     __syncthreads();
-    if (KEYS) tile.read(a, b, g, r0, &t);
+    if (KEYS) tile.read(a, b, g, r0, (const C*)t.lse, (const C*)t.through);
     __syncthreads();
     C s[N][N] = {};
     if (t.through) multiply<In, C>(a, tile, b, g, j0, pool, s);
@@ -250,40 +186,9 @@ backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int6
       const int64_t column = a.cols[b * a.K + c] - j0, row = threadIdx.x;
       if (column >= 0 && column < T && row < T && r0 + row < R) ds[row][column] += ((const C*)t.direct)[((b * a.G + g) * R + r0 + row) * a.K + c];
     }
-#pragma unroll 2
-    for (int i = threadIdx.x; i < T * WIDTH_D; i += THREADS) {  // the other side's numbers [T][WIDTH_D]
-      const int64_t c = d0 + i % WIDTH_D, j = j0 + i / WIDTH_D;
-      const In* q = tile.query[i / WIDTH_D];
-      if (KEYS) pool[i] = q && c < a.d ? C(widen(q[c * a.q_stride[3]])) : C(0);
-      else pool[i] = j < a.L && c < a.d ? C(widen(key<In>(a, b, g, j)[c * a.k_stride[3]])) : C(0);
-    }
-    __syncthreads();
-#pragma unroll 4
-    for (int i = 0; i < T; ++i) {
-      C p[N], r[W];
-#pragma unroll
-      for (int u = 0; u < N; ++u) p[u] = KEYS ? ds[i][y + 16 * u] : ds[y + 16 * u][i];
-#pragma unroll
-      for (int v = 0; v < W; ++v) r[v] = pool[i * WIDTH_D + x + 16 * v];
-#pragma unroll
-      for (int u = 0; u < N; ++u)
-#pragma unroll
-        for (int v = 0; v < W; ++v) sums[u][v] += p[u] * r[v];
-    }
+    multiply_second<In, C, KEYS>(a, tile, b, g, j0, d0, ds, pool, sums);
   }
-#pragma unroll
-  for (int u = 0; u < N; ++u)
-#pragma unroll
-    for (int v = 0; v < W; ++v) {
-      const int64_t at = own0 + y + 16 * u, c = d0 + x + 16 * v;
-      if (at >= mine || c >= a.d) continue;
-      if (KEYS) {
-        In* cell = dk + b * s0 + g * s1 + at * s2 + c * s3;
-        *cell = narrow<In>(C(widen(*cell)) + sums[u][v] * C(a.scale));
-      } else {
-        parts[(split * a.B * a.H * a.M + (b * a.G + g) * R + at) * a.d + c] = sums[u][v] * C(a.scale);
-      }
-    }
+  give<In, C, KEYS>(a, b, g, own0, d0, split, sums, parts, dk, s0, s1, s2, s3);
 }
 
 // A block per row: the first row at a position adds what all rows there have got.
@@ -302,13 +207,6 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) add_r
 }
 
 // ---- launchers -----------------------------------------------------------------------------------------------------------------------
-
-// Blocks that share a row's keys: enough to fill a GPU of 132 multiprocessors twice.
-int splits_for(int64_t blocks, int64_t tiles) {
-  int splits = 1;
-  while (splits < KEY_SPLITS && splits * 2 <= tiles && blocks * splits < 264) splits *= 2;
-  return splits;
-}
 
 template <class In, class C> int forward_as(int version, const Attn& a, bool weights, const void* lse_in, void* top, void* sum, void* lse_out, void* out, void* stream) {
   const int64_t rows = a.B * a.H * a.M, T = TILE<C>, row_tiles = (a.H / a.G * a.M + T - 1) / T, blocks = a.B * a.G * row_tiles;

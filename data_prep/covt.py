@@ -167,6 +167,7 @@ def store(raw, relpath, images):
 
 
 def same(path, raw):
+    """True if the file at `path` holds `raw`."""
     return path.stat().st_size == len(raw) and path.read_bytes() == raw
 
 
@@ -230,6 +231,7 @@ def taken(part, group, rows):
 
 
 def bad(line, done, skip, total):
+    """Notes a broken row, or raises: UserError at the first without --on_bad_record skip, and above 1 %."""
     if not skip:
         raise UserError(f"{line}; --on_bad_record skip leaves such rows out")
     done["bad"].append(line)

@@ -7,7 +7,6 @@ writes safetensors files of 1000 records each below the image root, tensors ID/I
 records a copy of them whose field `features` names those files. An encoder that transformers does not have (VaLR's pi^3, of
 geometry) enters the same way: write files like these with it. Training on the files equals training with the encoder.
 """
-import argparse
 import json
 import sys
 from pathlib import Path

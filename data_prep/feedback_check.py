@@ -14,8 +14,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
 import crystal.model
 from crystal import config, data, export, feedback, methods
 from crystal.methods.crystal import mask_of

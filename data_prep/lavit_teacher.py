@@ -98,6 +98,7 @@ def look(model, fmt, method, records, batch_size):
 
 
 def without_image(record):
+    """The record's question alone, as text."""
     return replace(record, images=[], turns=[(role, text.replace("<image>", "").strip()) for role, text in record.turns])
 
 

@@ -12,6 +12,8 @@ from data_prep.reliance_open import Method as Open
 
 
 class Method(Open):
+    """The same with the direct path closed."""
+
     def biases(self, model, batch):
         """batch: input_ids [B,L], left- or right-padded, and rows [B,M], the answer rows."""
         ids, s = batch["input_ids"], self.settings

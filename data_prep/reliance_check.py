@@ -1,12 +1,10 @@
 """Does `--reliance` tell used latents from unused ones? Models of both kinds, trained alike, and what it says of each.
 
 `open` may read the image and pass its latents by (reliance_open.py); `bottleneck` may not (reliance_bottleneck.py). Both start from the tiny base
-with the same tokens, data, order, updates and rates; the mask is the only difference. Answers are asked for without a mask, of both: what a
-user of the model does. Exit code 1 if a verdict is not the expected one. What a run said stands in reliance_check.log.
+with the same tokens, data, order, updates and rates; the mask is the only difference, and each is asked under its own. Exit code 1 if a verdict is not the expected one. What a run said stands in reliance_check.log.
 
     python data_prep/reliance_check.py                  # three seeds each; about 10 minutes on two quiet cores
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from crystal import data, export, methods, reliance, train
+from crystal import config, data, export, methods, reliance, train
 from data_prep import toy
 
 HERE = Path(__file__).resolve().parent
@@ -24,7 +22,7 @@ EXPECTED = {"open": False, "bottleneck": True}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="reliance_check.py", description="Train models that use their latents and models that do not, and test --reliance on them.")
+    parser = config.OneLineParser(prog="reliance_check.py", description="Train models that use their latents and models that do not, and test --reliance on them.")
     parser.add_argument("--methods", default="open,bottleneck", help="comma-separated: open, bottleneck")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the data's order, the adapters and the new tokens")
     parser.add_argument("--max_steps", type=int, default=120)
@@ -56,4 +54,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    config.run_cli(main)

@@ -8,6 +8,8 @@ from crystal.methods.sft import cross_entropy
 
 
 class Method(CrystaL):
+    """Latents in the sequence, cross-entropy alone."""
+
     corrupts = False
     watched = ()
 

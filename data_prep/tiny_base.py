@@ -31,7 +31,6 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -42,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from crystal import config
 from data_prep import tiny_batches as batches
 from data_prep import tiny_check, tiny_files, toy
 from data_prep.tiny_batches import IGNORE, KINDS, N
@@ -134,6 +134,7 @@ def accuracy(pupil, batch, blind):
 
 
 def make_optimisers(pupil, args):
+    """Muon for the hidden matrices, AdamW for the rest."""
     named = dict(pupil.named_parameters())
     hidden = [name for name, p in named.items() if name.startswith("model.") and p.ndim == 2 and "embed_tokens" not in name]
     others = [p for name, p in named.items() if name not in hidden]
@@ -265,7 +266,7 @@ def install(model, blind, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the tiny base and its blind twin.")
+    parser = config.OneLineParser(description="Train the tiny base and its blind twin.")
     parser.add_argument("--out", type=Path, default=tiny_check.ASSETS, help="gets tiny/ and blind/")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"), help="checkpoints")
     parser.add_argument("--only", choices=("base", "blind"), help="train one of the two")
@@ -297,4 +298,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run_cli(main)

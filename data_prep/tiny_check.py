@@ -9,7 +9,6 @@ the 95 % interval and at most 85 % right; and in at least three, blur removes at
 
     python data_prep/tiny_check.py                      # 1,000 questions a family, 3 to 6 minutes on two cores
 """
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from crystal import config
 from data_prep import toy
 
 ASSETS = Path(__file__).resolve().parent.parent / "crystal" / "assets"
@@ -95,6 +95,7 @@ def measure(base, blind, tokenizer, processor, per_family, seed=0, batch=50):
 
 
 def table(rows):
+    """Rows -> a Markdown table."""
     lines = ["| family | questions | blind | base | base - blind (95 %) | base, blurred | margin removed | meets the bar |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for r in rows:
@@ -118,7 +119,7 @@ def load(folder, weights=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check the shipped tiny base and its blind twin.")
+    parser = config.OneLineParser(description="Check the shipped tiny base and its blind twin.")
     parser.add_argument("--base", default=ASSETS / "tiny", type=Path, help="model directory")
     parser.add_argument("--blind", default=ASSETS / "blind" / "model.safetensors", type=Path, help="weights of the blind twin")
     parser.add_argument("--per_family", type=int, default=1000, help="questions")
@@ -132,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run_cli(main)

@@ -19,7 +19,6 @@ from the top, and from the left it is warm: what a patch shows of the background
 writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same arguments give the same
 bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with x1 and y1 exclusive.
 """
-import argparse
 import hashlib
 import json
 import math
@@ -30,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from crystal import config
 
 SIDE, CELLS = 112, 4
 CELL = SIDE // CELLS  # pixels; one image token
@@ -351,7 +352,7 @@ def record(name, image, question):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the toy scenes.")
+    parser = config.OneLineParser(description="Draw the toy scenes.")
     parser.add_argument("--out", required=True, help="directory to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=4000, help="records")
@@ -362,4 +363,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run_cli(main)

@@ -6,7 +6,7 @@ import pytest
 from test_benchmarks import picture
 
 import crystal.model
-from crystal import benchmarks, data, evaluate, processes
+from crystal import benchmarks, data, evaluate
 from crystal.config import UserError
 from crystal.evaluate import by_family, table
 from crystal.layout import Format
@@ -123,20 +123,6 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
     assert len(calls) == 4 and json.loads(out.with_suffix(".json").read_text())["scores"]["Overall"]["score"] == 0.6
     evaluate.main([*flags, "--overwrite"])
     assert calls[4:] == [2, 2, 1]
-
-
-def test_two_parts_of_a_killed_run_are_read_by_one_process(tmp_path):
-    """Whoever goes on may have another number of ranks."""
-    out, procs = tmp_path / "p.jsonl", processes.Processes()
-    for rank, line in ((0, {"index": 0}), (1, {"index": 3})):
-        first = evaluate.Predictions(out, {"a": 1}, False, processes.Processes(rank=0))
-        first.procs = processes.Processes(rank=rank)
-        first.tell(line)
-    again = evaluate.Predictions(out, {"a": 1}, False, procs)
-    assert again.done == {0: {"index": 0}, 3: {"index": 3}}
-    again.tell({"index": 1})
-    again.close([{"index": i} for i in (0, 1, 3)], {})
-    assert [r["index"] for r in told(out)] == [0, 1, 3] and sorted(p.name for p in tmp_path.iterdir()) == ["p.json", "p.jsonl"]
 
 
 def test_bad_flags_are_one_line(tmp_path, records_file):

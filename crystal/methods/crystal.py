@@ -30,6 +30,8 @@ PRESETS = {
 
 @dataclass
 class Settings(config.Settings):
+    """The paper's defaults, and the presets."""
+
     presets = PRESETS
 
     # the thought
@@ -76,6 +78,8 @@ class Settings(config.Settings):
 
 
 class Method(SFT):
+    """Two paths, a copy, and eq. 6."""
+
     Settings = Settings
     corrupts = True
     watched = ("mass_int", "mass_cor")  # logged, not trained

@@ -33,6 +33,8 @@ from crystal.ops import attn_slice
 
 @dataclass
 class Settings(config.Settings):
+    """The paper's values (appendix A.2)."""
+
     # appendix A.2; the language model trains whole, the vision tower is frozen
     latents: int = setting(4, "K, latent tokens before the answer")
     tune: str = setting("full", "low-rank adapters, every weight of the language model, or nothing but the new tokens' rows", ("lora", "full", "rows"))
@@ -88,6 +90,8 @@ class Latents(Format):
 
 
 class Method(SFT):
+    """Gate, semantics and gaze beside cross-entropy."""
+
     Settings = Settings
 
     @property

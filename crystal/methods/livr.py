@@ -22,6 +22,8 @@ from crystal.methods.sft import cross_entropy
 
 @dataclass
 class Settings(config.Settings):
+    """The paper's values, and its controls (table 3)."""
+
     least_latents = 0
 
     latents: int = setting(16, "K, latent tokens after the question; 0: the mask alone (with --mask answer)")
@@ -83,6 +85,8 @@ class Format(layout.Format):
 
 
 class Method(SFT):
+    """Cross-entropy under the bottleneck, then without it."""
+
     Settings = Settings
 
     @property

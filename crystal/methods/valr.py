@@ -30,6 +30,8 @@ TOKENS = ("<latent>", "</latent>", "<answer>", "</answer>")
 
 @dataclass
 class Settings(config.Settings):
+    """The paper's values where it gives any."""
+
     # section 3 and the paper's settings; what it does not give is as everywhere here
     latents: int = setting(16, "K, latents of a segment; there is one before every step of the record's cot")
     tune: str = setting("full", "every weight of the language model (the paper), low-rank adapters, or nothing but the new tokens' rows", ("lora", "full", "rows"))
@@ -102,6 +104,8 @@ class Steps(Format):
 
 
 class Method(SFT):
+    """Cross-entropy over the steps, and alignment of the fed-back latents to encoders."""
+
     Settings = Settings
 
     @property

@@ -1,0 +1,161 @@
+"""What a chat request may say: OpenAI's wire format, checked, and bounded before it costs anything.
+
+Images arrive as data URLs and in no other way: no file and no address that a client names is opened. A field that cannot be honoured is
+refused, and every refusal is one line that names the field.
+"""
+import base64
+import io
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from starlette.responses import JSONResponse
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may open; of an animation the first picture counts
+
+
+@dataclass
+class Limits:
+    """What a request may cost, and the server hold; main has a flag for most."""
+
+    body: int = 32 * 2**20         # bytes of a request
+    body_seconds: float = 60.0     # for a request's body to arrive
+    images: int = 16               # of one request
+    pixels: int = 50_000_000       # of one image as sent; the model's own bounds come after it
+    tokens: int = 4096             # new tokens that a request may ask for
+    default_tokens: int = 512      # new tokens of a request that names no number
+    queue: int = 64                # requests that wait or are being answered
+    batch: int = 8                 # requests answered by one call
+
+
+class Refusal(Exception):
+    """What is wrong with a request: an HTTP status and one line."""
+
+    def __init__(self, status, message, param=None):
+        super().__init__(message)
+        self.status, self.message, self.param = status, " ".join(message.split()), param
+
+    def response(self):
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        headers = {"Retry-After": "1"} if self.status == 503 else {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        return JSONResponse({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}, self.status, headers)
+
+
+# --- the wire format ---------------------------------------------------------------------------------------------
+
+class Strict(BaseModel):
+    """A field that nobody knows is refused, not passed over."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Strict):
+    url: str
+    detail: str | None = None  # the model's own bounds on pixels hold
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+class Message(Strict):
+    """One turn; plain text counts as one text part."""
+
+    role: Literal["system", "user", "assistant"]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def parts(cls, content):
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class ChatRequest(Strict):
+    """The body of /v1/chat/completions: the fields that can be honoured, with the values that can."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    # Only these values leave an answer greedy.
+    temperature: float | None = Field(None, ge=0, le=0)
+    n: int | None = Field(None, ge=1, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    repetition_penalty: float | None = Field(None, ge=1, le=1)
+    # Without effect on a greedy answer.
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    user: str | None = None
+
+
+def parse(body):
+    """bytes -> ChatRequest; Refusal names the field."""
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(x) for x in first["loc"])
+        what = "not known to this server" if first["type"] == "extra_forbidden" else first["msg"]
+        hint = "; this server answers greedily" if where in ("temperature", "n") or where.endswith("_penalty") else ""
+        raise Refusal(400, f"{where}: {what}{hint}" if where else what, where or None) from None
+
+
+def turns_of(messages, limits):
+    """Messages -> (turns for layout.Format with texts between images as a list, the images' data URLs with their place)."""
+    turns, urls = [], []
+    for i, message in enumerate(messages):
+        texts = [""]
+        for j, part in enumerate(message.content):
+            if isinstance(part, TextPart):
+                texts[-1] += part.text
+                continue
+            if message.role != "user":
+                raise Refusal(400, f"messages.{i}.content.{j}: an image may stand in a user's message alone")
+            urls.append((part.image_url.url, f"messages.{i}.content.{j}.image_url.url"))
+            texts.append("")
+        turns.append((message.role, texts))
+    if messages[-1].role != "user":
+        raise Refusal(400, "messages: the last one must be the user's", "messages")
+    if len(urls) > limits.images:
+        raise Refusal(400, f"messages: {len(urls)} images, at most {limits.images} are allowed", "messages")
+    return turns, urls
+
+
+def image_of(url, where, limits):
+    """A data URL -> RGB PIL image. Nothing is decoded before its size is known."""
+    head, comma, data = url.partition(",")
+    if not head.startswith("data:"):
+        raise Refusal(400, f"{where}: must be a data URL (data:image/png;base64,...); this server opens no address and no file", where)
+    if not comma or not head.endswith(";base64"):
+        raise Refusal(400, f"{where}: a data URL must be base64 (data:image/png;base64,...)", where)
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise Refusal(400, f"{where}: bad base64: {error}", where) from None
+    try:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            if image.width * image.height > limits.pixels:
+                raise Refusal(400, f"{where}: {image.width} x {image.height} pixels, at most {limits.pixels} are allowed", where)
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Refusal:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the request's fault
+        reason = " ".join(str(error).split()).split(" <_io")[0] or type(error).__name__
+        raise Refusal(400, f"{where}: not a readable image ({', '.join(FORMATS)}): {reason}", where) from None
