@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from crystal import config, data
 from crystal.config import UserError
+from data_prep.broken import leave_out
 
 LETTERS = "ABCDE"
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -114,11 +115,7 @@ def run(images, depth, out, count=0, gap=20, seed=0, skip=False, say=print):
         try:
             record = question(images / name, map_path, name, out, gap, seed)
         except data.RecordError as error:
-            if not skip:
-                raise UserError(f"{error}; --on_bad_record skip leaves such photographs out") from None
-            bad.append(str(error))
-            if len(bad) > max(1, 0.01 * len(names)):
-                raise UserError(f"{len(bad)} broken photographs, more than 1 % of {len(names)}; the last: {error}") from None
+            leave_out(str(error), bad, skip, len(names), "photographs")
             continue
         if record is None:
             flat += 1

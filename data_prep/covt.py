@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from crystal import config, data
 from crystal.config import UserError
+from data_prep.broken import leave_out
 
 COLUMNS = ("id", "image", "image_relpath", "conversations")
-WRONG = 0.01  # share of rows that may be broken with --on_bad_record skip
 
 
 class BadRow(Exception):
@@ -204,7 +204,7 @@ def run(parts, out, subsets=(), sample=0, seed=0, skip=False, say=print):
                         try:
                             record = convert(row, where, images)
                         except BadRow as error:
-                            bad(f"{where}: {error}", done, skip, total)
+                            leave_out(f"{where}: {error}", done["bad"], skip, total, "rows")
                         else:
                             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
                             done["records"] += 1
@@ -228,15 +228,6 @@ def taken(part, group, rows):
         for i, row in zip(numbers, batch.take(numbers).to_pylist() if numbers else []):
             yield at + i, row
         at += batch.num_rows
-
-
-def bad(line, done, skip, total):
-    """Notes a broken row, or raises: UserError at the first without --on_bad_record skip, and above 1 %."""
-    if not skip:
-        raise UserError(f"{line}; --on_bad_record skip leaves such rows out")
-    done["bad"].append(line)
-    if len(done["bad"]) > max(1, WRONG * total):
-        raise UserError(f"{len(done['bad'])} broken rows, more than 1 % of {total}; the last: {line}")
 
 
 def save(path, value):

@@ -18,6 +18,7 @@ if not __package__:
 
 from crystal import config, data
 from crystal.config import UserError
+from data_prep.broken import leave_out
 
 FIELDS = ("image", "question", "answer", "issimple", "question_id")
 
@@ -60,11 +61,7 @@ def run(questions, images, out, kind="all", sample=0, seed=0, prompt="", skip=Fa
         try:
             record = convert(item, f"{questions}[{i}]", images, prompt)
         except data.RecordError as error:
-            if not skip:
-                raise UserError(f"{error}; --on_bad_record skip leaves such questions out") from None
-            bad.append(str(error))
-            if len(bad) > max(1, 0.01 * len(items)):
-                raise UserError(f"{len(bad)} broken questions, more than 1 % of {len(items)}; the last: {error}") from None
+            leave_out(str(error), bad, skip, len(items), "questions")
             continue
         if kind in ("all", record["family"]):
             records.append(record)

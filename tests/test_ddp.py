@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_evaluate import tsv
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [str(ROOT / "crystal" / "train.py")]
@@ -42,6 +43,23 @@ def test_evaluation_is_shared_by_ranks(records_file, tmp_path):
     run([str(ROOT / "crystal" / "evaluate.py")], flags + [str(tmp_path / "one.jsonl")])
     run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "crystal" / "evaluate.py")], flags + [str(tmp_path / "two.jsonl")])
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+
+
+def test_interventions_and_a_benchmark_are_shared_by_ranks(model_dirs, records_file, tmp_path):
+    """--reliance: the same report of a run, picture aside; a TSV: the same predictions and scores."""
+    evaluate, many = str(ROOT / "crystal" / "evaluate.py"), ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--device", "cpu", "--max_new_tokens", "3"]
+    trained = tmp_path / "run"
+    run(SCRIPT, ["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--max_steps", "1", "--eval_every", "0", "--device", "cpu",
+                 "--dtype", "float64", "--output", str(trained)])
+    for name, launcher in (("one", [evaluate]), ("two", [*many, evaluate])):
+        run(launcher, [*flags, "--model", str(trained), "--data", str(records_file), "--reliance", "--out", str(tmp_path / name)])
+        run(launcher, [*flags, "--model", "tiny", "--benchmark", str(tsv(tmp_path / "cats.tsv")), "--out", str(tmp_path / f"{name}.jsonl")])
+    one, two = (json.loads((tmp_path / name / "reliance.json").read_text()) for name in ("one", "two"))
+    assert one["conditions"] == two["conditions"] and len(one["conditions"]) > 5
+    assert (tmp_path / "one" / "reliance.txt").read_text() == (tmp_path / "two" / "reliance.txt").read_text()
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    assert json.loads((tmp_path / "one.json").read_text())["scores"] == json.loads((tmp_path / "two.json").read_text())["scores"]
 
 
 @pytest.mark.parametrize("flags, message", [
