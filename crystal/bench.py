@@ -273,8 +273,8 @@ def align_case(a, sizes, device):
 
 
 def frobenius_case(a, sizes, device):
-    """Eq. 5 as written, over image and latents: a pass over all keys, and on a CPU no slice written out."""
-    (B, L, M, K, H, G, d), (leaves, rows, _) = sizes, heads(a, sizes, device)
+    """Eq. 5 as written, over image and latents: a pass over all keys, and no slice written out."""
+    (B, L, M, _, H, G, d), (leaves, rows, _) = sizes, heads(a, sizes, device)
     if B % 2:
         raise UserError("--slice: B sequences are both paths of B/2 pairs, so B must be even")
     rows, cols = rows[: B // 2], torch.arange(L // 2, device=device).expand(B // 2, -1).contiguous()

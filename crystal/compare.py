@@ -47,7 +47,7 @@ def table(scores):
             width = {name: max(14, len(name) + 2) for name in part}
             lines.append("family".ljust(12) + "".join(name.rjust(width[name]) for name in part))
             for f in families:
-                cells = {name: "{:.1f} ±{:.1f}".format(*interval([seed[f] for seed in seeds])) for name, seeds in part.items()}
+                cells = {name: ("{:.1f} ±{:.1f}" if len(seeds) > 1 else "{:.1f}").format(*interval([seed[f] for seed in seeds])) for name, seeds in part.items()}
                 lines.append(f.ljust(12) + "".join(cell.rjust(width[name]) for name, cell in cells.items()))
             lines.append("")
     return "\n".join(lines[:-1])

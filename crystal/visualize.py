@@ -238,7 +238,7 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
         longest = max(seen.latents.max().item(), 1e-12) if bars else None
         for p, (ax, image) in enumerate(zip(maps, examples.images)):
             heat = F.interpolate(seen.image[p][None, None], size=show(ax, image), mode="bilinear")[0, 0].numpy()
-            drawn = ax.imshow(heat, cmap=veil, vmin=ends[0], vmax=ends[1], extent=(0, image.width, image.height, 0))
+            ax.imshow(heat, cmap=veil, vmin=ends[0], vmax=ends[1], extent=(0, image.width, image.height, 0))
             ax.set_xlabel(f"attention to an image token: {ends[0]:.2%} dark, {ends[1]:.2%} bright", fontsize=8)
             draw_boxes(ax, record)
             said = int(seen.logits[p].argmax())

@@ -26,6 +26,7 @@ def test_table_pairs_seeds():
     lines = [line.split() for line in compare.table(scores).splitlines()]
     assert lines[1] == ["all", "60.0", "±127.1", "61.0", "±127.1"] and lines[4] == ["all", "1.0", "±0.0"]
     assert lines[3] == ["family", "mine", "-", "sft"]
+    assert compare.table({"sft": [{"all": 50.0}]}).splitlines()[1].split() == ["all", "50.0"]  # no interval from one seed
 
 
 def test_runs_are_made_once_and_go_on_where_they_stopped(model_dirs, records_file, tmp_path, monkeypatch, capsys):

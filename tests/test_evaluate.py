@@ -36,7 +36,6 @@ def test_answers_from_what_is_shown(records_file):
             assert [r["id"] for r in results] == ["0", "1", "2"] and [r["correct"] for r in results] == [True, False, False]
     finally:
         evaluate.generate = old
-    intact, grey, blurred = fed[0::2], fed[2], fed[4]
     assert len(fed) == 6 and len(fed[0]) == 2
     assert fed[0][0][0] == fed[2][0][0] == fed[4][0][0]  # one prompt
     x, g, c = (fed[i][0][1] for i in (0, 2, 4))
