@@ -6,7 +6,7 @@
 // Written without a GPU at hand: its logic is tested on a CPU (tests/cuda_on_cpu.h), its speed is not measured.
 #include "attn_cuda.h"
 
-#include "attn_tiles.h"
+#include "attn_device_tiles.h"
 
 namespace crystal {
 namespace {

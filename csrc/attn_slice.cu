@@ -4,12 +4,12 @@
 // computed lse, and for scores, only R K d is left, and bytes bound it: some 2 MB, 3 us.
 //
 //   1  a block per row; backward, for dK, a block per key: every product of a query and a key reads both from memory
-//   2  tiles of scores in registers (attn_tiles.h); a row's keys are shared among several blocks, so that few rows fill the GPU
+//   2  tiles of scores in registers (attn_device_tiles.h); a row's keys are shared among several blocks, so that few rows fill the GPU
 //
 // Written without a GPU at hand: their logic is tested on a CPU (tests/cuda_on_cpu.h), their speed is not measured.
 #include "attn_cuda.h"
 
-#include "attn_tiles.h"
+#include "attn_device_tiles.h"
 
 namespace crystal {
 namespace {

@@ -36,6 +36,17 @@ def test_rows(tmp_path, capsys):
     assert "FlexAttention            cannot run: gives its log-sum-exp on a GPU alone" in out and out.count("largest error of values and gradients") == len(bench.CASES)
 
 
+def test_slow_peers_run_less_often(monkeypatch, tmp_path):
+    """A peer whose run takes two of what is slow takes part in rounds 0 and 2 of three; another in all."""
+    if not ops.choice()[1]:
+        pytest.skip("no compiled operators here")
+    once = bench.once
+    monkeypatch.setattr(bench, "once", lambda f, *rest: (*((1.5, 0.5) if f.__name__ == "textbook" else (0.1, 0.1)), *once(f, *rest)[2:]))
+    bench.main([*SMALL, "--only", "vocab", "--out", str(tmp_path / "bench.json")])
+    runs = {row["peer"]: row.get("repeats") for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert runs["eager"] == 2 and runs["compiled"] == runs["reference"] == 3
+
+
 def test_gate(monkeypatch, tmp_path):
     """A wrong operator is not timed."""
     right = bench.losses.vocab_kl_ce

@@ -44,10 +44,19 @@ def test_it_gets_to_its_end(method, monkeypatch, tmp_path, capsys):
     assert (made / method / "merged" / "model.safetensors").is_file()
 
 
+SMALL = """
+import functools
+from crystal import demo
+from data_prep import toy
+toy.generate = functools.partial(toy.generate, train=40, val=10, test=10)
+demo.main(["--method", "sft", "--max_steps", "1", "--questions", "4", "--processes", "2"])
+"""
+
+
 def test_two_processes_print_once(tmp_path):
-    flags = ["--method", "sft", "--max_steps", "1", "--questions", "4", "--processes", "2"]
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "crystal.demo", *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    (tmp_path / "small.py").write_text(SMALL)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "small.py"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
     for once in ("== 1. Data", "2 process(es)", "count", "the answer is", "== Done"):
         assert done.stdout.count(once) == 1, once

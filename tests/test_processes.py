@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from crystal import processes
 from crystal.processes import Processes, RankFailed, StopSignal, cpu_threads, start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,3 +278,18 @@ def test_a_forked_child_can_still_be_ended():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM and stop.asked is None
     finally:
         stop.restore()
+
+
+def test_launch_is_torchrun_once(monkeypatch):
+    """In the place of this process; a process that torchrun started, or one alone, goes on."""
+    told = []
+    monkeypatch.setattr(os, "execv", lambda program, argv: told.append([program, *argv]))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice stays
+    processes.launch(1, "crystal.demo", [])
+    processes.launch(2, "crystal.demo", ["--seed", "5"])
+    assert told == [[sys.executable, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "crystal.demo", "--seed", "5"]]
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.launch(2, "crystal.demo", [])
+    assert len(told) == 1
