@@ -3,7 +3,7 @@
 `open` may read the image and pass its latents by (reliance_open.py); `bottleneck` may not (reliance_bottleneck.py). Both start from the tiny base
 with the same tokens, data, order, updates and rates; the mask is the only difference, and each is asked under its own. Exit code 1 if a verdict is not the expected one. What a run said stands in reliance_check.log.
 
-    python data_prep/reliance_check.py                  # three seeds each; about 10 minutes on two quiet cores
+    python data_prep/reliance_check.py                  # three seeds each; about 12 minutes on two cores
 """
 import json
 import sys
