@@ -157,22 +157,6 @@ def test_streams_say_what_the_whole_answer_says(opened, served, records_file):
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"} and len({c["id"] for c in chunks}) == 1
 
 
-def test_a_thought_of_its_own_is_not_streamed(opened):
-    model, fmt, _ = opened
-    fmt.thought, jobs = "cot", []
-    try:
-        job = serve.Job(True, None)
-        job.tell = lambda *event: jobs.append(event)
-        steps = serve.Steps(serve.Engine(model, fmt, "keep", 1), [job])
-        said = [*fmt.text("I look."), fmt.open, *fmt.text("red"), fmt.close, fmt.end]
-        steps.put(torch.tensor([[1, 2]]))
-        for token in said:
-            steps.put(torch.tensor([token]))
-        assert "".join(x for _, x in jobs) == "red" and job.said == said
-    finally:
-        fmt.thought = "fixed"
-
-
 def test_the_official_client(opened, served, records_file):
     openai = pytest.importorskip("openai")
     content, record = questions(records_file)[2]
@@ -372,17 +356,6 @@ def test_who_hangs_up_gives_the_place_back(opened, held, stream):
         until(lambda: server.places == 0)
         assert server.decoded._value == 2 * server.limits.batch
         held.go.set()
-
-
-def test_a_batch_that_nobody_waits_for_is_dropped(opened):
-    model, fmt, _ = opened
-    engine = serve.Engine(model, fmt, "keep", 8)
-    jobs = [serve.Job(False, None, prompt=engine.prepare([("user", ["Hello"])], []), limit=4, gone=True) for _ in range(2)]
-    told = []
-    for job in jobs:
-        job.tell = lambda *event: told.append(event)
-    engine.answer(jobs)
-    assert [len(job.said) for job in jobs] == [1, 1] and not told
 
 
 def test_a_body_that_does_not_come(opened):

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SPECIFICATION = "config corrupt layout bottleneck attention losses lora".split()  # torch and the standard library alone
 ORDER = SPECIFICATION + ("ops latent_copy feedback families model encoders data processes predictions methods checkpoint export generate benchmarks visualize "
-                         "reliance evaluate train chat serve bench demo compare").split()
+                         "reliance evaluate train chat engine serve bench demo compare").split()
 METHODS = "sft crystal livr lavit valr".split()  # one may build on those before it
 MODULES = {p.stem: p for p in (ROOT / "crystal").glob("*.py") if p.stem != "__init__"}
 METHOD_FILES = {p.stem: p for p in (ROOT / "crystal" / "methods").glob("*.py") if p.stem != "__init__"}

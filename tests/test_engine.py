@@ -1,0 +1,70 @@
+"""The thread that runs the model; test_serve.py has it behind the endpoint, with many clients."""
+import asyncio
+
+import pytest
+import torch
+
+from crystal import data, engine, export, generate, train
+from crystal.engine import Engine, Job, Steps
+
+
+@pytest.fixture(scope="module")
+def opened(model_dirs, records_file, tmp_path_factory):
+    """A run with latents."""
+    run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "1",
+                      "--eval_every", "0", "--output", str(tmp_path_factory.mktemp("engine") / "run")])
+    return export.open_model(run)
+
+
+def test_jobs_that_wait_together_are_one_call(opened, records_file, monkeypatch):
+    """Equal limits go together, oldest first; every job gets what generate says to it alone."""
+    model, fmt, _ = opened
+    records, calls, one_call = data.read(records_file)[0], [], generate.generate
+    monkeypatch.setattr(engine.generate, "generate", lambda model, prompts, *rest, **how: (calls.append(len(prompts)), one_call(model, prompts, *rest, **how))[1])
+
+    async def ask():
+        loop, worker = asyncio.get_running_loop(), Engine(model, fmt, "keep", 2)
+        jobs = []
+        for record, limit in zip([*records, records[0]], (4, 3, 4, 4)):
+            images = [data.load_image(path, record.where) for path in record.images]
+            turns = [(role, text.split("<image>")) for role, text in record.turns]
+            jobs.append(Job(False, loop, prompt=worker.prepare(turns, images), limit=limit))
+            worker.submit(jobs[-1])
+        worker.start()
+        told = [await asyncio.wait_for(job.events.get(), 120) for job in jobs for _ in range(2)]
+        worker.stop()
+        worker.join(120)
+        return jobs, told
+
+    jobs, told = asyncio.run(ask())
+    assert calls == [2, 1, 1]  # the first and third; what is left of limit 3; of 4
+    for i, job in enumerate(jobs):
+        (kind, text), (end, answer) = told[2 * i : 2 * i + 2]
+        assert (kind, end) == ("text", "done") and answer.text == text == one_call(model, [job.prompt], fmt, job.limit)[0] and answer.finish == "length"
+
+
+def test_a_thought_of_its_own_is_not_streamed(opened):
+    model, fmt, _ = opened
+    fmt.thought, jobs = "cot", []
+    try:
+        job = Job(True, None)
+        job.tell = lambda *event: jobs.append(event)
+        steps = Steps(Engine(model, fmt, "keep", 1), [job])
+        said = [*fmt.text("I look."), fmt.open, *fmt.text("red"), fmt.close, fmt.end]
+        steps.put(torch.tensor([[1, 2]]))
+        for token in said:
+            steps.put(torch.tensor([token]))
+        assert "".join(x for _, x in jobs) == "red" and job.said == said
+    finally:
+        fmt.thought = "fixed"
+
+
+def test_a_batch_that_nobody_waits_for_is_dropped(opened):
+    model, fmt, _ = opened
+    engine = Engine(model, fmt, "keep", 8)
+    jobs = [Job(False, None, prompt=engine.prepare([("user", ["Hello"])], []), limit=4, gone=True) for _ in range(2)]
+    told = []
+    for job in jobs:
+        job.tell = lambda *event: told.append(event)
+    engine.answer(jobs)
+    assert [len(job.said) for job in jobs] == [1, 1] and not told
