@@ -24,7 +24,7 @@ if not __package__:
 import torch
 from tqdm import tqdm
 
-from crystal import benchmarks, config, data, methods, processes, reliance
+from crystal import benchmarks, config, data, methods, ops, processes, reliance
 from crystal.attention import AttentionTap
 from crystal.benchmarks import score, wilson
 from crystal.bottleneck import Bias
@@ -32,7 +32,6 @@ from crystal.config import UserError
 from crystal.export import open_model
 from crystal.generate import answer_text, generate, thought_length, write
 from crystal.methods.sft import Method as SFT
-from crystal.ops import attn_slice
 from crystal.predictions import Predictions
 
 
@@ -140,7 +139,7 @@ def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None)
     for at in range(0, len(mine), batch_size):
         batch = data.collate([examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        tap = AttentionTap(range(len(model.layers)), batch["rows"], batch["latents"], attn_slice)
+        tap = AttentionTap(range(len(model.layers)), batch["rows"], batch["latents"], ops.attn_slice)
         method.hidden(model, batch, tap)
         mass = torch.stack([x.sum(-1).mean(1) for x in tap.slices.values()]).mean(0)   # [B,M]
         total += float((mass.sum(1) / (batch["rows"] >= 0).sum(1)).sum())
@@ -243,6 +242,7 @@ def main(argv=None):
         procs = processes.start(args.device)
     except ValueError as error:
         raise UserError(f"--device {args.device}: {error}") from None
+    ops.announce(procs.print)
     tsv = Path(args.data).suffix == ".tsv"
     if tsv:
         records, dropped = benchmarks.read(args.data, args.image_root, args.suffix), 0
