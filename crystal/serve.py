@@ -279,6 +279,7 @@ def main(argv=None):
     print(f"serving {name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 (stop with Ctrl-C)", flush=True)
     runner.run(sockets=[sock])
     server.engine.stop()
+    server.engine.join()  # Python must not end under a thread that is inside torch
     print("stopped", flush=True)
 
 
