@@ -211,7 +211,7 @@ def load_features(record, name):
 class Examples(Dataset):
     """(epoch, index) -> one example: a Layout and the pixels of its images, intact and, if asked for, corrupted.
 
-    image_processor: a model.Images. layout: function (record, image token counts) -> Layout. corruption: (mode, low, high) or None; strength and place
+    image_processor: a families.Images. layout: function (record, image token counts) -> Layout. corruption: (mode, low, high) or None; strength and place
     are drawn from (seed, epoch, index, image), so that they depend neither on ranks nor on workers nor on a resume.
     grey: feed uniformly grey images, what a blind model sees. copies: how often each image stands in the sequence.
     extras: function (record, its RGB PIL images) -> {name: tensor [n,..]}, what else a method wants in the batch.
@@ -287,7 +287,7 @@ def collate(examples, pad):
     """Examples -> a batch of tensors, right-padded:
 
     input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], rows [B,M],
-    image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..] and image_grid_thw [I,3], see model.Images; and a
+    image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..] and image_grid_thw [I,3], see families.Images; and a
     method's extras [B,n,..], padded with zeros.
     """
     if errors := [e["error"] for e in examples if "error" in e]:

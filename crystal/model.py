@@ -93,7 +93,7 @@ def copy_states(layer, args, kwargs):
 class Model(nn.Module):
     """A transformers model with its tokenizer and image processor, seen as crystal needs it.
 
-    hf: the transformers model. image_processor: an Images. rows: TokenRows of the new tokens, or None. dtype, device: of the weights.
+    hf: the transformers model. image_processor: a families.Images. rows: TokenRows of the new tokens, or None. dtype, device: of the weights.
     """
 
     def __init__(self, hf, tokenizer, image_processor, family, name):

@@ -39,7 +39,6 @@ from crystal.layout import IGNORE, Layout
 from crystal.ops import attn_slice
 
 RULE = "used if the paired 95 % interval of (as trained - swapped) lies above 0"
-MARKERS = ("<|vision_start|>", "<|vision_end|>")  # they stand around an image and may repeat it: they count as image
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,11 @@ def asked(model, examples, pixels="pixel_values"):
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
     where = torch.tensor([[L - len(ids) + i for i in e["layout"][2]] for e, (ids, _, _) in zip(examples, prompts)], dtype=torch.long)
     image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
-    markers = set(model.tokenizer.convert_tokens_to_ids(list(MARKERS))) - {None, model.tokenizer.unk_token_id}
+    marks = set(model.tokenizer.convert_tokens_to_ids(list(model.family.marks)))  # those around an image may repeat it: they count as image
     for b, (e, (ids, _, _)) in enumerate(zip(examples, prompts)):
         left = L - len(ids)
         mask[b, left:] = 1
-        around = [i for i, token in enumerate(ids) if token in markers]
-        image[b, [left + i for i in [*e["layout"][1], *around]]] = True
+        image[b, [left + i for i, token in enumerate(ids) if token in marks]] = True
     latents = torch.zeros(B, L, dtype=torch.bool).scatter(1, where, True)
     return Asked(prompts, *(x.to(model.device) for x in (where, image, latents, mask)))
 

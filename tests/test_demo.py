@@ -18,6 +18,7 @@ NAMES = ("sft", "crystal", "livr", "lavit", "valr")
 @pytest.mark.parametrize("flags, message", [(["--method", "nosuch"], "nosuch"), (["--max_stepz", "3"], "--max_stepz"), (["--processes", "3"], "--processes")])
 def test_a_mistake_is_told_before_anything_starts(flags, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.processes, "launch", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(UserError, match=message) as error:
         demo.main(flags)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
