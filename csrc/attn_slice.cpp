@@ -29,21 +29,28 @@ static Tensor attn_scores(const Tensor& q, const Tensor& k, const Tensor& rows, 
   return out;
 }
 
+template <class T> static bool any(const void* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (static_cast<const T*>(x)[i] != 0) return true;
+  return false;
+}
+
 // dq [B,H,L,d] += dS K, dk [B,G,L,d] += dS^T Q with dS = direct [B,H,M,K] at the columns, minus through [B,H,M] times the softmax. Without
-// through there is no pass over L, and no lse.
+// through, or where it holds zeros alone, there is no pass over L, and lse is not read.
 static void attn_backward_(const std::optional<Tensor>& dq, const std::optional<Tensor>& dk, const Tensor& q, const Tensor& k, const Tensor& rows, const Tensor& cols,
                        double scale, const Tensor& direct, const std::optional<Tensor>& through, const std::optional<Tensor>& lse,
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& key_padding) {
   const AttnTensors t(q, k, rows, cols, scale, bias, key_padding);
   const Attn& a = t.a;
   const int64_t R = a.B * a.H * a.M;
-  const Through slopes = {values(direct, q, R * a.K, "direct"), values(through, q, R, "through"), values(lse, q, R, "lse")};
+  Through slopes = {values(direct, q, R * a.K, "direct"), values(through, q, R, "through"), values(lse, q, R, "lse")};
   STD_TORCH_CHECK(!through || lse, "attn_backward_: the gradient through the normaliser needs lse");
+  if (slopes.through && !(a.type == Float::f64 ? any<double>(slopes.through, R) : any<float>(slopes.through, R))) slopes.through = nullptr;
   int64_t dq_stride[4], dk_stride[4];
   strides_like(dq, q, dq_stride);
   strides_like(dk, k, dk_stride);
   if (!R || (!dq && !dk)) return;
-  const int64_t chunks = CRYSTAL_WIDTH(attn_backward_chunks(a, through.has_value(), torch::stable::get_num_threads()));
+  const int64_t chunks = CRYSTAL_WIDTH(attn_backward_chunks(a, slopes.through != nullptr, torch::stable::get_num_threads()));
   Tensor parts = torch::stable::new_empty(q, {dq ? chunks * R * a.d : 0}, wide(q));
   torch::stable::parallel_for(0, a.B * a.G * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit)

@@ -44,7 +44,7 @@ template <class In, class C> __device__ __forceinline__ C slope(const Attn& a, c
 template <class In, class C> __device__ __forceinline__ C slope_naive(const Attn& a, int64_t i, int64_t j, const Through& t) {
   const Row r(a, i);
   C ds = 0;
-  if (t.through && j <= r.position) ds = slope<In, C>(a, r, i, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)), t);
+  if (t.through && ((const C*)t.through)[i] != 0 && j <= r.position) ds = slope<In, C>(a, r, i, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)), t);
   for (int64_t c = 0; c < a.K; ++c)
     if (a.cols[r.b * a.K + c] == j) ds += ((const C*)t.direct)[i * a.K + c];
   return ds;
@@ -145,7 +145,8 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) colum
 }
 
 // KEYS: a block owns a tile of keys and goes through the rows, dK += dS^T Q. Otherwise it owns rows and goes through its share of the keys,
-// dQ = dS K. Of d it owns WIDTH_D numbers: for the other ones another block computes the scores again.
+// dQ = dS K. Of d it owns WIDTH_D numbers: for the other ones another block computes the scores again. Where all rows of a tile have a
+// `through` of 0 (attention's own backward has carried it), the columns' keys alone are computed.
 template <class In, class C, bool KEYS> __global__ void __launch_bounds__(THREADS, 2)
 backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   constexpr int T = TILE<C>, N = T / 16, W = WIDTH_D / 16;
@@ -167,15 +168,19 @@ backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int6
     __syncthreads();
     if (KEYS) tile.read(a, b, g, r0, (const C*)t.lse, (const C*)t.through);
     __syncthreads();
+    bool whole = false;  // the tile has a gradient at every key; the same in every thread
+#pragma unroll 1
+    for (int i = 0; t.through && i < T && !whole; ++i) whole = tile.through[i] != 0;
+    if (!whole && !inside) continue;
     C s[N][N] = {};
-    if (t.through) multiply<In, C>(a, tile, b, g, j0, pool, s);
+    if (whole) multiply<In, C>(a, tile, b, g, j0, pool, s);
 #pragma unroll
     for (int u = 0; u < N; ++u)
 #pragma unroll
       for (int v = 0; v < N; ++v) {
         const int row = y + 16 * u, column = x + 16 * v;
         C value = 0;
-        if (t.through) {
+        if (whole) {
           const C z = score<C>(a, b, tile.m[row], tile.position[row], j0 + column, s[u][v]);
           value = z == none<C>() ? C(0) : -tile.through[row] * exp_of<C>(z - tile.lse[row]);
         }

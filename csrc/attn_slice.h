@@ -30,7 +30,7 @@ struct Attn {  // what all attention kernels are given
 
 struct Through {         // what the gradient is given; [B,H,M,K] and [B,H,M], in the type that is computed in
   const void* direct;
-  const void* through;   // null: zeros, and then lse is not read
+  const void* through;   // null: zeros; lse is not read where it is 0
   const void* lse;
 };
 

@@ -5,7 +5,9 @@
 namespace crystal {
 
 static int64_t detected() {
-#if defined(__x86_64__)
+#if defined(CRYSTAL_BYTES)
+  return 8 * CRYSTAL_BYTES;
+#elif defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) return 512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 256;
 #endif

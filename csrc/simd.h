@@ -9,7 +9,9 @@
 
 namespace WIDTH {
 
-#if defined(__AVX512F__)
+#if defined(CRYSTAL_BYTES)  // wider than the machine's, each operation several instructions: for a test
+constexpr int BYTES = CRYSTAL_BYTES;
+#elif defined(__AVX512F__)
 constexpr int BYTES = 64;
 #elif defined(__AVX2__)
 constexpr int BYTES = 32;
@@ -96,16 +98,18 @@ template <class V> static inline auto lane_max(V x) {
   for (unsigned i = 1; i < sizeof x / sizeof m; ++i) m = x[i] > m ? x[i] : m;
   return m;
 }
-template <class V> static inline auto lane_sum(V x) {
-  auto s = x[0];
-  for (unsigned i = 1; i < sizeof x / sizeof s; ++i) s += x[i];
+template <class V> static inline double lane_sum(V x) {  // in double: in float every lane would add a rounding of the largest
+  double s = x[0];
+  for (unsigned i = 1; i < sizeof x / sizeof x[0]; ++i) s += x[i];
   return s;
 }
 
 // x, rounded to its type: the compiler may otherwise fuse a product with the sum that follows it, and p * a - q * a would not be 0
 // for equal p and q.
 template <class V> static inline V rounded(V x) {
-#if defined(__AVX512F__)
+#if defined(CRYSTAL_BYTES)
+  asm("" : "+m"(x));
+#elif defined(__AVX512F__)
   asm("" : "+v"(x));
 #elif defined(__x86_64__)
   asm("" : "+x"(x));

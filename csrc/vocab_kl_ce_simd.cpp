@@ -44,7 +44,7 @@ template <class T, bool BOTH> static void sums_of(const T* z, const T* z2, int64
     auto add_two = [&](two<V> v, two<V> v2) { add(v.x, v2.x), add(v.y, v2.y); };
     for (int64_t i = at; i < full; i += STEP) add_two(load_two(z + i), BOTH ? load_two(z2 + i) : two<V>{});
     if (tail) add_two(load_two(z + full, tail, lowest<T>()), BOTH ? load_two(z2 + full, tail, lowest<T>()) : two<V>{});
-    const Sums tile = {m, double(lane_sum(s)), m2, double(lane_sum(s2)), double(lane_sum(e))};
+    const Sums tile = {m, lane_sum(s), m2, lane_sum(s2), lane_sum(e)};
     o = merged(o, tile);
   }
   *out = o;
