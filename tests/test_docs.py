@@ -95,6 +95,11 @@ def test_blocks_run_and_print_what_the_page_says(page):
             assert agrees(expected, printed, "approximately" in info), f"{name(page)}:{line}: the page says\n{expected}\nand the block prints\n{printed}"
 
 
+def test_tutorials_carry_their_number():
+    for page in (ROOT / "tutorials").glob("*.md"):
+        assert page.read_text().startswith(f"# {page.name[:2]}. "), page.name
+
+
 @each_page
 def test_paths_exist(page):
     """Paths in backticks, in prose, and links. Those below runs/ are made by commands, and path/to/ stands for the reader's own."""
