@@ -8,6 +8,7 @@ peers fewer (the last column).
 N rows, V vocabulary; B sequences, L length, M rows, K columns, H heads, G key heads, d head size.
 """
 import argparse
+import functools
 import importlib.util
 import json
 import platform
@@ -30,7 +31,7 @@ def main(argv=None):
     parser = OneLineParser(prog="bench.py", description="Times of the compiled operators, their floors and peers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU where there is one")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of logits, queries and keys")
-    parser.add_argument("--only", default="vocab,slice,align", help="operators to measure: these, frobenius, attention")
+    parser.add_argument("--only", default="vocab,slice,align", help="what to measure: these, frobenius, attention, layer")
     parser.add_argument("--rows", type=int, default=32, help="N, rows of each path's logits")
     parser.add_argument("--vocab", type=int, default=152064, help="V")
     parser.add_argument("--slice", default="2,2048,64,8,28,4,128", help="B,L,M,K,H,G,d of the attention operators")
@@ -214,12 +215,18 @@ def vocab_case(a, sizes, device):
         ce, ce2 = (F.nll_loss(x, labels, reduction="none") for x in (log_p, log_q))
         return ce, ce2, (log_p.exp() * (log_p - log_q)).sum(-1)
 
-    if importlib.util.find_spec("liger_kernel") is None:
+    def liger(z, z2):
+        from liger_kernel.transformers.functional import liger_cross_entropy, liger_kl_div
+        ce, ce2 = (liger_cross_entropy(x.clone(), labels, reduction="none") for x in (z, z2))  # it overwrites what it is given
+        return ce, ce2, liger_kl_div(z2.log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+    if device.type == "cpu":
+        liger = "Triton kernels: no CPU"
+    elif importlib.util.find_spec("liger_kernel") is None:
         liger = "liger_kernel is not installed"
-    else:
-        liger = "its KL gives the teacher no gradient: it does less than what is compared here" if device.type == "cuda" else "Triton kernels: no CPU"
     peers = {"compiled": lambda z, z2: ops.vocab_kl_ce(z, z2, labels, labels, answer), "eager": textbook,
-             "reference": lambda z, z2: losses.vocab_kl_ce(z, z2, labels, labels, answer), "torch.compile": compiled_by_torch(textbook, a.compile), "Liger": liger}
+             "reference": lambda z, z2: losses.vocab_kl_ce(z, z2, labels, labels, answer), "torch.compile": compiled_by_torch(textbook, a.compile),
+             "Liger, teacher detached": liger}
     moved = 2 * N * V * dtype.itemsize
     return f"KL + CE, both gradients, 2 x {N} x {V} {a.dtype}", leaves, peers, ((moved, 0), (2 * moved, 0))
 
@@ -252,11 +259,23 @@ def slice_case(a, sizes, device):
         return (F.scaled_dot_product_attention(q[:, :, at], k, v, attn_mask=seen, enable_gqa=True).to(wide(q)),)
 
     eager = lambda q, k: (attention.attn_slice(q, k, rows, cols),)
-    flex = "gives its log-sum-exp on a GPU alone" if device.type == "cpu" else "left out: it has not been run by us"
+    flex = "has no backward pass on a CPU" if device.type == "cpu" else flex_slice(rows, cols, L, H != G) if a.compile else "left out (--no-compile)"
     peers = {"compiled": lambda q, k: (ops.attn_slice(q, k, rows, cols),), "eager": eager, "torch.compile": compiled_by_torch(eager, a.compile), "one-hot values": one_hot,
              "whole weights": whole if B * H * L * L * 16 < 16e9 else "16 bytes a weight are more than 16 GB", "FlexAttention": flex}
     flops, moved = 2 * H * d * int((rows + 1).sum()), B * G * L * d * leaves[1].element_size()
     return f"B {B}, L {L}, M {M}, K {K}, H {H}, G {G}, d {d}, {a.dtype}", leaves, peers, ((moved, flops), (2 * moved, 3 * flops))
+
+
+def flex_slice(rows, cols, L, grouped):
+    """The slice by FlexAttention, whose log sum exp has a gradient: the M rows are its queries, and its output goes unused."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+    at, attend = rows[0], torch.compile(flex_attention, dynamic=False)
+    seen = create_block_mask(lambda b, h, m, j: j <= m + at[0], None, None, len(at), L, device=rows.device)
+
+    def slice_of(q, k):
+        _, aux = attend(q[:, :, at], k, k, block_mask=seen, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+        return ((attention.attn_scores(q, k, rows, cols) - aux.lse[..., None]).exp(),)
+    return slice_of
 
 
 def align_case(a, sizes, device):
@@ -295,12 +314,38 @@ def attention_case(a, sizes, device):
     return f"attention and slice, B {B}, L {L}, M {M}, K {K}, H {H}, G {G}, d {d}, {a.dtype}", [*leaves, v], peers, ((moved, flops), (2 * moved, 5 * flops // 2))
 
 
+def layer_case(a, sizes, device):
+    """A decoder layer of both paths, its weights frozen, and eq. 5 of its attention: what supervising adds to a step. No rotary embedding."""
+    (B, L, M, K, H, G, d), (_, rows, cols) = sizes, heads(a, sizes, device)
+    if B % 2:
+        raise UserError("--slice: B sequences are both paths of B/2 pairs, so B must be even")
+    rows, cols = rows[: B // 2], cols[: B // 2]
+    D, g = H * d, torch.Generator().manual_seed(2)
+    inner = 37 * D // 7  # as Qwen2.5-7B's
+    shapes = (D, D), (G * d, D), (G * d, D), (D, D), (inner, D), (inner, D), (D, inner)
+    weights = [(torch.randn(shape, generator=g) / shape[1] ** 0.5).to(device, getattr(torch, a.dtype)) for shape in shapes]
+    x = torch.randn(B, L, D, generator=g).to(weights[0]).requires_grad_()
+
+    def layer(align, x):
+        query, key, value, out, gate, up, down = (w.to(x.dtype) for w in weights)
+        n = F.rms_norm(x, (D,))
+        q, k, v = (F.linear(n, w).unflatten(-1, (-1, d)).transpose(1, 2) for w in (query, key, value))
+        x = x + F.linear(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G).transpose(1, 2).flatten(2), out)
+        n = F.rms_norm(x, (D,))
+        return x + F.linear(F.silu(F.linear(n, gate)) * F.linear(n, up), down), *([align("kl", "keep", q, k, rows, cols)] if align else [])
+
+    peers = {"compiled": functools.partial(layer, ops.attn_align), "eager": functools.partial(layer, losses.attn_align), "the layer alone": functools.partial(layer, None)}
+    products, pairs, moved = 2 * B * L * sum(w.numel() for w in weights), 2 * B * H * L * (L + 1) * d, sum(w.numel() * w.element_size() for w in (*weights, x))
+    return (f"a layer and eq. 5, B {B}, L {L}, M {M}, K {K}, H {H}, G {G}, d {d}, {a.dtype}", [x], peers,
+            ((moved, products + pairs), (moved, products + 5 * pairs // 2)))
+
+
 def wide(x):
     """The dtype that results have: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-CASES = {"vocab": vocab_case, "slice": slice_case, "align": align_case, "frobenius": frobenius_case, "attention": attention_case}
+CASES = {"vocab": vocab_case, "slice": slice_case, "align": align_case, "frobenius": frobenius_case, "attention": attention_case, "layer": layer_case}
 
 if __name__ == "__main__":
     run_cli(main)
