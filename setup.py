@@ -110,7 +110,7 @@ def build(out):
     todo, commands = steps(out, nvcc), rules(cxx, nvcc)
     (ROOT / WORK).mkdir(parents=True, exist_ok=True)
     (ROOT / out).mkdir(parents=True, exist_ok=True)
-    ninja = compiler("NINJA", ("ninja", Path(sys.executable).with_name("ninja")))
+    ninja = compiler("NINJA", (Path(sys.executable).with_name("ninja"), "ninja"))  # the environment's own first: a distribution's may be too old
     if ninja:
         text = f"ninja_required_version = 1.3\nbuilddir = {WORK}\n" + "".join(
             f"rule {kind}\n command = {command}\n" + (" depfile = $out.d\n deps = gcc\n" if "-MF" in command else "") for kind, command in commands.items())

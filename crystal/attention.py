@@ -81,9 +81,20 @@ def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
           the masked weights, and causal whatever the mask says.
     """
     bias = None if mask is None else row_bias(additive(mask, q.dtype), rows)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else additive(mask, q.dtype), is_causal=mask is None, scale=scale,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    out = attend(q, k, v, None if mask is None else additive(mask, q.dtype), scale=scale)
     return out, attn_slice(q, k, rows, cols, scale=scale, bias=bias)
+
+
+def attend(q, k, v, mask=None, *, scale=None, dropout=0.0, causal=True):
+    """PyTorch's fused attention -> [B,H,L,d] like q.
+
+    mask    bool, True where a row sees a key, or float added to the scores; None: causal, or every key where causal is False
+
+    Under a mask the fused attentions of a GPU want a key head for every query head: PyTorch would take its plain one, which writes L x L.
+    """
+    if mask is not None and q.is_cuda:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def additive(mask, dtype):

@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
+from crystal.attention import attend
 from crystal.bottleneck import additive_mask
 from crystal.config import UserError
 from crystal.families import FAMILIES
@@ -46,9 +47,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.to(query.dtype)
     # Without a mask transformers means causal: leaving that out would silently show the future.
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling,
-                                         is_causal=attention_mask is None and query.shape[2] > 1,
-                                         enable_gqa=query.shape[1] != key.shape[1])
+    out = attend(query, key, value, attention_mask, scale=scaling, dropout=dropout, causal=query.shape[2] > 1)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -73,9 +72,17 @@ def vision_attention(module, query, key, value, attention_mask=None, scaling=Non
     return torch.cat(outs)[torch.cat(order).argsort()][None], None
 
 
+def attention_mask(*args, **kwargs):
+    """transformers' mask, bool or None. A row of left padding, which sees no key, sees all: nothing reads it, and no attention makes NaN of it."""
+    mask = sdpa_mask(*args, **kwargs)
+    return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
+
+
 AttentionInterface.register("crystal", attention)
-AttentionMaskInterface.register("crystal", sdpa_mask)  # a function without a mask of its own would get None always
+AttentionMaskInterface.register("crystal", attention_mask)  # a function without a mask of its own would get None always
 AttentionInterface.register("crystal_flash_vision", vision_attention)
+# Under a mask the gradient of cuDNN's attention, torch's first choice on an H100, is NaN at some lengths (pytorch/pytorch#196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def copy_states(layer, args, kwargs):

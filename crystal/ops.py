@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from crystal import attention, losses
 from crystal.config import UserError
@@ -299,7 +298,7 @@ def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
     q, k, v = map(_dense, (q, k, v))
     if fused := _fused(q, k, v, mask):
         return _AttentionWithSlice.apply(q, k, v, rows, cols, _scale(q, scale), mask, fused)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = attention.attend(q, k, v, mask, scale=scale)
     return out, attn_slice(q, k, rows, cols, scale=scale, bias=None if mask is None else attention.row_bias(mask, rows))
 
 

@@ -96,6 +96,16 @@ def write_model(path, tied=True, family=None, **text):
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def off_the_gpu(request):
+    """Tests compare float32 with float32, some to the bit: they see no GPU, but for those that are about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ("test_ops", "test_corrupt"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that they start
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from crystal.attention import AttentionTap, attn_lse, attn_scores, attn_slice
+from crystal.attention import AttentionTap, attend, attn_lse, attn_scores, attn_slice
 
 INF = float("inf")
 f64 = torch.float64
@@ -267,3 +267,31 @@ def test_tap_reads_what_it_was_told():
 def test_tap_names_the_missing_layer():
     with pytest.raises(RuntimeError, match=r"layers \[3, 7\] wrote no slice; wrote: \[2\]"):
         tapped(attn_slice, {2, 7, 3}, checkpointed=False)
+
+
+# ---- attend ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attend(mask, causal):
+    """Against a softmax over written scores, heads grouped."""
+    q, k, v = (torch.randn(2, h, 5, 4, generator=torch.Generator().manual_seed(h), dtype=f64) for h in (4, 2, 3))
+    v = v[:, :2]
+    free = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril(1)
+    bias = {"none": torch.zeros(2, 1, 5, 5, dtype=f64).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -INF) if causal else torch.zeros(2, 1, 5, 5, dtype=f64),
+            "bool": torch.zeros(2, 1, 5, 5, dtype=f64).masked_fill(~free, -INF), "float": free * 1.5}[mask]
+    want = (0.3 * q @ k.repeat_interleave(2, 1).mT + bias).softmax(-1) @ v.repeat_interleave(2, 1)
+    got = attend(q, k, v, {"none": None, "bool": free, "float": bias}[mask], scale=0.3, causal=causal)
+    torch.testing.assert_close(got, want)
+
+
+def test_attend_repeats_heads_under_a_mask_on_a_gpu(monkeypatch):
+    """Else PyTorch takes its plain attention there, which writes L x L."""
+    asked = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: asked.append((k.shape[1], v.shape[1], options["enable_gqa"])))
+    for device in ("cpu", "cuda"):
+        with torch._subclasses.FakeTensorMode():
+            q, k = (torch.empty(2, h, 5, 4, device=device) for h in (4, 2))
+            for mask in (None, torch.empty(2, 1, 5, 5, device=device, dtype=torch.bool)):
+                attend(q, k, k, mask)
+    assert asked == [(2, 2, True), (2, 2, True), (2, 2, True), (4, 4, False)]

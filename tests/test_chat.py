@@ -6,6 +6,8 @@ import json
 import pytest
 from PIL import Image
 
+pytest.importorskip("pydantic", reason="needs the extra `serve`")
+
 from crystal.chat import Limits, Refusal, image_of, parse, turns_of
 
 

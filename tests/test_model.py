@@ -34,6 +34,14 @@ def test_logits_equal_the_stock_eager_model(setup, model_dirs, tied):
     assert (ours[real] - theirs[real]).abs().max() < 1e-5  # stock eager attention takes its softmax in float32
 
 
+def test_no_row_is_blind_under_the_mask_of_a_padded_batch():
+    """Rows of left padding see something: what attention makes of a row that sees nothing differs among its kernels, NaN included."""
+    padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    mask = crystal.model.attention_mask(batch_size=2, q_length=5, kv_length=5, q_offset=0, kv_offset=0, attention_mask=padded, allow_is_causal_skip=False)
+    assert mask[0, 0, 2:].tolist() == (torch.ones(5, 5, dtype=torch.bool).tril() & padded[0])[2:].tolist() and mask.any(-1).all()
+    assert torch.equal(mask[1, 0], torch.ones(5, 5, dtype=torch.bool).tril())
+
+
 def test_left_padding_in_generation(setup, model_dirs):
     """The registered function gets the masks that transformers makes for generation: a padded prompt answers as a lone one."""
     from crystal.generate import generate

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from PIL import Image
+
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from crystal import data, export, generate, serve, train
 from crystal.config import UserError
