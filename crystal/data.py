@@ -306,10 +306,10 @@ def collate(examples, pad):
     input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], rows [B,M],
     image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..] and image_grid_thw [I,3], see families.Images; and a
     method's extras [B,n,..], padded with zeros. Beside the tensors bad, the messages of the records that were skipped.
-    Where an example is an error, {"error": the first one} alone: `loader` raises it.
+    Where an example is an error, {"error": the first one, "bad": []}: told, since one rank that raised alone would leave the others waiting.
     """
     if errors := [e["error"] for e in examples if "error" in e]:
-        return {"error": errors[0]}
+        return {"error": errors[0], "bad": []}
     layouts = [e["layout"] for e in examples]
     B, L = len(layouts), max(len(x.ids) for x in layouts)
 
@@ -378,11 +378,8 @@ class Order:
 
 
 def loader(examples, order, pad, workers=0, worker_init=None):
-    """Batches in the given order (any iterable of lists of (epoch, index)), from a torch DataLoader; RecordError for a broken record."""
-    for batch in DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init):
-        if "error" in batch:
-            raise RecordError(batch["error"])
-        yield batch
+    """Batches in the given order (any iterable of lists of (epoch, index)) -> a torch DataLoader of what `collate` returns."""
+    return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init)
 
 
 def corruption_of(settings):

@@ -146,7 +146,7 @@ def main(argv=None):
         logged, tokens = {}, 0
         for part in range(settings.accumulation):
             batch = data.to_device(next(batches), device, weights_dtype)
-            bad_count = report_bad(batch["bad"], bad_count, step, settings, run, procs)
+            bad_count = report_bad(batch, bad_count, step, settings, run, procs)
             # Dropout is seeded by update, part and rank, so a resumed run draws what the unbroken one would have.
             torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
             with procs.no_sync(wrapped, part < settings.accumulation - 1):
@@ -252,12 +252,14 @@ def stage_batches(stage, examples, step, settings, pad, procs):
         yield from data.loader(examples, order, pad, settings.workers, processes.ignore_signals)
 
 
-def report_bad(lines, count, step, settings, run, procs):
-    """Counts records that broke while they were loaded (on any rank); stops above 1 % of those seen so far."""
-    total = procs.sum(len(lines))
+def report_bad(batch, count, step, settings, run, procs):
+    """Counts records that broke while they were loaded; UserError, on all ranks, above 1 % of those seen so far, and for one that was not skipped."""
+    total = procs.sum(len(batch["bad"]) + ("error" in batch))
     if not total:
         return count
-    list_bad(procs.gather(lines), run, procs)
+    if errors := procs.gather([batch["error"]] if "error" in batch else []):
+        raise UserError(errors[0])
+    list_bad(procs.gather(batch["bad"]), run, procs)
     count += total
     seen = (step + 1) * settings.batch_size * settings.accumulation * procs.world
     if count > max(1, 0.01 * seen):
