@@ -17,6 +17,17 @@ class Bias:
     value: float = float("-inf")
 
 
+def row_biases(biases, rows, dtype=torch.float32):
+    """What biases add to the scores of chosen rows [B,M], -1 pads -> [B,1,M,L] of `dtype`, for an AttentionTap, which knows causality; None without any."""
+    at = rows.clamp(min=0)
+    added = None
+    for bias in biases:
+        cells = bias.queries.gather(1, at)[:, None, :, None] & bias.keys[:, None, None, :]
+        value = torch.where(cells, torch.as_tensor(bias.value, dtype=dtype, device=rows.device), torch.zeros((), dtype=dtype, device=rows.device))
+        added = value if added is None else added + value
+    return added
+
+
 def additive_mask(biases, attention_mask, dtype=torch.float32):
     """Causality, padding and biases in one tensor [B,1,L,L] of `dtype`, to be added to attention's scores.
 

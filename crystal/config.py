@@ -105,12 +105,19 @@ class Settings:
                 raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}")
         if self.latents < self.least_latents:
             raise UserError(f"--latents {self.latents}: must be at least {self.least_latents}")
+        for f in fields(self):
+            if getattr(self, f.name) != getattr(self, f.name):  # every check below lets it pass
+                raise UserError(f"--{f.name} nan: a number is needed")
         for name in ("max_steps", "batch_size", "accumulation", "lora_r", "keep", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("eval_every", "eval_records", "workers"):
+        for name in ("eval_every", "eval_records", "workers", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed}: a whole number, at least 0 and below 2^63")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: a share, at least 0 and below 1")
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup {self.warmup}: a share of the steps, at least 0 and below 1")
         if min(self.lr, self.lr_rows, self.clip) <= 0:

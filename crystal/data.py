@@ -8,6 +8,7 @@ Whatever is wrong with a record is told with its file, line and field.
 B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer rows, N image tokens.
 """
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +102,25 @@ def _records(where, item, root, keep):
     def bad(name, problem):
         raise RecordError(f"{where}: field {name!r}: {problem}")
 
+    def file(name, p):
+        """A path below the root -> where the file lies."""
+        told = p if len(p) < 200 else f"{p[:50]}... ({len(p)} characters)"
+        try:
+            full = (root / p).resolve()
+            if not full.is_relative_to(root):
+                bad(name, f"{told} leaves the image root")
+            if not full.is_file():
+                bad(name, f"no such file: {root / told}")
+            return full
+        except (OSError, ValueError) as error:  # what no path can be: a data URL is too long, a NUL ends it
+            bad(name, f"{told!r} is not a path: {getattr(error, 'strerror', None) or error}")
+
+    def text(name, value):
+        """A JSON string may hold half of a surrogate pair, which is no text: tokenizers and files refuse it."""
+        if found := re.search("[\ud800-\udfff]", value):
+            bad(name, f"character {found.start()} is {ascii(found[0])}, half of a surrogate pair")
+        return value
+
     if isinstance(item, RecordError):
         raise item
     if not isinstance(item, dict):
@@ -112,7 +132,7 @@ def _records(where, item, root, keep):
     turns = []
     for i, turn in enumerate(talk):
         who, what = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) if isinstance(turn, dict) else (None, None)
-        if who not in ROLES:
+        if not isinstance(who, str) or who not in ROLES:
             bad(f"{name}[{i}]", f"unknown speaker {who!r}; use {', '.join(ROLES)}")
         if isinstance(what, list):  # OpenAI's content parts
             what = "".join("<image>" if isinstance(p, dict) and str(p.get("type", "")).startswith("image") else str(p.get("text", "") if isinstance(p, dict) else p) for p in what)
@@ -120,13 +140,13 @@ def _records(where, item, root, keep):
             bad(f"{name}[{i}]", "its text is missing")
         if ROLES[who] != "user" and "<image>" in what:
             bad(f"{name}[{i}]", "an <image> marker outside the user's turns")
-        turns.append((ROLES[who], what))
+        turns.append((ROLES[who], text(f"{name}[{i}]", what)))
     paths = item.get("images", item.get("image")) or []
     paths = [paths] if isinstance(paths, str) else paths
     field_name = "images" if "images" in item else "image"
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         bad(field_name, "a path or a list of paths is needed")
-    asked = sum(text.count("<image>") for _, text in turns)
+    asked = sum(t.count("<image>") for _, t in turns)
     first_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
     if first_user is None:
         bad(name, "no turn of the user's")
@@ -134,32 +154,21 @@ def _records(where, item, root, keep):
         turns[first_user] = ("user", "<image>\n" * len(paths) + turns[first_user][1])
     elif asked != len(paths):
         bad(field_name, f"{len(paths)} images for {asked} <image> markers")
-    images = []
-    for p in paths:
-        full = (root / p).resolve()
-        if not full.is_relative_to(root):
-            bad(field_name, f"{p} leaves the image root")
-        if not full.is_file():
-            bad(field_name, f"no such file: {full}")
-        images.append(full)
+    images = [file(field_name, p) for p in paths]
     cot = item.get("cot") or []
     cot = [cot] if isinstance(cot, str) else cot
     if not isinstance(cot, list) or not all(isinstance(step, str) for step in cot):
         bad("cot", "a text or a list of texts is needed")
+    cot = [text("cot", step) for step in cot]
     boxes = item.get("boxes") or []
     if not isinstance(boxes, list) or not all(isinstance(b, list) and len(b) == 4 and all(isinstance(x, (int, float)) for x in b) for b in boxes):
         bad("boxes", "a list of [x0, y0, x1, y1] in pixels is needed")
     features = item.get("features") or {}
     if not isinstance(features, dict) or not all(isinstance(p, str) for p in features.values()):
         bad("features", "an object of name: path is needed")
-    for kind, p in features.items():
-        features = features | {kind: (root / p).resolve()}
-        if not features[kind].is_relative_to(root):
-            bad("features", f"{p} leaves the image root")
-        if not features[kind].is_file():
-            bad("features", f"no such file: {features[kind]}")
+    features = {kind: file("features", p) for kind, p in features.items()}
     records, answers = [], 0
-    for i, (role, text) in enumerate(turns):
+    for i, (role, said) in enumerate(turns):
         if role != "assistant":
             continue
         before = turns[:i]
@@ -170,9 +179,9 @@ def _records(where, item, root, keep):
             continue  # the image comes later: this turn is context
         answers += 1
         if keep == "all" or answers == 1:
-            if not text.strip():
+            if not said.strip():
                 bad(f"{name}[{i}]", "the answer is empty")
-            records.append(Record(where, str(item.get("id", where)), before, text.strip(), images[:seen], cot, boxes, str(item.get("family", "")), features))
+            records.append(Record(where, str(item.get("id", where)), before, said.strip(), images[:seen], cot, boxes, str(item.get("family", "")), features))
     if not records:
         bad(name, "no answer of the assistant's to learn")
     return records, answers - len(records)
@@ -240,6 +249,10 @@ class Examples(Dataset):
         return {"error": bad[0]}  # told, not raised: a worker's exception would arrive as a page of traceback
 
     def build(self, index, epoch):
+        """One record -> {"layout": Layout, "extras": {name: tensor [n,..]}, "pixel_values", "image_grid_thw", and with a corruption "pixel_values_cor"}.
+
+        Pixels as in `pixels`. RecordError for a record that is broken, or lacks what corruption or extras need.
+        """
         record = self.records[index]
         if isinstance(record, RecordError):
             raise record
@@ -268,6 +281,10 @@ class Examples(Dataset):
         return example
 
     def pixels(self, images):
+        """RGB PIL images of one record -> {"pixel_values" [P,..], "image_grid_thw" [I,3]} of all copies, see families.Images; both None without images.
+
+        ValueError where the processor refuses an image, one far too narrow, say.
+        """
         if not images:
             return {"pixel_values": None, "image_grid_thw": None}
         out = self.image_processor(images=[image for image in images for _ in range(self.copies)], return_tensors="pt")
@@ -288,10 +305,11 @@ def collate(examples, pad):
 
     input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], rows [B,M],
     image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..] and image_grid_thw [I,3], see families.Images; and a
-    method's extras [B,n,..], padded with zeros.
+    method's extras [B,n,..], padded with zeros. Beside the tensors bad, the messages of the records that were skipped.
+    Where an example is an error, {"error": the first one, "bad": []}: told, since one rank that raised alone would leave the others waiting.
     """
     if errors := [e["error"] for e in examples if "error" in e]:
-        return {"error": errors[0]}
+        return {"error": errors[0], "bad": []}
     layouts = [e["layout"] for e in examples]
     B, L = len(layouts), max(len(x.ids) for x in layouts)
 
@@ -360,11 +378,8 @@ class Order:
 
 
 def loader(examples, order, pad, workers=0, worker_init=None):
-    """Batches in the given order (any iterable of lists of (epoch, index)), from a torch DataLoader; RecordError for a broken record."""
-    for batch in DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init):
-        if "error" in batch:
-            raise RecordError(batch["error"])
-        yield batch
+    """Batches in the given order (any iterable of lists of (epoch, index)) -> a torch DataLoader of what `collate` returns."""
+    return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init)
 
 
 def corruption_of(settings):

@@ -9,10 +9,12 @@ Images are prepared here, from the checkpoint's own preprocessor_config.json: tr
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import AutoConfig, DINOv3ViTConfig, ImageProcessingMixin
 from transformers import Dinov2Model, DINOv3ViTModel, SiglipVisionModel
 
 from crystal.config import UserError
+from crystal.model import why
 
 KINDS = {"dinov3_vit": DINOv3ViTModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14, image_size=112, initializer_range=0.1)
@@ -67,9 +69,9 @@ def load(name, device="cpu"):
             raise UserError(f"--encoders {name}: model type {config.model_type!r} is none of {', '.join(KINDS)}; "
                             "features of another can be precomputed: features:NAME:SIZE")
         rules, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        hf = KINDS[config.model_type].from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--encoders {name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        hf = KINDS[config.model_type].from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"--encoders {name}: cannot be loaded: {why(error)}") from error
     if missing := {"size", "image_mean", "image_std"} - rules.keys():
         raise UserError(f"--encoders {name}: its preprocessor_config.json lacks {', '.join(sorted(missing))}")
     return Encoder(name, hf, rules).to(device)

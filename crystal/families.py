@@ -85,10 +85,14 @@ class Tiles(Images):
         return found
 
     def positions(self, model, batch):
+        """Positions [3,B,L] as Qwen has them, int64: each row 0..L-1, three times."""
         B, L = batch["input_ids"].shape
         return torch.arange(L, device=batch["input_ids"].device).expand(3, B, L)
 
     def keywords(self, inputs):
+        """Tensors of a batch -> the same less mm_token_type_ids and image_grid_thw; position_ids [3,B,L] -> [B,L], and of the grids image_sizes [I,2]
+        (height, width in pixels) and batch_num_images, a list of how many images belong together.
+        """
         out = {n: x for n, x in inputs.items() if n not in ("mm_token_type_ids", "image_grid_thw")}
         if out.get("position_ids") is not None:
             out["position_ids"] = out["position_ids"][0]

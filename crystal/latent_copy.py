@@ -110,6 +110,7 @@ def dual_forward(model, batch, copied, realisation, tap=None):
     batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for two paths that
     share nothing. tap: an attention.AttentionTap whose rows and columns are those of both halves, [2B, ...].
     Nobody may read a copied row of h_cor: there each realisation leaves something else.
+    ValueError for an unknown realisation, and for `packed` where the copied rows are not one run of positions.
     """
     if realisation == "packed":
         return packed_forward(model, batch, copied, tap)

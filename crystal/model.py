@@ -249,18 +249,26 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
         pixels = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
         if pixels and not family.images.bounded:
             raise UserError(f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its image_grid_pinpoints say into what tiles an image is cut")
+        if min(pixels.values(), default=1) < 1 or (len(pixels) == 2 and min_pixels > max_pixels):
+            raise UserError(f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the first not above the second")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
         if weights:
-            hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, dtype=dtype)
+            hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, use_safetensors=True, dtype=dtype)
         else:
             device = "meta"
             with torch.device(device):
                 hf = AutoModelForImageTextToText.from_config(config, trust_remote_code=False, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{name}: cannot be loaded as a model: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{name}: cannot be loaded as a model: {why(error)}") from error
     hf.requires_grad_(False).eval().to(device)
     return Model(hf, tokenizer, family.images(processor, hf.config), family, name)
+
+
+def why(error):
+    """What transformers says of files that it cannot load, as one line; of a directory whose weights are pickles, that they are not what is wanted."""
+    text = " ".join(str(error).split())[:300]
+    return text + " (weights are read from safetensors alone: a pickle can run code)" * ("safetensors" in text)
 
 
 def directory(name):

@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from crystal.config import UserError
 
-class RankFailed(RuntimeError):
-    """Another rank failed inside `first()`; its own error says why."""
+
+class RankFailed(UserError):
+    """Another rank failed inside `first()`; its own error says why, so that here one line is enough."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,32 @@ class Processes:
     @contextmanager
     def first(self):
         """`with procs.first():` the first process of each machine runs the body alone, then the others do and find its files. If it fails, the others raise
-        RankFailed instead of repeating the mistake side by side. The body must finish within start()'s `timeout` and must not communicate."""
-        leads, done = self.local_rank == 0, False
-        if not leads and self.any(False):
-            raise RankFailed("the first process failed; its error is the one to read")
-        try:
+        RankFailed instead of repeating the mistake side by side. The body must finish within a day and must not communicate."""
+        if self.world == 1:
             yield
-            done = True
+            return
+        # A download of many gigabytes takes longer than start()'s `timeout`, which is short so that a hang of the run ends soon. So this wait has a group
+        # of its own; gloo's, which notices at once when a process dies.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+        def any_failed(failed):
+            flag = torch.tensor(int(failed))
+            dist.all_reduce(flag, group=group)
+            return bool(flag)
+
+        leads, done = self.local_rank == 0, False
+        try:
+            if not leads and any_failed(False):
+                raise RankFailed("the first process failed; its error is the one to read")
+            try:
+                yield
+                done = True
+            finally:
+                failed = leads and any_failed(not done)
+            if failed:
+                raise RankFailed("the first process of another machine failed; its error is the one to read")
         finally:
-            failed = leads and self.any(not done)
-        if failed:
-            raise RankFailed("the first process of another machine failed; its error is the one to read")
+            dist.destroy_process_group(group)
 
     def wrap(self, module):
         """`module`, with many processes as DistributedDataParallel: rank 0's weights are sent to all, and backward averages gradients over ranks. Buffers are
@@ -117,7 +134,7 @@ def start(device="auto", timeout=600.0):
     """Join the run that torchrun described, or be the only process of it. Where this process is in the run's group already, that one is used.
 
     device: "auto" (CUDA where there is any), "cpu", "cuda", or for one process any torch device name. timeout: seconds that a rank waits for the others in one
-    call; it bounds how long they hang if one dies without torchrun noticing, and must exceed the slowest thing one rank does alone.
+    call; it bounds how long they hang if one dies without torchrun noticing, and must exceed the slowest thing one rank does alone outside first().
     ValueError, in one line: half a torchrun environment, or fewer GPUs than processes.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -12,6 +12,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,9 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------- settings
     settings = methods.parse(argv)
     run = settings.run_dir
+    nearest = next(p for p in (run, *run.absolute().parents) if p.exists())  # where the run directory is, or will be made
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--output {run}: {nearest} is not a directory that can be written to")
 
     # ------------------------------------------------------------------------------------------------ processes
     try:
@@ -142,7 +146,7 @@ def main(argv=None):
         logged, tokens = {}, 0
         for part in range(settings.accumulation):
             batch = data.to_device(next(batches), device, weights_dtype)
-            bad_count = report_bad(batch["bad"], bad_count, step, settings, run, procs)
+            bad_count = report_bad(batch, bad_count, step, settings, run, procs)
             # Dropout is seeded by update, part and rank, so a resumed run draws what the unbroken one would have.
             torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
             with procs.no_sync(wrapped, part < settings.accumulation - 1):
@@ -235,7 +239,7 @@ def open_data(settings, method, model, fmt, procs):
 
     def examples(split, path, stage):
         return data.Examples(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, corruption,
-                             settings.seed + (split == "val"), settings.on_bad_record == "skip", copies=fmt.copies, extras=method.extras)
+                             settings.seed + (split == "val"), settings.on_bad_record == "skip" and split == "train", copies=fmt.copies, extras=method.extras)
 
     return [examples("train", path, i) for i, path in enumerate(train)], examples("val", val, len(stages) - 1) if val else None
 
@@ -248,12 +252,14 @@ def stage_batches(stage, examples, step, settings, pad, procs):
         yield from data.loader(examples, order, pad, settings.workers, processes.ignore_signals)
 
 
-def report_bad(lines, count, step, settings, run, procs):
-    """Counts records that broke while they were loaded (on any rank); stops above 1 % of those seen so far."""
-    total = procs.sum(len(lines))
+def report_bad(batch, count, step, settings, run, procs):
+    """Counts records that broke while they were loaded; UserError, on all ranks, above 1 % of those seen so far, and for one that was not skipped."""
+    total = procs.sum(len(batch["bad"]) + ("error" in batch))
     if not total:
         return count
-    list_bad(procs.gather(lines), run, procs)
+    if errors := procs.gather([batch["error"]] if "error" in batch else []):
+        raise UserError(errors[0])
+    list_bad(procs.gather(batch["bad"]), run, procs)
     count += total
     seen = (step + 1) * settings.batch_size * settings.accumulation * procs.world
     if count > max(1, 0.01 * seen):
@@ -271,19 +277,36 @@ def list_bad(lines, run, procs):
 
 @torch.no_grad()
 def validate(objective, examples, settings, method, pad, procs, dtype):
-    """Mean of every loss term over the validation records; each rank takes every world-th batch."""
+    """Mean of every loss term over the validation records; each rank takes every world-th batch.
+
+    A broken record is left out and not replaced, so that none counts twice. UserError for the first one, with --on_bad_record skip above 1 %.
+    """
     objective.eval()
     n, size = len(examples), settings.batch_size
-    batches = [[(0, i) for i in range(at, min(at + size, n))] for at in range(0, n, size)][procs.rank :: procs.world]
-    sums, seen = {}, 0
-    for batch in data.loader(examples, batches, pad):
-        batch = data.to_device(batch, procs.device, dtype)
+    batches = [range(at, min(at + size, n)) for at in range(0, n, size)][procs.rank :: procs.world]
+    sums, seen, broken = {}, 0, []
+    for indices in batches:
+        made = {i: examples[0, i] for i in indices}
+        broken += [[i, e["error"]] for i, e in made.items() if "error" in e and not isinstance(examples.records[i], data.RecordError)]
+        made = [e for e in made.values() if "error" not in e]
+        if not made:
+            continue
+        batch = data.to_device(data.collate(made, pad), procs.device, dtype)
         terms = objective(batch, settings.progress(settings.max_steps))  # the model as it will be asked, whatever stage it is in
         pairs = len(batch["input_ids"])
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value) * pairs
         seen += pairs
     objective.train()
+    if broken := procs.gather(broken):
+        if settings.on_bad_record == "stop":
+            raise UserError(f"{broken[0][1]}; --on_bad_record skip leaves it out")
+        list_bad([line for _, line in broken], settings.run_dir, procs)
+        for i, line in broken:  # listed once; the records behind it keep their number, which their corruption is drawn from
+            examples.records[i] = data.RecordError(line)
+        count = sum(isinstance(r, data.RecordError) for r in examples.records)
+        if count > 0.01 * n:
+            raise UserError(f"{count} of {n} validation records are broken, more than 1 %; they are listed in {settings.run_dir}/bad_records.jsonl")
     names = sorted(set(procs.gather(list(sums))))  # a rank without a batch still takes part
     total = procs.sum(seen)
     means = {name: procs.sum(float(sums.get(name, 0.0))) / total for name in names}
@@ -310,15 +333,22 @@ def pairs(settings, procs):
     return settings.batch_size * settings.accumulation * procs.world
 
 
+# What a resume may set anew: where and how the run computes, what it writes, and how an update's pairs are split. A run that stopped at a broken
+# image goes on with --on_bad_record skip: which records there are, and their order, is the same.
+MAY_CHANGE = {"output", "batch_size", "accumulation", "device", "checkpointing", "workers", "on_bad_record", "eval_every", "eval_records", "save_every",
+              "keep", "log_every", "resume", "overwrite", "tensorboard"}
+
+
 def restore(directory, settings, objective, optimizer, named, procs):
     """Loads what `store` wrote into module and optimiser -> the update to go on from. The ranks may be others than before."""
     files, state = checkpoint.load(directory)
     if state["pairs"] != pairs(settings, procs):
         raise UserError(f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; keep batch_size x accumulation x processes")
-    own = [f.name for f in fields(settings) if f.name not in {f.name for f in fields(config.Settings)}]  # the method's
-    for name in ("method", "preset", "model", "latents", "latent_kind", "tune", "lora_r", "lora_on", "seed", "max_steps", "lr", "lr_rows", "decay", *own):
-        if state["settings"][name] != getattr(settings, name):
-            raise UserError(f"{directory}: was made with --{name} {state['settings'][name]}, not {getattr(settings, name)}; a resume keeps it")
+    saved = methods.saved_settings(state["settings"], directory)
+    for name in (f.name for f in fields(settings) if f.name not in MAY_CHANGE):  # the method's name comes first
+        before, now = getattr(saved, name), getattr(settings, name)
+        if before != now:
+            raise UserError(f"{directory}: was made with --{name} {before!r}, not {now!r}; a resume keeps it")
     checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
     checkpoint.load_optimizer(optimizer, named, files["optimizer.safetensors"])
     objective.model.after_update()

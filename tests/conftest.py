@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import crystal.model
 from crystal import data, methods
+from crystal.bottleneck import additive_mask
 from crystal.train import Objective
 
 
@@ -192,6 +193,19 @@ def float64_modules(monkeypatch):
         monkeypatch.setattr(kind, "forward", norm)
     for module in (m, m3):
         monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate)
+
+
+def eager_mass(s, biases):
+    """The share of the answer rows' attention that the latents get at the last layer, by a softmax over L x L: mean over heads, rows and the pairs of s.batch."""
+    kept, batch = {}, s.batch
+    with torch.no_grad():
+        s.model.hidden(batch, tap=lambda layer, q, k, scale: kept.update(last=(q, k, scale)), biases=biases)
+    q, k, scale = kept["last"]
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale + additive_mask(biases, batch["attention_mask"])  # [B,H,L,L]
+    masses = []
+    for A, rows, latents in zip(scores.softmax(-1), batch["rows"], batch["latents"]):
+        masses.append(A[:, rows[rows >= 0]][:, :, latents].sum(-1).mean())
+    return float(sum(masses)) / len(masses)
 
 
 def gradients(loss, named):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import gradients
 
-from crystal.bottleneck import Bias, additive_mask
+from crystal.attention import row_bias
+from crystal.bottleneck import Bias, additive_mask, row_biases
 
 
 def spans(L, *positions):
@@ -32,6 +33,14 @@ def test_a_row_that_would_see_nothing_sees_itself():
 def test_biases_meet_by_adding_up():
     two = [Bias(spans(2, 1), spans(2, 0), math.log(0.5))] * 2
     assert additive_mask(two, torch.ones(1, 2))[0, 0, 1, 0].item() == pytest.approx(math.log(0.25))
+
+
+def test_biases_of_chosen_rows_are_the_masks():
+    """But for causality, which a tap brings itself."""
+    biases, rows = [Bias(spans(5, 2, 3), spans(5, 0)), Bias(spans(5, 3, 4), spans(5, 1), math.log(0.5))], torch.tensor([[3, 2, 4, -1]])
+    causal = row_bias(additive_mask([], torch.ones(1, 5)), rows)
+    assert torch.equal(row_biases(biases, rows)[:, :, :3] + causal[:, :, :3], row_bias(additive_mask(biases, torch.ones(1, 5)), rows)[:, :, :3])
+    assert row_biases(biases, rows, torch.float64).dtype == torch.float64 and row_biases([], rows) is None
 
 
 def test_blocked_image_has_exactly_no_influence(setup):

@@ -86,7 +86,10 @@ def test_preset_then_what_was_given_by_hand():
     (["--latent", "4"], "--latent"), (["--lr", "fast"], "--lr"), (["--corruption", "fog"], "--corruption"), (["--latents", "0"], "--latents 0: must be at least 1"),
     (["--kl_share", "0"], "--kl_share"), (["--lora_on", "head"], "--lora_on head"), (["--attn_layers", "first"], "--attn_layers first"),
     (["--strength_low", "1"], "go together"), (["--attn_heads", "mean", "--attn_loss", "mse"], "--attn_heads"), (["--warmup", "1"], "--warmup"), (["--clip", "0"], "--clip"),
-    (["--eval_every", "-1"], "--eval_every"), (["--strength_low", "3", "--strength_high", "2"], "low <= high")])
+    (["--eval_every", "-1"], "--eval_every"), (["--strength_low", "3", "--strength_high", "2"], "low <= high"),
+    (["--lora_dropout", "1"], "--lora_dropout 1.0: a share, at least 0 and below 1"), (["--lora_dropout", "-0.1"], "--lora_dropout -0.1"),
+    (["--seed", "9" * 20], "--seed 9+: a whole number, at least 0 and below 2"), (["--seed", "-1"], "--seed -1"),
+    (["--weight_decay", "-1"], "--weight_decay -1.0: must not be negative"), (["--lr", "nan"], "--lr nan: a number is needed"), (["--w_kl", "nan"], "--w_kl nan")])
 def test_wrong_flags_are_one_line(flags, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
         parse(flags)

@@ -1,6 +1,8 @@
 """Two or four processes that share a batch give the one-process losses and weights; the three ways to start are one path."""
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +70,28 @@ def test_interventions_and_a_benchmark_are_shared_by_ranks(model_dirs, records_f
 def test_a_users_mistake_is_one_line_and_exit_code_2(flags, message, tmp_path):
     done = subprocess.run([sys.executable, *SCRIPT, "--output", str(tmp_path), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("flags, first, other", [
+    (["--model", "./nowhere"], "nowhere: no such directory", "the first process failed; its error is the one to read"),
+    (["--model", "MODEL", "--data", "BROKEN", "--latents", "3"], "1.png: cannot identify", "1.png: cannot identify")])
+def test_a_users_mistake_is_one_line_on_every_rank(flags, first, other, model_dirs, records_file, tmp_path):
+    """Two processes with the names torchrun sets, since torchrun has lines of its own to say."""
+    shutil.copytree(records_file.parent, tmp_path / "broken")
+    (tmp_path / "broken" / "1.png").write_text("no image")
+    record = records_file.read_text().splitlines()[1]
+    (tmp_path / "broken" / "train.jsonl").write_text(record + "\n" + record.replace("1_0.png", "1.png"))
+    flags = [{"MODEL": str(model_dirs[True]), "BROKEN": str(tmp_path / "broken" / "train.jsonl")}.get(flag, flag) for flag in flags]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, *SCRIPT, "--device", "cpu", "--output", str(tmp_path / "run"), *flags], cwd=ROOT, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    try:
+        told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, line, message in zip(ranks, told, (first, other)):
+        assert rank.returncode == 2 and len(line.strip().splitlines()) == 1 and message in line, told

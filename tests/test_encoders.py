@@ -1,9 +1,11 @@
 """Frozen encoders: patches in the right number and order, the checkpoint's own image rules, nothing trains; precomputed equals at once."""
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from crystal import data, encoders
@@ -81,11 +83,19 @@ def test_what_cannot_be_loaded_is_told(siglip, tmp_path, model_dirs):
         encoders.load(str(tmp_path / "none"))
     with pytest.raises(UserError, match="model type 'qwen2_5_vl' is none of dinov3_vit.*precomputed"):
         encoders.load(str(model_dirs[True]))
+    shutil.copytree(siglip, tmp_path / "e")
+    weights = tmp_path / "e" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "e" / "pytorch_model.bin")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="--encoders .*/e: cannot be loaded"):
+        encoders.load(str(tmp_path / "e"))
+    weights.unlink()
+    with pytest.raises(UserError, match=f"--encoders {tmp_path}/e: cannot be loaded: [^\n]*from safetensors alone: a pickle can run code[^\n]*$"):
+        encoders.load(str(tmp_path / "e"))
 
 
 def test_precomputed_features_equal_the_encoders_own(records_file, siglip, tmp_path, capsys):
     """Written next to the records, several images each, and found again by id."""
-    import shutil
     from data_prep import encoder_features
     shutil.copytree(records_file.parent, tmp_path / "d")
     encoder_features.main(["--encoder", str(siglip), "--data", str(tmp_path / "d" / "train.jsonl"), "--name", "sig"])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import gradients
+from conftest import eager_mass, gradients
 from safetensors.torch import load_file, save_file
 from test_ddp import SCRIPT, run
 
@@ -70,7 +70,7 @@ def test_export_asks_as_training_does(setup):
 def test_every_term_alone_moves_what_trains(setup, tune, checkpointing):
     s = setup("--method", "lavit", "--tune", tune, *(["--checkpointing"] if checkpointing else []))
     terms = s.objective(s.batch, at(0.1))
-    assert tuple(terms) == TERMS
+    assert set(terms) == {*TERMS, "mass"}
     for name in TERMS:
         grads = gradients(terms[name], s.named)
         assert next(g for n, g in grads.items() if n.endswith("rows.rows")).abs().max() > 1e-9, f"{name} does not reach the latents' rows"
@@ -86,7 +86,8 @@ def test_every_term_alone_moves_what_trains(setup, tune, checkpointing):
 def test_checkpointing_changes_no_gradient(setup):
     def step(*flags):
         s = setup(*LORA, *flags)
-        return gradients(sum(s.objective(s.batch, at(0.1)).values()), s.named)
+        terms = s.objective(s.batch, at(0.1))
+        return gradients(sum(terms[name] for name in TERMS), s.named)
     plain, again = step(), step("--checkpointing")
     assert all(torch.equal(plain[n], again[n]) for n in plain)
 
@@ -121,6 +122,14 @@ def test_a_pair_counts_the_same_alone_and_in_a_padded_batch(setup):
     alone = [t.objective(t.batch, at(0.1)) for t in (setup(*LORA, which=[i]) for i in range(3))]
     for name in TERMS:
         assert abs(together[name] - sum(x[name] for x in alone) / 3) < 1e-6, name
+
+
+def test_the_latents_share_of_attention_is_watched_through_the_gate(setup):
+    s = setup(*LORA)
+    shut, opened = (s.objective(s.batch, at(of_run))["mass"] for of_run in (0.1, 1.0))
+    assert shut.item() == pytest.approx(eager_mass(s, s.method.gated(s.model, s.batch, s.method.gamma(0.1))), rel=1e-6)
+    assert opened.item() == pytest.approx(eager_mass(s, []), rel=1e-6) and shut != opened and opened > 0
+    assert "mass" in s.method.watched and not shut.requires_grad
 
 
 def test_gaze_is_the_mean_over_layers_and_heads_of_what_eager_attention_computes(setup, float64_modules):
@@ -256,9 +265,9 @@ def test_controls(setup):
     terms = lambda *flags, of_run=0.1: (lambda s: s.objective(s.batch, at(of_run)))(setup(*LORA, *flags))
     full = terms()
     without = terms("--w_gaze", "0")
-    assert set(without) == {"ce", "semantics"} and all(abs(without[n] - full[n]) < 1e-12 for n in without)
+    assert set(without) == {"ce", "semantics", "mass"} and all(abs(without[n] - full[n]) < 1e-12 for n in without)
     without = terms("--w_semantics", "0")
-    assert set(without) == {"ce", "gaze"} and all(torch.equal(without[n], full[n]) for n in without)
+    assert set(without) == {"ce", "gaze", "mass"} and all(torch.equal(without[n], full[n]) for n in without)
     hard, open_ = terms("--gate", "hard"), terms("--gate", "open")
     assert all(abs(x["ce"] - full["ce"]) > 1e-6 for x in (hard, open_))
     for name in ("semantics", "gaze"):  # the latents stand before the gated rows
@@ -271,7 +280,7 @@ def test_controls(setup):
 def test_without_both_terms_no_teacher_is_needed(setup):
     s = setup(*LORA, "--w_gaze", "0", "--w_semantics", "0")
     assert not {"gaze", "v_sem"} & s.batch.keys() and not any(n.startswith("heads.") for n, _ in s.named)
-    assert set(s.objective(s.batch, at(0.0))) == {"ce"}
+    assert set(s.objective(s.batch, at(0.0))) == {"ce", "mass"}
     s.records[0].features = {}
     s.examples.build(0, 0)
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import gradients
+from conftest import eager_mass, gradients
 from PIL import Image
 
 from crystal import data, evaluate, export, generate, methods, train
@@ -112,6 +112,17 @@ def test_the_stages_differ_by_the_mask_alone(setup):
     assert torch.equal(masked, cross_entropy(s.model, s.batch, s.method.biases(s.model, s.batch))) and torch.equal(opened, cross_entropy(s.model, s.batch))
     plain = setup("--method", "livr", "--lora_dropout", "0", "--masked", "0")  # stage 2 from its first update on
     assert masked != opened and torch.equal(opened, plain.objective(plain.batch, plain.settings.progress(0))["ce"])
+
+
+def test_the_latents_share_of_attention_is_watched(setup):
+    """Under the mask of the stage, and without a gradient; a model without latents has none."""
+    s = setup(*LIVR)
+    masked, opened = (s.objective(s.batch, p)["mass"] for p in (MASKED, OPEN))
+    assert masked.item() == pytest.approx(eager_mass(s, s.method.biases(s.model, s.batch)), rel=1e-6)
+    assert opened.item() == pytest.approx(eager_mass(s, []), rel=1e-6) and masked != opened and opened > 0
+    assert "mass" in s.method.watched and not masked.requires_grad
+    none = setup("--method", "livr", "--latents", "0", "--masked", "0")
+    assert set(none.objective(none.batch, OPEN)) == {"ce"}
 
 
 def test_a_pair_does_not_depend_on_its_batch(setup):

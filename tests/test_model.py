@@ -113,11 +113,24 @@ def test_wrong_models(tmp_path, model_dirs):
         crystal.model.load(str(cut))
 
 
+def test_pickled_weights_are_refused(tmp_path, model_dirs):
+    from safetensors.torch import load_file
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model_dirs[True], pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"^{pickled}: cannot be loaded as a model: [^\n]*from safetensors alone: a pickle can run code[^\n]*$"):
+        crystal.model.load(str(pickled))
+
+
 def test_pixel_bounds_reach_the_processor(model_dirs):
     from PIL import Image
     model = crystal.model.load(str(model_dirs[True]), min_pixels=28 * 28, max_pixels=56 * 56)
     grid = model.image_processor(images=[Image.new("RGB", (300, 200))], return_tensors="pt")["image_grid_thw"]
     assert model.image_tokens(grid) == [int(grid.prod()) // 4] and int(grid.prod()) * 14 * 14 <= 56 * 56
+    for low, high in ((0, 10), (None, 0), (-3, None), (11, 10)):
+        with pytest.raises(UserError, match=f"^--min_pixels {low} --max_pixels {high}: areas in pixels, at least 1, the first not above the second$"):
+            crystal.model.load(str(model_dirs[True]), min_pixels=low, max_pixels=high)
 
 
 def test_layers_of_the_attention_loss_must_exist(setup):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def first(procs, folder):
     except (ValueError, RankFailed) as error:
         seen.append(type(error).__name__)
     return seen
+
+
+def patient(procs, folder):
+    """The first process takes longer than the group's timeout; then the group is as it was."""
+    default = torch.distributed.distributed_c10d._get_default_group()
+    set_timeout = lambda seconds: torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), default)
+    set_timeout(1)
+    began = time.monotonic()
+    with procs.first():
+        if procs.is_first:
+            time.sleep(3)
+    set_timeout(60)
+    return time.monotonic() - began > 2.5, procs.sum(1)
 
 
 def guest(procs, folder):
@@ -133,7 +147,7 @@ def launch(folder, *acts):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """All acts in one launch, since starting two processes is what takes the time."""
-    return launch(tmp_path_factory.mktemp("two"), "communicate", "gradients", "first", "guest", "agree", "dead")
+    return launch(tmp_path_factory.mktemp("two"), "communicate", "gradients", "first", "patient", "guest", "agree", "dead")
 
 
 def test_two_processes_communicate(two):
@@ -159,6 +173,10 @@ def test_wrapped_gradients_equal_one_process(two):
 
 def test_first_runs_first_and_its_failure_reaches_the_others(two):
     assert two[0]["first"] == [[False, "ran", "ValueError"], [True, "RankFailed"]]
+
+
+def test_others_wait_for_the_first_longer_than_for_each_other(two):
+    assert two[0]["patient"] == [[True, 2], [True, 2]]
 
 
 def test_a_group_that_is_there_is_shared_and_left_alone(two):

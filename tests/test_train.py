@@ -1,7 +1,8 @@
 """The loop: schedule, logs, vocabulary rows, resume, bad records, signals and non-finite losses."""
 import json
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from crystal import checkpoint, config, train
 from crystal.config import UserError
+from crystal.processes import Processes
 
 
 @pytest.fixture
@@ -127,6 +129,26 @@ def test_resume_passes_over_a_broken_checkpoint_and_refuses_other_settings(flags
         train.main(flags("none", "--resume"))
 
 
+@pytest.fixture
+def started(flags):
+    return train.main(flags("kept", "--max_steps", "2", "--save_every", "1"))
+
+
+def test_a_resume_keeps_every_setting_but_those_of_the_machine_and_the_log(flags, started, records_file):
+    other = records_file.parent / "others.jsonl"
+    other.write_text(records_file.read_text())
+    same = flags("kept", "--max_steps", "2", "--save_every", "1", "--resume")
+    for name, value, told in (("data", str(other), f"'{records_file}', not '{other}'"), ("lora_alpha", "64", "32.0, not 64.0"), ("dtype", "float64", "'float32', not 'float64'"),
+                              ("max_pixels", "12000", "None, not 12000"), ("kl_share", "0.5", "1.0, not 0.5")):
+        with pytest.raises(UserError, match=re.escape(f"step-2: was made with --{name} {told}; a resume keeps it")):
+            train.main([*same, f"--{name}", value])
+    shutil.rmtree(checkpoint.step_dir(started, 2))
+    train.main([*same, "--batch_size", "1", "--accumulation", "2", "--workers", "1", "--checkpointing", "--keep", "5", "--eval_every", "1", "--on_bad_record", "skip"])
+    assert [x["step"] for x in metrics(started)] == [1, 2]
+    kept = {f.name for f in fields(config.Settings)} - train.MAY_CHANGE
+    assert kept > {"val_data", "image_root", "turns", "lora_dropout", "weight_decay", "warmup", "clip", "min_pixels"} and len(kept) + len(train.MAY_CHANGE) == len(fields(config.Settings))
+
+
 def test_accumulation_equals_a_larger_batch(flags):
     a = train.main(flags("a", "--max_steps", "2", "--batch_size", "4", "--dtype", "float64"))
     b = train.main(flags("b", "--max_steps", "2", "--batch_size", "2", "--accumulation", "2", "--dtype", "float64"))
@@ -171,6 +193,47 @@ def test_broken_records(flags, records_file, tmp_path):
     (tmp_path / "bad.jsonl").write_text("\n".join(lines * 10 + ["{oops"]))
     with pytest.raises(UserError, match="1 of 31 records are broken, more than 1 %"):
         train.main(flags("many", *more, "--on_bad_record", "skip"))
+
+
+class LabelSum(torch.nn.Module):
+    def forward(self, batch, progress):
+        return {"ce": batch["targets"].clamp(min=0).sum(1).double().mean()}
+
+
+def test_a_broken_validation_image_is_told_and_no_record_counts_twice(setup, records_file, tmp_path):
+    s = setup("--method", "sft", "--on_bad_record", "skip", "--batch_size", "32", "--output", str(tmp_path / "run"))
+    (tmp_path / "cut.png").write_bytes((records_file.parent / "0_0.png").read_bytes()[:300])
+    good = [s.records[0]] * 49 + [replace(s.records[0], answer="blue")] * 50
+    cut = replace(s.records[0], images=[tmp_path / "cut.png"], where="val.jsonl:1")
+    listed = lambda: (tmp_path / "run" / "bad_records.jsonl").read_text().count("val.jsonl:1: field 'image'")
+
+    def validated(records):
+        s.examples.records = records
+        return train.validate(LabelSum(), s.examples, s.settings, s.method, s.model.tokenizer.pad_token_id, Processes(), torch.float64)
+
+    records, whole = [cut, *good], validated(list(good))
+    for _ in range(2):  # every validation leaves it out, the first one lists it
+        assert validated(records) == pytest.approx(whole, rel=1e-9) and listed() == 1
+    with pytest.raises(UserError, match="2 of 101 validation records are broken, more than 1 %; they are listed in .*run/bad_records.jsonl"):
+        validated([cut, *good, cut])
+    assert listed() == 3
+
+
+def test_validation_images_are_under_on_bad_record_too(flags, records_file, tmp_path):
+    shutil.copytree(records_file.parent, tmp_path / "val")
+    (tmp_path / "val" / "0_0.png").write_text("not an image")
+    more = ("--max_steps", "1", "--val_data", str(tmp_path / "val" / "train.jsonl"), "--eval_every", "1")
+    with pytest.raises(UserError, match="val/train.jsonl:1: field 'image': .*; --on_bad_record skip leaves it out"):
+        train.main(flags("stop", *more))
+    with pytest.raises(UserError, match="1 of 3 validation records are broken"):
+        train.main(flags("skip", *more, "--on_bad_record", "skip"))
+
+
+@pytest.mark.parametrize("name", ["file", "file/below/it"])
+def test_output_must_be_a_directory(flags, tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"--output .*{name}: .*/file is not a directory that can be written to"):
+        train.main(flags(name, "--max_steps", "1"))
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):

@@ -18,7 +18,8 @@ from crystal.latent_copy import dual_forward
 from crystal.layout import IGNORE, Format, new_tokens
 from crystal.losses import mean_per_pair
 from crystal.methods.sft import Method as SFT
-from crystal.ops import attn_align, attn_slice, vocab_kl_ce
+from crystal.methods.sft import latent_mass
+from crystal.ops import attn_align, vocab_kl_ce
 
 # The authors' released code (github yangzhangok/crystal, bc08a90) where it differs from the paper.
 PRESETS = {
@@ -107,13 +108,8 @@ class Method(SFT):
         layers, rows2 = config.layers_of(s.attn_layers, len(model.layers)), rows.repeat(2, 1)
         align = partial(attn_align, s.attn_loss, s.attn_heads, teacher_grad=s.teacher_grad)
         tap = AttentionTap(layers, rows, cols, align)                                  # eq. 5 of each layer, [B]
-        mass = AttentionTap(layers, rows2, batch["latents"].repeat(2, 1), attn_slice)
-
-        def taps(layer, q, k, scale):
-            tap(layer, q, k, scale)
-            with torch.no_grad():
-                mass(layer, q, k, scale)
-
+        mass = AttentionTap(layers, rows2, batch["latents"].repeat(2, 1), latent_mass)
+        taps = lambda *at: [t(*at) for t in (tap, mass)]
         h_int, h_cor = dual_forward(model, batch, copied, s.realisation, taps)         # [B,L,D] each
 
         # No loss reads a copied row of the corrupted path: there it is the intact path's own.
@@ -134,9 +130,7 @@ class Method(SFT):
         terms["kl"] = mean_per_pair(kl[answer], pair[answer], B, s.kl_share)           # eq. 4
 
         terms["attn"] = torch.stack(list(tap.slices.values())).mean(0)                 # eq. 5
-        masses = torch.stack([x.sum(-1).mean(1) for x in mass.slices.values()]).mean(0)  # [2B,M]
-        masses = masses.sum(1) / (rows2 >= 0).sum(1).clamp(min=1)                      # [2B]
-        terms["mass_int"], terms["mass_cor"] = masses.chunk(2)
+        terms["mass_int"], terms["mass_cor"] = torch.stack(list(mass.slices.values())).mean(0).chunk(2)  # [2B]
         return {name: term.mean() for name, term in terms.items()}
 
     def answer_rows(self, batch):

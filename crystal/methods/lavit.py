@@ -27,7 +27,7 @@ from crystal.layout import TAGS, Format, latent_tokens
 from crystal.losses import gaze, semantics
 from crystal.methods.crystal import mask_of
 from crystal.methods.sft import Method as SFT
-from crystal.methods.sft import cross_entropy
+from crystal.methods.sft import cross_entropy, mass_tap, mass_term
 from crystal.ops import attn_slice
 
 
@@ -93,6 +93,7 @@ class Method(SFT):
     """Gate, semantics and gaze beside cross-entropy."""
 
     Settings = Settings
+    watched = ("mass",)
 
     @property
     def tokens(self):
@@ -149,12 +150,15 @@ class Method(SFT):
         return self.gated(model, batch, 0.0)
 
     def losses(self, model, batch, progress):
-        """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs."""
+        """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs; and "mass", to be watched."""
         s, B, latents = self.settings, len(batch["input_ids"]), batch["latents"]             # latents [B,K]
         tap = AttentionTap(range(len(model.layers)), latents, batch["image"], attn_slice) if s.w_gaze else None
-        h = model.hidden(batch, tap=tap, biases=self.gated(model, batch, self.gamma(progress.of_run)))  # [B,L,D]
+        biases = self.gated(model, batch, self.gamma(progress.of_run))
+        mass = mass_tap(model, batch, biases)
+        taps = lambda *at: [t(*at) for t in (tap, mass) if t]
+        h = model.hidden(batch, tap=taps, biases=biases)                                     # [B,L,D]
 
-        terms = {"ce": cross_entropy(model, batch, h=h)}
+        terms = {"ce": cross_entropy(model, batch, h=h)} | mass_term(mass)
         if s.w_semantics:
             phi = self.heads["semantics"]
             if phi[-1].out_features != batch["v_sem"].shape[1]:

@@ -17,7 +17,7 @@ from crystal import config, layout
 from crystal.bottleneck import Bias
 from crystal.config import Stage, UserError, setting
 from crystal.methods.sft import Method as SFT
-from crystal.methods.sft import cross_entropy
+from crystal.methods.sft import cross_entropy, mass_tap, mass_term
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Method(SFT):
     """Cross-entropy under the bottleneck, then without it."""
 
     Settings = Settings
+    watched = ("mass",)
 
     @property
     def tokens(self):
@@ -112,5 +113,7 @@ class Method(SFT):
         return blocked
 
     def losses(self, model, batch, progress):
-        """{"ce": token mean over the answer, per sequence, averaged}; in stage 1 under the mask."""
-        return {"ce": cross_entropy(model, batch, self.biases(model, batch) if progress.stage == 0 else [])}
+        """{"ce": token mean over the answer, per sequence, averaged}, and "mass"; in stage 1 under the mask."""
+        biases = self.biases(model, batch) if progress.stage == 0 else []
+        mass = mass_tap(model, batch, biases)
+        return {"ce": cross_entropy(model, batch, h=model.hidden(batch, tap=mass, biases=biases))} | mass_term(mass)

@@ -1,13 +1,16 @@
 """Plain supervised fine-tuning: cross-entropy on the answer. The baseline that every method has to beat, and builds on.
 
-B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary.
+B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M answer rows, K latents.
 """
+import torch
 import torch.nn as nn
 
 from crystal import config
+from crystal.attention import AttentionTap
+from crystal.bottleneck import row_biases
 from crystal.layout import IGNORE, Format
 from crystal.losses import mean_per_pair
-from crystal.ops import ce_rows
+from crystal.ops import attn_slice, ce_rows
 
 
 class Method:
@@ -60,3 +63,23 @@ def cross_entropy(model, batch, biases=(), h=None):
         h = model.hidden(batch, biases=biases)                   # [B,L,D]
     logits = model.logits(h[labelled])                           # [N,V]
     return mean_per_pair(ce_rows(logits, batch["targets"][labelled]), pair, B).mean()
+
+
+@torch.no_grad()
+def latent_mass(q, k, rows, cols, **how):
+    """What an AttentionTap reads to be watched: the share of the rows' attention that the columns get, mean over heads and rows -> [B]. Arguments of attn_slice."""
+    A = attn_slice(q, k, rows, cols, **how)                      # [B,H,M,K]
+    return A.sum(-1).mean(1).sum(1) / (rows >= 0).sum(1).clamp(min=1)
+
+
+def mass_tap(model, batch, biases=()):
+    """A tap of the last layer, for a forward under `biases` (bottleneck.Bias): the share of the answer rows' attention that the latents get; None without latents."""
+    if not batch["latents"].shape[1]:
+        return None
+    bias = row_biases(biases, batch["rows"], torch.promote_types(model.hf.dtype, torch.float32))
+    return AttentionTap({len(model.layers) - 1}, batch["rows"], batch["latents"], latent_mass, bias=bias)
+
+
+def mass_term(tap):
+    """What a mass_tap has read -> {"mass": mean over the batch's pairs}; {} of None."""
+    return {"mass": torch.stack(list(tap.slices.values())).mean()} if tap else {}
