@@ -51,7 +51,8 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixels):
         """[I,3,h,w] -> patch features [I,P,E] of the last layer, row by row over the image, float32."""
-        return self.hf(pixel_values=pixels.float()).last_hidden_state[:, self.prefix :]
+        with torch.autocast(pixels.device.type, enabled=False):  # features computed in training equal those computed before it
+            return self.hf(pixel_values=pixels.float()).last_hidden_state[:, self.prefix :]
 
     def train(self, mode=True):
         return super().train(False)  # frozen: dropout never

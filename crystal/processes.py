@@ -135,11 +135,11 @@ def start(device="auto", timeout=600.0):
 
     device: "auto" (CUDA where there is any), "cpu", "cuda", or for one process any torch device name. timeout: seconds that a rank waits for the others in one
     call; it bounds how long they hang if one dies without torchrun noticing, and must exceed the slowest thing one rank does alone outside first().
-    ValueError, in one line: half a torchrun environment, or fewer GPUs than processes.
+    UserError: half a torchrun environment, or fewer GPUs than processes.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ValueError(f"WORLD_SIZE is {world}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; start several processes with torchrun")
+        raise UserError(f"WORLD_SIZE is {world}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; start several processes with torchrun")
     rank, local_rank = (int(os.environ[name]) if world > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
 
@@ -147,16 +147,16 @@ def start(device="auto", timeout=600.0):
     try:
         device = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
     except RuntimeError:
-        raise ValueError(f"there is no device {device!r}; use auto, cpu or cuda") from None
+        raise UserError(f"--device {device}: there is none of this name; use auto, cpu or cuda") from None
     if device.type == "cuda":
         if local_world > gpus:
-            raise ValueError(f"{local_world} process(es) on this machine but {gpus} CUDA device(s); use the device cpu, or no more processes than devices")
+            raise UserError(f"--device {device}: {local_world} process(es) on this machine but {gpus} CUDA device(s); use the device cpu, or no more processes than devices")
         device = torch.device("cuda", local_rank if world > 1 or device.index is None else device.index)
         if device.index >= gpus:
-            raise ValueError(f"there is no {device}: this machine has {gpus} CUDA device(s)")
+            raise UserError(f"--device {device}: this machine has {gpus} CUDA device(s)")
         torch.cuda.set_device(device)
     elif world > 1 and device.type != "cpu":
-        raise ValueError(f"several processes run on cuda or cpu, not on {device}")
+        raise UserError(f"--device {device}: several processes run on cuda or cpu")
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = cpu_threads(cores, local_world, os.environ)

@@ -68,10 +68,7 @@ def main(argv=None):
         raise UserError(f"--output {run}: {nearest} is not a directory that can be written to")
 
     # ------------------------------------------------------------------------------------------------ processes
-    try:
-        procs = processes.start(settings.device)
-    except ValueError as error:
-        raise UserError(f"--device {settings.device}: {error}") from None
+    procs = processes.start(settings.device)
     device = procs.device
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
     settings.dtype = str(dtype).removeprefix("torch.")  # what `auto` came to, for those who open the run later

@@ -38,6 +38,15 @@ def test_tiny_is_the_same_every_time_and_disturbs_no_seed():
     assert F.shape == (2, 64, a.dim) and torch.equal(F, encoders.load("tiny")(x)) and not torch.equal(F[0], F[1])
 
 
+def test_autocast_changes_nothing():
+    """Training in bfloat16 sees what was computed before it in float32."""
+    encoder = encoders.load("tiny")
+    pixels = torch.rand(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = encoder(pixels)
+    assert got.dtype == torch.float32 and torch.equal(got, encoder(pixels))
+
+
 def test_patches_stand_in_reading_order():
     """A changed corner of the image moves that corner's patch embedding most; class token and registers are left out."""
     e = encoders.load("tiny")

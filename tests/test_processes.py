@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from crystal import processes
+from crystal.config import UserError
 from crystal.processes import Processes, RankFailed, StopSignal, cpu_threads, start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,16 +239,16 @@ def test_one_process_needs_no_group(monkeypatch):
 def test_one_clear_line_for_a_wrong_start(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="RANK.*torchrun"):
+    with pytest.raises(UserError, match="RANK.*torchrun"):
         start("cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ValueError, match="no device 'gpu'"):
+    with pytest.raises(UserError, match="--device gpu: there is none"):
         start("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="2 process.*1 CUDA"):
+    with pytest.raises(UserError, match="--device cuda: 2 process.*1 CUDA"):
         start("cuda")
 
 
