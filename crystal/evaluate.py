@@ -105,8 +105,8 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
 
 def hide_latents(fmt, biases=None):
     """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function (batch) -> [bottleneck.Bias]."""
-    if not fmt.count or fmt.begin is not None:
-        raise UserError("--latents mask: the prompt holds no latents" + (" (they are fed back after it: --latents drop)" if fmt.count else ""))
+    if not fmt.count or fmt.begin is not None or fmt.thought == "cot":
+        raise UserError("--latents mask: the prompt holds no latents" + (" (the model makes them after it: --latents drop)" if fmt.count else ""))
 
     def both(batch):
         latents = torch.isin(batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device))  # [B,L]

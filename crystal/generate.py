@@ -30,8 +30,8 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
     """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of the ids written after each.
 
     biases: function (batch) -> [bottleneck.Bias] over the prompts, as a method's `biases`; what is generated sees of its
-    prompt what the prompt's last row sees. latents: "drop" keeps a model that opens its latents itself from doing so; other
-    formats leave them out of the prompt. streamer: an object with put(tokens [B]) and end(), told each step's tokens as they
+    prompt what the prompt's last row sees. latents: "drop" keeps a model that writes or opens its latents itself from doing so;
+    other formats leave them out of the prompt. streamer: an object with put(tokens [B]) and end(), told each step's tokens as they
     come (first put: the prompts).
     """
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
@@ -52,9 +52,10 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
         whole = {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}
         return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
     blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+    never = {"suppress_tokens": fmt.latents} if latents == "drop" and fmt.count and fmt.thought == "cot" else {}
     with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
         out = model.hf.generate(**model.keywords(batch | {"mm_token_type_ids": kinds}), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end,
-                                pad_token_id=pad, streamer=streamer)
+                                pad_token_id=pad, streamer=streamer, **never)
     return out[:, L:].tolist()
 
 

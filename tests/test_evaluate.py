@@ -61,6 +61,8 @@ def test_free_latents_are_counted(setup, monkeypatch):
     monkeypatch.setattr(evaluate, "write", lambda model, prompts, fmt, n, *_: [s.fmt.thinking()[0] + end, s.fmt.latents[:2] + end, s.fmt.text("red")][: len(prompts)])
     results = evaluate.answers(s.model, s.fmt, s.records, latents="free")
     assert [r["latents"] for r in results] == [3, 2, 0] and [r["prediction"] for r in results] == ["red"] * 3
+    with pytest.raises(UserError, match="--latents mask: the prompt holds no latents .the model makes them"):
+        evaluate.hide_latents(setup("--thought", "cot").fmt)
     line, shares = evaluate.written_text(results, 3)
     assert shares == {"all": 1 / 3, "some": 1 / 3, "none": 1 / 3} and "all 3 in 33.3 %" in line
 

@@ -171,6 +171,15 @@ def test_what_is_typed_is_text_and_the_flags_reach_the_model(records_file, monke
     assert asked[1][4].prod() < asked[0][4].prod()
 
 
+def test_dropped_latents_are_never_written(setup, monkeypatch):
+    """--thought cot: the model would write its latents itself."""
+    s, told = setup("--thought", "cot"), []
+    monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **how: told.append(how.get("suppress_tokens")) or input_ids)
+    for latents in ("keep", "drop"):
+        generate.write(s.model, prompts(s), s.fmt, latents=latents)
+    assert told == [None, s.fmt.latents]
+
+
 def test_latents_that_the_model_writes_itself(setup, monkeypatch):
     """--latents free: the plain chat prompt, room for the thought, and the answer behind `<answer>`."""
     s = setup()
