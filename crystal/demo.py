@@ -65,6 +65,8 @@ def main(argv=None):
     parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=1 if 1 in (torch.cuda.device_count(), os.cpu_count()) else 2,
                         help="that share the work")
     args = parser.parse_args(argv)
+    if args.questions < 1:
+        raise UserError(f"--questions {args.questions}: must be at least 1")
     recipe(args.method)  # a wrong name is told before anything starts
     processes.launch(args.processes, "crystal.demo", sys.argv[1:] if argv is None else argv)
     procs, out, started = processes.start(), Path(args.output), time.perf_counter()
