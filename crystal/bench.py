@@ -229,15 +229,12 @@ def vocab_case(a, sizes, device):
         ce, ce2 = (F.nll_loss(x, labels, reduction="none") for x in (log_p, log_q))
         return ce, ce2, (log_p.exp() * (log_p - log_q)).sum(-1)
 
-    def liger(z, z2):
+    def by_liger(z, z2):
         from liger_kernel.transformers.functional import liger_cross_entropy, liger_kl_div
         ce, ce2 = (liger_cross_entropy(x.clone(), labels, reduction="none") for x in (z, z2))  # it overwrites what it is given
         return ce, ce2, liger_kl_div(z2.log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
-    if device.type == "cpu":
-        liger = "Triton kernels: no CPU"
-    elif importlib.util.find_spec("liger_kernel") is None:
-        liger = "liger_kernel is not installed"
+    liger = "Triton kernels: no CPU" if device.type == "cpu" else by_liger if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
     peers = {"compiled": lambda z, z2: ops.vocab_kl_ce(z, z2, labels, labels, answer), "eager": textbook,
              "reference": lambda z, z2: losses.vocab_kl_ce(z, z2, labels, labels, answer), "torch.compile": compiled_by_torch(textbook, a.compile),
              "Liger, teacher detached": liger}

@@ -77,8 +77,8 @@ def main(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--output", default="runs/compare")
     args, more = parser.parse_known_args(argv)
-    if args.seeds < 1 or bool(args.data) != bool(args.test):
-        raise UserError("--seeds must be at least 1, and --data goes with --test")
+    if min(args.seeds, args.questions, args.max_new_tokens) < 1 or bool(args.data) != bool(args.test):
+        raise UserError("--seeds, --questions and --max_new_tokens must be at least 1, and --data goes with --test")
     procs, out = processes.start(), Path(args.output)
     if not args.data:
         from data_prep import toy

@@ -63,7 +63,7 @@ def read(path, image_root="", turns="first"):
     if not root.is_dir():
         raise UserError(f"{root}: no such folder (--image_root)")
     found, dropped = [], 0
-    for where, item in _items(path, text):
+    for where, item in items(path, text):
         try:
             records, left = _records(where, item, root.resolve(), turns)
             found += records
@@ -80,7 +80,7 @@ def check(where, item, root):
     _records(where, item, Path(root).resolve(), "first")
 
 
-def _items(path, text):
+def items(path, text):
     """(where, parsed object or RecordError) of each line of JSONL, or each element of a JSON list."""
     if path.suffix != ".jsonl" and text.lstrip().startswith("["):
         try:

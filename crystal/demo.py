@@ -65,6 +65,8 @@ def main(argv=None):
     parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=1 if 1 in (torch.cuda.device_count(), os.cpu_count()) else 2,
                         help="that share the work")
     args = parser.parse_args(argv)
+    if args.questions < 1:
+        raise UserError(f"--questions {args.questions}: must be at least 1")
     recipe(args.method)  # a wrong name is told before anything starts
     processes.launch(args.processes, "crystal.demo", sys.argv[1:] if argv is None else argv)
     procs, out, started = processes.start(), Path(args.output), time.perf_counter()
@@ -110,7 +112,7 @@ def main(argv=None):
         text = evaluate.table({column: evaluate.by_family(results) for column, results in found.items()}) + "\n" + masses.rstrip()
         print(text)
         (out / "table.txt").write_text(text + "\n")
-        show(run, records[0], scenes, out, len(chosen) + 3)
+        show(run, records[0], scenes, out, len(chosen) + 3, procs.device)
 
         say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
         print(f"""  tutorials/00_first_run.md                       read how it works, step by step
@@ -121,10 +123,10 @@ def main(argv=None):
     procs.stop()
 
 
-def show(run, record, scenes, out, n):
+def show(run, record, scenes, out, n, device):
     """Pictures of a run, its export, and the export's answer to one record's question; the headings count from `n`."""
     print(f"\n== {n}. Pictures", flush=True)
-    for path in visualize.pictures(run, scenes / "test.jsonl", out / "pictures"):
+    for path in visualize.pictures(run, scenes / "test.jsonl", out / "pictures", device=device):
         print(path)
 
     print(f"\n== {n + 1}. Export and one question", flush=True)

@@ -29,7 +29,8 @@ from crystal.attention import AttentionTap
 from crystal.benchmarks import score, wilson
 from crystal.bottleneck import Bias
 from crystal.config import UserError
-from crystal.export import open_model
+from crystal.corrupt import LIMIT
+from crystal.export import model_flags, open_model
 from crystal.generate import answer_text, generate, thought_length, write
 from crystal.methods.sft import Method as SFT
 from crystal.predictions import Predictions
@@ -104,8 +105,8 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
 
 def hide_latents(fmt, biases=None):
     """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function (batch) -> [bottleneck.Bias]."""
-    if not fmt.count or fmt.begin is not None:
-        raise UserError("--latents mask: the prompt holds no latents" + (" (they are fed back after it: --latents drop)" if fmt.count else ""))
+    if not fmt.count or fmt.begin is not None or fmt.thought == "cot":
+        raise UserError("--latents mask: the prompt holds no latents" + (" (the model makes them after it: --latents drop)" if fmt.count else ""))
 
     def both(batch):
         latents = torch.isin(batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device))  # [B,L]
@@ -203,7 +204,7 @@ def written_text(results, K):
 def main(argv=None):
     parser = config.OneLineParser(prog="evaluate.py", description="Accuracy on records or a benchmark, with intervals; --reliance: are the latents used?")
     parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
-    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
+    model_flags(parser)
     parser.add_argument("--data", "--benchmark", required=True, help="records, JSON or JSONL, or a benchmark's TSV in VLMEvalKit's format")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
     parser.add_argument("--reliance", action="store_true", help="intervene on the latents' states, and say whether they are used")
@@ -215,20 +216,22 @@ def main(argv=None):
     parser.add_argument("--grey", action="store_true", help="answer from grey images")
     parser.add_argument("--scores", default="", help="whose scores a TSV gets, if its name does not tell: " + ", ".join(benchmarks.SCORES))
     parser.add_argument("--suffix", default="", help="text to put behind every prompt of a TSV")
-    parser.add_argument("--min_pixels", type=int, default=None, help="images are scaled up to at least this area; default: the model's own")
-    parser.add_argument("--max_pixels", type=int, default=None, help="images are scaled down to at most this area; default: the model's own")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="of corruption, of the pairs that swap latents, and of the bootstrap")
     parser.add_argument("--limit", type=int, default=0, help="first so many records; 0: all")
-    parser.add_argument("--out", default="", help="predictions, a line of JSON per question (with --reliance a folder); a TSV's and --reliance's default to the model's folder")
+    parser.add_argument("--out", default="", help="predictions, a line of JSON per question (with --reliance a folder, with --diagnose a line for each way of asking); a TSV's and --reliance's default to the model's folder")
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds predictions already")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
+    tsv = Path(args.data).suffix == ".tsv"
+    for mode, on, idle in (("--reliance", args.reliance, ("diagnose", "latents", "grey", "scores")), ("--diagnose", args.diagnose, ("latents", "bottleneck", "scores")),
+                           ("records that are no TSV", not tsv, ("scores", "suffix"))):
+        if on and (given := [f"--{name}" for name in idle if getattr(args, name) != parser.get_default(name)]):
+            raise UserError(f"{given[0]} changes nothing with {mode}; leave it out")
     if args.scores and args.scores not in benchmarks.SCORES:
         raise UserError(f"--scores {args.scores}: choose one of {', '.join(benchmarks.SCORES)}")
-    if args.batch_size < 1 or args.max_new_tokens < 1:
-        raise UserError("--batch_size and --max_new_tokens must be at least 1")
+    if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 0:
+        raise UserError("--batch_size and --max_new_tokens must be at least 1, --limit must not be negative")
     corruption = None
     if args.corruption:
         mode, _, strength = args.corruption.partition("=")
@@ -238,12 +241,10 @@ def main(argv=None):
             corruption = (mode, float(strength), float(strength)) if strength else (mode, *data.PRIOR[mode])
         except ValueError:
             raise UserError(f"--corruption {args.corruption}: {strength!r} is not a number") from None
-    try:
-        procs = processes.start(args.device)
-    except ValueError as error:
-        raise UserError(f"--device {args.device}: {error}") from None
+        if not 0 <= corruption[1] <= LIMIT[mode]:
+            raise UserError(f"--corruption {args.corruption}: {mode} goes from 0 to {LIMIT[mode]:g}")
+    procs = processes.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last answer
     ops.announce(procs.print)
-    tsv = Path(args.data).suffix == ".tsv"
     if tsv:
         records, dropped = benchmarks.read(args.data, args.image_root, args.suffix), 0
     else:
@@ -268,14 +269,16 @@ def main(argv=None):
         procs.stop()
         return
     if args.diagnose:
-        found, mass = diagnose(model, fmt, method, records, batch_size=args.batch_size, corruption=corruption, grey=args.grey,
+        found, mass = diagnose(model, fmt, method, records, batch_size=args.batch_size, corruption=corruption, grey=args.grey, seed=args.seed,
                                max_new_tokens=args.max_new_tokens, procs=procs)
         procs.print(table({name: by_family(part) for name, part in found.items()}))
         if mass is not None:
             procs.print(f"mean attention from answers to latents, over layers, heads and rows: {mass:.4f}")
-        if args.out and procs.is_first:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text("".join(json.dumps(r | {"asked": name}) + "\n" for name, part in found.items() for r in part))
+        out = args.out or (folder / "evaluation" / f"{Path(args.data).stem}.diagnose.jsonl" if tsv else "")
+        if out and procs.is_first:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text("".join(json.dumps(r | {"asked": name}) + "\n" for name, part in found.items() for r in part))
+            print(f"wrote {out}")
         procs.stop()
         return
 

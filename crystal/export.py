@@ -28,6 +28,14 @@ from crystal.layout import Format
 MARK = "crystal.json"  # in a merged directory that stock tools use in part
 
 
+def model_flags(parser):
+    """Adds what every command that asks a model takes: --checkpoint, --device, --min_pixels and --max_pixels."""
+    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--min_pixels", type=int, help="images are scaled up to at least this area; default: the model's own")
+    parser.add_argument("--max_pixels", type=int, help="images are scaled down to at most this area; default: the model's own")
+
+
 def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, max_pixels=None, weights=True):
     """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or None).
 

@@ -13,10 +13,10 @@ if not __package__:
 
 import torch
 
-from crystal import config, data
+from crystal import config, data, processes
 from crystal.bottleneck import additive_mask
 from crystal.config import UserError
-from crystal.export import open_model
+from crystal.export import model_flags, open_model
 from crystal.feedback import Stream
 
 
@@ -30,8 +30,8 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
     """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of the ids written after each.
 
     biases: function (batch) -> [bottleneck.Bias] over the prompts, as a method's `biases`; what is generated sees of its
-    prompt what the prompt's last row sees. latents: "drop" keeps a model that opens its latents itself from doing so; other
-    formats leave them out of the prompt. streamer: an object with put(tokens [B]) and end(), told each step's tokens as they
+    prompt what the prompt's last row sees. latents: "drop" keeps a model that writes or opens its latents itself from doing so;
+    other formats leave them out of the prompt. streamer: an object with put(tokens [B]) and end(), told each step's tokens as they
     come (first put: the prompts).
     """
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
@@ -52,9 +52,10 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
         whole = {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}
         return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
     blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+    never = {"suppress_tokens": fmt.latents} if latents == "drop" and fmt.count and fmt.thought == "cot" else {}
     with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
         out = model.hf.generate(**model.keywords(batch | {"mm_token_type_ids": kinds}), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end,
-                                pad_token_id=pad, streamer=streamer)
+                                pad_token_id=pad, streamer=streamer, **never)
     return out[:, L:].tolist()
 
 
@@ -124,19 +125,22 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=
 def main(argv=None):
     parser = config.OneLineParser(prog="generate.py", description="Ask a run, a checkpoint or an exported directory one question.")
     parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
-    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
+    model_flags(parser)
     parser.add_argument("--image", action="append", default=[], help="an image file; give it again for several")
     parser.add_argument("--question", required=True)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--latents", default="keep", choices=("keep", "drop", "free"), help="keep the thought and its latents in the prompt, leave the latents out, or let the model write them itself")
     args = parser.parse_args(argv)
-    model, fmt, _ = open_model(args.model, args.checkpoint)
-    images = [data.load_image(path, "--image") for path in args.image for _ in range(fmt.copies)]
-    out = model.image_processor(images=images, return_tensors="pt") if images else {}
-    counts = model.image_tokens(out["image_grid_thw"]) if images else []
-    ids, _, _ = fmt.question([("user", "<image>" * len(args.image) + args.question)], counts, "none" if args.latents == "free" else args.latents)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
+    procs = processes.start(args.device)
+    model, fmt, _ = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    record = data.Record("--image", "", [("user", [""] * len(args.image) + [args.question])], "", args.image)  # a list: what is typed stays text
+    asked = data.Examples([record], lambda r, n: fmt.question(r.turns, n, "none" if args.latents == "free" else args.latents), model.image_processor,
+                          copies=fmt.copies).build(0, 0)
     room = thought_length(fmt, args.model) if args.latents == "free" else 0
-    print(generate(model, [(ids, out.get("pixel_values"), out.get("image_grid_thw"))], fmt, args.max_new_tokens + room, latents=args.latents)[0])
+    procs.print(generate(model, [(asked["layout"][0], asked["pixel_values"], asked["image_grid_thw"])], fmt, args.max_new_tokens + room, latents=args.latents)[0])
+    procs.stop()
 
 
 if __name__ == "__main__":

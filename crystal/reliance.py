@@ -253,7 +253,8 @@ def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, m
         raise UserError(f"--reliance: {len(records)} questions for {procs.world} process(es) are too few")
     counts = {len(kept.build(i, 0)["layout"][2]) for i in (0, len(records) - 1)}
     if 0 in counts:
-        raise UserError(f"{model.name}: no latents stand in its prompts, so there is nothing to test; --reliance is for models trained with latents that are not generated")
+        raise UserError(f"{model.name}: " + ("it makes its latents while it answers (VaLR, --thought cot), and --reliance replaces those of a prompt; --latents drop asks it without them"
+                                             if fmt.count else "no latents stand in its prompts, so there is nothing to test"))
     if len(counts) > 1:
         raise UserError(f"{model.name}: --reliance needs the same number of latents in every prompt, not {sorted(counts)}")
     partner = donors(records, seed)

@@ -40,12 +40,10 @@ except ImportError as error:
     print(f"error: serve.py needs the extra `serve`: pip install starlette uvicorn pydantic ({error})", file=sys.stderr)
     sys.exit(2)
 
-import torch
-
-from crystal import config
+from crystal import config, processes
 from crystal.config import UserError
 from crystal.engine import Engine, Job
-from crystal.export import open_model
+from crystal.export import model_flags, open_model
 
 KEY = "CRYSTAL_API_KEY"  # of the environment: a flag would stand in the list of processes
 
@@ -245,14 +243,11 @@ def is_loopback(address):
 def main(argv=None):
     parser = config.OneLineParser(prog="serve.py", description="Serve a model at an OpenAI-compatible chat endpoint.")
     parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
-    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
+    model_flags(parser)
     parser.add_argument("--name", default="", help="the model's name for clients; empty: the directory's")
     parser.add_argument("--host", default="127.0.0.1", help=f"address to listen on; one that others reach needs a key in the environment variable {KEY}")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--min_pixels", type=int, help="images are scaled up to at least this area; default: the model's own")
-    parser.add_argument("--max_pixels", type=int, help="images are scaled down to at most this area; default: the model's own")
     for name, help in (("body", "largest request in bytes"), ("images", "most images of a request"), ("pixels", "largest image in pixels"),
                        ("tokens", "most new tokens that a request may ask for"), ("default_tokens", "new tokens of a request that names no number"),
                        ("queue", "most requests that wait or are being answered; beyond it 503"), ("batch", "most requests answered by one call")):
@@ -268,8 +263,7 @@ def main(argv=None):
     local = is_loopback(address)
     if not local and not key:
         raise UserError(f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    model, fmt, _ = open_model(args.model, args.checkpoint, device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    model, fmt, _ = open_model(args.model, args.checkpoint, processes.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     name = args.name or Path(args.model).resolve().name
     server = Server(model, fmt, name, limits, args.latents, key, ("127.0.0.1", "localhost", "[::1]", args.host) if local else ())
     server.engine.start()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from crystal import config, data, feedback, methods
+from crystal import config, data, feedback, methods, processes
 from crystal.attention import AttentionTap
 from crystal.config import Settings, UserError, layers_of
 from crystal.corrupt import LEVELS, MODES, corrupt
@@ -284,11 +284,11 @@ def spread(records, count):
     return turns[:count]
 
 
-def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", attn_layers="all"):
+def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", attn_layers="all", device="cpu"):
     """All pictures of a run -> [paths]: corruptions.png, losses.png, attention.png in out_dir.
 
     data_path: records, of which `count` spread over families are asked. which: the checkpoint, as in export.open_model.
-    attn_layers: all, last, or indices as in 12,18,24. UserError: not a run, no metrics, broken or imageless records.
+    attn_layers: all, last, or indices as in 12,18,24. device: what the model runs on. UserError: not a run, no metrics, broken or imageless records.
     """
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1")
@@ -301,7 +301,7 @@ def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", 
     if not chosen:
         raise UserError(f"{data_path}: no record with an image")
     paths.append(corruption_grid(data.load_image(chosen[0].images[0], chosen[0].where), out / "corruptions.png"))
-    model, fmt, settings = open_model(run_dir, which)
+    model, fmt, settings = open_model(run_dir, which, device)
     layers = layers_of(attn_layers, len(model.layers))
     paths.append(attention_maps(model, fmt, settings, chosen, out / "attention.png", layers))
     return paths
@@ -316,8 +316,10 @@ def main(argv=None):
     parser.add_argument("--out", default="", help="folder for the pictures; empty: pictures/ in the run directory")
     parser.add_argument("--count", type=int, default=4, help="questions drawn, spread over families")
     parser.add_argument("--attn_layers", default="all", help="layers whose attention is averaged: all, last, or indices as in 12,18,24")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    for path in pictures(args.run, args.data, args.out or Path(args.run) / "pictures", args.count, args.checkpoint, args.image_root, args.attn_layers):
+    device = processes.start(args.device).device
+    for path in pictures(args.run, args.data, args.out or Path(args.run) / "pictures", args.count, args.checkpoint, args.image_root, args.attn_layers, device):
         print(path)
 
 

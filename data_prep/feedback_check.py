@@ -12,7 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import crystal.model
 from crystal import config, data, export, feedback, methods
@@ -45,6 +46,12 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     parser.add_argument("--updates", default="1,2,4,8,16", help="numbers T, comma-separated")
     args = parser.parse_args(argv)
+    try:
+        updates = [int(T) for T in args.updates.split(",")]
+    except ValueError:
+        updates = [-1]
+    if min(updates) < 0 or min(args.records, args.repeats) < 1:
+        raise config.UserError(f"--updates {args.updates} --records {args.records} --repeats {args.repeats}: numbers as in 1,2,4 of at least 0, the others at least 1")
     if args.run:
         model, fmt, settings = export.open_model(args.run, "last")
         if fmt.begin is None:
@@ -64,7 +71,7 @@ def main(argv=None):
     examples = data.Examples(records[: args.records], lambda r, n: method.layout(fmt, r, n), model.image_processor)
     batch = data.collate([examples.build(i, 0) | {"bad": []} for i in range(len(examples))], model.tokenizer.pad_token_id)
     latents = mask_of(batch["latents"], batch["input_ids"].shape[1])
-    found = measure(model, batch, latents, [int(T) for T in args.updates.split(",")], args.repeats)
+    found = measure(model, batch, latents, updates, args.repeats)
     _, _, ce, seconds = found[None]
     print(f"{len(examples)} records, {fmt.count} latents a segment, up to {int(latents.sum(1).max())} a record; recurrence: cross entropy {ce:.4f}, {seconds:.2f} s")
     print("T   error of latents   of the text behind   cross entropy off by   seconds   recurrence takes")

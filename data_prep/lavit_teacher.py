@@ -9,9 +9,9 @@ Below the image root it writes lavit/NAME-00000.safetensors ... with the tensors
     ID/gaze_grid [I,2] rows and columns of each image's tokens
     ID/gaze_top [8]   its largest tokens; a student takes the largest of its own grid, which are these where the grids agree
     ID/v_sem [E]      V_sem: mean of the image tokens' states after the last layer and its norm (section 4.1)
-beside each a NAME-00000.jsonl, a line a record: what it answered with the image and without, and its attention's statistics; and
-next to the records NAME.lavit.jsonl: those that pass the three filters, with their field `features`. A shard that is there is
-not computed again: the same command goes on where it was stopped.
+beside each a NAME-00000.jsonl, a line a record: what it answered with the image and without, and its attention's statistics, or why it
+was left out; and next to the records NAME.lavit.jsonl: those that pass the three filters, with their field `features`. A shard that is
+there is not computed again, one with broken records only by --on_bad_record stop: the same command goes on where it was stopped.
 
 Text rows are those after the last image: question, the template's words, and the reference answer, which for a record that
 passes the first filter is the teacher's own. B records, L length, M text rows, N image tokens, H heads, E hidden size.
@@ -19,13 +19,13 @@ passes the first filter is the teacher's own. B records, L length, M text rows, 
 import glob
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from safetensors import safe_open
@@ -34,10 +34,12 @@ from safetensors.torch import save_file
 from crystal import config, data, evaluate, methods, processes
 from crystal.checkpoint import MANIFEST
 from crystal.config import UserError
-from crystal.export import find, open_model
+from crystal.export import find, model_flags, open_model
 from crystal.methods.lavit import entropy, focus, inside, normalise, salient
 from crystal.methods.sft import Method as SFT
 from crystal.ops import attn_slice
+from data_prep.broken import leave_out
+from data_prep.features import replace_file, usable, write_records
 
 TOP = 8  # section 4.1
 
@@ -102,8 +104,16 @@ def without_image(record):
     return replace(record, images=[], turns=[(role, text.replace("<image>", "").strip()) for role, text in record.turns])
 
 
-def shard(model, fmt, method, records, args):
-    """Records -> (tensors to store, a dict to log for each record)."""
+def shard(model, fmt, method, records, args, leave):
+    """Records -> (tensors to store, a dict to log for each record). leave: told the RecordError of one that is broken, as its image may turn out to be."""
+    examples, broken = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor), {}
+    for i, r in enumerate(records):
+        try:
+            examples.build(i, 0)
+        except data.RecordError as error:
+            leave(error)
+            broken[r.id] = {"id": r.id, "where": r.where, "broken": str(error)}
+    records = [r for r in records if r.id not in broken]
     how = dict(batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     seeing = evaluate.answers(model, fmt, records, **how)
     blind = evaluate.answers(model, fmt, [without_image(r) for r in records], **how)
@@ -112,7 +122,7 @@ def shard(model, fmt, method, records, args):
         tensors |= {f"{r.id}/{name}": x.contiguous() for name, x in own.items()}
         lines.append({"id": r.id, "where": r.where, "answer": r.answer, "prediction": a["prediction"], "correct": a["correct"],
                       "blind_prediction": b["prediction"], "blind_correct": b["correct"], **statistics})
-    return tensors, lines
+    return tensors, [*lines, *broken.values()]
 
 
 def passes(line, share):
@@ -145,47 +155,38 @@ def weights(args):
     return hashlib.sha256((find(Path(args.teacher), args.checkpoint) / MANIFEST).read_bytes()).hexdigest()
 
 
-def replace_file(path, write):
-    """write(temporary path), then renamed to `path`: whole or not at all."""
-    write(f"{path}.part")
-    os.replace(f"{path}.part", path)
+def log(part):
+    """The lines that a shard logged, [] where it is not there or not whole."""
+    if not (Path(f"{part}.jsonl").is_file() and Path(f"{part}.safetensors").is_file()):
+        return []
+    return [json.loads(line) for line in Path(f"{part}.jsonl").read_text().splitlines()]
 
 
 def main(argv=None):
     parser = config.OneLineParser(prog="lavit_teacher.py", description="Gaze and semantics of a teacher on a data set, for --method lavit.")
     parser.add_argument("--teacher", required=True, help="a run directory, an exported directory, tiny, or a hub name")
-    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
-    parser.add_argument("--data", required=True, help="records, JSONL, each with an id of its own")
+    model_flags(parser)
+    parser.add_argument("--data", required=True, help="records, JSON or JSONL, each with an id of its own")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
     parser.add_argument("--keep", default="filtered", choices=("filtered", "all"), help="records to write: those that pass the filters, or all (for validation)")
     parser.add_argument("--share", type=float, default=0.2, help="of the attention on the image, what must lie inside the boxes")
+    parser.add_argument("--on_bad_record", default="stop", choices=("stop", "skip"), help="stop at a broken record, or leave it out and tell (above 1 %% stop)")
     parser.add_argument("--limit", type=int, default=0, help="first so many records; 0: all")
     parser.add_argument("--shard", type=int, default=256, help="records a file")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--min_pixels", type=int, default=None, help="images are scaled up to at least this area; default: the teacher's own")
-    parser.add_argument("--max_pixels", type=int, default=None, help="images are scaled down to at most this area; default: the teacher's own")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of a teacher that is no run; auto: bfloat16 on a GPU, float32 elsewhere")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--overwrite", action="store_true", help="make shards anew that another teacher or other settings made")
     args = parser.parse_args(argv)
-    try:
-        procs = processes.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last shard
-    except ValueError as error:
-        raise UserError(f"--device {args.device}: {error}") from None
-
+    for name in ("shard", "batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit}: must not be negative")
+    procs, skip = processes.start(args.device, timeout=86400.0), args.on_bad_record == "skip"  # ranks wait for the slowest one's last shard
     source, root = Path(args.data), Path(args.image_root or Path(args.data).parent)
-    records, dropped = data.read(source, root)
-    seen = set()
-    for r in records[: args.limit or None]:
-        if isinstance(r, data.RecordError):
-            raise r
-        if r.id == r.where or r.id in seen:
-            raise data.RecordError(f"{r.where}: field 'id': missing, or that of another record; a record's features are found by it")
-        if not r.images:
-            raise data.RecordError(f"{r.where}: field 'image': missing; there is nothing to look at")
-        seen.add(r.id)
-    records = records[: args.limit or None]
+    records, bad, dropped = usable(source, root, skip, args.limit)
+    total, seen = len(records) + len(bad), list(bad)
     folder = root / "lavit"
     parts = [folder / f"{source.stem}-{i:05d}" for i in range((len(records) + args.shard - 1) // args.shard)]
     made_with = {n: getattr(args, n) for n in ("teacher", "shard", "min_pixels", "max_pixels", "max_new_tokens")}
@@ -202,18 +203,19 @@ def main(argv=None):
         note.write_text(json.dumps(made_with) + "\n")
 
     procs.barrier()
-    todo = [i for i, part in enumerate(parts) if not (Path(f"{part}.jsonl").is_file() and Path(f"{part}.safetensors").is_file())]
+    logs = [log(part) for part in parts]
+    todo = [i for i, lines in enumerate(logs) if not lines or (not skip and any("broken" in line for line in lines))]  # an image may have been mended
     procs.barrier()  # all ranks have seen the same ones missing
     procs.print(f"{len(records)} records in {len(parts)} shards, {len(parts) - len(todo)} there already" + (f"; {dropped} later turns left out" if dropped else ""))
     started, done = time.perf_counter(), 0
     if todo:
-        dtype = {"auto": torch.bfloat16 if procs.device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model, fmt, settings = open_model(args.teacher, args.checkpoint, procs.device, dtype=dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
         method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
         if fmt.copies > 1:
             raise UserError(f"{args.teacher}: shows itself each image {fmt.copies} times; a gaze needs a teacher that sees it once")
         for i in todo[procs.rank :: procs.world]:
-            tensors, lines = shard(model, fmt, method, records[i * args.shard : (i + 1) * args.shard], args)
+            tensors, lines = shard(model, fmt, method, records[i * args.shard : (i + 1) * args.shard], args, lambda error: leave_out(str(error), seen, skip, total, "records"))
             replace_file(f"{parts[i]}.safetensors", lambda path: save_file(tensors, path))
             replace_file(f"{parts[i]}.jsonl", lambda path: Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines)))
             done += len(lines)
@@ -221,19 +223,23 @@ def main(argv=None):
     procs.barrier()
 
     if procs.is_first:
-        lines = [json.loads(line) for part in parts for line in Path(f"{part}.jsonl").read_text().splitlines()]
-        print(report(lines, args.share))
-        kept = {line["id"]: i // args.shard for i, line in enumerate(lines) if args.keep == "all" or all(passes(line, args.share))}
-        if not kept:
-            raise UserError(f"{source}: no record passes all three filters; a better teacher, or --keep all")
-        out = source.with_suffix(".lavit.jsonl")
-        with open(out, "w") as file:
-            for item in map(json.loads, filter(str.strip, source.read_text(encoding="utf-8").split("\n"))):
-                if str(item["id"]) in kept:
-                    path = f"lavit/{parts[kept[str(item['id'])]].name}.safetensors"
-                    file.write(json.dumps(item | {"features": item.get("features", {}) | {"lavit": path}}) + "\n")
-        with safe_open(f"{parts[0]}.safetensors", "pt") as file:
-            E = file.get_slice(f"{records[0].id}/v_sem").get_shape()[0]
+        lines, kept = [], {}
+        for part in parts:
+            for line in log(part):
+                if "broken" in line:  # on any rank, or in a run before this one
+                    leave_out(line["broken"], bad, skip, total, "records")
+                    continue
+                lines.append(line)
+                if args.keep == "all" or all(passes(line, args.share)):
+                    kept[line["id"]] = f"lavit/{part.name}.safetensors"
+        if lines:
+            print(report(lines, args.share))
+            if not kept:
+                raise UserError(f"{source}: no record passes all three filters; a better teacher, or --keep all")
+        out = write_records(source, "lavit", {r.where: kept[r.id] for r in records if r.id in kept}, bad)
+        name, path = next(iter(kept.items()))
+        with safe_open(root / path, "pt") as file:
+            E = file.get_slice(f"{name}/v_sem").get_shape()[0]
         print(f"wrote {len(kept)} records to {out}: --method lavit --semantics_dim {E}")
     procs.stop()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from crystal import config, data, export, methods, reliance, train
+from crystal import config, data, export, methods, processes, reliance, train
 from data_prep import toy
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +42,7 @@ def main(argv=None):
         for name in args.methods.split(","):
             run = train.main(["--method", str(HERE / f"reliance_{name}.py"), "--data", str(out / "train.jsonl"), "--val_data", str(out / "val.jsonl"), "--image_root", "runs/toy",
                               "--output", str(out / f"{name}-{seed}"), "--seed", str(seed), "--max_steps", str(args.max_steps), *TRAINING])
-            model, fmt, settings = export.open_model(run)
+            model, fmt, settings = export.open_model(run, device=processes.start().device)
             method = methods.get(settings.method)(settings)  # each is asked under the mask that it learned under
             result = reliance.measure(model, fmt, records[: args.questions], batch_size=50, max_new_tokens=4, seed=seed,
                                       biases=lambda batch: method.biases(model, batch))

@@ -125,6 +125,12 @@ def main():
     parser.add_argument("--per_family", type=int, default=1000, help="questions")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not (args.base / "config.json").is_file():
+        raise config.UserError(f"--base {args.base}: no directory with a config.json")
+    if not args.blind.is_file():
+        raise config.UserError(f"--blind {args.blind}: no such file")
+    if args.per_family < 1:
+        raise config.UserError(f"--per_family {args.per_family}: must be at least 1")
     tokenizer, processor = AutoTokenizer.from_pretrained(args.base), AutoImageProcessor.from_pretrained(args.base)
     rows = measure(load(args.base), load(args.base, args.blind), tokenizer, processor, args.per_family, args.seed)
     print(table(rows))

@@ -359,6 +359,9 @@ def main():
     parser.add_argument("--val", type=int, default=500, help="records")
     parser.add_argument("--test", type=int, default=2500, help="records")
     args = parser.parse_args()
+    for name in ("train", "val", "test"):
+        if getattr(args, name) < 0:
+            raise config.UserError(f"--{name} {getattr(args, name)}: must not be negative")
     generate(args.out, args.seed, args.train, args.val, args.test)
 
 

@@ -59,6 +59,9 @@ def test_runs_are_made_once_and_go_on_where_they_stopped(model_dirs, records_fil
         compare.main([*flags, "--lr", "1"])
     with pytest.raises(UserError, match="--data goes with --test"):
         compare.main(["--data", "x"])
+    for flag in ("--questions", "--max_new_tokens", "--seeds"):
+        with pytest.raises(UserError, match=f"{flag}.* must be at least 1"):
+            compare.main([flag, "0", "--data", "nowhere.jsonl", "--test", "nowhere.jsonl"])
 
 
 def test_lavit_needs_its_teacher_first(tmp_path):

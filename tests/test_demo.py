@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("sft", "crystal", "livr", "lavit", "valr")
 
 
-@pytest.mark.parametrize("flags, message", [(["--method", "nosuch"], "nosuch"), (["--max_stepz", "3"], "--max_stepz"), (["--processes", "3"], "--processes")])
+@pytest.mark.parametrize("flags, message", [(["--method", "nosuch"], "nosuch"), (["--max_stepz", "3"], "--max_stepz"), (["--processes", "3"], "--processes"),
+                                            (["--questions", "0"], "--questions 0")])
 def test_a_mistake_is_told_before_anything_starts(flags, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo.processes, "launch", lambda *_: pytest.fail("processes were started"))

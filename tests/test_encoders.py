@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_ddp import ROOT, run
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from crystal import data, encoders
@@ -132,5 +133,68 @@ def test_features_need_ids(records_file, tmp_path):
     from data_prep import encoder_features
     lines = records_file.read_text().split("\n")
     (records_file.parent / "twice.jsonl").write_text("\n".join(lines[:1] * 2))
-    with pytest.raises(data.RecordError, match="twice.jsonl:2: field 'id'"):
+    with pytest.raises(UserError, match="twice.jsonl:2: field 'id'.*--on_bad_record skip"):
         encoder_features.main(["--encoder", "tiny", "--data", str(records_file.parent / "twice.jsonl"), "--name", "t"])
+    for flags in (["--device", "cuda:99"], ["--shard", "0"]):
+        with pytest.raises(UserError, match=" ".join(flags)):
+            encoder_features.main(["--encoder", "tiny", "--data", "x", "--name", "t", *flags])
+
+
+@pytest.fixture
+def many(records_file, tmp_path):
+    """features(*flags) -> written records; of five small images in a JSON list, three a file, the fourth is cut short. `mend` makes it whole."""
+    from data_prep import encoder_features
+    whole = (records_file.parent / "1_0.png").read_bytes()
+    talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(whole if i != 3 else whole[:200])
+    (tmp_path / "set.json").write_text(json.dumps([{"id": i, "image": f"{i}.png", "conversations": talk, "features": None} for i in range(5)], indent=1))
+
+    def features(*flags, encoder="tiny"):
+        encoder_features.main(["--encoder", encoder, "--data", str(tmp_path / "set.json"), "--name", "t", "--shard", "3", "--device", "cpu", *flags])
+        return [json.loads(line) for line in (tmp_path / "set.t.jsonl").read_text().splitlines()]
+
+    features.mend = lambda: (tmp_path / "3.png").write_bytes(whole)
+    return features
+
+
+def test_a_broken_image_is_left_out_and_files_are_made_once(many, siglip, tmp_path, capsys):
+    files = [tmp_path / "t" / f"set-0000{i}.safetensors" for i in range(2)]
+    with pytest.raises(UserError, match=r"set.json\[3\]: field 'image': .*3.png.*--on_bad_record skip"):
+        many()
+    assert files[0].is_file() and not files[1].exists() and not (tmp_path / "set.t.jsonl").exists()
+    stamp = files[0].stat().st_mtime_ns
+    written = many("--on_bad_record", "skip")
+    out = capsys.readouterr().out
+    assert "2 files, 1 there already" in out and "left out: " in out and "set.json[3]" in out and files[0].stat().st_mtime_ns == stamp
+    assert [x["id"] for x in written] == [0, 1, 2, 4] and written[3]["features"] == {"t": "t/set-00001.safetensors"}
+    many("--on_bad_record", "skip")
+    out = capsys.readouterr().out
+    assert "2 there already" in out and "left out: " in out
+    many.mend()
+    assert len(many()) == 5 and "1 there already" in capsys.readouterr().out
+    many(encoder=str(siglip))  # another encoder under the same name
+    assert "0 there already" in capsys.readouterr().out and not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+def test_more_broken_images_than_1_percent_stop_it(many, tmp_path, run_before):
+    """Those of a run before count too."""
+    if run_before:
+        many("--on_bad_record", "skip")
+        (tmp_path / "t" / "set-00000.safetensors").unlink()
+    (tmp_path / ("0.png" if run_before else "4.png")).write_bytes(b"x")
+    with pytest.raises(UserError, match="2 broken records, more than 1 % of 5"):
+        many("--on_bad_record", "skip")
+    assert (tmp_path / "t" / "set-00001.safetensors").exists() == run_before
+
+
+def test_two_ranks_write_what_one_writes(many, tmp_path):
+    many.mend()
+    script = str(ROOT / "data_prep" / "encoder_features.py")
+    done = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
+               ["--encoder", "tiny", "--data", str(tmp_path / "set.json"), "--name", "two", "--shard", "3", "--device", "cpu"])
+    assert done.count("wrote") == 1
+    assert [x | {"features": 0} for x in many()] == [json.loads(x) | {"features": 0} for x in (tmp_path / "set.two.jsonl").read_text().splitlines()]
+    for name in ("set-00000.safetensors", "set-00001.safetensors"):
+        assert (tmp_path / "t" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -61,6 +61,8 @@ def test_free_latents_are_counted(setup, monkeypatch):
     monkeypatch.setattr(evaluate, "write", lambda model, prompts, fmt, n, *_: [s.fmt.thinking()[0] + end, s.fmt.latents[:2] + end, s.fmt.text("red")][: len(prompts)])
     results = evaluate.answers(s.model, s.fmt, s.records, latents="free")
     assert [r["latents"] for r in results] == [3, 2, 0] and [r["prediction"] for r in results] == ["red"] * 3
+    with pytest.raises(UserError, match="--latents mask: the prompt holds no latents .the model makes them"):
+        evaluate.hide_latents(setup("--thought", "cot").fmt)
     line, shares = evaluate.written_text(results, 3)
     assert shares == {"all": 1 / 3, "some": 1 / 3, "none": 1 / 3} and "all 3 in 33.3 %" in line
 
@@ -127,6 +129,23 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
 def test_bad_flags_are_one_line(tmp_path, records_file):
     path = tsv(tmp_path / "x.tsv", 1)
     for flags, says in ((["--scores", "MMVQ"], "--scores MMVQ: choose one of"), (["--batch_size", "0"], "at least 1"), (["--corruption", "blur=x"], "'x' is not a number"),
+                        (["--corruption", "blur=-1"], "--corruption blur=-1: blur goes from 0 to 256"), (["--corruption", "mask=1.5"], "from 0 to 1"), (["--limit", "-2400"], "--limit"),
+                        (["--device", "cuda:99"], "--device cuda:99"), (["--reliance", "--latents", "drop"], "--latents changes nothing with --reliance"),
+                        (["--reliance", "--grey"], "--grey changes"), (["--reliance", "--diagnose"], "--diagnose changes"), (["--diagnose", "--latents", "drop"], "--latents changes nothing with --diagnose"),
+                        (["--diagnose", "--bottleneck"], "--bottleneck changes"), (["--diagnose", "--scores", "MMVP"], "--scores changes"),
                         (["--latents", "free", "--device", "cpu"], "tiny has no latents")):
         with pytest.raises(UserError, match=says):
             evaluate.main(["--data", str(path), *flags])
+    with pytest.raises(UserError, match="--suffix changes nothing with records that are no TSV"):
+        evaluate.main(["--data", str(records_file), "--suffix", "x"])
+
+
+def test_diagnose_asks_with_the_seed_and_keeps_what_a_tsv_was_answered(tmp_path, monkeypatch, capsys):
+    path, fed = tsv(tmp_path / "x.tsv", 2), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, fmt, n, *_: fed.append(prompts[0][1]) or ["A"] * len(prompts))
+    for seed in "001":
+        evaluate.main(["--data", str(path), "--diagnose", "--corruption", "noise=50", "--seed", seed, "--device", "cpu"])
+    assert (fed[0] == fed[1]).all() and not (fed[0] == fed[2]).all()
+    out = tmp_path / "runs" / "tiny" / "evaluation" / "x.diagnose.jsonl"
+    assert "wrote runs/tiny/evaluation/x.diagnose.jsonl" in capsys.readouterr().out and [(r["asked"], r["prediction"]) for r in told(out)] == [("as trained", "A")] * 2

@@ -195,3 +195,6 @@ def test_the_command_prints_error_and_time(records_file, capsys):
     assert [row[0] for row in rows] == ["0", "3"] and all(float(rows[0][i]) > 1.2 * float(rows[1][i]) > 0 for i in (1, 2))
     with pytest.raises(UserError, match="no-run: no such directory"):
         feedback_check.main(["--run", "./no-run"])
+    for flags in (["--updates", "x"], ["--updates", "-1"], ["--records", "0"], ["--repeats", "0"]):
+        with pytest.raises(UserError, match=" ".join(flags)):
+            feedback_check.main(flags)

@@ -154,6 +154,30 @@ def test_command_line(records_file, capsys, tmp_path):
         generate.main(["--image", str(tmp_path / "none.png"), "--question", "x"])
     with pytest.raises(UserError, match="--question"):
         generate.main(["--image", str(image)])
+    for flags, says in ((["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--device", "cuda:99"], "--device cuda:99")):
+        with pytest.raises(UserError, match=says):
+            generate.main(["--question", "x", *flags])
+
+
+def test_what_is_typed_is_text_and_the_flags_reach_the_model(records_file, monkeypatch):
+    """A question with markers of images in it; an image scaled down to half its tokens."""
+    asked = []
+    monkeypatch.setattr(generate, "generate", lambda model, prompts, fmt, *_, **__: asked.append((model, fmt, *prompts[0])) or ["red"])
+    question = "what is <image> here? <|image_pad|>"
+    for flags in ([], ["--max_pixels", "4704"]):
+        generate.main(["--image", str(records_file.parent / "0_0.png"), "--question", question, "--device", "cpu", *flags])
+    for model, fmt, ids, _, grid in asked:
+        assert ids.count(fmt.image) == model.image_tokens(grid)[0] and question in model.tokenizer.decode(ids) and model.device.type == "cpu"
+    assert asked[1][4].prod() < asked[0][4].prod()
+
+
+def test_dropped_latents_are_never_written(setup, monkeypatch):
+    """--thought cot: the model would write its latents itself."""
+    s, told = setup("--thought", "cot"), []
+    monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **how: told.append(how.get("suppress_tokens")) or input_ids)
+    for latents in ("keep", "drop"):
+        generate.write(s.model, prompts(s), s.fmt, latents=latents)
+    assert told == [None, s.fmt.latents]
 
 
 def test_latents_that_the_model_writes_itself(setup, monkeypatch):

@@ -137,6 +137,41 @@ def test_two_ranks_write_what_one_writes(model_dirs, source, tmp_path):
     assert two == {p.name: p.read_bytes() for p in (tmp_path / "lavit").iterdir()} | {"records": (tmp_path / "set.v1.lavit.jsonl").read_bytes()}
 
 
+def test_a_broken_image_is_left_out_and_told(model_dirs, source, tmp_path, capsys):
+    """Of a JSON list; the shards that are there remember it, until someone asks without the flag."""
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    lines[1]["features"] = None
+    source = tmp_path / "list.json"
+    source.write_text(json.dumps(lines, indent=1))
+    whole = (tmp_path / "1_0.png").read_bytes()
+    (tmp_path / "1_0.png").write_bytes(whole[:200])
+    with pytest.raises(UserError, match=r"list.json\[1\]: field 'image': .*1_0.png.*--on_bad_record skip"):
+        teach(model_dirs, source, "--keep", "all")
+    assert not list((tmp_path / "lavit").glob("*.safetensors"))
+    for there in (0, 2):
+        teach(model_dirs, source, "--keep", "all", "--on_bad_record", "skip")
+        out = capsys.readouterr().out
+        assert f"{there} there already" in out and "left out: " in out and "list.json[1]" in out and "2 records, entropy" in out
+        assert [json.loads(line)["id"] for line in (tmp_path / "list.lavit.jsonl").read_text().splitlines()] == ["0", "2"]
+    last = (tmp_path / "2_0.png").read_bytes()
+    (tmp_path / "2_0.png").write_bytes(b"x")
+    (tmp_path / "lavit" / "list-00001.jsonl").unlink()
+    with pytest.raises(UserError, match="2 broken records, more than 1 % of 3"):  # that of the run before counts too
+        teach(model_dirs, source, "--on_bad_record", "skip")
+    (tmp_path / "2_0.png").write_bytes(last)
+    (tmp_path / "1_0.png").write_bytes(whole)
+    teach(model_dirs, source, "--keep", "all")
+    assert "0 there already" in capsys.readouterr().out and not list(tmp_path.rglob("*.part"))
+    records, _ = data.read(tmp_path / "list.lavit.jsonl")
+    assert [(r.id, len(data.load_features(r, "lavit"))) for r in records] == [("0", 4), ("1", 4), ("2", 4)]
+
+    (tmp_path / "1_0.png").write_bytes(b"x")
+    (tmp_path / "2_0.png").unlink()  # told when the file is read, the other when its turn comes
+    with pytest.raises(UserError, match="2 broken records, more than 1 % of 3"):
+        teach(model_dirs, source, "--overwrite", "--on_bad_record", "skip")
+    assert not list((tmp_path / "lavit").glob("*.safetensors"))
+
+
 def test_filters():
     line = lambda correct, blind, focus: {"correct": correct, "blind_correct": blind, "focus": focus, "entropy": 1.0, "salient": 2}
     assert passes(line(True, False, 0.2), 0.2) == (True, True, True) and passes(line(False, True, 0.19), 0.2) == (False, False, False)
@@ -147,6 +182,9 @@ def test_filters():
 
 
 def test_bad_input(model_dirs, source, records_file):
+    for flags in (["--shard", "0"], ["--batch_size", "0"], ["--max_new_tokens", "0"], ["--limit", "-1"], ["--device", "cuda:99"]):
+        with pytest.raises(UserError, match=" ".join(flags)):
+            teach(model_dirs, source, *flags)
     with pytest.raises(UserError, match="no record passes all three filters"):  # a random teacher answers nothing
         teach(model_dirs, source)
     lines = source.read_text().splitlines()

@@ -280,9 +280,11 @@ def test_each_condition_feeds_what_it_says(setup, monkeypatch):
     assert deviation.std() == pytest.approx(1, abs=0.15) and abs(deviation.mean()) < 0.1
 
 
-def test_a_model_without_latents_is_refused(setup):
-    s = setup("--method", "sft")
-    with pytest.raises(UserError, match="no latents stand in its prompts"):
+@pytest.mark.parametrize("flags, says", [(("--method", "sft"), "no latents stand in its prompts"), (("--thought", "cot"), "makes its latents while it answers"),
+                                         (("--method", "valr", "--encoders", "none"), "makes its latents while it answers")])
+def test_a_model_without_latents_in_its_prompts_is_refused(setup, flags, says):
+    s = setup(*flags)
+    with pytest.raises(UserError, match=says):
         measure(s.model.eval(), s.fmt, s.records)
 
 

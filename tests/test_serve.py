@@ -417,7 +417,7 @@ def test_bad_flags(monkeypatch):
     with contextlib.closing(serve.listen("127.0.0.1", 0)) as taken:
         with pytest.raises(UserError, match="--port .* in use"):
             serve.main(["--port", str(taken.getsockname()[1])])
-    for flags, words in ((["--host", "0.0.0.0", "--port", "0"], "set a key"), (["--port", "70000"], "--port 70000"), (["--queue", "0"], "--queue 0"), (["--model", "./nothing", "--port", "0"], "no such directory")):
+    for flags, words in ((["--host", "0.0.0.0", "--port", "0"], "set a key"), (["--port", "70000"], "--port 70000"), (["--queue", "0"], "--queue 0"), (["--device", "nonsense", "--port", "0"], "--device nonsense"), (["--device", "cuda:99", "--port", "0"], "--device cuda:99"), (["--model", "./nothing", "--port", "0"], "no such directory")):
         with pytest.raises(UserError, match=words):
             serve.main(flags)
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from crystal.config import UserError
 from data_prep import tiny_base, tiny_batches, tiny_check, tiny_files, toy
 
 TINY = Path(__file__).resolve().parent.parent / "crystal" / "assets" / "tiny"
@@ -81,3 +82,10 @@ def test_tokenizer_is_made_again_to_the_byte(tmp_path):
     tiny_files.make_directory(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("flags", [["--base", "nowhere"], ["--blind", "nowhere"], ["--per_family", "0"]])
+def test_wrong_flags_of_the_check_are_one_line(monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["tiny_check.py", *flags])
+    with pytest.raises(UserError, match=" ".join(flags)):
+        tiny_check.main()

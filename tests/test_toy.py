@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from crystal.config import UserError
 from data_prep import toy
 
 SIZES = {"train": 400, "val": 80, "test": 80}
@@ -186,3 +187,11 @@ def test_interrupted_run_is_not_taken_as_complete(tmp_path, monkeypatch):
         patch.setattr(toy, "render", lambda scene: (_ for _ in ()).throw(KeyboardInterrupt))
         toy.generate(tmp_path, 1, 5, 0, 0)
     assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_no_split_has_a_negative_size(tmp_path, monkeypatch, split):
+    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path / "new"), f"--{split}", "-1"])
+    with pytest.raises(UserError, match=f"--{split} -1"):
+        toy.main()
+    assert not (tmp_path / "new").exists()

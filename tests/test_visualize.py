@@ -134,11 +134,14 @@ def test_loss_curves_draw_every_term(drawn, tmp_path):
     assert [line.get_ydata()[0] for line in panels["attention mass on latents"].lines if len(line.get_ydata())] == pytest.approx([0.1, 0.1, 0.2, 0.2])
 
 
-def test_a_run_gives_three_pictures(model_dirs, records_file, tmp_path, capsys):
+def test_a_run_gives_three_pictures(model_dirs, records_file, tmp_path, capsys, monkeypatch):
     run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(tmp_path / "run"), "--max_steps", "2",
                       "--latents", "3", "--lora_r", "2", "--device", "cpu"])
     capsys.readouterr()
-    visualize.main(["--run", str(run), "--data", str(records_file), "--count", "2", "--attn_layers", "last"])
+    opened, open_model = [], visualize.open_model
+    monkeypatch.setattr(visualize, "open_model", lambda *args: opened.append(args[2]) or open_model(*args))
+    visualize.main(["--run", str(run), "--data", str(records_file), "--count", "2", "--attn_layers", "last", "--device", "cpu:0"])
+    assert opened == [torch.device("cpu:0")]
     paths = capsys.readouterr().out.split()
     assert [p.split("/")[-2:] for p in paths] == [["pictures", n] for n in ("losses.png", "corruptions.png", "attention.png")]
     for path in paths:
@@ -164,6 +167,7 @@ def test_wrong_input_is_one_line(setup, records_file, tmp_path, monkeypatch):
     refused(pictures(tmp_path), "metrics.jsonl", "run directory")
     refused(pictures(write(tmp_path / "r0", steps)), "without checkpoints")
     refused(pictures(tmp_path, count=0), "--count 0")
+    refused(lambda: visualize.main(["--run", "x", "--data", "y", "--device", "cuda:99"]), "--device cuda:99")
     refused(curves(write(tmp_path / "r1", [{"step": 1, "val_loss": 1.0}])), "no training step")
     broken = write(tmp_path / "r2", steps)
     (broken / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
