@@ -73,9 +73,12 @@ def vision_attention(module, query, key, value, attention_mask=None, scaling=Non
 
 
 def attention_mask(*args, **kwargs):
-    """transformers' mask, bool or None. A row of left padding, which sees no key, sees all: nothing reads it, and no attention makes NaN of it."""
+    """transformers' mask, bool or None. A row of left padding, which would see no key, sees the first: nothing reads it, and no attention makes NaN of it."""
     mask = sdpa_mask(*args, **kwargs)
-    return mask if mask is None else mask | ~mask.any(-1, keepdim=True)
+    if mask is None:
+        return None
+    first = torch.arange(mask.shape[-1], device=mask.device) == 0
+    return mask | (first & ~mask.any(-1, keepdim=True))
 
 
 AttentionInterface.register("crystal", attention)

@@ -258,7 +258,7 @@ def test_precomputed_features_train_like_the_encoder(run, records_file, tmp_path
     stored = run("stored", *more, "--data", str(tmp_path / "d" / "train.t.jsonl"), "--encoders", "features:t:64")
     for a, b in zip(lines(online), lines(stored)):
         assert a["ce"] == pytest.approx(b["ce"], rel=1e-5) and a["repa"] == pytest.approx(b["repa"], rel=1e-4)
-    with pytest.raises(data.RecordError, match=r"should hold a \[patches, 32\] tensor"):
+    with pytest.raises(UserError, match=r"should hold a \[patches, 32\] tensor"):
         run("wrong", *more, "--data", str(tmp_path / "d" / "train.t.jsonl"), "--encoders", "features:t:32")
 
 
