@@ -65,8 +65,9 @@ static inline two<vfloat> load_two(const bf16* p) {
 }
 static inline void store_two(float* p, two<vfloat> v) { store(p, v.x), store(p + lanes<float>::N, v.y); }
 static inline void store_two(double* p, two<vdouble> v) { store(p, v.x), store(p + lanes<double>::N, v.y); }
+// Ties away from zero: two instructions instead of seven. NaN stays NaN as arithmetic makes it, and as a bfloat16 holds it.
 static inline void store_two(bf16* p, two<vfloat> v) {
-  const vuint both = nearest_bf16(v.x) >> 16 | (nearest_bf16(v.y) & 0xffff0000u);
+  const vuint both = ((vuint)v.x + 0x8000) >> 16 | (((vuint)v.y + 0x8000) & 0xffff0000u);
   __builtin_memcpy(p, &both, sizeof both);
 }
 
@@ -119,22 +120,38 @@ template <class V> static inline V rounded(V x) {
   return x;
 }
 
-// e^x for x <= 88 with a relative error of about 1e-7 (without FMA it grows by 6e-8 |x|); 0 below -87, NaN for NaN. x = n ln 2 + r with
-// |r| <= ln 2 / 2; e^r by 1 + r + r^2 P(r), P fitted for the least relative error, 3e-9; 2^n by its bits.
-static inline vfloat exp(vfloat x) {
+// e^x for x <= 88 with a relative error of about 1e-7; 0 below -87, NaN for NaN. x = n ln 2 + r with
+// |r| <= ln 2 / 2; e^r by 1 + r + r^2 P(r), P fitted for the least relative error, 3e-9; 2^n by its bits. DEGREES 5 and 4, with
+// errors of 1e-7 and 5e-6, are for what is computed from bfloat16, and rounded to it.
+template <int DEGREE = 6> static inline vfloat exp(vfloat x) {
   vfloat t = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
-  vfloat r = x - (t - 12582912.0f) * 0.693147182f;
-  vfloat y = r * 0.0013814540580f + 0.0083687454462f;
-  y = y * r + 0.0416683889925f;
-  y = y * r + 0.1666652113199f;
-  y = y * r + 0.4999999403954f;
+  const vfloat n = t - 12582912.0f;
+#if defined(__FMA__)
+  const vfloat r = x - n * 0.693147182f;
+#else  // the product is rounded: n times ln 2's first 9 bits is not
+  const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#endif
+  vfloat y;
+  if constexpr (DEGREE == 4) {
+    y = r * 0.0412773687693f + 0.1675360090171f;
+    y = y * r + 0.5000512617641f;
+  } else if constexpr (DEGREE == 5) {
+    y = r * 0.0083125013763f + 0.0418903319975f;
+    y = y * r + 0.1666711538957f;
+    y = y * r + 0.4999923030635f;
+  } else {
+    y = r * 0.0013814540580f + 0.0083687454462f;
+    y = y * r + 0.0416683889925f;
+    y = y * r + 0.1666652113199f;
+    y = y * r + 0.4999999403954f;
+  }
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   y *= (vfloat)(((vint)t << 23) + 0x3f800000);
   return x < -87.0f ? (vfloat){} : y;
 }
 
-static inline vdouble exp(vdouble x) {  // lane by lane: float64 is for checking gradients
+template <int DEGREE = 6> static inline vdouble exp(vdouble x) {  // lane by lane: float64 is for checking gradients
   for (unsigned i = 0; i < sizeof x / 8; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }

@@ -245,13 +245,14 @@ def check_registration(index, device):
 REFERENCE["vocab_kl_ce"] = losses.vocab_kl_ce
 
 
-def vocab(labels_int, labels_cor, answer, V, joint=False, scale=3.0, equal=False, view=None):
+def vocab(labels_int, labels_cor, answer, V, joint=False, scale=3.0, equal=False, view=None, slope=0.0):
     """make(dtype) of vocab_kl_ce's arguments. labels_*: a string with a letter for each n, `.` where it has no label; answer: `x` where KL is wanted."""
     def make(dtype):
         t, t2 = (torch.tensor([(7 * i + 3) % V if letter != "." else -100 * (i % 2) - 1 for i, letter in enumerate(labels)], dtype=torch.int64) for labels in (labels_int, labels_cor))
         kl = torch.tensor([letter == "x" for letter in answer], dtype=torch.bool)
         R, R2 = (int(((x >= 0) | kl).sum()) for x in (t, t2))
-        z = normal(R + R2, V, scale=scale, dtype=dtype)
+        z = normal(R + R2, V, scale=scale) + slope * torch.linspace(-1, 1, V, dtype=f64) * (1 - 2 * torch.arange(R + R2)[:, None] % 4)
+        z = z.to(dtype)
         if equal:
             z[R:] = z[:R2]
         if scale > 10:
@@ -280,9 +281,25 @@ SAMPLES += [
     Sample("vocab_kl_ce", "rows apart in memory", vocab("ab.c", ".bca", "xxxx", 45, view="rows")),
     Sample("vocab_kl_ce", "columns apart in memory", vocab("ab.c", ".bca", "xxxx", 21, view="columns")),
     Sample("vocab_kl_ce", "logits of +-30", vocab("abcd", "abcd", "xxxx", 257, scale=30.0)),
+    Sample("vocab_kl_ce", "rising and falling", vocab("abcd", "abcd", "xxxx", 5003, slope=40.0)),
     Sample("vocab_kl_ce", "equal paths", vocab("abcd", "abcd", "xxxx", 20011, equal=True), exact=(2,)),
     Sample("vocab_kl_ce", "equal paths, large", vocab("abcd", "abcd", "xxxx", 100, scale=30.0, equal=True), exact=(2,)),
 ]
+
+
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("place", PLACES[:3])
+def test_tokens_that_cannot_be(place, device, dtype):
+    """Logits of -inf, the first of a row, a whole tile, the label's own, and a NaN: as in plain PyTorch."""
+    z = normal(5, 3000, scale=3.0, dtype=dtype)
+    z[0, 0] = z[1, ::2] = z[2, :2048] = z[3, 70] = -INF
+    z[4, 2500] = float("nan")
+    t = torch.tensor([5, 71, 2999, 70, 3])
+    plain, exact, got = (run(f, [x, t], Sample("", "", None)) for f, x in ((losses.ce_rows, z), (losses.ce_rows, z.double()), (ops.ce_rows, z)))
+    assert got[0][0][4].isnan() and got[1][0][4].isnan().all() and got[0][0][3] == INF
+    within([x[:4] for x in got[0]], [x[:4] for x in plain[0]], [x[:4] for x in exact[0]], 2, wide(dtype), "output")
+    within([x[:4] for x in got[1]], [x[:4] for x in plain[1]], [x[:4] for x in exact[1]], 3, dtype, "gradient")
+    assert not got[1][0][:3][z[:3].isneginf()].any()
 
 
 def vocab_step(z, **keywords):
