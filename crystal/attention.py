@@ -88,7 +88,8 @@ def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
 def attend(q, k, v, mask=None, *, scale=None, dropout=0.0, causal=True):
     """PyTorch's fused attention -> [B,H,L,d] like q.
 
-    mask    bool, True where a row sees a key, or float added to the scores; None: causal, or every key where causal is False
+    q [B,H,L,d], k and v [B,G,J,d]; H a multiple of G, J keys, as many as rows where it is causal
+    mask    [B,1,L,J], bool, True where a row sees a key, or float added to the scores; None: causal, or every key where causal is False
 
     Under a mask the fused attentions of a GPU want a key head for every query head: PyTorch would take its plain one, which writes L x L.
     """
