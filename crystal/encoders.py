@@ -14,7 +14,7 @@ from transformers import AutoConfig, DINOv3ViTConfig, ImageProcessingMixin
 from transformers import Dinov2Model, DINOv3ViTModel, SiglipVisionModel
 
 from crystal.config import UserError
-from crystal.model import why
+from crystal.model import load_weights, why
 
 KINDS = {"dinov3_vit": DINOv3ViTModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14, image_size=112, initializer_range=0.1)
@@ -70,7 +70,7 @@ def load(name, device="cpu"):
             raise UserError(f"--encoders {name}: model type {config.model_type!r} is none of {', '.join(KINDS)}; "
                             "features of another can be precomputed: features:NAME:SIZE")
         rules, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        hf = KINDS[config.model_type].from_pretrained(name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        hf = load_weights(KINDS[config.model_type], name, torch.float32, part=True)  # SigLIP's text tower has no place here
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--encoders {name}: cannot be loaded: {why(error)}") from error
     if missing := {"size", "image_mean", "image_std"} - rules.keys():

@@ -161,7 +161,8 @@ def changes(model, settings):
 def merge(base, out, model, changes):
     """Copies the base's safetensors files as they are and writes the changed tensors over their own bytes.
 
-    Untouched weights are the base's to the bit because nothing else is written: names, dtypes, order and shards stay.
+    Untouched weights are the base's to the bit because nothing else is written: dtypes, order and shards stay, and names but
+    for what a wrapper put before them, since stock tools would not find their weights.
     UserError if the base has no safetensors files or a changed tensor is not in them.
     """
     index = base / "model.safetensors.index.json"
@@ -174,7 +175,14 @@ def merge(base, out, model, changes):
         with open(base / name, "rb") as file:  # the format: the header's length in 8 bytes, the header in JSON, the tensors
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
+        own_names = {crystal.model.unwrapped(key): entry for key, entry in header.items()}
+        renamed = any(crystal.model.unwrapped(key) != key for key in header)
         with safe_open(base / name, "pt") as tensors, open(out / name, "r+b") as file:
+            if renamed:
+                # Shorter names leave room, which spaces fill as the format allows: the tensors stay where they are.
+                text = json.dumps(own_names, separators=(",", ":"), ensure_ascii=False)
+                file.seek(8)
+                file.write(text.encode().ljust(start - 8))
             for key, parameter in crystal.model.parameter_names(model.hf, tensors.keys()).items():
                 if (change := changes.get(parameter)) is not None:
                     W = tensors.get_tensor(key)
@@ -187,7 +195,9 @@ def merge(base, out, model, changes):
     if left:
         raise UserError(f"{base}: {sorted(left)[0]} was trained, but no safetensors file there has it")
     if index.exists():
-        shutil.copyfile(index, out / index.name)
+        shards = json.loads(index.read_text())
+        shards["weight_map"] = {crystal.model.unwrapped(key): name for key, name in shards["weight_map"].items()}
+        (out / index.name).write_text(json.dumps(shards, indent=2) + "\n")
 
 
 def save_tokenizer(model, fmt, out):

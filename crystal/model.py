@@ -29,6 +29,9 @@ from crystal.lora import TokenRows, add_lora
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
+# What wrappers put before (torch.compile also amid) the names of the weights that they save: DataParallel, torch.compile, PEFT.
+WRAPPERS = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": "", r"(?<=\.)_orig_mod\.": ""}
+
 
 # --- attention ---------------------------------------------------------------------------------------------------
 
@@ -257,7 +260,7 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
         if weights:
-            hf = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, use_safetensors=True, dtype=dtype)
+            hf = load_weights(AutoModelForImageTextToText, source, dtype)
         else:
             device = "meta"
             with torch.device(device):
@@ -268,9 +271,45 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     return Model(hf, tokenizer, family.images(processor, hf.config), family, name)
 
 
+def load_weights(kind, source, dtype, part=False):
+    """kind.from_pretrained(source), but only if every weight of the model comes from the files.
+
+    transformers leaves a weight random where the files hold none of its name, and goes on. Here that is a ValueError which
+    names the weights, as are tensors of another shape and those that the model has no place for. part: the model is one
+    tower of what the files hold, so that the others' tensors are no mistake. Names that a wrapper left (WRAPPERS) are read
+    as meant.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of many lines says what the one line below says
+    try:
+        hf, found = kind.from_pretrained(source, trust_remote_code=False, use_safetensors=True, dtype=dtype, key_mapping=WRAPPERS,
+                                         ignore_mismatched_sizes=True, output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(level)
+
+    problems = []
+    if found["missing_keys"]:
+        problems.append(f"the files lack {named(found['missing_keys'])}")
+    if found["mismatched_keys"]:
+        shapes = [f"{key} {list(theirs)}, not {list(ours)}" for key, theirs, ours in found["mismatched_keys"]]
+        problems.append(f"of another shape are {named(shapes)}")
+    if found["unexpected_keys"] and not part:
+        problems.append(f"the model has no place for {named(found['unexpected_keys'])}")
+    if problems:
+        raise ValueError(f"its weights are not this model's: {'; '.join(problems)}")
+    return hf
+
+
+def named(names, most=3):
+    """Names in one line: the first few in order, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def why(error):
     """What transformers says of files that it cannot load, as one line; of a directory whose weights are pickles, that they are not what is wanted."""
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:500]
     return text + " (weights are read from safetensors alone: a pickle can run code)" * ("safetensors" in text)
 
 
@@ -286,14 +325,21 @@ def directory(name):
 
 
 def parameter_names(hf, keys):
-    """{a tensor's name in a checkpoint file: the parameter's in the model}; older files of a family use other prefixes."""
-    renamings, names = get_model_conversion_mapping(hf), {}
+    """{a tensor's name in a checkpoint file: the parameter's in the model}; older files of a family, and wrappers, use other prefixes."""
+    renamings, names = get_model_conversion_mapping(hf, WRAPPERS), {}
     for name in keys:
         key = name
         for renaming in renamings:
             key, _ = renaming.rename_source_key(key)
         names[name] = key
     return names
+
+
+def unwrapped(name):
+    """A tensor's name in a checkpoint file without what a wrapper put before it: what stock tools look for."""
+    for pattern, nothing in WRAPPERS.items():
+        name = re.sub(pattern, nothing, name)
+    return name
 
 
 def prepare(model, settings, tokens=()):

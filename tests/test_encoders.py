@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_ddp import ROOT, run
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
@@ -102,6 +102,23 @@ def test_what_cannot_be_loaded_is_told(siglip, tmp_path, model_dirs):
     weights.unlink()
     with pytest.raises(UserError, match=f"--encoders {tmp_path}/e: cannot be loaded: [^\n]*from safetensors alone: a pickle can run code[^\n]*$"):
         encoders.load(str(tmp_path / "e"))
+
+
+def test_weights_that_do_not_fit_are_named(siglip, tmp_path):
+    """An encoder that stayed random in part would be aligned to without a word; what the other tower of its files holds is no mistake."""
+    whole = load_file(siglip / "model.safetensors")
+    lost = next(n for n in whole if n.endswith("layers.1.mlp.fc1.weight"))
+
+    def directory(name, state):
+        shutil.copytree(siglip, tmp_path / name)
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        return str(tmp_path / name)
+
+    with pytest.raises(UserError, match=f"--encoders .*less: cannot be loaded: its weights are not this model's: the files lack [^,;]*{lost}$"):
+        encoders.load(directory("less", {n: t for n, t in whole.items() if n != lost}))
+    pixels = torch.rand(1, 3, 42, 42, generator=torch.Generator().manual_seed(0))
+    more = encoders.load(directory("more", {f"module.{n}": t for n, t in whole.items()} | {"text_model.head.bias": torch.zeros(3)}))
+    assert torch.equal(more(pixels), encoders.load(str(siglip))(pixels))
 
 
 def test_precomputed_features_equal_the_encoders_own(records_file, siglip, tmp_path, capsys):

@@ -99,12 +99,13 @@ def sums(directory):
     return found
 
 
-def rewrite(source, path, dtype, shards, old_names=False):
-    """A copy of a model directory in another dtype, in several files, with the tensors' names of years ago."""
+def rewrite(source, path, dtype, shards, old_names=False, wrapper=""):
+    """A copy of a model directory in another dtype, in several files, with the tensors' names of years ago, or with what a wrapper put before them."""
     shutil.copytree(source, path)
     state = {n: t.to(dtype) for n, t in load_file(path / "model.safetensors").items()}
     if old_names:
         state = {n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in state.items()}
+    state = {wrapper + n: t for n, t in state.items()}
     (path / "model.safetensors").unlink()
     names, where = sorted(state), {}
     for i in range(shards):
@@ -130,21 +131,22 @@ for directory in sys.argv[1:]:
     print(json.dumps([str(model.dtype), float(model.lm_head.weight.double().sum()), float(model.model.language_model.layers[0].mlp.up_proj.weight.double().sum())]))
 assert "crystal" not in sys.modules
 """
-BASES = {  # name: tied, dtype, files, names of years ago
-    "bf16": (True, torch.bfloat16, 1, False), "bf16 untied": (False, torch.bfloat16, 3, False),
-    "old names": (False, torch.float32, 2, True), "old bf16": (True, torch.bfloat16, 2, True),
+BASES = {  # name: tied, dtype, files, names of years ago, what a wrapper put before them
+    "bf16": (True, torch.bfloat16, 1, False, ""), "bf16 untied": (False, torch.bfloat16, 3, False, ""),
+    "old names": (False, torch.float32, 2, True, ""), "old bf16": (True, torch.bfloat16, 2, True, ""),
+    "wrapped": (False, torch.float32, 2, False, "module."), "wrapped old": (True, torch.float32, 1, True, "base_model.model."),
 }
 
 
 def test_every_kind_of_base(model_dirs, records_file, tmp_path):
-    """Changed tensors are W + (alpha / r) B A and the new rows, rounded once; all others, names, dtypes and files are the base's."""
+    """Changed tensors are W + (alpha / r) B A and the new rows, rounded once; all others, dtypes and files are the base's, and names less a wrapper's prefix."""
     expected = []
-    for name, (tied, dtype, shards, old) in BASES.items():
-        base = rewrite(model_dirs[tied], tmp_path / f"{name} base", dtype, shards, old)
+    for name, (tied, dtype, shards, old, wrapper) in BASES.items():
+        base = rewrite(model_dirs[tied], tmp_path / f"{name} base", dtype, shards, old, wrapper)
         run = train.main(["--model", str(base), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "1", "--eval_every", "0",
                           "--dtype", str(dtype).removeprefix("torch."), "--output", str(tmp_path / name)])
         assert export.export(run, merged=run / "merged") == [run / "merged"]
-        before, after = sums(base), sums(run / "merged")
+        before, after = {n.removeprefix(wrapper): x for n, x in sums(base).items()}, sums(run / "merged")
         assert sorted(p.name for p in (run / "merged").glob("*.safetensors*")) == sorted(p.name for p in base.glob("*.safetensors*"))
         assert {n: x[:2] for n, x in before.items()} == {n: x[:2] for n, x in after.items()}
         touched = {n for n in before if before[n] != after[n]}

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import crystal.model
 from crystal import config, data
@@ -113,8 +114,68 @@ def test_wrong_models(tmp_path, model_dirs):
         crystal.model.load(str(cut))
 
 
+def with_weights(source, path, change):
+    """A copy of a model directory whose tensors {name: tensor} are what `change` makes of the source's."""
+    shutil.copytree(source, path)
+    save_file(change(load_file(path / "model.safetensors")), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+UP = "model.language_model.layers.1.mlp.up_proj.weight"
+PATCHES = "model.visual.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda state: {f"other.{n}": t for n, t in state.items()},
+     r"the files lack lm_head\.weight, model\.[^,]*, model\.[^,]* and \d+ more; the model has no place for other\.[^;]* and \d+ more"),
+    (lambda state: {n: t for n, t in state.items() if n != UP}, f"the files lack {UP}"),
+    (lambda state: {n: t for n, t in state.items() if n != "lm_head.weight"}, r"the files lack lm_head\.weight"),
+    (lambda state: {n: t for n, t in state.items() if ".visual." not in n}, r"the files lack model\.visual\.[^;]* and \d+ more"),
+    (lambda state: state | {UP: state[UP][:-1].clone()}, rf"of another shape are {UP} \[47, 32\], not \[48, 32\]"),
+    (lambda state: state | {"score.weight": torch.zeros(1)}, r"the model has no place for score\.weight"),
+], ids=["renamed", "a matrix", "the head", "the tower", "a shape", "one too many"])
+def test_weights_that_do_not_fit_are_named(tmp_path, model_dirs, capfd, change, told):
+    """Without this a model whose weights stayed random would train and answer, and end with 0."""
+    path = with_weights(model_dirs[False], tmp_path / "model", change)
+    with pytest.raises(UserError, match=rf"^{path}: cannot be loaded as a model: its weights are not this model's: {told}$"):
+        crystal.model.load(str(path))
+    assert "LOAD REPORT" not in capfd.readouterr().err  # the one line says it
+
+
+def test_one_line_reaches_the_terminal(tmp_path, model_dirs, capsys):
+    from crystal import generate
+    path = with_weights(model_dirs[True], tmp_path / "model", lambda state: {n: t for n, t in state.items() if n != PATCHES})
+    with pytest.raises(SystemExit) as ended:
+        config.run_cli(lambda: generate.main(["--model", str(path), "--image", "any.png", "--question", "What?"]))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {path}: cannot be loaded as a model: its weights are not this model's: the files lack {PATCHES}\n"
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+def test_names_that_a_wrapper_left_are_read_as_meant(tmp_path, model_dirs, before):
+    path = with_weights(model_dirs[False], tmp_path / "model", lambda state: {before + n: t for n, t in state.items()})
+    wanted, found = (crystal.model.load(str(d)).hf.state_dict() for d in (model_dirs[False], path))
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)
+
+
+def test_names_within_a_compiled_part_are_read_as_meant(tmp_path, model_dirs):
+    """torch.compile of one layer leaves its mark amid the names, and on those of years ago."""
+    def compiled(state):
+        state = {n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in state.items()}
+        return {n.replace("layers.1.", "layers.1._orig_mod."): t for n, t in state.items()}
+    path = with_weights(model_dirs[False], tmp_path / "model", compiled)
+    wanted, found = (crystal.model.load(str(d)).hf.state_dict() for d in (model_dirs[False], path))
+    assert all(torch.equal(wanted[n], found[n]) for n in wanted)
+
+
+def test_a_tied_head_may_stand_in_the_files(tmp_path, model_dirs):
+    def both(state):
+        return state | {"lm_head.weight": state["model.language_model.embed_tokens.weight"].clone()}
+    model = crystal.model.load(str(with_weights(model_dirs[True], tmp_path / "model", both)))
+    assert model.tied
+
+
 def test_pickled_weights_are_refused(tmp_path, model_dirs):
-    from safetensors.torch import load_file
     pickled = tmp_path / "pickled"
     shutil.copytree(model_dirs[True], pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
