@@ -72,7 +72,52 @@ MEASURES = [
 OPERATORS = [
 ]
 
-BREAKS = METHODS + SETTINGS + COMMANDS + LOOP + DATA + MEASURES + OPERATORS
+# ---- weights that do not fit the model they are given to --------------------------------------------------------------
+
+WEIGHTS = [
+    Break("weights-missing-ones-pass", "crystal/model.py",
+          'if found["missing_keys"]:', "if False:",
+          "A matrix that the files lack stays random, and training and evaluation go on.",
+          "tests/test_model.py::test_weights_that_do_not_fit_are_named"),
+    Break("weights-other-shapes-pass", "crystal/model.py",
+          'if found["mismatched_keys"]:', "if False:",
+          "A matrix of another shape stays random, and training and evaluation go on.",
+          "tests/test_model.py::test_weights_that_do_not_fit_are_named"),
+    Break("weights-unknown-ones-pass", "crystal/model.py",
+          'if found["unexpected_keys"] and not part:', "if False:",
+          "Tensors that the model has no place for are dropped without a word.",
+          "tests/test_model.py::test_weights_that_do_not_fit_are_named"),
+    Break("weights-report-of-many-lines", "crystal/model.py",
+          "    transformers_logging.set_verbosity_error()", "    pass",
+          "A page of a library's report hides the one line that says what is wrong.",
+          "tests/test_model.py::test_weights_that_do_not_fit_are_named"),
+    Break("weights-verbosity-stays-changed", "crystal/model.py",
+          "transformers_logging.set_verbosity(level)", "pass",
+          "After a model was loaded no warning of transformers is seen any more.",
+          "tests/test_model.py::test_loading_leaves_the_verbosity_as_it_was"),
+    Break("weights-names-of-ddp-unknown", "crystal/model.py",
+          r"(module\.|_orig_mod\.|", r"(_orig_mod\.|",
+          "Weights that DDP saved are refused.",
+          "tests/test_model.py::test_names_that_a_wrapper_left_are_read_as_meant"),
+    Break("weights-names-of-a-compiled-part-unknown", "crystal/model.py",
+          r', r"(?<=\.)_orig_mod\.": ""}', "}",
+          "Weights of a model with one compiled layer are refused.",
+          "tests/test_model.py::test_names_within_a_compiled_part_are_read_as_meant"),
+    Break("weights-encoder-refuses-its-sibling", "crystal/encoders.py",
+          ", torch.float32, part=True)", ", torch.float32)",
+          "A SigLIP checkpoint, which holds a text tower too, cannot be an encoder.",
+          "tests/test_encoders.py::test_weights_that_do_not_fit_are_named"),
+    Break("weights-export-keeps-a-wrapper-s-names", "crystal/export.py",
+          "            if renamed:", "            if False:",
+          "Stock tools find no weight in a merged directory whose base was saved by a wrapper.",
+          "tests/test_export.py::test_every_kind_of_base"),
+    Break("weights-export-keeps-a-wrapper-s-index", "crystal/export.py",
+          "{crystal.model.unwrapped(key): name for", "{key: name for",
+          "The index of a merged directory names tensors that are not there.",
+          "tests/test_export.py::test_every_kind_of_base"),
+]
+
+BREAKS = METHODS + SETTINGS + COMMANDS + LOOP + DATA + MEASURES + OPERATORS + WEIGHTS
 
 
 # ---- putting them in --------------------------------------------------------------------------------------------------

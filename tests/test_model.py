@@ -168,6 +168,13 @@ def test_names_within_a_compiled_part_are_read_as_meant(tmp_path, model_dirs):
     assert all(torch.equal(wanted[n], found[n]) for n in wanted)
 
 
+def test_loading_leaves_the_verbosity_as_it_was(model_dirs):
+    from transformers.utils import logging
+    before = logging.get_verbosity()
+    crystal.model.load(str(model_dirs[True]))
+    assert logging.get_verbosity() == before != logging.ERROR
+
+
 def test_a_tied_head_may_stand_in_the_files(tmp_path, model_dirs):
     def both(state):
         return state | {"lm_head.weight": state["model.language_model.embed_tokens.weight"].clone()}
