@@ -149,6 +149,8 @@ def test_every_kind_of_base(model_dirs, records_file, tmp_path):
         before, after = {n.removeprefix(wrapper): x for n, x in sums(base).items()}, sums(run / "merged")
         assert sorted(p.name for p in (run / "merged").glob("*.safetensors*")) == sorted(p.name for p in base.glob("*.safetensors*"))
         assert {n: x[:2] for n, x in before.items()} == {n: x[:2] for n, x in after.items()}
+        index = run / "merged" / "model.safetensors.index.json"
+        assert not index.exists() or json.loads(index.read_text())["weight_map"].keys() == after.keys()
         touched = {n for n in before if before[n] != after[n]}
         assert touched and all(TOUCHED["crystal"](n) for n in touched)
 
