@@ -1,0 +1,544 @@
+"""Each method once more, slowly, from its paper: a record and its pictures become every loss term and every monitored number.
+
+Nothing here imports crystal. One record at a time, no padding and no cache; dense L x L masks and attention maps; plain
+loops over pairs, positions, heads and layers; float64. The model is transformers' own class, loaded from the same
+directory, with trained weights put in as whole tensors. What is stock stays stock: the modelling, the chat template, the
+tokenizer, the image processor and `get_rope_index`. `tests/test_oracle.py` compares crystal with this file.
+
+    common      settings, the model, a record's text and pictures
+    sft         cross-entropy on the answer
+    crystal     CrystaL, sections 3.1 to 3.4, eq. 3 to 6; the authors' released code differs by RELEASED
+    livr        LIVR, section 3.2
+    lavit       LaViT, eq. 3 to 9
+    valr        VaLR, its method section
+
+L sequence length, D hidden size, H heads, K latents, M answer positions, N image tokens, V vocabulary. Position t predicts
+token t + 1. All logarithms are natural.
+"""
+import colorsys
+import copy
+import functools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+INF = float("inf")
+
+# ---- common: settings ----------------------------------------------------------------------------------------------------
+
+COMMON = {"seed": 0, "turns": "first", "lora_r": 16, "lora_alpha": 32.0, "min_pixels": None, "max_pixels": None}
+
+# The defaults that the papers give. What only changes how a number is computed is no setting here.
+DEFAULTS = {
+    "sft": {},
+    "crystal": {
+        "latents": 8, "latent_kind": "diverse", "thought": "fixed", "labels": "all",
+        "corruption": "blur", "strength_low": None, "strength_high": None,
+        "copied": "latents", "ce": "per_path", "kl_share": 1.0, "answer_rows": "predicting",
+        "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
+        "teacher_grad": False, "w_ce_int": 1.0, "w_ce_cor": 1.0, "w_kl": 1.0, "w_attn": 1.0,
+    },
+    "livr": {
+        "latents": 16, "latent_kind": "diverse", "place": "after", "mask": "prompt", "latents_see": "all",
+        "image_copies": 1, "masked": 0.4, "max_steps": 4000,
+    },
+    "lavit": {
+        "latents": 4, "latent_kind": "diverse", "gate": "cosine", "gate_warmup": 0.4, "gate_start": 1e-6,
+        "w_semantics": 0.3, "w_gaze": 0.3, "gaze_top": 8, "max_steps": 1000,
+    },
+    "valr": {
+        "latents": 16, "encoders": "tiny", "align_layer": 0, "w_repa": 0.5, "updates": None, "first_share": 0.5,
+        "max_steps": 4000,
+    },
+}
+
+# What the authors' released code of CrystaL does and the paper does not say.
+RELEASED = {"copied": "thought", "ce": "pooled", "kl_share": 0.1, "answer_rows": "span", "attn_heads": "mean",
+            "attn_columns": "thought"}
+
+
+def settings(method, **given):
+    """The settings of a method: its paper's defaults, the released code's where `preset` says so, and what is given."""
+    preset = RELEASED if given.pop("preset", "paper") == "released" else {}
+    return SimpleNamespace(**{**COMMON, **DEFAULTS[method], **preset, **given})
+
+
+# ---- common: the model ---------------------------------------------------------------------------------------------------
+
+def dense_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """softmax(q k / sqrt d + mask) v, head by head, in the inputs' precision. A mask of None sees everything (vision)."""
+    group = query.shape[1] // key.shape[1]
+    out, maps = [], []
+    for head in range(query.shape[1]):
+        scores = query[0, head] @ key[0, head // group].T * scaling
+        if attention_mask is not None:
+            scores = scores + attention_mask[0, 0]
+        A = scores.softmax(-1)
+        maps.append(A)
+        out.append(A @ value[0, head // group])
+    return torch.stack(out, 1)[None], torch.stack(maps)[None]
+
+
+AttentionInterface.register("oracle", dense_attention)
+
+
+@functools.cache
+def stock(directory):
+    """transformers' own model of a directory, in float64."""
+    return AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float64, attn_implementation="oracle").eval()
+
+
+class Net:
+    """A stock model with some of its weights replaced, its tokenizer with new special tokens, its image processor.
+
+    weights: {name of a parameter in the stock model: tensor}, which may hang on a graph. heads: {name: tensor} of what a
+    method adds beside the model.
+    """
+
+    def __init__(self, directory, weights=None, heads=None, tokens=(), min_pixels=None, max_pixels=None):
+        self.directory, self.heads = str(directory), heads or {}
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        bounds = {name: value for name, value in bounds.items() if value is not None}
+        self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", **bounds)
+
+        # A tensor with a graph takes the parameter's place, so that gradients reach whatever it was made from.
+        self.hf = copy.deepcopy(stock(self.directory))
+        for name, tensor in (weights or {}).items():
+            parent, _, child = name.rpartition(".")
+            module = self.hf.get_submodule(parent)
+            del module._parameters[child]
+            setattr(module, child, tensor)
+
+        self.text = self.hf.model.language_model
+        self.head = self.hf.lm_head.weight
+        self.end = self.id("<|im_end|>")
+        self.image = self.id("<|image_pad|>")
+
+    def id(self, token):
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def log_probabilities(self, h):
+        """h [D] -> log P of the next token [V]."""
+        return (self.head @ h).log_softmax(-1)
+
+    def embed(self, ids, pixels):
+        """Token ids and pixels of a record -> the decoder's input [L,D]: image tokens are the vision tower's features."""
+        x = self.hf.get_input_embeddings().weight[torch.tensor(ids)]
+        if pixels is None:
+            return x
+        features = torch.cat(self.hf.model.get_image_features(*pixels).pooler_output)
+        x = list(x)
+        for n, t in enumerate(t for t, token in enumerate(ids) if token == self.image):
+            x[t] = features[n]
+        return torch.stack(x)
+
+    def positions(self, ids, pixels):
+        """M-RoPE's positions [3,1,L], the model's own."""
+        kinds = torch.tensor([[int(token == self.image) for token in ids]])
+        grid = None if pixels is None else pixels[1]
+        return self.hf.model.get_rope_index(torch.tensor([ids]), kinds, image_grid_thw=grid)[0]
+
+    def run(self, x, positions, bias=None, swap=None):
+        """The decoder over x [L,D] -> its last states [L,D], attention maps, and each layer's input and output [L,D].
+
+        bias: [L,L], added to all scores beside causality. swap: (positions, inputs): before layer l the states at these
+        positions become those of inputs[l].
+        """
+        L = len(x)
+        mask = torch.full((L, L), -INF, dtype=torch.float64).triu(1)
+        if bias is not None:
+            mask = mask + bias
+        inputs, outputs, hooks = [], [], []
+
+        def before(layer, args):
+            h = args[0]
+            if swap is not None:
+                at, lent = swap
+                h = h.clone()
+                h[0, at] = lent[len(inputs)][at]
+            inputs.append(h[0])
+            return (h, *args[1:])
+
+        def after(layer, args, out):
+            outputs.append(out[0])
+
+        for layer in self.text.layers:
+            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        seen = self.text(inputs_embeds=x[None], position_ids=positions, attention_mask=mask[None, None], use_cache=False,
+                         output_attentions=True)
+        for hook in hooks:
+            hook.remove()
+        maps = [A[0] for A in seen.attentions]                                        # of each layer [H,L,L]
+        return SimpleNamespace(h=seen.last_hidden_state[0], maps=maps, inputs=inputs, outputs=outputs)
+
+
+def adapted(W, A, B, alpha, r):
+    """LoRA (Hu et al. 2022, section 4.1): the weight with its low-rank update, W + alpha / r B A."""
+    return W + alpha / r * (B @ A)
+
+
+def with_rows(W, ids, rows):
+    """A vocabulary matrix with new rows at `ids`, one after the other."""
+    lines = list(W)
+    for i, row in zip(ids, rows):
+        lines[i] = row
+    return torch.stack(lines)
+
+
+# ---- common: a record's text and pictures --------------------------------------------------------------------------------
+
+def latent_names(s):
+    """The K latent tokens in their order: all different, or one and the same (CrystaL, table 3)."""
+    return [f"<|latent_{k if s.latent_kind == 'diverse' else 0}|>" for k in range(s.latents)]
+
+
+def conversation(record, number=0):
+    """A record -> [(role, text)] up to its answer `number`, that answer, and how many pictures were seen until then."""
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = []
+    for turn in record.get("conversations") or record["messages"]:
+        who = turn.get("from") or turn["role"]
+        turns.append((roles.get(who, who), turn.get("value") or turn["content"]))
+
+    # A file that leaves the markers out means that the pictures come first.
+    names = pictures_of(record)
+    if names and not any("<image>" in text for _, text in turns):
+        first = [role for role, _ in turns].index("user")
+        turns[first] = ("user", "<image>" * len(names) + turns[first][1])
+
+    answers = []
+    for i, (role, text) in enumerate(turns):
+        seen = sum(text.count("<image>") for _, text in turns[:i])
+        if role == "assistant" and (seen or not names):
+            answers.append((turns[:i], text.strip(), seen))
+    return answers[number]
+
+
+def pictures_of(record):
+    """Names of a record's picture files."""
+    names = record.get("images", record.get("image", []))
+    return [names] if isinstance(names, str) else names
+
+
+def prompt(net, turns, copies=1):
+    """The stock chat template's text, up to where the assistant speaks, with one `<|image_pad|>` for each picture."""
+    messages = []
+    for role, text in turns:
+        content = []
+        for i, part in enumerate(text.replace("<image>\n", "<image>").split("<image>")):
+            if i:
+                content += [{"type": "image"}] * copies
+            if part:
+                content.append({"type": "text", "text": part})
+        messages.append({"role": role, "content": content})
+    return net.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def pixels_of(net, pictures):
+    """RGB pictures -> what the vision tower takes: (pixels, grid); None without any."""
+    if not pictures:
+        return None
+    out = net.processor(images=pictures, return_tensors="pt")
+    return out["pixel_values"].double(), out["image_grid_thw"]
+
+
+def tokens(net, text, pixels):
+    """The stock tokenizer's ids of a whole rendered text, each `<|image_pad|>` as often as its picture has tokens."""
+    counts = [] if pixels is None else [int(t * h * w) // net.processor.merge_size**2 for t, h, w in pixels[1]]
+    ids = []
+    for token in net.tokenizer.encode(text, add_special_tokens=False):
+        ids += [token] * counts.pop(0) if token == net.image else [token]
+    assert not counts
+    return ids
+
+
+class Sequence:
+    """One record as the model reads it: token ids, pixels, positions, and where things stand.
+
+    said: the position of the first token that is not the prompt's. image, latents: positions. answer: the position of the
+    answer's first token, `<answer>` itself where there is one.
+    """
+
+    def __init__(self, net, asked, said, pixels, latents=(), opens=None):
+        self.pixels = pixels
+        self.ids = tokens(net, asked + said, pixels)
+        self.said = len(tokens(net, asked, pixels))
+        self.positions = net.positions(self.ids, pixels)
+        marked = {net.id(name) for name in latents}
+        self.latents = [t for t, token in enumerate(self.ids) if token in marked]
+        self.image = [t for t, token in enumerate(self.ids) if token == net.image]
+        self.answer = self.said
+        if opens:
+            self.answer = max(t for t, token in enumerate(self.ids) if token == net.id(opens))
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def mean(values):
+    """The mean of a list of scalars."""
+    return sum(values) / len(values)
+
+
+def cross_entropy(net, h, ids, at):
+    """-log P(token t + 1) of the states at each position t of `at` -> list of scalars."""
+    return [-net.log_probabilities(h[t])[ids[t + 1]] for t in at]
+
+
+def kl(log_p, log_q):
+    """KL(p || q) of two distributions given by their logarithms."""
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def mass(maps, queries, columns):
+    """The share of the queries' attention that the columns get: mean over layers, heads and queries."""
+    shares = [A[head, t][columns].sum() for A in maps for head in range(len(A)) for t in queries]
+    return mean(shares).detach()
+
+
+def open_pictures(record, folder, count):
+    """The first `count` pictures of a record."""
+    return [Image.open(Path(folder) / name).convert("RGB") for name in pictures_of(record)[:count]]
+
+
+def layers_of(text, count):
+    """Which layers `last`, `all` or a list of indices names, of `count`."""
+    if text == "last":
+        return [count - 1]
+    if text == "all":
+        return list(range(count))
+    return sorted({int(i) % count for i in text.split(",")})
+
+
+# ---- sft: plain supervised fine-tuning -------------------------------------------------------------------------------------
+
+def sft(net, record, folder, s, place=None, number=0):
+    """Mean cross-entropy of the answer's tokens and of the `<|im_end|>` after them."""
+    turns, answer, seen = conversation(record, number)
+    pixels = pixels_of(net, open_pictures(record, folder, seen))
+    x = Sequence(net, prompt(net, turns), f"{answer}<|im_end|>", pixels)
+    h = net.run(net.embed(x.ids, pixels), x.positions).h
+    return {"ce": mean(cross_entropy(net, h, x.ids, range(x.said - 1, len(x) - 1)))}
+
+
+# ---- crystal: eq. 3, the corrupted picture ---------------------------------------------------------------------------------
+
+# eta ~ U(low, high) where the settings give no range: the released code's for blur, appendix A.3's levels for the others,
+# and for crop and impulse, which have none there, those of the documentation.
+ETA = {"blur": (2.0, 5.0), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8), "color": (0.5, 2.0),
+       "noise": (15.0, 50.0), "impulse": (0.01, 0.12)}
+
+
+def hashed(*numbers):
+    """The documented hash of whole numbers to a seed: whose corruption is drawn depends on nothing but these."""
+    seed = 0
+    for n in numbers:
+        seed = (seed ^ (n + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
+        seed = seed ^ (seed >> 31)
+    return seed // 2
+
+
+def corrupted(picture, s, place, n):
+    """Eq. 3: I_cor = C(I; eta, S). place: (seed, epoch, index of the record); n: which of its pictures."""
+    g = torch.Generator().manual_seed(hashed(*place, n))
+    low, high = ETA[s.corruption] if s.strength_low is None else (s.strength_low, s.strength_high)
+    eta = low + (high - low) * float(torch.rand((), generator=g))
+    x = np.asarray(picture).astype(float) / 255                                       # [h,w,3]
+    x = CORRUPTIONS[s.corruption](x, eta, g).clip(0, 1)
+    return Image.fromarray((x * 255).round().astype(np.uint8))
+
+
+def draw(g, *shape):
+    """Numbers of U[0, 1), in float64."""
+    return torch.rand(shape, generator=g, dtype=torch.float64).numpy()
+
+
+def blurred(x, radius, g):
+    """Gaussian blur as two matrices: row i holds the kernel around i, cut at 4 radii; beyond an edge its pixel repeats."""
+    reach = math.ceil(4 * radius)
+
+    def matrix(n):
+        G = np.zeros((n, n))
+        for i in range(n):
+            for t in range(-reach, reach + 1):
+                G[i, min(max(i + t, 0), n - 1)] += math.exp(-t * t / (2 * radius * radius))
+        return G / G.sum(1, keepdims=True)
+
+    return np.einsum("ia,abc,jb->ijc", matrix(x.shape[0]), x, matrix(x.shape[1]), optimize=True)
+
+
+def window(share, height, width, g, stretch):
+    """Top, left, height and width of a rectangle with `share` of the area, its place uniform."""
+    u, v, w = draw(g, 3)
+    aspect = min(stretch, 1 / share) ** (2 * u - 1)
+    sides = [math.sqrt(share * aspect) * height, math.sqrt(share / aspect) * width]
+    short = int(sides[1] <= sides[0])                          # rounded first; the other makes up the area
+    sides[short] = max(round(sides[short]), 1)
+    sides[1 - short] = min(max(round(share * height * width / sides[short]), 1), (height, width)[1 - short])
+    h, w_ = sides
+    return int(v * (height - h + 1)), int(w * (width - w_ + 1)), h, w_
+
+
+def masked(x, share, g):
+    """One rectangle becomes black."""
+    top, left, h, w = window(share, *x.shape[:2], g, 3.3)
+    x = x.copy()
+    x[top : top + h, left : left + w] = 0
+    return x
+
+
+def cropped(x, share, g):
+    """What a window leaves, drawn to the whole size."""
+    top, left, h, w = window(1 - share, *x.shape[:2], g, 1.0)
+    kept = torch.from_numpy(x[top : top + h, left : left + w]).permute(2, 0, 1)[None]
+    drawn = torch.nn.functional.interpolate(kept, x.shape[:2], mode="bilinear", align_corners=False)
+    return drawn[0].permute(1, 2, 0).numpy()
+
+
+def shuffled(x, share, g):
+    """4 x 4 tiles, of which round(16 share) change places along a cycle."""
+    h, w = x.shape[0] // 4, x.shape[1] // 4
+    moved = torch.randperm(16, generator=g)[: round(16 * share)].tolist()
+    out = x.copy()
+    for to, origin in zip(moved, moved[-1:] + moved[:-1]):
+        a, b = divmod(to, 4)
+        c, d = divmod(origin, 4)
+        out[a * h : a * h + h, b * w : b * w + w] = x[c * h : c * h + h, d * w : d * w + w]
+    return out
+
+
+def recoloured(x, s, g):
+    """Brightness, contrast, saturation in 1 +- s, hue turned by up to s / 4, clipped after each."""
+    u = draw(g, 4)
+    low, high = max(0, 1 - s), 1 + s
+    brightness, contrast, saturation = low + (high - low) * u[:3]
+    turn = min(s / 4, 0.5) * (2 * u[3] - 1)
+    luma = np.array([0.299, 0.587, 0.114])
+    x = (x * brightness).clip(0, 1)
+    x = ((1 - contrast) * (x @ luma).mean() + contrast * x).clip(0, 1)
+    x = ((1 - saturation) * (x @ luma)[..., None] + saturation * x).clip(0, 1)
+    for row in x:
+        for pixel in row:
+            hue, satur, value = colorsys.rgb_to_hsv(*pixel)
+            pixel[:] = colorsys.hsv_to_rgb((hue + turn) % 1, satur, value)
+    return x
+
+
+def noisy(x, sigma, g):
+    """Gaussian noise of sigma / 255 on every value."""
+    height, width, _ = x.shape
+    return x + sigma / 255 * torch.randn(3, height, width, generator=g).permute(1, 2, 0).double().numpy()
+
+
+def impulses(x, share, g):
+    """Half of `share` of the pixels become black, the other half white."""
+    u = draw(g, *x.shape[:2])
+    x = x.copy()
+    x[u < share] = 1
+    x[u < share / 2] = 0
+    return x
+
+
+CORRUPTIONS = {"blur": blurred, "mask": masked, "crop": cropped, "jigsaw": shuffled, "color": recoloured, "noise": noisy,
+               "impulse": impulses}
+
+
+# ---- crystal: section 3, both variants -------------------------------------------------------------------------------------
+
+CRYSTAL_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+THOUGHT = "Because the feature of the image is"
+
+
+def crystal(net, record, folder, s, place, number=0, pixels_cor=None):
+    """Eq. 4 to 6's terms of one pair, and the share of attention that the latents get in each path.
+
+    place: (seed, epoch, index), which the corruption is drawn from. pixels_cor: the corrupted pixels, where the caller has
+    checked them against `corrupted` and wants rounding to play no part.
+    """
+    # Section 3.1: <think> thought, K latents. </think> <answer> R </answer>
+    turns, answer, seen = conversation(record, number)
+    steps = record.get("cot") or []
+    steps = [steps] if isinstance(steps, str) else steps
+    thought = " ".join(steps) if s.thought == "cot" and steps else THOUGHT
+    said = f"<think> {thought}{''.join(latent_names(s))}. </think><answer>{answer}</answer><|im_end|>"
+
+    # Section 3.2: the same with a corrupted picture.
+    pictures = open_pictures(record, folder, seen)
+    pixels = pixels_of(net, pictures)
+    if pixels_cor is None:
+        pixels_cor, _ = pixels_of(net, [corrupted(picture, s, place, n) for n, picture in enumerate(pictures)])
+    x = Sequence(net, prompt(net, turns), said, pixels, latent_names(s), "<answer>")
+
+    # Section 3.3: the corrupted path's latents are the intact path's, at every decoder layer.
+    whole_thought = list(range(x.said, x.answer))
+    copied = whole_thought if s.copied == "thought" else x.latents
+    intact = net.run(net.embed(x.ids, pixels), x.positions)
+    cor = net.run(net.embed(x.ids, (pixels_cor, pixels[1])), x.positions, swap=(copied, intact.inputs))
+
+    # Omega_A of eq. 4: the positions that predict R and what follows it, or (released) the answer's own.
+    last = len(x) - 1
+    omega = list(range(x.answer, last if s.answer_rows == "predicting" else len(x)))
+
+    # Section 3.4: the cross-entropies. No loss reads a copied position of the corrupted path.
+    first = x.said - 1 if s.labels == "all" else x.answer
+    label_int = range(first, last)
+    if s.ce == "pooled":
+        label_cor = [t for t in label_int if t in omega]
+    else:
+        label_cor = [t for t in label_int if t not in copied]
+    ce_int = cross_entropy(net, intact.h, x.ids, label_int)
+    ce_cor = cross_entropy(net, cor.h, x.ids, label_cor)
+    terms = {"ce": mean(ce_int + ce_cor)} if s.ce == "pooled" else {"ce_int": mean(ce_int), "ce_cor": mean(ce_cor)}
+
+    # Eq. 4: mean over M of KL(P_int || P_cor), or over its largest share.
+    teacher = intact.h if s.teacher_grad else intact.h.detach()
+    head = net.head if s.teacher_grad else net.head.detach()
+    divergences = []
+    for t in omega:
+        log_p = (head @ teacher[t]).log_softmax(-1)
+        divergences.append(kl(log_p, net.log_probabilities(cor.h[t])))
+    kept = max(1, math.floor(round(s.kl_share * len(omega), 6)))
+    terms["kl"] = mean(sorted(divergences, key=float, reverse=True)[:kept])
+
+    # Eq. 5: the two paths' attention from Omega_A to the columns, mean over the layers.
+    columns = {"latents": x.latents, "thought": whole_thought, "all": x.image + x.latents}[s.attn_columns]
+    layers = layers_of(s.attn_layers, len(net.text.layers))
+    distances = []
+    for layer in layers:
+        A_int = intact.maps[layer] if s.teacher_grad else intact.maps[layer].detach()
+        distances.append(attention_distance(s, A_int, cor.maps[layer], omega, columns))
+    terms["attn"] = mean(distances)
+
+    # Beside the losses: what the latents get.
+    terms["mass_int"] = mass([intact.maps[layer] for layer in layers], omega, x.latents)
+    terms["mass_cor"] = mass([cor.maps[layer] for layer in layers], omega, x.latents)
+    return terms
+
+
+def attention_distance(s, A_int, A_cor, omega, columns):
+    """Eq. 5 of one layer, A [H,L,L], in one of table 4's kinds."""
+    if s.attn_heads == "mean":                                 # released: heads are averaged before they are compared
+        A_int, A_cor = A_int.mean(0, keepdim=True), A_cor.mean(0, keepdim=True)
+    cells = [(head, t) for head in range(len(A_int)) for t in omega]
+
+    # KL of the rows, renormalised over the columns: mean over heads and positions.
+    if s.attn_loss == "kl":
+        rows = []
+        for head, t in cells:
+            p, q = A_int[head, t][columns], A_cor[head, t][columns]
+            rows.append(kl((p / p.sum()).log(), (q / q.sum()).log()))
+        return mean(rows)
+
+    # The squared Frobenius norm over all heads, or its mean over the cells.
+    squares = [((A_int[head, t] - A_cor[head, t])[columns] ** 2).sum() for head, t in cells]
+    return sum(squares) / (len(cells) * len(columns) if s.attn_loss == "mse" else 1)
