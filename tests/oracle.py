@@ -18,7 +18,6 @@ token t + 1. All logarithms are natural.
 import colorsys
 import copy
 import functools
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,7 +321,7 @@ def layers_of(text, count):
 
 # ---- sft: plain supervised fine-tuning -------------------------------------------------------------------------------------
 
-def sft(net, record, folder, s, place=None, number=0):
+def sft(net, record, folder, s, number=0):
     """Mean cross-entropy of the answer's tokens and of the `<|im_end|>` after them."""
     turns, answer, seen = conversation(record, number)
     pixels = pixels_of(net, open_pictures(record, folder, seen))
@@ -542,3 +541,244 @@ def attention_distance(s, A_int, A_cor, omega, columns):
     # The squared Frobenius norm over all heads, or its mean over the cells.
     squares = [((A_int[head, t] - A_cor[head, t])[columns] ** 2).sum() for head, t in cells]
     return sum(squares) / (len(cells) * len(columns) if s.attn_loss == "mse" else 1)
+
+
+# ---- livr: its section 3.2 -------------------------------------------------------------------------------------------------
+
+def livr(net, record, folder, s, step=0, number=0):
+    """Cross-entropy on the answer, under the visual bottleneck in stage 1, and what attention the latents get.
+
+    step: the update, which the stage follows from.
+    """
+    turns, answer, seen = conversation(record, number)
+    pixels = pixels_of(net, open_pictures(record, folder, seen) if s.image_copies == 1 else
+                       [picture for picture in open_pictures(record, folder, seen) for _ in range(s.image_copies)])
+
+    # The latents end the user's last turn; `before` puts them between the last image and the question.
+    asked, latents = prompt(net, turns, s.image_copies), "".join(latent_names(s))
+    if s.place == "before":
+        head, tail = asked.rsplit("<|vision_end|>", 1)
+        asked = f"{head}<|vision_end|>{latents}{tail}"
+    else:
+        head, tail = asked.rsplit("<|im_end|>", 1)
+        asked = f"{head}{latents}<|im_end|>{tail}"
+    x = Sequence(net, asked, f"{answer}<|im_end|>", pixels, latent_names(s))
+    L, predicting = len(x), range(x.said - 1, len(x) - 1)
+
+    # Stage 1: neither prompt nor answer sees the image; latents see everything. The two tokens around an image have seen
+    # nothing but images, so they count as image. A token before the first image has no image to see.
+    bias = torch.zeros(L, L, dtype=torch.float64)
+    if step < round(s.masked * s.max_steps):
+        visual = {net.id(name) for name in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")}
+        for q in range(L):
+            for k in range(q):
+                to_image = x.ids[k] in visual
+                is_text = x.ids[q] not in visual and q not in x.latents
+                # Answer-only masking begins where the first token of the answer is predicted.
+                blind = is_text and (s.mask == "prompt" or q >= predicting[0])
+                if blind and to_image:
+                    bias[q, k] = -INF
+                if s.latents_see == "image" and q in x.latents and not to_image and k not in x.latents:
+                    bias[q, k] = -INF
+
+    seen = net.run(net.embed(x.ids, pixels), x.positions, bias)
+    terms = {"ce": mean(cross_entropy(net, seen.h, x.ids, predicting))}
+    if x.latents:
+        terms["mass"] = mass(seen.maps[-1:], predicting, x.latents)
+    return terms
+
+
+# ---- lavit: eq. 3 to 9 -----------------------------------------------------------------------------------------------------
+
+def lavit(net, record, folder, s, step=0, number=0):
+    """Cross-entropy through the gate, semantics (eq. 6), gaze (eq. 7), and what attention the latents get."""
+    turns, answer, seen = conversation(record, number)
+    pixels = pixels_of(net, open_pictures(record, folder, seen))
+
+    # K latents before the answer; `<answer>` opens the response, so that the first prediction passes the gate.
+    asked = prompt(net, turns) + "".join(latent_names(s)) + "<answer>"
+    x = Sequence(net, asked, f"{answer}<|im_end|>", pixels, latent_names(s))
+    predicting = range(x.said - 1, len(x) - 1)
+
+    # Eq. 5: gamma(t); table 3's controls are 0 until T_w, and 1 always.
+    T_w = s.gate_warmup * s.max_steps
+    if s.gate == "open" or step >= T_w:
+        gamma = 1.0
+    elif s.gate == "hard":
+        gamma = 0.0
+    else:
+        gamma = s.gate_start + (1 - s.gate_start) / 2 * (1 - math.cos(math.pi * step / T_w))
+
+    # Eq. 4: B_gate = ln gamma(t) on the scores from the response to the image.
+    bias = torch.zeros(len(x), len(x), dtype=torch.float64)
+    for q in predicting:
+        for k in x.image:
+            bias[q, k] = math.log(gamma) if gamma else -INF
+    seen = net.run(net.embed(x.ids, pixels), x.positions, bias)
+    terms = {"ce": mean(cross_entropy(net, seen.h, x.ids, predicting))}
+    terms["mass"] = mass(seen.maps[-1:], predicting, x.latents)
+
+    # Eq. 6: 1 - cosine of the last latent, through a two-layer MLP with GELU, and the teacher's V_sem.
+    if s.w_semantics:
+        h_z = seen.h[x.latents[-1]]
+        hidden = net.heads["semantics.0.weight"] @ h_z + net.heads["semantics.0.bias"]
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        phi = net.heads["semantics.2.weight"] @ hidden + net.heads["semantics.2.bias"]
+        terms["semantics"] = 1 - cosine(phi, teacher(record, folder, "v_sem").double())
+
+    # Eq. 7: KL(A_traj || A_student), summed over the latents; A_student is the mean over layers and heads.
+    if s.w_gaze:
+        grids = [(h // net.processor.merge_size, w // net.processor.merge_size) for _, h, w in pixels[1].tolist()]
+        A_traj = gaze(teacher(record, folder, "gaze").double(), teacher(record, folder, "gaze_grid").tolist(), grids, s.gaze_top)
+        terms["gaze"] = 0
+        for t in x.latents:
+            A = mean([A[head, t] for A in seen.maps for head in range(len(A))])[x.image]
+            A = A / A.sum()
+            terms["gaze"] = terms["gaze"] + sum(p * (p.log() - q.log()) for p, q in zip(A_traj, A) if p > 0)
+    return terms
+
+
+def teacher(record, folder, name):
+    """What the teacher left of a record."""
+    return load_file(Path(folder) / record["features"]["lavit"])[f"{record['id']}/{name}"]
+
+
+def cosine(a, b):
+    """The cosine of two vectors."""
+    return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
+
+
+def gaze(A, grids, to, top):
+    """A teacher's attention on its grids -> [N] on the student's, its `top` largest kept, a distribution (section 4.1)."""
+    drawn = []
+    for (rows, columns), (new_rows, new_columns) in zip(grids, to):
+        part, A = A[: rows * columns].view(rows, columns), A[rows * columns :]
+        for r in range(new_rows):
+            for c in range(new_columns):
+                drawn.append(bilinear(part, (r + 0.5) * rows / new_rows - 0.5, (c + 0.5) * columns / new_columns - 0.5))
+    drawn = torch.stack(drawn)
+    order = sorted(range(len(drawn)), key=lambda n: (-float(drawn[n]), n))
+    kept = torch.zeros_like(drawn)
+    kept[order[:top]] = drawn[order[:top]]
+    return kept / kept.sum()
+
+
+def bilinear(part, y, x):
+    """The value of a grid between its cells; beyond the border the border's."""
+    rows, columns = part.shape
+    y, x = min(max(y, 0), rows - 1), min(max(x, 0), columns - 1)
+    top, left = min(int(y), rows - 1), min(int(x), columns - 1)
+    low, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+    upper = part[top, left] * (1 - (x - left)) + part[top, right] * (x - left)
+    lower = part[low, left] * (1 - (x - left)) + part[low, right] * (x - left)
+    return upper * (1 - (y - top)) + lower * (y - top)
+
+
+# ---- valr: its method section ----------------------------------------------------------------------------------------------
+
+VALR_TAGS = ["<latent>", "</latent>", "<answer>", "</answer>"]
+
+
+def valr(net, record, folder, s, step=0, number=0):
+    """Cross-entropy of what the model writes itself, and in stage 2 L_REPA of the fed-back latents."""
+    turns, answer, seen = conversation(record, number)
+    pictures = open_pictures(record, folder, seen)
+    pixels = pixels_of(net, pictures)
+    steps = record.get("cot") or [""]
+    steps = [steps] if isinstance(steps, str) else steps
+
+    # v, q -> (latents, step) x N -> a. A latent's token is never read: padding stands for it.
+    latents = step >= round(s.first_share * s.max_steps)
+    segment = f"<latent>{net.tokenizer.pad_token * s.latents}</latent>" if latents else ""
+    said = "".join(segment + (f"{text}\n" if text else "") for text in steps)
+    said += f"<answer>{answer}</answer><|im_end|>"
+    x = Sequence(net, prompt(net, turns), said, pixels, opens="<answer>")
+    fed = [t for t, token in enumerate(x.ids) if token == net.tokenizer.pad_token_id]
+    assert len(fed) == (len(steps) * s.latents if latents else 0)
+
+    # E_t+1 = [E_t; h_t]: the state before a latent, after the final norm, is its input.
+    embedded = net.embed(x.ids, pixels)
+    seen = feed_back(net, x, embedded, fed, s.updates)
+
+    # Labels: neither the latents nor `</latent>`, which is forced behind the last of a segment.
+    forced = set(fed) | {t for t, token in enumerate(x.ids) if token == net.id("</latent>")}
+    labelled = [t for t in range(x.said - 1, len(x) - 1) if t + 1 not in forced]
+    terms = {"ce": mean(cross_entropy(net, seen.h, x.ids, labelled))}
+    if not latents or s.encoders == "none":
+        return terms
+
+    # L_REPA = -1/(N P) sum of cosines over segments and patches, mean over the encoders.
+    layer = s.align_layer or max(1, round(len(net.text.layers) * 12 / 28))
+    losses = []
+    for m, name in enumerate(s.encoders.split(",")):
+        if name == "own":
+            F = embedded[x.image].detach()
+        else:
+            F = encoder_features(name, record, folder, pictures).double()              # [P,E]
+        cosines = []
+        for n in range(0, len(fed), s.latents):
+            f = seen.outputs[layer - 1][fed[n : n + s.latents]]                        # [K,D]
+            for p in range(len(F)):
+                at = min(max((p + 0.5) * s.latents / len(F) - 0.5, 0), s.latents - 1)
+                low = int(at)
+                high = min(low + 1, s.latents - 1)
+                drawn = f[low] * (1 - (at - low)) + f[high] * (at - low)
+                cosines.append(cosine(projection(net, m, drawn), F[p]))
+        losses.append(-mean(cosines))
+    return terms | {"repa": mean(losses)}
+
+
+def feed_back(net, x, embedded, fed, updates):
+    """The decoder's pass with every latent's input in place.
+
+    updates None: the recurrence, by running the whole prefix again for each latent. Otherwise so many updates of all
+    latents at once, their first guess the state in front of the first one.
+    """
+    inputs = list(embedded)
+    if updates is None:
+        for t in fed:
+            inputs[t] = net.run(torch.stack(inputs[:t]), x.positions[:, :, :t]).h[t - 1]
+        return net.run(torch.stack(inputs), x.positions)
+
+    if fed:
+        start = net.run(torch.stack(inputs[: fed[0]]), x.positions[:, :, : fed[0]]).h[-1]
+        for t in fed:
+            inputs[t] = start
+    seen = net.run(torch.stack(inputs), x.positions)
+    for _ in range(updates if fed else 0):
+        for t in fed:
+            inputs[t] = seen.h[t - 1]
+        seen = net.run(torch.stack(inputs), x.positions)
+    return seen
+
+
+def projection(net, m, f):
+    """psi of encoder number m: two layers with SiLU."""
+    hidden = net.heads[f"{m}.0.weight"] @ f + net.heads[f"{m}.0.bias"]
+    hidden = hidden * torch.sigmoid(hidden)
+    return net.heads[f"{m}.2.weight"] @ hidden + net.heads[f"{m}.2.bias"]
+
+
+@functools.cache
+def tiny_encoder():
+    """The encoder `tiny`: a DINOv3 of two small layers, its weights drawn with seed 0."""
+    torch.manual_seed(0)
+    return DINOv3ViTModel(DINOv3ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                          patch_size=14, image_size=112, initializer_range=0.1)).eval()
+
+
+@torch.no_grad()
+def encoder_features(name, record, folder, pictures):
+    """Patch features [P,E] of all pictures, one after the other: precomputed ones, or those of `tiny`."""
+    if name.startswith("features:"):
+        stored = load_file(Path(folder) / record["features"][name.split(":")[1]])
+        return torch.cat([stored[f"{record['id']}/{n}"] for n in range(len(pictures))])
+    assert name == "tiny"
+    found = []
+    for picture in pictures:
+        x = torch.from_numpy(np.asarray(picture).astype(np.float32) / 255).permute(2, 0, 1)[None]
+        x = torch.nn.functional.interpolate(x, (112, 112), mode="bilinear", antialias=True).clamp(0, 1)
+        average, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        x = (x - average[:, None, None]) / spread[:, None, None]
+        found.append(tiny_encoder()(pixel_values=x).last_hidden_state[0, 1:])          # behind the class token
+    return torch.cat(found)
