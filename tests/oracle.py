@@ -16,7 +16,6 @@ L sequence length, D hidden size, H heads, K latents, M answer positions, N imag
 token t + 1. All logarithms are natural.
 """
 import colorsys
-import copy
 import functools
 import math
 from pathlib import Path
@@ -91,31 +90,44 @@ AttentionInterface.register("oracle", dense_attention)
 
 @functools.cache
 def stock(directory):
-    """transformers' own model of a directory, in float64."""
-    return AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float64, attn_implementation="oracle").eval()
+    """transformers' own model of a directory, in float64, and its parameters as they were loaded."""
+    hf = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float64, attn_implementation="oracle").eval()
+    return hf.requires_grad_(False), dict(hf.named_parameters(remove_duplicate=False))
+
+
+@functools.cache
+def tokenizer(directory, new_tokens):
+    """The directory's tokenizer, with new special tokens at the first free ids."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(new_tokens)}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+@functools.cache
+def image_processor(directory, min_pixels, max_pixels):
+    """The directory's image processor; None keeps its own bounds."""
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    bounds = {name: value for name, value in bounds.items() if value is not None}
+    return AutoImageProcessor.from_pretrained(directory, backend="pil", **bounds)
 
 
 class Net:
-    """A stock model with some of its weights replaced, its tokenizer with new special tokens, its image processor.
+    """A stock model with some of its weights replaced, its tokenizer and its image processor.
 
     weights: {name of a parameter in the stock model: tensor}, which may hang on a graph. heads: {name: tensor} of what a
-    method adds beside the model.
+    method adds beside the model. One Net of a directory lives at a time: the next one takes its modules.
     """
 
-    def __init__(self, directory, weights=None, heads=None, tokens=(), min_pixels=None, max_pixels=None):
-        self.directory, self.heads = str(directory), heads or {}
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
-        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        bounds = {name: value for name, value in bounds.items() if value is not None}
-        self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", **bounds)
+    def __init__(self, directory, tokenizer, processor, weights=None, heads=None):
+        self.tokenizer, self.processor, self.heads = tokenizer, processor, heads or {}
+        self.hf, frozen = stock(directory)
 
-        # A tensor with a graph takes the parameter's place, so that gradients reach whatever it was made from.
-        self.hf = copy.deepcopy(stock(self.directory))
-        for name, tensor in (weights or {}).items():
+        # A plain tensor takes a parameter's place, so that gradients reach whatever it was made from.
+        for name, tensor in {**frozen, **(weights or {})}.items():
             parent, _, child = name.rpartition(".")
             module = self.hf.get_submodule(parent)
-            del module._parameters[child]
+            module._parameters.pop(child, None)
+            vars(module).pop(child, None)                      # the Net before
             setattr(module, child, tensor)
 
         self.text = self.hf.model.language_model
@@ -762,9 +774,13 @@ def projection(net, m, f):
 @functools.cache
 def tiny_encoder():
     """The encoder `tiny`: a DINOv3 of two small layers, its weights drawn with seed 0."""
-    torch.manual_seed(0)
-    return DINOv3ViTModel(DINOv3ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                          patch_size=14, image_size=112, initializer_range=0.1)).eval()
+    config = DINOv3ViTConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        patch_size=14, image_size=112, initializer_range=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DINOv3ViTModel(config).eval()
 
 
 @torch.no_grad()

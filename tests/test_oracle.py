@@ -30,14 +30,15 @@ TOLERANCE = 1e-10  # float64 from the pixels to the loss
 
 
 class Row(NamedTuple):
-    """One line of the table. flags: {setting: value}; the rest says what they are tried on.
+    """One line of the table.
 
-    parts: micro-batches of an update, lists of (epoch, record). step: the update. tied: whether the head is the embedding.
-    train_only: settings that the oracle need not know, since they may not change a number.
+    flags: {setting: value}. base: those that all rows of a group share. parts: the micro-batches of an update, each a
+    tuple of (epoch, record). step: the update. tied: whether the head is the embedding. split: whose records.
     """
 
     method: str
     flags: dict
+    base: dict
     parts: tuple = (((1, 2), (1, 0), (1, 1)),)
     step: int = 0
     tied: bool = False
@@ -46,159 +47,151 @@ class Row(NamedTuple):
 
     def __str__(self):
         said = [f"{name}={value}" for name, value in self.flags.items()]
-        if self.step:
-            said.append(f"step={self.step}")
-        if self.tied:
-            said.append("tied")
-        if len(self.parts) > 1:
-            said.append(f"{len(self.parts)} micro-batches")
-        if self.split != "train":
-            said.append(self.split)
+        said += ["own defaults"] if not self.base and not self.flags else []
+        said += [f"step={self.step}"] if self.step else []
+        said += ["tied"] if self.tied else []
+        said += [f"{len(self.parts)} micro-batches"] if len(self.parts) > 1 else []
+        said += ["one pair"] if self.parts == ONE else []
+        said += [self.split] if self.split != "train" else []
         return " ".join([self.method, *said])
 
 
-# Small and lopsided everywhere: K of 3, weights that all differ.
-CRYSTAL = {"latents": 3, "w_ce_int": 0.7, "w_ce_cor": 1.3, "w_kl": 0.9, "w_attn": 1.6}
-LIVR = {"latents": 3, "max_steps": 10, "masked": 0.3}
-LAVIT = {"latents": 3, "max_steps": 10, "w_semantics": 0.2, "w_gaze": 0.45, "tune": "lora"}
-VALR = {"latents": 3, "max_steps": 10, "w_repa": 0.8, "tune": "lora", "encoders": "features:x:7", "first_share": 0.4}
+ONE = (((0, 0),),)                             # a one-token answer alone
+TWO = (((0, 1), (0, 2)), ((3, 2), (3, 0)))     # two micro-batches of different epochs
 
-ONE = (((0, 0),),)                      # a one-token answer alone
-TWO_PARTS = (((0, 1), (0, 2)), ((3, 2), (3, 0)))
-
-
-def crystal_row(how=None, **flags):
-    return Row("crystal", CRYSTAL | flags, **(how or {}))
-
-
-def released_row(how=None, **flags):
-    return Row("crystal", {"preset": "released", "lora_dropout": 0.0} | CRYSTAL | flags, **(how or {}))
+# What the rows of a method share: small, weights that all differ, and no dropout, which is random.
+SMALL = {
+    "sft": {"lora_r": 2},
+    "crystal": {"lora_r": 2, "latents": 3, "w_ce_int": 0.7, "w_ce_cor": 1.3, "w_kl": 0.9, "w_attn": 1.6, "lora_dropout": 0.0},
+    "livr": {"lora_r": 2, "latents": 3, "max_steps": 10, "masked": 0.3, "lora_dropout": 0.0},
+    "lavit": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_semantics": 0.2, "w_gaze": 0.45, "tune": "lora"},
+    "valr": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_repa": 0.8, "tune": "lora", "first_share": 0.4, "encoders": "own"},
+}
 
 
-def livr_row(how=None, **flags):
-    return Row("livr", LIVR | flags, **(how or {}))
-
-
-def lavit_row(how=None, **flags):
-    return Row("lavit", LAVIT | flags, **({"step": 1} | (how or {})))
-
-
-def valr_row(how=None, **flags):
-    return Row("valr", VALR | flags, **({"step": 4} | (how or {})))
+def row(method, *how, step=0, tolerance=TOLERANCE, own=False, **flags):
+    """A row of the table. how: "tied", "val", ONE or TWO. own: the method's own defaults instead of SMALL."""
+    parts = [x for x in how if isinstance(x, tuple)] or [(((1, 2), (1, 0), (1, 1)),)]
+    base = {} if own else {name: value for name, value in SMALL[method].items() if name not in flags}
+    split = "val" if "val" in how else "train"
+    return Row(method, flags, base, parts[0], step, "tied" in how, split, tolerance)
 
 
 REALISATIONS = ("hidden", "kv", "packed")
 
+FEATURES = 1e-6  # features of encoders are float32
+
 TABLE = [
     # plain fine-tuning, and the settings that every method has
-    Row("sft", {}),
-    Row("sft", {"lora_r": 3, "lora_alpha": 5.0}, tied=True),
-    Row("sft", {"tune": "full"}),
-    Row("sft", {"turns": "all"}, parts=(((0, 2), (0, 3)),)),
-    Row("sft", {"lora_on": "language,vision,merger"}),
-    Row("sft", {"lora_on": "vision"}),
-    Row("sft", {"min_pixels": 9408, "max_pixels": 12544}),
-    Row("sft", {"max_pixels": 3136}),
-    Row("sft", {"checkpointing": True}, parts=TWO_PARTS),
+    row("sft"),
+    row("sft", "tied", lora_r=3, lora_alpha=5.0),
+    row("sft", tune="full"),
+    row("sft", (((0, 2), (0, 3)),), turns="all"),
+    row("sft", lora_on="language,vision,merger"),
+    row("sft", lora_on="vision"),
+    row("sft", min_pixels=9408, max_pixels=12544),
+    row("sft", max_pixels=3136),
+    row("sft", TWO, checkpointing=True),
 
-    # CrystaL as in the paper: its defaults, each value alone
-    Row("crystal", {}),
-    Row("crystal", {"preset": "released", "lora_dropout": 0.0}),
-    crystal_row(),
-    crystal_row({"tied": True}),
-    crystal_row({"parts": TWO_PARTS}),
-    crystal_row({"parts": ONE}),
-    crystal_row(latents=5, latent_kind="identical"),
-    crystal_row(thought="cot"),
-    crystal_row(labels="answer"),
-    crystal_row(labels="answer", thought="cot"),
-    crystal_row(turns="all", how={"parts": (((0, 2), (0, 3)),)}),
-    crystal_row({"split": "val"}, seed=5),
-    crystal_row(seed=7),
-    crystal_row(strength_low=1.0, strength_high=1.5),
-    *[crystal_row(corruption=mode) for mode in ("mask", "crop", "jigsaw", "color", "noise", "impulse")],
-    crystal_row(corruption="mask", strength_low=0.35, strength_high=0.4, realisation="packed"),
-    crystal_row(kl_share=0.3),
-    crystal_row(kl_share=0.3, answer_rows="span"),
-    crystal_row(kl_share=0.01),
-    crystal_row(teacher_grad=True),
-    crystal_row(teacher_grad=True, realisation="packed", attn_loss="frobenius"),
-    crystal_row(teacher_grad=True, realisation="hidden", attn_loss="mse"),
-    crystal_row(teacher_grad=True, attn_heads="mean"),
-    crystal_row(checkpointing=True),
-    crystal_row(tune="full"),
-    crystal_row(tune="rows", realisation="packed"),
-    crystal_row(lora_on="vision,merger"),
+    # CrystaL as in the paper: the defaults, then each value alone
+    row("crystal", own=True),
+    row("crystal", own=True, preset="released", lora_dropout=0.0),
+    row("crystal"),
+    row("crystal", "tied"),
+    row("crystal", TWO),
+    row("crystal", ONE),
+    row("crystal", latents=5, latent_kind="identical"),
+    row("crystal", thought="cot"),
+    row("crystal", labels="answer"),
+    row("crystal", labels="answer", thought="cot"),
+    row("crystal", (((0, 2), (0, 3)),), turns="all"),
+    row("crystal", "val", seed=5),
+    row("crystal", seed=7),
+    row("crystal", strength_low=1.0, strength_high=1.5),
+    *[row("crystal", corruption=mode) for mode in ("mask", "crop", "jigsaw", "color", "noise", "impulse")],
+    row("crystal", corruption="mask", strength_low=0.35, strength_high=0.4, realisation="packed"),
+    row("crystal", kl_share=0.3),
+    row("crystal", kl_share=0.3, answer_rows="span"),
+    row("crystal", kl_share=0.01),
+    row("crystal", teacher_grad=True),
+    row("crystal", teacher_grad=True, realisation="packed", attn_loss="frobenius"),
+    row("crystal", teacher_grad=True, realisation="hidden", attn_loss="mse"),
+    row("crystal", teacher_grad=True, attn_heads="mean"),
+    row("crystal", checkpointing=True),
+    row("crystal", tune="full"),
+    row("crystal", tune="rows", realisation="packed"),
+    row("crystal", lora_on="vision,merger"),
 
     # where they meet
-    *[crystal_row(realisation=way, copied=what, attn_columns=columns, attn_layers=layers)
+    *[row("crystal", realisation=way, copied=what, attn_columns=columns, attn_layers=layers)
       for way in REALISATIONS
       for what, columns, layers in (("latents", "all", "all"), ("thought", "thought", "0,2"), ("thought", "latents", "-2"))],
-    *[crystal_row(ce=ce, answer_rows=rows, labels=labels)
-      for ce in ("per_path", "pooled") for rows in ("predicting", "span") for labels in ("all", "answer")
-      if (ce, rows) != ("per_path", "predicting")],
-    *[crystal_row(attn_loss=loss, attn_layers=layers, attn_columns=columns, answer_rows=rows)
+    *[row("crystal", ce=ce, answer_rows=rows, labels=labels)
+      for ce, rows in (("per_path", "span"), ("pooled", "predicting"), ("pooled", "span")) for labels in ("all", "answer")],
+    *[row("crystal", attn_loss=loss, attn_layers=layers, attn_columns=columns, answer_rows=rows)
       for loss in ("kl", "frobenius", "mse")
       for layers, columns, rows in (("all", "latents", "predicting"), ("0,1", "all", "span"), ("1", "thought", "predicting"))],
-    *[crystal_row(attn_heads="mean", attn_layers=layers, attn_columns=columns)
+    *[row("crystal", attn_heads="mean", attn_layers=layers, attn_columns=columns)
       for layers, columns in (("all", "latents"), ("last", "all"), ("0", "thought"))],
-    *[crystal_row(thought="cot", copied="thought", realisation=way, ce="pooled") for way in REALISATIONS],
-    *[released_row(realisation=way) for way in REALISATIONS],
-    released_row({"tied": True}, thought="cot"),
-    released_row({"parts": ONE}),
-    released_row({"parts": TWO_PARTS}, realisation="packed", kl_share=0.5),
-    released_row(attn_heads="keep", teacher_grad=True, lora_on="language"),
+    *[row("crystal", thought="cot", copied="thought", realisation=way, ce="pooled") for way in REALISATIONS],
+    *[row("crystal", preset="released", realisation=way) for way in REALISATIONS],
+    row("crystal", "tied", preset="released", thought="cot"),
+    row("crystal", ONE, preset="released"),
+    row("crystal", TWO, preset="released", realisation="packed", kl_share=0.5),
+    row("crystal", preset="released", attn_heads="keep", teacher_grad=True, lora_on="language"),
 
     # LIVR: stage 1 and stage 2, and its controls
-    Row("livr", {"lora_dropout": 0.0}),
-    livr_row(),
-    livr_row({"tied": True, "step": 2}),
-    livr_row({"step": 3}),
-    livr_row({"parts": TWO_PARTS}),
-    livr_row({"parts": ONE}, mask="answer"),
-    livr_row(masked=0.0),
-    livr_row({"step": 9}, masked=1.0),
-    livr_row(latents=0, mask="answer"),
-    livr_row(latents=0, masked=0.0, image_copies=2),
-    livr_row(image_copies=2),
-    livr_row(tune="rows", masked=0.0),
-    *[livr_row(mask=mask, latents_see=see, place=place)
+    row("livr", own=True, lora_dropout=0.0),
+    row("livr", "tied", step=2),
+    row("livr", step=3),
+    row("livr", TWO),
+    row("livr", ONE, mask="answer"),
+    row("livr", masked=0.0),
+    row("livr", step=9, masked=1.0),
+    row("livr", latents=0, mask="answer"),
+    row("livr", latents=0, masked=0.0, image_copies=2),
+    row("livr", image_copies=2),
+    row("livr", tune="rows", masked=0.0),
+    *[row("livr", mask=mask, latents_see=see, place=place)
       for mask in ("prompt", "answer") for see in ("all", "image") for place in ("after", "before")],
-    livr_row(latents=5, latent_kind="identical", place="before"),
-    livr_row(image_copies=2, place="before", latents_see="image"),
+    row("livr", latents=5, latent_kind="identical", place="before"),
+    row("livr", image_copies=2, place="before", latents_see="image"),
 
     # LaViT: the gate's kinds along the run, and its terms
-    Row("lavit", {}, step=100),
-    lavit_row(),
-    *[lavit_row({"step": step}, gate=gate) for gate in ("cosine", "hard", "open") for step in (0, 3, 4)],
-    lavit_row({"step": 5}, gate_warmup=0.6, gate_start=0.03),
-    lavit_row({"step": 0}, gate_start=0.2),
-    lavit_row({"tied": True, "parts": TWO_PARTS}),
-    lavit_row({"parts": ONE}),
-    lavit_row(gaze_top=3),
-    lavit_row(gaze_top=1, latents=2, latent_kind="identical"),
-    lavit_row(gaze_top=99),
-    lavit_row(w_semantics=0.0),
-    lavit_row(w_gaze=0.0, semantics_dim=32),
-    lavit_row(tune="full"),
-    lavit_row(tune="rows"),
+    row("lavit", own=True, step=100),
+    *[row("lavit", gate=gate, step=step) for gate in ("cosine", "hard") for step in (0, 3, 4)],
+    row("lavit", gate="open", step=1),
+    row("lavit", gate_warmup=0.6, gate_start=0.03, step=5),
+    row("lavit", gate_start=0.2),
+    row("lavit", "tied", TWO, step=1),
+    row("lavit", ONE, step=1),
+    row("lavit", gaze_top=3, step=1),
+    row("lavit", gaze_top=1, latents=2, latent_kind="identical", step=1),
+    row("lavit", gaze_top=99, step=1),
+    row("lavit", w_semantics=0.0, step=1),
+    row("lavit", w_gaze=0.0, semantics_dim=32, step=1),
+    row("lavit", tune="full", step=1),
+    row("lavit", tune="rows", step=1),
 
     # VaLR: both stages, layers, encoders, segments
-    Row("valr", {}, parts=ONE, step=2000, tolerance=1e-6),
-    valr_row(),
-    valr_row({"step": 3}),
-    valr_row({"step": 0}, first_share=0.0),
-    valr_row({"tied": True, "parts": TWO_PARTS}, align_layer=2),
-    valr_row(align_layer=3, encoders="own"),
-    valr_row({"tolerance": 1e-6}, encoders="tiny,own"),
-    valr_row(encoders="features:x:7,own,features:wide:9", latents=2),
-    valr_row(encoders="none"),
-    valr_row({"parts": ONE}, latents=1),
-    valr_row({"tolerance": 1e-6}, encoders="tiny", lora_on="language,vision"),
-    *[valr_row(updates=updates) for updates in (0, 1, 9)],
-    valr_row(tune="full"),
-    valr_row(tune="rows"),
+    row("valr", ONE, own=True, step=2000, tolerance=FEATURES),
+    row("valr", step=4),
+    row("valr", step=3),
+    row("valr", first_share=0.0),
+    row("valr", "tied", TWO, align_layer=2, step=4),
+    row("valr", align_layer=3, step=4),
+    row("valr", encoders="tiny,own", step=4, tolerance=FEATURES),
+    row("valr", encoders="features:x:7,own,features:wide:9", latents=2, step=4, tolerance=FEATURES),
+    row("valr", encoders="none", step=4),
+    row("valr", ONE, latents=1, step=4),
+    row("valr", encoders="features:x:7", lora_on="language,vision", step=4, tolerance=FEATURES),
+    *[row("valr", updates=updates, step=4) for updates in (0, 1, 9)],
+    row("valr", tune="full", step=4),
+    row("valr", tune="rows", step=4),
 ]
+
+# Settings by which no number may change, or that say what trains: rows try them, and the oracle does not know them.
+FREE = {"realisation", "checkpointing", "tune", "lora_on", "lora_dropout", "semantics_dim"}
 
 # Settings that no row can compare, and the tests that hold them. What trains on what, how fast and where is the loop's.
 ELSEWHERE = {
@@ -264,11 +257,7 @@ def flags_of(row, world):
     """A row as a command line."""
     argv = ["--method", row.method, "--model", str(world.models[row.tied]), "--data", str(world.folder / "train.jsonl"),
             "--val_data", str(world.folder / "train.jsonl")]
-    flags = dict(row.flags)
-    flags.setdefault("lora_r", 2)
-    if row.method == "livr":
-        flags.setdefault("lora_dropout", 0.0)
-    for name, value in flags.items():
+    for name, value in {**row.base, **row.flags}.items():
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no-{name}")
         else:
@@ -309,25 +298,27 @@ def crystals_terms(row, s):
         found = s.objective(batch, s.settings.progress(row.step))
         loss = train.weighted(found, s.method, s.settings) / len(row.parts)
         loss.backward()
-        total += float(loss)
+        total += loss.item()
         for name, value in found.items():
-            terms[name] = terms.get(name, 0.0) + float(value) / len(row.parts)
+            terms[name] = terms.get(name, 0.0) + value.item() / len(row.parts)
     return terms, total, {name: p.grad for name, p in s.named}, pixels
+
+
+def new_tokens(method, given):
+    """The special tokens of a method, in the order of their ids."""
+    tags = {"sft": [], "crystal": oracle.CRYSTAL_TAGS, "livr": [], "lavit": ["<answer>"], "valr": oracle.VALR_TAGS}
+    latents = [] if method in ("sft", "valr") else oracle.latent_names(given)
+    return tags[method] + list(dict.fromkeys(latents))
 
 
 def oracles_net(row, world, s, given):
     """The oracle's model with crystal's trained parameters in their places, as whole tensors -> (Net, its leaves)."""
+    directory = str(world.models[row.tied])
+    _, frozen = oracle.stock(directory)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in s.named}
-    tokens = {"sft": [], "crystal": oracle.CRYSTAL_TAGS, "livr": [], "lavit": ["<answer>"], "valr": oracle.VALR_TAGS}[row.method]
-    if row.method in ("crystal", "livr", "lavit"):
-        new = oracle.latent_names(given)
-        tokens = tokens + (new if given.latent_kind == "diverse" else new[:1])
-
-    # Adapters become one weight; a whole weight that trains is taken as it is.
-    directory = world.models[row.tied]
-    frozen = oracle.stock(str(directory)).state_dict()
     weights, heads = {}, {}
     for name, leaf in leaves.items():
+        # Adapters become one weight; a whole weight that trains is taken as it is.
         if name.endswith(".lora_A"):
             key = name.removesuffix(".lora_A").removeprefix("model.hf.")
             B = leaves[f"model.hf.{key}.lora_B"]
@@ -337,17 +328,18 @@ def oracles_net(row, world, s, given):
         elif name.startswith("model.hf.") and not name.endswith(".lora_B"):
             weights[name.removeprefix("model.hf.")] = leaf
 
-    # New tokens take the first free rows of the vocabulary, in order; an untied head has rows of its own.
-    net = oracle.Net(directory, weights, heads, tokens, given.min_pixels, given.max_pixels)
-    embedding, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
+    # New tokens take the first free rows of the vocabulary; an untied head has rows of its own.
+    tokens = new_tokens(row.method, given)
+    tokenizer = oracle.tokenizer(directory, tuple(tokens))
     if tokens:
-        ids = [net.id(token) for token in tokens]
+        ids = tokenizer.convert_tokens_to_ids(tokens)
+        embedding, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
         weights[embedding] = oracle.with_rows(frozen[embedding], ids, leaves["model.rows.rows"])
         weights[head] = weights[embedding]
         if not row.tied:
             weights[head] = oracle.with_rows(frozen[head], ids, leaves["model.rows.head_rows"])
-        net = oracle.Net(directory, weights, heads, tokens, given.min_pixels, given.max_pixels)
-    return net, leaves
+    processor = oracle.image_processor(directory, given.min_pixels, given.max_pixels)
+    return oracle.Net(directory, tokenizer, processor, weights, heads), leaves
 
 
 WEIGHTS = {  # eq. 6, eq. 9 of LaViT, and VaLR's sum
@@ -360,8 +352,8 @@ WEIGHTS = {  # eq. 6, eq. 9 of LaViT, and VaLR's sum
 
 def oracles_terms(row, world, s, pixels):
     """The oracle's numbers of a row, as `crystals_terms` gives them: the mean over all pairs of all micro-batches."""
-    given = {"lora_r": 2} | row.flags
-    given = oracle.settings(row.method, **{name: value for name, value in given.items() if name not in FREE})
+    given = {name: value for name, value in {**row.base, **row.flags}.items() if name not in FREE}
+    given = oracle.settings(row.method, **given)
     net, leaves = oracles_net(row, world, s, given)
     pairs = []
     for epoch, index in (at for part in row.parts for at in part):
@@ -386,10 +378,6 @@ def oracles_terms(row, world, s, pixels):
     return {name: float(term) for name, term in terms.items()}, float(total), grads
 
 
-# Settings by which no number may change: the oracle does not know them.
-FREE = {"realisation", "checkpointing", "tune", "lora_on", "lora_dropout", "semantics_dim", "preset"} - {"preset"}
-
-
 def checked_pixels(net, record, number, given, place, found, world):
     """crystal's corrupted pixels, once they are the oracle's: a grey level may have been rounded the other way."""
     _, _, seen = oracle.conversation(record, number)
@@ -403,6 +391,11 @@ def checked_pixels(net, record, number, given, place, found, world):
 # ---- the comparison --------------------------------------------------------------------------------------------------------
 
 DIFFERENCES = {}  # {row: (largest of a term, largest of a gradient, how many terms, how many parameters)}
+
+
+def settings_of(method):
+    """{name: field} of a method's settings."""
+    return {field.name: field for field in fields(methods.get(method).Settings)}
 
 
 def compare(row, world):
@@ -441,6 +434,50 @@ def table():
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_a_row_of_the_table(row, world, float64_modules):
+    compare(row, world)
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_every_setting_has_its_row(method):
+    """A setting that may reach a loss stands in the table with another value than its default; a choice with each."""
+    elsewhere = {name for names in ELSEWHERE for name in names.split(", ")}
+    own = set(settings_of(method)) - (set(settings_of("sft")) if method != "sft" else set())
+    tried = {}
+    for row in TABLE:
+        if row.method == method or method == "sft":  # what all methods have may be tried with any of them
+            for name, value in {**row.base, **row.flags}.items():
+                tried.setdefault(name, set()).add(value)
+    for name in own - elsewhere:
+        field = settings_of(method)[name]
+        values = tried.get(name, set())
+        assert values - {field.default}, f"{method}: no row tries --{name} at another value than its default"
+        missing = set(field.metadata["choices"] or ()) - values - {field.default}
+        assert not missing, f"{method}: no row tries --{name} {', '.join(sorted(missing))}"
+
+
+def test_presets_have_their_rows():
+    presets = {row.flags.get("preset", "paper") for row in TABLE if row.method == "crystal"}
+    assert presets == set(methods.get("crystal").Settings.presets)
+
+
+def test_nothing_is_left_out_twice():
+    """What stands in ELSEWHERE exists, so that a renamed setting does not hide there."""
+    known = {name for method in SMALL for name in settings_of(method)}
+    assert {name for names in ELSEWHERE for name in names.split(", ")} <= known
+
+
+REFERENCE = [row for row in TABLE if str(row) in {
+    "sft", "crystal", "crystal kl_share=0.3", "crystal preset=released realisation=kv", "crystal one pair", "crystal 2 micro-batches",
+    "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_rows=span", "crystal teacher_grad=True attn_heads=mean",
+    "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_rows=predicting", "lavit gate=cosine step=3",
+    "crystal teacher_grad=True", "livr mask=prompt latents_see=all place=after"}]
+
+
+@pytest.mark.parametrize("row", REFERENCE, ids=str)
+def test_plain_operators(row, world, float64_modules, monkeypatch):
+    """Some rows again without the compiled operators."""
+    assert len(REFERENCE) == 12
+    monkeypatch.setattr(ops, "served", lambda name, x: False)
     compare(row, world)
 
 
