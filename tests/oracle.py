@@ -1,9 +1,10 @@
-"""Each method once more, slowly, from its paper: a record and its pictures become every loss term and every monitored number.
+"""Each method once more, slowly, from its paper: a record becomes every loss and every monitored number.
 
-Nothing here imports crystal. One record at a time, no padding and no cache; dense L x L masks and attention maps; plain
-loops over pairs, positions, heads and layers; float64. The model is transformers' own class, loaded from the same
-directory, with trained weights put in as whole tensors. What is stock stays stock: the modelling, the chat template, the
-tokenizer, the image processor and `get_rope_index`. `tests/test_oracle.py` compares crystal with this file.
+Nothing here imports crystal. One record at a time, no padding and no cache; dense L x L masks and attention
+maps; plain loops over pairs, positions, heads and layers; float64. The model is transformers' own class,
+loaded from the same directory, with trained weights put in as whole tensors. What is stock stays stock: the
+modelling, the chat template, the tokenizer, the image processor and `get_rope_index`. `tests/test_oracle.py`
+compares crystal with this.
 
     common      settings, the model, a record's text and pictures
     sft         cross-entropy on the answer
@@ -12,8 +13,8 @@ tokenizer, the image processor and `get_rope_index`. `tests/test_oracle.py` comp
     lavit       LaViT, eq. 3 to 9
     valr        VaLR, its method section
 
-L sequence length, D hidden size, H heads, K latents, M answer positions, N image tokens, V vocabulary. Position t predicts
-token t + 1. All logarithms are natural.
+L sequence length, D hidden size, H heads, K latents, M answer positions, N image tokens, V vocabulary.
+Position t predicts token t + 1. All logarithms are natural.
 """
 import colorsys
 import functools
@@ -30,9 +31,11 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 INF = float("inf")
 
-# ---- common: settings ----------------------------------------------------------------------------------------------------
+# ---- common: settings --------------------------------------------------------------------------------------
 
-COMMON = {"seed": 0, "turns": "first", "lora_r": 16, "lora_alpha": 32.0, "min_pixels": None, "max_pixels": None}
+COMMON = {
+    "seed": 0, "turns": "first", "lora_r": 16, "lora_alpha": 32.0, "min_pixels": None, "max_pixels": None,
+}
 
 # The defaults that the papers give. What only changes how a number is computed is no setting here.
 DEFAULTS = {
@@ -53,8 +56,8 @@ DEFAULTS = {
         "w_semantics": 0.3, "w_gaze": 0.3, "gaze_top": 8, "max_steps": 1000,
     },
     "valr": {
-        "latents": 16, "encoders": "tiny", "align_layer": 0, "w_repa": 0.5, "updates": None, "first_share": 0.5,
-        "max_steps": 4000,
+        "latents": 16, "encoders": "tiny", "align_layer": 0, "w_repa": 0.5, "updates": None,
+        "first_share": 0.5, "max_steps": 4000,
     },
 }
 
@@ -64,15 +67,15 @@ RELEASED = {"copied": "thought", "ce": "pooled", "kl_share": 0.1, "answer_rows":
 
 
 def settings(method, **given):
-    """The settings of a method: its paper's defaults, the released code's where `preset` says so, and what is given."""
+    """A method's settings: its paper's defaults, the released code's by `preset`, and what is given."""
     preset = RELEASED if given.pop("preset", "paper") == "released" else {}
     return SimpleNamespace(**{**COMMON, **DEFAULTS[method], **preset, **given})
 
 
-# ---- common: the model ---------------------------------------------------------------------------------------------------
+# ---- common: the model -------------------------------------------------------------------------------------
 
 def dense_attention(module, query, key, value, attention_mask, scaling=None, **_):
-    """softmax(q k / sqrt d + mask) v, head by head, in the inputs' precision. A mask of None sees everything (vision)."""
+    """softmax(q k / sqrt d + mask) v, head by head, in the inputs' precision. Vision has no mask."""
     group = query.shape[1] // key.shape[1]
     out, maps = [], []
     for head in range(query.shape[1]):
@@ -91,7 +94,8 @@ AttentionInterface.register("oracle", dense_attention)
 @functools.cache
 def stock(directory):
     """transformers' own model of a directory, in float64, and its parameters as they were loaded."""
-    hf = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float64, attn_implementation="oracle").eval()
+    how = {"dtype": torch.float64, "attn_implementation": "oracle"}
+    hf = AutoModelForImageTextToText.from_pretrained(directory, **how).eval()
     return hf.requires_grad_(False), dict(hf.named_parameters(remove_duplicate=False))
 
 
@@ -99,7 +103,8 @@ def stock(directory):
 def tokenizer(directory, new_tokens):
     """The directory's tokenizer, with new special tokens at the first free ids."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(new_tokens)}, replace_extra_special_tokens=False)
+    new = {"additional_special_tokens": list(new_tokens)}
+    tokenizer.add_special_tokens(new, replace_extra_special_tokens=False)
     return tokenizer
 
 
@@ -114,8 +119,9 @@ def image_processor(directory, min_pixels, max_pixels):
 class Net:
     """A stock model with some of its weights replaced, its tokenizer and its image processor.
 
-    weights: {name of a parameter in the stock model: tensor}, which may hang on a graph. heads: {name: tensor} of what a
-    method adds beside the model. One Net of a directory lives at a time: the next one takes its modules.
+    weights: {name of a parameter in the stock model: tensor}, which may hang on a graph. heads: {name:
+    tensor} of what a method adds beside the model. One Net of a directory lives at a time: the next one takes
+    its modules.
     """
 
     def __init__(self, directory, tokenizer, processor, weights=None, heads=None):
@@ -143,7 +149,7 @@ class Net:
         return (self.head @ h).log_softmax(-1)
 
     def embed(self, ids, pixels):
-        """Token ids and pixels of a record -> the decoder's input [L,D]: image tokens are the vision tower's features."""
+        """Token ids and pixels -> the decoder's input [L,D]: image tokens are the vision tower's features."""
         x = self.hf.get_input_embeddings().weight[torch.tensor(ids)]
         if pixels is None:
             return x
@@ -160,10 +166,10 @@ class Net:
         return self.hf.model.get_rope_index(torch.tensor([ids]), kinds, image_grid_thw=grid)[0]
 
     def run(self, x, positions, bias=None, swap=None):
-        """The decoder over x [L,D] -> its last states [L,D], attention maps, and each layer's input and output [L,D].
+        """The decoder over x [L,D] -> last states; each layer's map [H,L,L], input and output [L,D].
 
-        bias: [L,L], added to all scores beside causality. swap: (positions, inputs): before layer l the states at these
-        positions become those of inputs[l].
+        bias: [L,L], added to all scores beside causality. swap: (positions, inputs): before layer l the
+        states at these positions become those of inputs[l].
         """
         L = len(x)
         mask = torch.full((L, L), -INF, dtype=torch.float64).triu(1)
@@ -185,8 +191,8 @@ class Net:
 
         for layer in self.text.layers:
             hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-        seen = self.text(inputs_embeds=x[None], position_ids=positions, attention_mask=mask[None, None], use_cache=False,
-                         output_attentions=True)
+        seen = self.text(inputs_embeds=x[None], position_ids=positions, attention_mask=mask[None, None],
+                         use_cache=False, output_attentions=True)
         for hook in hooks:
             hook.remove()
         maps = [A[0] for A in seen.attentions]                                        # of each layer [H,L,L]
@@ -206,7 +212,7 @@ def with_rows(W, ids, rows):
     return torch.stack(lines)
 
 
-# ---- common: a record's text and pictures --------------------------------------------------------------------------------
+# ---- common: a record's text and pictures ------------------------------------------------------------------
 
 def latent_names(s):
     """The K latent tokens in their order: all different, or one and the same (CrystaL, table 3)."""
@@ -214,7 +220,7 @@ def latent_names(s):
 
 
 def conversation(record, number=0):
-    """A record -> [(role, text)] up to its answer `number`, that answer, and how many pictures were seen until then."""
+    """A record -> [(role, text)] up to answer `number`, that answer, how many pictures were seen."""
     roles = {"human": "user", "gpt": "assistant"}
     turns = []
     for turn in record.get("conversations") or record["messages"]:
@@ -242,7 +248,7 @@ def pictures_of(record):
 
 
 def prompt(net, turns, copies=1):
-    """The stock chat template's text, up to where the assistant speaks, with one `<|image_pad|>` for each picture."""
+    """The stock template's text up to where the assistant speaks, an `<|image_pad|>` for each picture."""
     messages = []
     for role, text in turns:
         content = []
@@ -264,8 +270,9 @@ def pixels_of(net, pictures):
 
 
 def tokens(net, text, pixels):
-    """The stock tokenizer's ids of a whole rendered text, each `<|image_pad|>` as often as its picture has tokens."""
-    counts = [] if pixels is None else [int(t * h * w) // net.processor.merge_size**2 for t, h, w in pixels[1]]
+    """The stock tokenizer's ids of a text, each `<|image_pad|>` as often as its picture has tokens."""
+    grids = [] if pixels is None else pixels[1].tolist()
+    counts = [t * h * w // net.processor.merge_size**2 for t, h, w in grids]
     ids = []
     for token in net.tokenizer.encode(text, add_special_tokens=False):
         ids += [token] * counts.pop(0) if token == net.image else [token]
@@ -276,8 +283,8 @@ def tokens(net, text, pixels):
 class Sequence:
     """One record as the model reads it: token ids, pixels, positions, and where things stand.
 
-    said: the position of the first token that is not the prompt's. image, latents: positions. answer: the position of the
-    answer's first token, `<answer>` itself where there is one.
+    said: the position of the first token that is not the prompt's. image, latents: positions. answer: the
+    position of the answer's first token, `<answer>` itself where there is one.
     """
 
     def __init__(self, net, asked, said, pixels, latents=(), opens=None):
@@ -331,7 +338,7 @@ def layers_of(text, count):
     return sorted({int(i) % count for i in text.split(",")})
 
 
-# ---- sft: plain supervised fine-tuning -------------------------------------------------------------------------------------
+# ---- sft: plain supervised fine-tuning ---------------------------------------------------------------------
 
 def sft(net, record, folder, s, number=0):
     """Mean cross-entropy of the answer's tokens and of the `<|im_end|>` after them."""
@@ -342,16 +349,16 @@ def sft(net, record, folder, s, number=0):
     return {"ce": mean(cross_entropy(net, h, x.ids, range(x.said - 1, len(x) - 1)))}
 
 
-# ---- crystal: eq. 3, the corrupted picture ---------------------------------------------------------------------------------
+# ---- crystal: eq. 3, the corrupted picture -----------------------------------------------------------------
 
-# eta ~ U(low, high) where the settings give no range: the released code's for blur, appendix A.3's levels for the others,
-# and for crop and impulse, which have none there, those of the documentation.
+# eta ~ U(low, high) where the settings give no range: the released code's for blur, appendix A.3's levels for
+# the others, and for crop and impulse, which have none there, those of the documentation.
 ETA = {"blur": (2.0, 5.0), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8), "color": (0.5, 2.0),
        "noise": (15.0, 50.0), "impulse": (0.01, 0.12)}
 
 
 def hashed(*numbers):
-    """The documented hash of whole numbers to a seed: whose corruption is drawn depends on nothing but these."""
+    """The documented hash of whole numbers to a seed: a corruption depends on nothing but these."""
     seed = 0
     for n in numbers:
         seed = (seed ^ (n + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -375,7 +382,7 @@ def draw(g, *shape):
 
 
 def blurred(x, radius, g):
-    """Gaussian blur as two matrices: row i holds the kernel around i, cut at 4 radii; beyond an edge its pixel repeats."""
+    """Gaussian blur as two matrices of kernels, cut at 4 radii; beyond an edge its pixel repeats."""
     reach = math.ceil(4 * radius)
 
     def matrix(n):
@@ -460,11 +467,13 @@ def impulses(x, share, g):
     return x
 
 
-CORRUPTIONS = {"blur": blurred, "mask": masked, "crop": cropped, "jigsaw": shuffled, "color": recoloured, "noise": noisy,
-               "impulse": impulses}
+CORRUPTIONS = {
+    "blur": blurred, "mask": masked, "crop": cropped, "jigsaw": shuffled, "color": recoloured, "noise": noisy,
+    "impulse": impulses,
+}
 
 
-# ---- crystal: section 3, both variants -------------------------------------------------------------------------------------
+# ---- crystal: section 3, both variants ---------------------------------------------------------------------
 
 CRYSTAL_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 THOUGHT = "Because the feature of the image is"
@@ -473,8 +482,8 @@ THOUGHT = "Because the feature of the image is"
 def crystal(net, record, folder, s, place, number=0, pixels_cor=None):
     """Eq. 4 to 6's terms of one pair, and the share of attention that the latents get in each path.
 
-    place: (seed, epoch, index), which the corruption is drawn from. pixels_cor: the corrupted pixels, where the caller has
-    checked them against `corrupted` and wants rounding to play no part.
+    place: (seed, epoch, index), which the corruption is drawn from. pixels_cor: the corrupted pixels, where
+    the caller has checked them against `corrupted` and wants rounding to play no part.
     """
     # Section 3.1: <think> thought, K latents. </think> <answer> R </answer>
     turns, answer, seen = conversation(record, number)
@@ -487,7 +496,8 @@ def crystal(net, record, folder, s, place, number=0, pixels_cor=None):
     pictures = open_pictures(record, folder, seen)
     pixels = pixels_of(net, pictures)
     if pixels_cor is None:
-        pixels_cor, _ = pixels_of(net, [corrupted(picture, s, place, n) for n, picture in enumerate(pictures)])
+        spoiled = [corrupted(picture, s, place, n) for n, picture in enumerate(pictures)]
+        pixels_cor, _ = pixels_of(net, spoiled)
     x = Sequence(net, prompt(net, turns), said, pixels, latent_names(s), "<answer>")
 
     # Section 3.3: the corrupted path's latents are the intact path's, at every decoder layer.
@@ -509,7 +519,10 @@ def crystal(net, record, folder, s, place, number=0, pixels_cor=None):
         label_cor = [t for t in label_int if t not in copied]
     ce_int = cross_entropy(net, intact.h, x.ids, label_int)
     ce_cor = cross_entropy(net, cor.h, x.ids, label_cor)
-    terms = {"ce": mean(ce_int + ce_cor)} if s.ce == "pooled" else {"ce_int": mean(ce_int), "ce_cor": mean(ce_cor)}
+    if s.ce == "pooled":
+        terms = {"ce": mean(ce_int + ce_cor)}
+    else:
+        terms = {"ce_int": mean(ce_int), "ce_cor": mean(ce_cor)}
 
     # Eq. 4: mean over M of KL(P_int || P_cor), or over its largest share.
     teacher = intact.h if s.teacher_grad else intact.h.detach()
@@ -538,7 +551,8 @@ def crystal(net, record, folder, s, place, number=0, pixels_cor=None):
 
 def attention_distance(s, A_int, A_cor, omega, columns):
     """Eq. 5 of one layer, A [H,L,L], in one of table 4's kinds."""
-    if s.attn_heads == "mean":                                 # released: heads are averaged before they are compared
+    # Released: heads are averaged before they are compared.
+    if s.attn_heads == "mean":
         A_int, A_cor = A_int.mean(0, keepdim=True), A_cor.mean(0, keepdim=True)
     cells = [(head, t) for head in range(len(A_int)) for t in omega]
 
@@ -555,16 +569,18 @@ def attention_distance(s, A_int, A_cor, omega, columns):
     return sum(squares) / (len(cells) * len(columns) if s.attn_loss == "mse" else 1)
 
 
-# ---- livr: its section 3.2 -------------------------------------------------------------------------------------------------
+# ---- livr: its section 3.2 ---------------------------------------------------------------------------------
 
 def livr(net, record, folder, s, step=0, number=0):
-    """Cross-entropy on the answer, under the visual bottleneck in stage 1, and what attention the latents get.
+    """Cross-entropy on the answer, under the bottleneck in stage 1, and what attention the latents get.
 
     step: the update, which the stage follows from.
     """
     turns, answer, seen = conversation(record, number)
-    pixels = pixels_of(net, open_pictures(record, folder, seen) if s.image_copies == 1 else
-                       [picture for picture in open_pictures(record, folder, seen) for _ in range(s.image_copies)])
+    pictures = []
+    for picture in open_pictures(record, folder, seen):
+        pictures += [picture] * s.image_copies
+    pixels = pixels_of(net, pictures)
 
     # The latents end the user's last turn; `before` puts them between the last image and the question.
     asked, latents = prompt(net, turns, s.image_copies), "".join(latent_names(s))
@@ -577,8 +593,9 @@ def livr(net, record, folder, s, step=0, number=0):
     x = Sequence(net, asked, f"{answer}<|im_end|>", pixels, latent_names(s))
     L, predicting = len(x), range(x.said - 1, len(x) - 1)
 
-    # Stage 1: neither prompt nor answer sees the image; latents see everything. The two tokens around an image have seen
-    # nothing but images, so they count as image. A token before the first image has no image to see.
+    # Stage 1: neither prompt nor answer sees the image; latents see everything. The two tokens around an
+    # image have seen nothing but images, so they count as image. A token before the first image has no image
+    # to see.
     bias = torch.zeros(L, L, dtype=torch.float64)
     if step < round(s.masked * s.max_steps):
         visual = {net.id(name) for name in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")}
@@ -600,14 +617,15 @@ def livr(net, record, folder, s, step=0, number=0):
     return terms
 
 
-# ---- lavit: eq. 3 to 9 -----------------------------------------------------------------------------------------------------
+# ---- lavit: eq. 3 to 9 -------------------------------------------------------------------------------------
 
 def lavit(net, record, folder, s, step=0, number=0):
     """Cross-entropy through the gate, semantics (eq. 6), gaze (eq. 7), and what attention the latents get."""
     turns, answer, seen = conversation(record, number)
     pixels = pixels_of(net, open_pictures(record, folder, seen))
 
-    # K latents before the answer; `<answer>` opens the response, so that the first prediction passes the gate.
+    # K latents before the answer; `<answer>` opens the response: its prediction of R's first token is gated
+    # too.
     asked = prompt(net, turns) + "".join(latent_names(s)) + "<answer>"
     x = Sequence(net, asked, f"{answer}<|im_end|>", pixels, latent_names(s))
     predicting = range(x.said - 1, len(x) - 1)
@@ -640,8 +658,10 @@ def lavit(net, record, folder, s, step=0, number=0):
 
     # Eq. 7: KL(A_traj || A_student), summed over the latents; A_student is the mean over layers and heads.
     if s.w_gaze:
-        grids = [(h // net.processor.merge_size, w // net.processor.merge_size) for _, h, w in pixels[1].tolist()]
-        A_traj = gaze(teacher(record, folder, "gaze").double(), teacher(record, folder, "gaze_grid").tolist(), grids, s.gaze_top)
+        merge = net.processor.merge_size
+        grids = [(h // merge, w // merge) for _, h, w in pixels[1].tolist()]
+        seen_by_teacher = teacher(record, folder, "gaze").double()
+        A_traj = gaze(seen_by_teacher, teacher(record, folder, "gaze_grid").tolist(), grids, s.gaze_top)
         terms["gaze"] = 0
         for t in x.latents:
             A = mean([A[head, t] for A in seen.maps for head in range(len(A))])[x.image]
@@ -661,13 +681,15 @@ def cosine(a, b):
 
 
 def gaze(A, grids, to, top):
-    """A teacher's attention on its grids -> [N] on the student's, its `top` largest kept, a distribution (section 4.1)."""
+    """A teacher's attention on its grids -> [N] on the student's, the `top` largest kept (section 4.1)."""
     drawn = []
     for (rows, columns), (new_rows, new_columns) in zip(grids, to):
         part, A = A[: rows * columns].view(rows, columns), A[rows * columns :]
         for r in range(new_rows):
             for c in range(new_columns):
-                drawn.append(bilinear(part, (r + 0.5) * rows / new_rows - 0.5, (c + 0.5) * columns / new_columns - 0.5))
+                y = (r + 0.5) * rows / new_rows - 0.5
+                x = (c + 0.5) * columns / new_columns - 0.5
+                drawn.append(bilinear(part, y, x))
     drawn = torch.stack(drawn)
     order = sorted(range(len(drawn)), key=lambda n: (-float(drawn[n]), n))
     kept = torch.zeros_like(drawn)
@@ -686,7 +708,7 @@ def bilinear(part, y, x):
     return upper * (1 - (y - top)) + lower * (y - top)
 
 
-# ---- valr: its method section ----------------------------------------------------------------------------------------------
+# ---- valr: its method section ------------------------------------------------------------------------------
 
 VALR_TAGS = ["<latent>", "</latent>", "<answer>", "</answer>"]
 
@@ -743,8 +765,8 @@ def valr(net, record, folder, s, step=0, number=0):
 def feed_back(net, x, embedded, fed, updates):
     """The decoder's pass with every latent's input in place.
 
-    updates None: the recurrence, by running the whole prefix again for each latent. Otherwise so many updates of all
-    latents at once, their first guess the state in front of the first one.
+    updates None: the recurrence, by running the whole prefix again for each latent. Otherwise so many updates
+    of all latents at once, their first guess the state in front of the first one.
     """
     inputs = list(embedded)
     if updates is None:
@@ -796,5 +818,5 @@ def encoder_features(name, record, folder, pictures):
         x = torch.nn.functional.interpolate(x, (112, 112), mode="bilinear", antialias=True).clamp(0, 1)
         average, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         x = (x - average[:, None, None]) / spread[:, None, None]
-        found.append(tiny_encoder()(pixel_values=x).last_hidden_state[0, 1:])          # behind the class token
+        found.append(tiny_encoder()(pixel_values=x).last_hidden_state[0, 1:])      # behind the class token
     return torch.cat(found)

@@ -1,9 +1,10 @@
-"""crystal's five methods against the oracle: every value of every setting that reaches a loss, alone and where they meet.
+"""crystal's five methods against the oracle: every value of every setting that reaches a loss.
 
-The right values come from `tests/oracle.py`, which imports nothing of crystal. Here flags are parsed, a file is read, its
-records become a batch and the batch becomes loss terms, as in training: every wire from a flag to a number is inside the
-comparison. Compared are each loss term, each monitored number, eq. 6's weighted total, and the total's gradient at every
-parameter that trains. `python tests/test_oracle.py` prints the table of settings with the largest difference of each.
+The right values come from `tests/oracle.py`, which imports nothing of crystal. Here flags are parsed, a file
+is read, its records become a batch and the batch becomes loss terms, as in training: every wire from a flag
+to a number is inside the comparison. Compared are each loss term, each monitored number, eq. 6's weighted
+total, and the total's gradient at every parameter that trains. `python tests/test_oracle.py` prints the table
+of settings with the largest difference of each.
 
 A setting that a method gains needs a row here, or a line in ELSEWHERE that says which test holds it.
 """
@@ -31,8 +32,9 @@ TOLERANCE = 1e-10  # float64 from the pixels to the loss
 class Row(NamedTuple):
     """One line of the table.
 
-    flags: {setting: value}. base: those that all rows of a group share. parts: the micro-batches of an update, each a
-    tuple of (epoch, record). step: the update. tied: whether the head is the embedding. split: whose records.
+    flags: {setting: value}. base: those that all rows of a method share. parts: the micro-batches of an
+    update, each a tuple of (epoch, record). step: the update. tied: whether the head is the embedding. split:
+    whose records.
     """
 
     method: str
@@ -61,10 +63,12 @@ TWO = (((0, 1), (0, 2)), ((3, 2), (3, 0)))     # two micro-batches of different 
 # What the rows of a method share: small, weights that all differ, and no dropout, which is random.
 SMALL = {
     "sft": {"lora_r": 2},
-    "crystal": {"lora_r": 2, "latents": 3, "w_ce_int": 0.7, "w_ce_cor": 1.3, "w_kl": 0.9, "w_attn": 1.6, "lora_dropout": 0.0},
+    "crystal": {"lora_r": 2, "latents": 3, "w_ce_int": 0.7, "w_ce_cor": 1.3, "w_kl": 0.9, "w_attn": 1.6,
+                "lora_dropout": 0.0},
     "livr": {"lora_r": 2, "latents": 3, "max_steps": 10, "masked": 0.3, "lora_dropout": 0.0},
     "lavit": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_semantics": 0.2, "w_gaze": 0.45, "tune": "lora"},
-    "valr": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_repa": 0.8, "tune": "lora", "first_share": 0.4, "encoders": "own"},
+    "valr": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_repa": 0.8, "tune": "lora", "first_share": 0.4,
+             "encoders": "own"},
 }
 
 
@@ -79,6 +83,10 @@ def row(method, *how, step=0, tolerance=TOLERANCE, own=False, **flags):
 REALISATIONS = ("hidden", "kv", "packed")
 
 FEATURES = 1e-6  # features of encoders are float32
+
+# What is copied, the columns of eq. 5 and its layers; the layers, columns and rows of eq. 5.
+SHARED = (("latents", "all", "all"), ("thought", "thought", "0,2"), ("thought", "latents", "-2"))
+COMPARED = (("all", "latents", "predicting"), ("0,1", "all", "span"), ("1", "thought", "predicting"))
 
 TABLE = [
     # plain fine-tuning, and the settings that every method has
@@ -123,13 +131,12 @@ TABLE = [
 
     # where they meet
     *[row("crystal", realisation=way, copied=what, attn_columns=columns, attn_layers=layers)
-      for way in REALISATIONS
-      for what, columns, layers in (("latents", "all", "all"), ("thought", "thought", "0,2"), ("thought", "latents", "-2"))],
+      for way in REALISATIONS for what, columns, layers in SHARED],
     *[row("crystal", ce=ce, answer_rows=rows, labels=labels)
-      for ce, rows in (("per_path", "span"), ("pooled", "predicting"), ("pooled", "span")) for labels in ("all", "answer")],
+      for ce, rows in (("per_path", "span"), ("pooled", "predicting"), ("pooled", "span"))
+      for labels in ("all", "answer")],
     *[row("crystal", attn_loss=loss, attn_layers=layers, attn_columns=columns, answer_rows=rows)
-      for loss in ("kl", "frobenius", "mse")
-      for layers, columns, rows in (("all", "latents", "predicting"), ("0,1", "all", "span"), ("1", "thought", "predicting"))],
+      for loss in ("kl", "frobenius", "mse") for layers, columns, rows in COMPARED],
     *[row("crystal", attn_heads="mean", attn_layers=layers, attn_columns=columns)
       for layers, columns in (("all", "latents"), ("last", "all"), ("0", "thought"))],
     *[row("crystal", thought="cot", copied="thought", realisation=way, ce="pooled") for way in REALISATIONS],
@@ -191,30 +198,36 @@ TABLE = [
     row("valr", tune="rows", step=4),
 ]
 
-# Settings by which no number may change, or that say what trains: rows try them, and the oracle does not know them.
+# Settings by which no number may change, or that say what trains: rows try them, the oracle does not know
+# them.
 FREE = {"realisation", "checkpointing", "tune", "lora_on", "lora_dropout", "semantics_dim", "data"}
 
-# Settings that no row can compare, and the tests that hold them. What trains on what, how fast and where is the loop's.
+# Settings that no row can compare, and the tests that hold them.
 ELSEWHERE = {
     "method, model, data, val_data, image_root, output": "every row names them",
-    "max_steps, batch_size, accumulation, lr, lr_rows, weight_decay, warmup, decay, clip, lr_latents": "the loop: test_train.py",
+    "max_steps, batch_size, accumulation": "the loop: test_train.py",
+    "lr, lr_rows, weight_decay, warmup, decay, clip, lr_latents": "the loop: test_train.py",
     "lora_dropout": "random: test_lora.py, test_train.py",
     "device, dtype, workers, on_bad_record": "how it runs: test_train.py, test_data.py",
-    "eval_every, eval_records, save_every, keep, log_every, resume, overwrite, tensorboard": "what it writes: test_train.py",
+    "eval_every, eval_records, save_every, keep, log_every": "what it writes: test_train.py",
+    "resume, overwrite, tensorboard": "what it writes: test_train.py",
 }
 
 
-# ---- what all rows share ---------------------------------------------------------------------------------------------------
+# ---- what all rows share -----------------------------------------------------------------------------------
 
-# Two pictures in one record, none square, no two sizes alike; one-token and long answers; with steps and without.
+# Two pictures in one record, few of them square; one-token and long answers; steps as a list, a text and
+# none.
 RECORDS = [
     {"id": "a", "images": ["a.png"], "cot": ["I look.", "I see a star."],
-     "conversations": [{"from": "human", "value": "<image>\nWhat colour is the star?"}, {"from": "gpt", "value": "red"}]},
+     "conversations": [{"from": "human", "value": "<image>\nWhat colour is the star?"},
+                       {"from": "gpt", "value": "red"}]},
     {"id": "b", "images": ["b.png", "c.png"], "cot": "They differ.",
      "conversations": [{"from": "human", "value": "Compare <image>\nwith <image>: which heart is nearer?"},
                        {"from": "gpt", "value": "the heart in the second picture is nearer"}]},
     {"id": "c", "image": "d.png",
-     "messages": [{"role": "user", "content": "How many rings?"}, {"role": "assistant", "content": "three of them"},
+     "messages": [{"role": "user", "content": "How many rings?"},
+                  {"role": "assistant", "content": "three of them"},
                   {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "yes, quite"}]},
 ]
 SIZES = {"a.png": (84, 56), "b.png": (56, 112), "c.png": (84, 84), "d.png": (56, 84)}
@@ -242,7 +255,8 @@ def world(tmp_path_factory):
             files[name] |= {f"{record['id']}/{key}": tensor for key, tensor in seen.items()}
         for name, size in (("x", 7), ("wide", 9)):
             for n in range(len(grids)):
-                files[name][f"{record['id']}/{n}"] = torch.randn(len(record["id"]) + 3 + 3 * n + grids[0][0], size, generator=g)
+                patches = 3 * n + 4 + grids[0][0]
+                files[name][f"{record['id']}/{n}"] = torch.randn(patches, size, generator=g)
     for name, tensors in files.items():
         save_file(tensors, folder / f"{name}.safetensors")
 
@@ -276,7 +290,7 @@ def flags_of(row, world):
 
 
 def built(row, world):
-    """A row's run as `train.main` builds it, less the loop -> settings, model, method, objective and the data of its stage."""
+    """A row's run as `train.main` builds it, less the loop."""
     settings = methods.parse(flags_of(row, world))
     model = crystal.model.load(settings.model, torch.float64, "cpu", settings.min_pixels, settings.max_pixels)
     method, fmt = methods.attach(model, settings)
@@ -294,17 +308,19 @@ def built(row, world):
     one_process = SimpleNamespace(first=nullcontext, is_first=True, print=lambda *_: None)
     train_sets, val_set = train.open_data(settings, method, model, fmt, one_process)
     examples = val_set if row.split == "val" else train_sets[settings.progress(row.step).stage]
-    return SimpleNamespace(settings=settings, model=model, method=method, objective=objective, named=named, examples=examples)
+    return SimpleNamespace(settings=settings, model=model, method=method, objective=objective, named=named,
+                           examples=examples)
 
 
 def crystals_terms(row, s):
-    """crystal's numbers of a row -> (terms averaged over micro-batches, total, its gradients, corrupted pixels by record)."""
+    """crystal's numbers of a row -> (terms, total, the total's gradients, corrupted pixels by record)."""
     terms, total, pixels = {}, 0.0, {}
     for part in row.parts:
         examples = [s.examples[at] for at in part]
         for at, example in zip(part, examples):
             pixels[at] = example.get("pixel_values_cor")
-        batch = data.to_device(data.collate(examples, s.model.tokenizer.pad_token_id), torch.device("cpu"), torch.float64)
+        batch = data.collate(examples, s.model.tokenizer.pad_token_id)
+        batch = data.to_device(batch, torch.device("cpu"), torch.float64)
         found = s.objective(batch, s.settings.progress(row.step))
         loss = train.weighted(found, s.method, s.settings) / len(row.parts)
         loss.backward()
@@ -316,13 +332,13 @@ def crystals_terms(row, s):
 
 def new_tokens(method, given):
     """The special tokens of a method, in the order of their ids."""
-    tags = {"sft": [], "crystal": oracle.CRYSTAL_TAGS, "livr": [], "lavit": ["<answer>"], "valr": oracle.VALR_TAGS}
+    tags = {"crystal": oracle.CRYSTAL_TAGS, "lavit": ["<answer>"], "valr": oracle.VALR_TAGS}.get(method, [])
     latents = [] if method in ("sft", "valr") else oracle.latent_names(given)
-    return tags[method] + list(dict.fromkeys(latents))
+    return tags + list(dict.fromkeys(latents))
 
 
 def oracles_net(row, world, s, given):
-    """The oracle's model with crystal's trained parameters in their places, as whole tensors -> (Net, its leaves)."""
+    """The oracle's model with crystal's trained parameters put in as whole tensors -> (Net, its leaves)."""
     directory = str(world.models[row.tied])
     _, frozen = oracle.stock(directory)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in s.named}
@@ -331,8 +347,8 @@ def oracles_net(row, world, s, given):
         # Adapters become one weight; a whole weight that trains is taken as it is.
         if name.endswith(".lora_A"):
             key = name.removesuffix(".lora_A").removeprefix("model.hf.")
-            B = leaves[f"model.hf.{key}.lora_B"]
-            weights[f"{key}.weight"] = oracle.adapted(frozen[f"{key}.weight"], leaf, B, given.lora_alpha, given.lora_r)
+            W, B = frozen[f"{key}.weight"], leaves[f"model.hf.{key}.lora_B"]
+            weights[f"{key}.weight"] = oracle.adapted(W, leaf, B, given.lora_alpha, given.lora_r)
         elif name.startswith("heads."):
             heads[name.removeprefix("heads.")] = leaf
         elif name.startswith("model.hf.") and not name.endswith(".lora_B"):
@@ -361,7 +377,7 @@ WEIGHTS = {  # eq. 6, eq. 9 of LaViT, and VaLR's sum
 
 
 def oracles_terms(row, world, s, pixels):
-    """The oracle's numbers of a row, as `crystals_terms` gives them: the mean over all pairs of all micro-batches."""
+    """The oracle's numbers of a row, means over all pairs -> (terms, total, the total's gradients)."""
     given = {name: value for name, value in {**row.base, **row.flags}.items() if name not in FREE}
     given = oracle.settings(row.method, **given)
     net, leaves = oracles_net(row, world, s, given)
@@ -370,9 +386,9 @@ def oracles_terms(row, world, s, pixels):
         which, number = ANSWERS[given.turns][index]
         record, more = world.records[row.flags.get("data", "train.jsonl")][which], {}
         if row.method == "crystal":
-            seed = given.seed + (row.split == "val")
-            more = {"place": (seed, epoch, index),
-                    "pixels_cor": checked_pixels(net, record, number, given, (seed, epoch, index), pixels[epoch, index], world)}
+            place = (given.seed + (row.split == "val"), epoch, index)
+            checked = checked_pixels(net, record, number, given, place, pixels[epoch, index], world)
+            more = {"place": place, "pixels_cor": checked}
         elif row.method != "sft":
             more = {"step": row.step}
         pairs.append(getattr(oracle, row.method)(net, record, world.folder, given, number=number, **more))
@@ -383,22 +399,25 @@ def oracles_terms(row, world, s, pixels):
         if name in WEIGHTS[row.method]:
             weight = WEIGHTS[row.method][name]
             total = total + (getattr(given, weight) if weight else 1.0) * term
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    grads = {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads)}
+    grads = {}
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    for (name, leaf), g in zip(leaves.items(), found):
+        grads[name] = torch.zeros_like(leaf) if g is None else g
     return {name: float(term) for name, term in terms.items()}, float(total), grads
 
 
 def checked_pixels(net, record, number, given, place, found, world):
-    """crystal's corrupted pixels, once they are the oracle's: a grey level may have been rounded the other way."""
+    """crystal's corrupted pixels, checked: a grey level may have been rounded the other way."""
     _, _, seen = oracle.conversation(record, number)
     pictures = oracle.open_pictures(record, world.folder, seen)
-    expected, _ = oracle.pixels_of(net, [oracle.corrupted(picture, given, place, n) for n, picture in enumerate(pictures)])
+    spoiled = [oracle.corrupted(picture, given, place, n) for n, picture in enumerate(pictures)]
+    expected, _ = oracle.pixels_of(net, spoiled)
     off = (found - expected).abs()
-    assert off.max() < 0.04 and off.mean() < 1e-4, f"{given.corruption}: the pictures differ by {off.max()}, {off.mean()} on average"
+    assert off.max() < 0.04 and off.mean() < 1e-4, f"{given.corruption}: {off.max()}, on average {off.mean()}"
     return found.double()
 
 
-# ---- the comparison --------------------------------------------------------------------------------------------------------
+# ---- the comparison ----------------------------------------------------------------------------------------
 
 DIFFERENCES = {}  # {row: (largest of a term, largest of a gradient, how many terms, how many parameters)}
 
@@ -425,7 +444,8 @@ def compare(row, world):
         off_grads[name] = float((grads[name] - g).abs().max()) / max(1.0, largest)
     DIFFERENCES[str(row)] = (max(off.values()), max(off_grads.values()), len(off), len(off_grads))
 
-    wrong = {name: (terms.get(name, total), right.get(name, right_total)) for name, x in off.items() if not x < row.tolerance}
+    numbers = {name: (terms[name], right[name]) for name in right} | {"total": (total, right_total)}
+    wrong = {name: numbers[name] for name, x in off.items() if not x < row.tolerance}
     assert not wrong, f"crystal and the oracle differ: {wrong}"
     wrong = {name: x for name, x in off_grads.items() if not x < row.tolerance}
     assert not wrong, f"gradients differ: {wrong}"
@@ -439,7 +459,8 @@ def table():
         print(f"\n{'largest difference of a term':>30} {'of a gradient':>15}  settings")
         for name, (term, gradient, terms, parameters) in DIFFERENCES.items():
             print(f"{term:20.1e} of {terms} {gradient:15.1e} of {parameters:3}  {name}")
-        print(f"{max(x[0] for x in DIFFERENCES.values()):20.1e}      {max(x[1] for x in DIFFERENCES.values()):15.1e}         all")
+        largest = [max(found[i] for found in DIFFERENCES.values()) for i in (0, 1)]
+        print(f"{largest[0]:20.1e}      {largest[1]:15.1e}         all {len(DIFFERENCES)}")
 
 
 def identifier(row):
@@ -454,7 +475,7 @@ def test_a_row_of_the_table(row, world, float64_modules):
 
 @pytest.mark.parametrize("method", SMALL)
 def test_every_setting_has_its_row(method):
-    """A setting that may reach a loss stands in the table with another value than its default; a choice with each."""
+    """A setting that may reach a loss is tried beside its default, a choice at each of its values."""
     elsewhere = {name for names in ELSEWHERE for name in names.split(", ")}
     own = set(settings_of(method)) - (set(settings_of("sft")) if method != "sft" else set())
     tried = {}
@@ -486,10 +507,12 @@ def test_nothing_is_left_out_twice():
 
 
 REFERENCE = [row for row in TABLE if str(row) in {
-    "sft", "crystal", "crystal kl_share=0.3", "crystal preset=released realisation=kv", "crystal one pair", "crystal 2 micro-batches",
-    "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_rows=span", "crystal teacher_grad=True attn_heads=mean",
-    "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_rows=predicting", "lavit gate=cosine step=3",
-    "crystal teacher_grad=True", "livr mask=prompt latents_see=all place=after"}]
+    "sft", "crystal", "crystal one pair", "crystal 2 micro-batches", "crystal kl_share=0.3",
+    "crystal preset=released realisation=kv", "crystal teacher_grad=True",
+    "crystal teacher_grad=True attn_heads=mean",
+    "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_rows=span",
+    "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_rows=predicting",
+    "lavit gate=cosine step=3", "livr mask=prompt latents_see=all place=after"}]
 
 
 @pytest.mark.parametrize("row", REFERENCE, ids=identifier)
