@@ -157,6 +157,19 @@ def test_hidden_cells_do_not_reach_back():
     assert torch.equal(attn_slice(q, k, rows, cols, **kw), before)
 
 
+def test_scores_of_blocked_keys_have_no_gradient():
+    """Even where whoever reads the scores passes one back."""
+    q, k, rows, cols, kw = sample(rows=[[4]], cols=[[1, 2]])
+    kw["bias"] = torch.zeros(1, 1, 1, 7, dtype=f64)
+    kw["bias"][..., 2] = -INF
+    q, k = q.requires_grad_(), k.requires_grad_()
+    S = attn_scores(q, k, rows, cols, **kw)
+    assert S[..., 0].isfinite().all() and (S[..., 1] == -INF).all()
+    dq, dk = torch.autograd.grad(S, (q, k), torch.ones_like(S))
+    assert dk[:, :, 1].all() and not dk[:, :, 2].any()
+    assert torch.allclose(dq[0, :, 4], k[0, :, 1].repeat_interleave(2, 0) * 3**-0.5)
+
+
 def test_random_shapes():
     """Ragged batches of every size at once: rows and columns anywhere, some padded, left or right padding, biases."""
     generator = torch.Generator().manual_seed(3)

@@ -3,8 +3,9 @@ import pytest
 import torch
 from conftest import gradients
 
+from crystal import methods
 from crystal.layout import IGNORE
-from crystal.methods.crystal import PRESETS, mask_of, positions
+from crystal.methods.crystal import mask_of, positions
 
 TERMS = {"paper": ("ce_int", "ce_cor", "kl", "attn"), "released": ("ce", "kl", "attn")}
 
@@ -157,12 +158,51 @@ def test_no_loss_reads_a_copied_row_of_the_corrupted_path(setup):
     assert not torch.equal(plain["ce_cor"], s.objective(s.batch, 0.0)["ce_cor"])
 
 
-def test_presets_are_the_table_of_the_two_sources(setup):
-    s = setup("--preset", "released", "--latents", "2")
-    assert all(getattr(s.settings, n) == v for n, v in PRESETS["released"].items())
-    assert any("visual" in n for n, _ in s.named) and any("merger" in n for n, _ in s.named)
-    paper = setup()
-    assert not any("visual" in n for n, _ in paper.named)
+# What each of the two sources does (the table of DESIGN.md, section 1, and the released code at bc08a90), written out.
+SOURCES = {
+    "paper": {
+        "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "latents", "ce": "per_path", "kl_share": 1.0,
+        "answer_rows": "predicting", "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
+        "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
+        "lora_on": "language", "lora_dropout": 0.0, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
+    },
+    "released": {
+        "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "thought", "ce": "pooled", "kl_share": 0.1,
+        "answer_rows": "span", "attn_loss": "kl", "attn_heads": "mean", "attn_columns": "thought", "attn_layers": "last",
+        "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
+        "lora_on": "language,vision,merger", "lora_dropout": 0.01, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
+    },
+}
+
+
+@pytest.mark.parametrize("preset", SOURCES)
+def test_presets_are_the_table_of_the_two_sources(setup, preset):
+    settings = methods.parse(["--preset", preset])
+    assert {name: getattr(settings, name) for name in SOURCES[preset]} == SOURCES[preset]
+    assert settings.weights == {"ce": 1.0, "ce_int": 1.0, "ce_cor": 1.0, "kl": 1.0, "attn": 1.0}
+
+    # The parts that get adapters are those that the source adapts.
+    s = setup("--preset", preset, "--latents", "2")
+    adapted = {"language": "language_model", "vision": "visual.blocks", "merger": "visual.merger"}
+    found = {part for part, name in adapted.items() if any(name in n for n, _ in s.named)}
+    assert found == set(SOURCES[preset]["lora_on"].split(","))
+
+
+@pytest.mark.parametrize("realisation, sequences", [("hidden", 6), ("kv", 6), ("packed", 3)])
+def test_the_realisation_that_runs_is_the_one_asked_for(setup, monkeypatch, realisation, sequences):
+    """All three give the same numbers, so only the forward itself tells which one ran: 2B sequences and what is copied, or B."""
+    s = setup("--realisation", realisation)
+    seen, hidden = [], s.model.hidden
+
+    def look(inputs, latent_copy=None, tap=None, biases=()):
+        seen.append((len(inputs["input_ids"]), latent_copy and latent_copy.realisation, len(biases)))
+        return hidden(inputs, latent_copy=latent_copy, tap=tap, biases=biases)
+
+    monkeypatch.setattr(s.model, "hidden", look)
+    s.objective(s.batch, 0.0)
+    copies = None if realisation == "packed" else realisation
+    assert seen == [(sequences, copies, 2 if realisation == "packed" else 0)]
+    assert methods.parse([]).realisation == "kv"
 
 
 def test_positions_and_masks():

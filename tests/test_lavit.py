@@ -155,6 +155,28 @@ def test_semantics_read_the_last_latent_through_the_head(setup):
     assert abs(s.objective(s.batch, at(1.0))["semantics"] - (1 - sum(cosines) / 3)) < 1e-6
 
 
+def test_first_head_is_a_function_of_the_seed(setup):
+    """Torch's own first values of two layers with GELU between them, drawn after the seed; the global generator stays."""
+    for seed in (0, 3):
+        torch.manual_seed(8)
+        s = setup(*LORA, "--seed", str(seed))
+        after = torch.rand(())
+        torch.manual_seed(seed)
+        layers = [torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)]
+        head = s.method.heads["semantics"]
+        assert torch.equal(head[0].weight, layers[0].weight.double()) and torch.equal(head[2].weight, layers[1].weight.double())
+        torch.manual_seed(8)
+        assert torch.equal(after, torch.rand(()))
+
+
+def test_defaults_are_the_papers():
+    """Appendix A.2 and section 4: a fully trained language model, lambda 0.3, K 4, the gate open after 400 of 1000 steps."""
+    expected = {"latents": 4, "tune": "full", "max_steps": 1000, "batch_size": 16, "lr": 5e-6, "weight_decay": 0.0, "warmup": 0.03,
+                "decay": "linear", "gate": "cosine", "gate_warmup": 0.4, "gate_start": 1e-6, "w_semantics": 0.3, "w_gaze": 0.3, "gaze_top": 8}
+    settings = methods.parse(["--method", "lavit"])
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
 def test_loss_functions():
     cols = torch.tensor([[0, 1, 2, -1], [4, 5, 6, 7]])
     A = torch.tensor([[[0.1, 0.2, 0.1, 0.0]] * 2, [[0.1, 0.1, 0.1, 0.1], [0.4, 0.1, 0.1, 0.2]]], dtype=torch.float64, requires_grad=True)  # [B,K,N]

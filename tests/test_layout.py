@@ -97,3 +97,18 @@ def test_prompts_to_generate_from():
     dropped, _, none = fmt.question(TURNS, [2], "drop")
     assert dropped == [t for t in ids if t not in fmt.latents] and none == []
     assert fmt.question(TURNS, [2], "none")[0] == fmt.prompt(TURNS, [2])[0]
+
+
+@pytest.mark.parametrize("kind, thought", [("diverse", "fixed"), ("identical", "fixed"), ("diverse", "cot")])
+def test_the_exported_template_asks_as_training_does(kind, thought):
+    """What stock tools render with it, encoded, is the prompt that the model was trained to answer; a finished talk stays as it was."""
+    fmt = make(3, kind, thought)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour is the small star?"}]}]
+    template = fmt.chat_template()
+    asked = fmt.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert fmt.tokenizer.encode(asked, add_special_tokens=False) == fmt.question(TURNS, [1])[0]
+    finished = [*messages, {"role": "assistant", "content": "red"}]
+    for how in (template, None):
+        rendered = fmt.tokenizer.apply_chat_template(finished, chat_template=how, tokenize=False)
+        assert rendered.endswith("red<|im_end|>\n") and "<think>" not in rendered
+    assert make(0).chat_template() == fmt.tokenizer.chat_template

@@ -173,6 +173,16 @@ def test_mask_only_and_no_mask_and_neither(setup):
         assert got[b, first:, image[b]].isneginf().all() and (got[b, first - 1, image[b]] == 0).all()
 
 
+def test_defaults_and_stages_are_the_papers():
+    """Appendix B: K 16, 4 of 10 epochs masked, rank 16, alpha 32, dropout 0.05, 1e-4, decay 0.01, batches of 8, warm-up 5 %."""
+    expected = {"latents": 16, "place": "after", "masked": 0.4, "mask": "prompt", "latents_see": "all", "image_copies": 1, "lora_r": 16,
+                "lora_alpha": 32.0, "lora_dropout": 0.05, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.01, "warmup": 0.05}
+    settings = methods.parse(["--method", "livr"])
+    assert {name: getattr(settings, name) for name in expected} == expected
+    settings = methods.parse(["--method", "livr", "--masked", "0.3", "--lr", "3e-4"])
+    assert [(stage.share, stage.lr) for stage in settings.stages] == [(0.3, 3e-4), (0.7, 3e-4)]
+
+
 def test_image_twice(setup):
     one, two = setup(*LIVR, "--latents", "0", "--masked", "0"), setup(*LIVR, "--latents", "0", "--masked", "0", "--image_copies", "2")
     counts = lambda s: (s.batch["input_ids"] == s.fmt.image).sum(1)

@@ -295,6 +295,13 @@ def test_dispatch_and_total():
 
 # ---- VaLR: alignment to patches --------------------------------------------------------------------------------------
 
+def test_a_term_without_a_weight_is_an_error():
+    """None drops out of eq. 6 unseen; the others are weighted each by its own."""
+    assert total({"kl": 2.0, "attn": 0.5}, {"kl": 3.0, "attn": 10.0, "ce": 7.0}) == 11.0
+    with pytest.raises(KeyError, match="new"):
+        total({"kl": 2.0, "new": 0.5}, {"kl": 3.0})
+
+
 @pytest.mark.parametrize("K, P", [(4, 4), (3, 7), (16, 64), (16, 5), (1, 6)])
 def test_upsampling_is_linear_along_the_latents(K, P):
     f = normal(2, K, 5)

@@ -8,7 +8,7 @@ import torch.nn.functional as nnF
 from conftest import gradients
 from safetensors.torch import load_file
 
-from crystal import checkpoint, data, train
+from crystal import checkpoint, data, methods, train
 from crystal.config import UserError
 from crystal.layout import IGNORE
 from crystal.methods import valr
@@ -142,6 +142,26 @@ def test_the_papers_layers():
         assert method.layer == layer
     with pytest.raises(UserError, match="--align_layer 27: the model has 5 layers"):
         valr.Method(valr.Settings(method="valr", encoders="none", align_layer=27)).modules(Deep(5))
+
+
+def test_first_projections_are_a_function_of_the_seed_and_of_their_place(made):
+    """Torch's own first values; two encoders of one size begin with different ones, another seed with others."""
+    first = made("--encoders", "own,own").method.projections
+    again = made("--encoders", "own,own").method.projections
+    other = made("--encoders", "own,own", "--seed", "1").method.projections
+    assert torch.equal(first["0"][0].weight, again["0"][0].weight) and torch.equal(first["1"][2].bias, again["1"][2].bias)
+    assert not torch.equal(first["0"][0].weight, first["1"][0].weight)
+    assert not torch.equal(first["0"][0].weight, other["0"][0].weight) and not torch.equal(first["1"][0].weight, other["1"][0].weight)
+
+
+def test_defaults_and_stages_are_the_papers():
+    """K 16, lambda 0.5, the decoder trained whole, 1e-5 for the text and then 2e-6 with latents."""
+    expected = {"latents": 16, "tune": "full", "lr": 1e-5, "lr_latents": 2e-6, "weight_decay": 0.0, "first_share": 0.5, "encoders": "tiny",
+                "w_repa": 0.5, "updates": None}
+    settings = methods.parse(["--method", "valr"])
+    assert {name: getattr(settings, name) for name in expected} == expected
+    settings = methods.parse(["--method", "valr", "--first_share", "0.3", "--lr", "3e-4", "--lr_latents", "7e-5"])
+    assert [(stage.share, stage.lr) for stage in settings.stages] == [(0.3, 3e-4), (0.7, 7e-5)]
 
 
 def test_parallel_updates(made):
