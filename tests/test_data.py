@@ -296,10 +296,20 @@ def test_batch_tensors(setup):
 
 
 def test_corruption_depends_on_seed_epoch_and_record_alone(setup):
+    """On nothing else: asked again, in another order, by another object. On each of the three; which values, test_data_by_hand.py says."""
     s = setup()
-    again, later = s.examples[0, 0], s.examples[1, 0]
-    assert torch.equal(again["pixel_values_cor"], s.examples[0, 0]["pixel_values_cor"])
-    assert torch.equal(again["pixel_values"], later["pixel_values"]) and not torch.equal(again["pixel_values_cor"], later["pixel_values_cor"])
+    records = [s.records[0]] * 2  # one picture, so that only the place differs
+
+    def corrupted(seed, epoch, index):
+        return data.Examples(records, s.examples.layout, s.examples.image_processor, s.examples.corruption, seed)[epoch, index]
+
+    places = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1) for index in (0, 1)]
+    first = [corrupted(*place) for place in places]
+    again = [corrupted(*place) for place in reversed(places)][::-1]
+    for x, y in zip(first, again, strict=True):
+        assert torch.equal(x["pixel_values_cor"], y["pixel_values_cor"]) and torch.equal(x["pixel_values"], first[0]["pixel_values"])
+    for i, x in enumerate(first):
+        assert not any(torch.equal(x["pixel_values_cor"], y["pixel_values_cor"]) for y in first[i + 1 :]), places[i]
 
 
 def test_grey_images_show_nothing_but_their_size(setup):
@@ -329,17 +339,23 @@ def test_skipped_records_are_replaced_and_told(setup):
 
 
 def test_order_is_one_stream_however_it_is_shared():
-    """Four updates of eight records: the same sets for 1 rank x 8, 2 ranks x 2 x 2 accumulated, and after a resume at 2."""
-    def updates(batch_size, accumulation, world, start=0):
-        ranks = [list(Order(10, batch_size, accumulation, rank, world, 5, start, 4)) for rank in range(world)]
-        assert all(len(b) == batch_size for r in ranks for b in r)
-        return [sorted(x for r in ranks for b in r[u * accumulation : (u + 1) * accumulation] for x in b) for u in range(4 - start)]
+    """Four updates of eight records are one stream, read rank by rank and micro-batch by micro-batch: not only the same sets.
 
-    whole = updates(8, 1, 1)
-    assert updates(2, 2, 2) == whole and updates(4, 1, 2) == whole and updates(8, 1, 1, start=2) == whole[2:]
-    seen = [x for u in whole for x in u]
-    assert sorted(i for e, i in seen if e == 0) == list(range(10)) and {e for e, _ in seen} == {0, 1, 2, 3}
-    assert [i for e, i in list(Order(10, 10, 1, 0, 1, 5, 0, 1))[0]] != list(range(10))
+    For 1 rank x 8, 2 ranks x 2 x 2 accumulated, 2 x 4, 4 x 1 x 2, and after a resume at 2.
+    """
+    def stream(batch_size, accumulation, world, seed=5, start=0):
+        ranks = [list(Order(10, batch_size, accumulation, rank, world, seed, start, 4)) for rank in range(world)]
+        assert all(len(batch) == batch_size for rank in ranks for batch in rank)
+        updates = range(4 - start)
+        return [at for u in updates for rank in ranks for batch in rank[u * accumulation : (u + 1) * accumulation] for at in batch]
+
+    whole = stream(8, 1, 1)
+    assert stream(2, 2, 2) == stream(4, 1, 2) == stream(1, 2, 4) == whole and stream(8, 1, 1, start=2) == whole[16:]
+    epochs = [whole[n : n + 10] for n in (0, 10, 20)]
+    for number, epoch in enumerate(epochs):
+        assert {e for e, _ in epoch} == {number} and sorted(i for _, i in epoch) == list(range(10))
+    orders = [[i for _, i in epoch] for epoch in epochs] + [[i for _, i in stream(8, 1, 1, seed=6)[:10]], list(range(10))]
+    assert len({tuple(order) for order in orders}) == 5, "another one in every epoch, with every seed, and none is the file's"
 
 
 def test_seeds_differ():
