@@ -336,8 +336,8 @@ def named(record, tokens):
     return SimpleNamespace(id=record.id, answer=record.answer, tokens=tokens)
 
 
-# What comes in epoch 0 of seed 0, without corruption and with it. `lost` (6) has no picture, `cut` (9) half of
-# one: the next one stands for each. A corrupted path needs a picture, which `plain` (4) has not.
+# What comes in epoch 0 of seed 0, without corruption and with it. `lost` (6) has no picture, `cut` (9) half
+# of one: the next one stands for each. A corrupted path needs a picture, which `plain` (4) has not.
 IDS = ["astronaut", "cat", "parts", "talk", "plain", "bare", "lost", "steps", "8", "cut", "drawing", "last"]
 COMES = {False: ["parts", "drawing", "steps", "steps", "drawing", "bare", "astronaut", "last", "plain", "8",
                  "cat", "talk"],
@@ -442,7 +442,7 @@ def sequence(index, kind, line, images, thought, latents, answer, rows, labels):
 
 
 # Of the fifteen readings of --turns all: index, format, all pieces, then positions, a span as (start, end):
-# images (which of the record's stands where), thought, latents, answer, answer rows, and the rows with a label.
+# images (which of them stands where), thought, latents, answer, answer rows, and the rows with a label.
 SEQUENCES = [
     sequence(0, "plain", SYSTEM + r"<|im_start|> user \n IMAGE*12 W h o _is _i t ?" + ASSISTANT
              + " an _a st ro n a u t <|im_end|>",
