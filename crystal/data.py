@@ -188,7 +188,10 @@ def _records(where, item, root, keep):
 
 
 def load_image(path, where):
-    """An image file, or a function that opens one -> RGB PIL image as `rgb` makes it. RecordError for a broken or oversized one."""
+    """An image file, or a function that opens one -> PIL image as `rgb` makes it.
+
+    RecordError for a broken or oversized one.
+    """
     try:
         with Image.open(path() if callable(path) else path) as image:
             image.load()  # verify() passes a truncated JPEG
@@ -198,10 +201,10 @@ def load_image(path, where):
 
 
 def rgb(image):
-    """A PIL image of any mode -> RGB, turned as its EXIF says, on white where it is transparent, what has more than 8 bits scaled to them.
+    """A PIL image of any mode -> RGB, turned as its EXIF says.
 
-    Pillow's own convert("RGB") drops the alpha, so that what was transparent shows the black that is stored under it, and
-    clips 16 bits at 255.
+    On white where it is transparent, more than 8 bits scaled to 8. Pillow's own convert("RGB") drops
+    the alpha, so that the black stored under what is transparent shows, and clips 16 bits at 255.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
@@ -217,8 +220,8 @@ def rgb(image):
 def eight_bits(image):
     """A grey image of more than 8 bits (modes I;16, I and F) -> mode LA, its values scaled to 0..255.
 
-    I;16 reaches to 65535. I and F name no range: it is the first of 0..1 (F alone), 0..255 and 0..65535 that holds all
-    values, or else (metres below zero, 32 bits) from the least to the largest of them. What is no number is black.
+    I;16 reaches to 65535. I and F name no range: it is the first of 0..1 (F alone), 0..255 and 0..65535 that
+    holds all values, or else (below zero, 32 bits) from the least to the largest. What is no number is black.
     """
     values = np.asarray(image, np.float64)
     numbers = values[np.isfinite(values)]
@@ -231,7 +234,8 @@ def eight_bits(image):
         low, high = 0, fitting[0]
     scaled = np.nan_to_num(255 * (values - low) / max(high - low, 1e-30), nan=0, posinf=255, neginf=0)
     opaque = values != image.info.get("transparency", np.nan)  # a PNG may name one value that is transparent
-    return Image.merge("LA", [Image.fromarray(band.round().astype(np.uint8)) for band in (scaled, 255.0 * opaque)])
+    bands = [scaled.round(), 255 * opaque]
+    return Image.merge("LA", [Image.fromarray(band.astype(np.uint8)) for band in bands])
 
 
 def load_features(record, name):

@@ -46,7 +46,7 @@ def test_the_answer_is_the_nearest_letter(sources, capsys):
 
 
 def test_a_depth_map_may_have_16_bits(sources):
-    """257 times each value of 8 bits is the same depth, in PNG, and in TIFF's bytes whatever the file is called."""
+    """257 times each value of 8 bits is the same depth, in PNG, and in TIFF whatever the file is called."""
     flags, root = sources
     ade20k_depth.main(flags)
     want = (root / "out" / "train.jsonl").read_text()

@@ -36,7 +36,8 @@ def test_names_levels_and_priors():
     assert LEVELS["blur"] == (2, 5, 10) and LEVELS["noise"] == (15, 30, 50) and LEVELS["color"] == (0.5, 1, 2)
     assert LEVELS["mask"] == LEVELS["jigsaw"] == (0.2, 0.5, 0.8)
     assert LEVELS["crop"] == (0.2, 0.5, 0.8) and LEVELS["impulse"] == (0.01, 0.04, 0.12)  # ours
-    assert PRIOR == {"blur": (2, 5), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8), "color": (0.5, 2), "noise": (15, 50), "impulse": (0.01, 0.12)}
+    assert PRIOR == {"blur": (2, 5), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8),
+                     "color": (0.5, 2), "noise": (15, 50), "impulse": (0.01, 0.12)}
     assert LIMIT == {"blur": 256, "mask": 1, "crop": 1, "jigsaw": 1, "color": 16, "noise": 255, "impulse": 1}
     assert all(0 < low < high <= LIMIT[mode] for mode, (low, high) in PRIOR.items())
 
@@ -463,8 +464,8 @@ def test_impulse_levels_do_the_damage_of_the_noise_levels():
         assert (corrupt(x, "impulse", share, seeded()) - x).square().mean().item() == pytest.approx((sigma / 255) ** 2, rel=0.1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# given numbers, given pictures: what each mode makes of its draws, worked out by hand on pictures that are not square
+# ------------------------------------------------------------------------------------------------------------
+# given numbers: what each mode makes of its draws, worked out by hand on pictures that are not square
 
 def drawing(monkeypatch, numbers):
     """The next uniform numbers are these."""
@@ -476,8 +477,10 @@ def drawing(monkeypatch, numbers):
     (40, 90, 0.25, [0.5, 0.0, 0.999], (0, 45, 20, 45)),     # half of each side; the last of 46 places
     (40, 90, 0.25, [0.5, 0.999, 0.0], (20, 0, 20, 45)),     # the last of 21 places
     (40, 90, 0.25, [0.5, 0.5, 0.25], (10, 11, 20, 45)),     # floor(0.5 * 21), floor(0.25 * 46)
-    (40, 90, 0.1, [1.0, 0.0, 0.0], (0, 0, 22, 16)),         # sqrt(0.1 * 3.3) 40 = 22.98 high, sqrt(0.1 / 3.3) 90 = 15.7 wide: 16, and 360 / 16 = 22.5
-    (40, 90, 0.1, [0.0, 0.0, 0.0], (0, 0, 7, 51)),          # sqrt(0.1 / 3.3) 40 = 6.96 high: 7, and 360 / 7 = 51.4
+    # sqrt(0.1 * 3.3) 40 = 22.98 high, sqrt(0.1 / 3.3) 90 = 15.7 wide: 16, and 360 / 16 = 22.5
+    (40, 90, 0.1, [1.0, 0.0, 0.0], (0, 0, 22, 16)),
+    # sqrt(0.1 / 3.3) 40 = 6.96 high: 7, and 360 / 7 = 51.4
+    (40, 90, 0.1, [0.0, 0.0, 0.0], (0, 0, 7, 51)),
     (40, 90, 0.8, [1.0, 0.0, 0.0], (0, 0, 40, 72)),         # no more than 1 / 0.8 fits: the full height
     (40, 90, 0.8, [0.0, 0.999, 0.0], (8, 0, 32, 90)),       # and the full width
     (90, 40, 0.25, [0.5, 0.999, 0.0], (45, 0, 45, 20)),     # upright
@@ -492,29 +495,34 @@ def test_a_mask_by_hand(monkeypatch, H, W, share, numbers, box):
 
 
 def test_a_crop_by_hand(monkeypatch):
-    """Three quarters thrown away: a window of half the sides, never of another aspect, at floor(0.5 * 21) and floor(0.2 * 46)."""
+    """Three quarters thrown away: a window of half the sides at floor(0.5 * 21) and floor(0.2 * 46)."""
     for aspect in (0.0, 0.9):
         drawing(monkeypatch, [aspect, 0.5, 0.2])
         x = picture(40, 90, dtype=torch.float64)
-        want = [resize(channel[10:30, 9:54], (40, 90), order=1, mode="edge", anti_aliasing=False) for channel in x.numpy()]
+        windows = x[:, 10:30, 9:54].numpy()
+        want = [resize(window, (40, 90), order=1, mode="edge", anti_aliasing=False) for window in windows]
         np.testing.assert_allclose(corrupt(x, "crop", 0.75).numpy(), want, atol=1e-10)
 
 
 def test_a_jigsaw_by_hand():
-    """The tiles that torch.randperm(16) names first trade places in a ring: each shows what the one named before it had, the first the last's."""
+    """The tiles that torch.randperm(16) names first trade places in a ring.
+
+    Each shows what the one named before it had, the first the last one's.
+    """
     H, W, h, w = 13, 22, 3, 5  # a row and two columns stay
     x = picture(H, W)
     for share, count in ((0.2, 3), (0.5, 8), (1, 16)):
         named = torch.randperm(16, generator=seeded(4)).tolist()[:count]
         want = x.clone()
         for place, tile in enumerate(named):
-            (row, column), (row_of, column_of) = divmod(tile, 4), divmod(named[place - 1], 4)
-            want[:, row * h : row * h + h, column * w : column * w + w] = x[:, row_of * h : row_of * h + h, column_of * w : column_of * w + w]
+            top, left = tile // 4 * h, tile % 4 * w
+            top_of, left_of = named[place - 1] // 4 * h, named[place - 1] % 4 * w
+            want[:, top : top + h, left : left + w] = x[:, top_of : top_of + h, left_of : left_of + w]
         assert torch.equal(corrupt(x, "jigsaw", share, seeded(4)), want)
 
 
 def test_an_impulse_by_hand(monkeypatch):
-    """Strength 0.4: below 0.2 black, from there to 0.4 white, at 0.4 and beyond as it was; all three channels."""
+    """Strength 0.4: below 0.2 black, from there to 0.4 white, from 0.4 on as it was; all three channels."""
     drawing(monkeypatch, [[0.0, 0.19, 0.2], [0.39, 0.4, 0.99]])
     x = picture(2, 3, low=0.3, high=0.7)
     want = x.clone()
@@ -528,11 +536,12 @@ def test_noise_by_hand():
     for dtype in (torch.float32, torch.float64):
         x = picture(5, 7, dtype=dtype)
         want = (x + 40 / 255 * torch.randn(3, 5, 7, generator=seeded(6))).clamp(0, 1)
-        assert torch.equal(corrupt(x, "noise", 40, seeded(6)), want) and (want == 0).any() and (want == 1).any()
+        assert torch.equal(corrupt(x, "noise", 40, seeded(6)), want)
+        assert (want == 0).any() and (want == 1).any()
 
 
 def test_color_by_hand(monkeypatch):
-    """s = 0.4 and the numbers 0.75, 0, 1, 0.75: brightness 1.2, contrast 0.6, saturation 1.4, hue up by 0.05 turns."""
+    """s = 0.4; of 0.75, 0, 1, 0.75 come brightness 1.2, contrast 0.6, saturation 1.4, hue + 0.05."""
     drawing(monkeypatch, [0.75, 0.0, 1.0, 0.75])
     x = picture(2, 3, low=0.3, high=0.5, dtype=torch.float64)
     bright = 1.2 * x.numpy()
@@ -556,5 +565,6 @@ def test_a_strength_by_hand(monkeypatch):
     x = picture(4, 6)
     generator = seeded(9)
     torch.rand(1, generator=generator, dtype=torch.float64)
-    assert torch.equal(corrupt(x, "noise", generator=seeded(9)), corrupt(x, "noise", 15 + 35 * number, generator))
+    want = corrupt(x, "noise", 15 + 35 * number, generator)
+    assert torch.equal(corrupt(x, "noise", generator=seeded(9)), want)
     assert torch.equal(corrupt(x, generator=seeded(9)), corrupt(x, "blur", 2 + 3 * number))
