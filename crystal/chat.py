@@ -8,9 +8,11 @@ import io
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.responses import JSONResponse
+
+from crystal.data import rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may open; of an animation the first picture counts
 
@@ -153,7 +155,7 @@ def image_of(url, where, limits):
             if image.width * image.height > limits.pixels:
                 raise Refusal(400, f"{where}: {image.width} x {image.height} pixels, at most {limits.pixels} are allowed", where)
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return rgb(image)
     except Refusal:
         raise
     except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the request's fault

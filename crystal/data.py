@@ -188,13 +188,54 @@ def _records(where, item, root, keep):
 
 
 def load_image(path, where):
-    """An image file, or a function that opens one -> RGB PIL image, turned as its EXIF says. RecordError for a broken or oversized one."""
+    """An image file, or a function that opens one -> PIL image as `rgb` makes it.
+
+    RecordError for a broken or oversized one.
+    """
     try:
         with Image.open(path() if callable(path) else path) as image:
             image.load()  # verify() passes a truncated JPEG
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return rgb(image)
     except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the record's fault
         raise RecordError(f"{where}: field 'image': {path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def rgb(image):
+    """A PIL image of any mode -> RGB, turned as its EXIF says.
+
+    On white where it is transparent, more than 8 bits scaled to 8. Pillow's own convert("RGB") drops
+    the alpha, so that the black stored under what is transparent shows, and clips 16 bits at 255.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def eight_bits(image):
+    """A grey image of more than 8 bits (modes I;16, I and F) -> mode LA, its values scaled to 0..255.
+
+    I;16 reaches to 65535. I and F name no range: it is the first of 0..1 (F alone), 0..255 and 0..65535 that
+    holds all values, or else (below zero, 32 bits) from the least to the largest. What is no number is black.
+    """
+    values = np.asarray(image, np.float64)
+    numbers = values[np.isfinite(values)]
+    if not numbers.size:
+        raise ValueError("no finite value in it")
+    ends = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    low, high = numbers.min(), numbers.max()
+    fitting = [end for end in ends if low >= 0 and high <= end]
+    if fitting:
+        low, high = 0, fitting[0]
+    scaled = np.nan_to_num(255 * (values - low) / max(high - low, 1e-30), nan=0, posinf=255, neginf=0)
+    opaque = values != image.info.get("transparency", np.nan)  # a PNG may name one value that is transparent
+    bands = [scaled.round(), 255 * opaque]
+    return Image.merge("LA", [Image.fromarray(band.astype(np.uint8)) for band in bands])
 
 
 def load_features(record, name):

@@ -71,10 +71,11 @@ def show(ax, image):
 def corruption_grid(image, path, seed=0):
     """Every mode of corrupt.MODES at its three named levels, as in figures 9 to 13 -> path of the PNG.
 
-    image: PIL, RGB, any size; strengths in pixels are pixels of this image. One row per mode: intact, then weak to
-    strong, all from the same seed.
+    image: PIL, any mode and size; strengths in pixels are pixels of this image. One row per mode: intact,
+    then weak to strong, all from the same seed.
     """
-    x = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255  # [3,height,width]
+    image = data.rgb(image)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # [3,height,width]
     aspect = min(max(image.height / image.width, 0.4), 2.5)
     fig = figure(8.5, len(MODES) * (2 * aspect + 0.25))
     axes = fig.subplots(len(MODES), 4)

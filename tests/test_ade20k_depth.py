@@ -45,6 +45,18 @@ def test_the_answer_is_the_nearest_letter(sources, capsys):
     assert len(read) == 8 and len(read[0].boxes) == len(lines[0]["boxes"])
 
 
+def test_a_depth_map_may_have_16_bits(sources):
+    """257 times each value of 8 bits is the same depth, in PNG, and in TIFF whatever the file is called."""
+    flags, root = sources
+    ade20k_depth.main(flags)
+    want = (root / "out" / "train.jsonl").read_text()
+    for path in (root / "depth").rglob("*.png"):
+        values = np.asarray(Image.open(path)).astype(np.uint16) * 257
+        Image.fromarray(values).save(path, "TIFF" if "2" in path.stem else "PNG")
+    ade20k_depth.main(flags)
+    assert (root / "out" / "train.jsonl").read_text() == want
+
+
 def test_the_same_seed_gives_the_same_bytes_and_count_a_sample(sources):
     flags, root = sources
 

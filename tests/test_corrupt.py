@@ -35,7 +35,10 @@ def test_names_levels_and_priors():
     # appendix A.3, figures 9 to 13
     assert LEVELS["blur"] == (2, 5, 10) and LEVELS["noise"] == (15, 30, 50) and LEVELS["color"] == (0.5, 1, 2)
     assert LEVELS["mask"] == LEVELS["jigsaw"] == (0.2, 0.5, 0.8)
-    assert PRIOR["blur"] == (2, 5) and PRIOR["mask"] == (0.2, 0.8) and PRIOR["noise"] == (15, 50)
+    assert LEVELS["crop"] == (0.2, 0.5, 0.8) and LEVELS["impulse"] == (0.01, 0.04, 0.12)  # ours
+    assert PRIOR == {"blur": (2, 5), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8),
+                     "color": (0.5, 2), "noise": (15, 50), "impulse": (0.01, 0.12)}
+    assert LIMIT == {"blur": 256, "mask": 1, "crop": 1, "jigsaw": 1, "color": 16, "noise": 255, "impulse": 1}
     assert all(0 < low < high <= LIMIT[mode] for mode, (low, high) in PRIOR.items())
 
 
@@ -459,3 +462,109 @@ def test_impulse_levels_do_the_damage_of_the_noise_levels():
     for sigma, share in zip(LEVELS["noise"], LEVELS["impulse"]):
         x = picture(300, 300)
         assert (corrupt(x, "impulse", share, seeded()) - x).square().mean().item() == pytest.approx((sigma / 255) ** 2, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# given numbers: what each mode makes of its draws, worked out by hand on pictures that are not square
+
+def drawing(monkeypatch, numbers):
+    """The next uniform numbers are these."""
+    monkeypatch.setattr(C, "uniform", lambda n, generator: torch.tensor(numbers, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("H, W, share, numbers, box", [
+    # numbers: aspect (0 lowest, 0.5 the image's own, 1 highest), top, left. box: top, left, height, width
+    (40, 90, 0.25, [0.5, 0.0, 0.999], (0, 45, 20, 45)),     # half of each side; the last of 46 places
+    (40, 90, 0.25, [0.5, 0.999, 0.0], (20, 0, 20, 45)),     # the last of 21 places
+    (40, 90, 0.25, [0.5, 0.5, 0.25], (10, 11, 20, 45)),     # floor(0.5 * 21), floor(0.25 * 46)
+    # sqrt(0.1 * 3.3) 40 = 22.98 high, sqrt(0.1 / 3.3) 90 = 15.7 wide: 16, and 360 / 16 = 22.5
+    (40, 90, 0.1, [1.0, 0.0, 0.0], (0, 0, 22, 16)),
+    # sqrt(0.1 / 3.3) 40 = 6.96 high: 7, and 360 / 7 = 51.4
+    (40, 90, 0.1, [0.0, 0.0, 0.0], (0, 0, 7, 51)),
+    (40, 90, 0.8, [1.0, 0.0, 0.0], (0, 0, 40, 72)),         # no more than 1 / 0.8 fits: the full height
+    (40, 90, 0.8, [0.0, 0.999, 0.0], (8, 0, 32, 90)),       # and the full width
+    (90, 40, 0.25, [0.5, 0.999, 0.0], (45, 0, 45, 20)),     # upright
+])
+def test_a_mask_by_hand(monkeypatch, H, W, share, numbers, box):
+    drawing(monkeypatch, numbers)
+    x = picture(H, W, low=0.1)
+    top, left, height, width = box
+    want = x.clone()
+    want[:, top : top + height, left : left + width] = 0
+    assert torch.equal(corrupt(x, "mask", share), want)
+
+
+def test_a_crop_by_hand(monkeypatch):
+    """Three quarters thrown away: a window of half the sides at floor(0.5 * 21) and floor(0.2 * 46)."""
+    for aspect in (0.0, 0.9):
+        drawing(monkeypatch, [aspect, 0.5, 0.2])
+        x = picture(40, 90, dtype=torch.float64)
+        windows = x[:, 10:30, 9:54].numpy()
+        want = [resize(window, (40, 90), order=1, mode="edge", anti_aliasing=False) for window in windows]
+        np.testing.assert_allclose(corrupt(x, "crop", 0.75).numpy(), want, atol=1e-10)
+
+
+def test_a_jigsaw_by_hand():
+    """The tiles that torch.randperm(16) names first trade places in a ring.
+
+    Each shows what the one named before it had, the first the last one's.
+    """
+    H, W, h, w = 13, 22, 3, 5  # a row and two columns stay
+    x = picture(H, W)
+    for share, count in ((0.2, 3), (0.5, 8), (1, 16)):
+        named = torch.randperm(16, generator=seeded(4)).tolist()[:count]
+        want = x.clone()
+        for place, tile in enumerate(named):
+            top, left = tile // 4 * h, tile % 4 * w
+            top_of, left_of = named[place - 1] // 4 * h, named[place - 1] % 4 * w
+            want[:, top : top + h, left : left + w] = x[:, top_of : top_of + h, left_of : left_of + w]
+        assert torch.equal(corrupt(x, "jigsaw", share, seeded(4)), want)
+
+
+def test_an_impulse_by_hand(monkeypatch):
+    """Strength 0.4: below 0.2 black, from there to 0.4 white, from 0.4 on as it was; all three channels."""
+    drawing(monkeypatch, [[0.0, 0.19, 0.2], [0.39, 0.4, 0.99]])
+    x = picture(2, 3, low=0.3, high=0.7)
+    want = x.clone()
+    want[:, 0, :2] = 0
+    want[:, 0, 2] = want[:, 1, 0] = 1
+    assert torch.equal(corrupt(x, "impulse", 0.4), want)
+
+
+def test_noise_by_hand():
+    """The generator's normal numbers, one for each value, times sigma / 255, and the clip."""
+    for dtype in (torch.float32, torch.float64):
+        x = picture(5, 7, dtype=dtype)
+        want = (x + 40 / 255 * torch.randn(3, 5, 7, generator=seeded(6))).clamp(0, 1)
+        assert torch.equal(corrupt(x, "noise", 40, seeded(6)), want)
+        assert (want == 0).any() and (want == 1).any()
+
+
+def test_color_by_hand(monkeypatch):
+    """s = 0.4; of 0.75, 0, 1, 0.75 come brightness 1.2, contrast 0.6, saturation 1.4, hue + 0.05."""
+    drawing(monkeypatch, [0.75, 0.0, 1.0, 0.75])
+    x = picture(2, 3, low=0.3, high=0.5, dtype=torch.float64)
+    bright = 1.2 * x.numpy()
+    luma = np.array([0.299, 0.587, 0.114])
+    mean = np.tensordot(luma, bright, 1).mean()
+    even = mean + 0.6 * (bright - mean)
+    grey = np.tensordot(luma, even, 1)
+    vivid = np.clip(grey + 1.4 * (even - grey), 0, 1)
+    want = np.empty_like(vivid)
+    for row, column in np.ndindex(2, 3):
+        hue, saturation, value = colorsys.rgb_to_hsv(*vivid[:, row, column])
+        want[:, row, column] = colorsys.hsv_to_rgb((hue + 0.05) % 1, saturation, value)
+    np.testing.assert_allclose(corrupt(x, "color", 0.4).numpy(), want, atol=1e-12)
+
+
+def test_a_strength_by_hand(monkeypatch):
+    """One uniform number in float64 from the lower end to the higher; drawn before the place is."""
+    number = torch.rand(1, generator=seeded(9), dtype=torch.float64).item()
+    assert draw_strength("noise", seeded(9)) == 15 + 35 * number
+    assert draw_strength(generator=seeded(9)) == 2 + 3 * number  # blur unless another is named
+    x = picture(4, 6)
+    generator = seeded(9)
+    torch.rand(1, generator=generator, dtype=torch.float64)
+    want = corrupt(x, "noise", 15 + 35 * number, generator)
+    assert torch.equal(corrupt(x, "noise", generator=seeded(9)), want)
+    assert torch.equal(corrupt(x, generator=seeded(9)), corrupt(x, "blur", 2 + 3 * number))
