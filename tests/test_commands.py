@@ -124,9 +124,9 @@ TABLE = {
         "--out": "test_bench_measures_what_was_asked",
     },
     "data_prep.ade20k_depth": {
-        "--images": "test_ade20k_depth.py::test_the_answer_is_the_nearest_letter",
-        "--depth": "test_ade20k_depth.py::test_the_answer_is_the_nearest_letter",
-        "--out": "test_ade20k_depth.py::test_the_answer_is_the_nearest_letter",
+        "--images": "test_ade20k_depth.py::test_maps_may_lie_in_one_folder_and_names_end_in_capitals",
+        "--depth": "test_ade20k_depth.py::test_maps_may_lie_in_one_folder_and_names_end_in_capitals",
+        "--out": "test_ade20k_depth.py::test_maps_may_lie_in_one_folder_and_names_end_in_capitals",
         "--count": "test_ade20k_depth.py::test_the_seed_draws_order_and_points",
         "--gap": "test_ade20k_depth.py::test_a_wider_gap_is_kept",
         "--seed": "test_ade20k_depth.py::test_the_seed_draws_order_and_points",
