@@ -282,7 +282,8 @@ def test_each_named_test_exists_and_gives_the_flag(command):
     for flag, test in TABLE[command].items():
         source = source_of(test)
         assert source is not None, f"{command} {flag}: there is no {test}"
-        assert flag in source or test == OPENS, f"{command} {flag}: {test} never gives it"
+        given = flag in source or f"--no-{flag[2:]}" in source
+        assert given or test == OPENS, f"{command} {flag}: {test} never gives it"
 
 
 # ---- what several commands share ---------------------------------------------------------------------------------------
