@@ -763,6 +763,16 @@ def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypa
     assert note == {"flags": [*flags, "--lr", "1", "--seed", "1"], "percent": {"all": 50.0}}
 
 
+def test_compare_percents_are_of_each_family(records_file, tmp_path, monkeypatch):
+    """One of two and three of three, by hand, in the table and in the note beside the run."""
+    monkeypatch.setattr(train, "main", lambda argv: checkpoint.step_dir(argv[argv.index("--output") + 1], 7).mkdir(parents=True))
+    monkeypatch.setattr(export, "open_model", lambda *_, **__: (None, None, None))
+    monkeypatch.setattr(evaluate, "answers", lambda *_, **__: answered(1, 2, "x") + answered(3, 3, "y"))
+    compare.main(["--methods", "sft", "--seeds", "1", "--max_steps", "7", "--model", "some/model", "--data", str(records_file), "--test", str(records_file), "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "sft-0" / "compare.json").read_text())["percent"] == {"x": 50.0, "y": 100.0, "all": 80.0}
+    assert [line.split() for line in (tmp_path / "table.txt").read_text().splitlines()] == [["family", "sft"], ["x", "50.0"], ["y", "100.0"], ["all", "80.0"]]
+
+
 def test_compare_on_the_tiny_base_uses_the_demos_flags_and_scenes(tmp_path, monkeypatch):
     """--method's own flags of the demo come before what was typed; LaViT's data is what the run sft-0 saw; --max_steps of 2 and the scenes' test split."""
     trained, drawn, questions = [], [], []

@@ -180,6 +180,13 @@ def test_a_broken_row_is_one_line(tmp_path, name):
     assert not outside
 
 
+def test_a_broken_row_far_down_is_told_at_its_place(tmp_path):
+    """The thirty-first of its row group, which is read sixteen rows at a time."""
+    folder = write(tmp_path / "parts", [row(i, raw=b"text") if i == 34 else row(i) for i in range(40)], (2, 4), group=50)
+    with pytest.raises(UserError, match=r"part10/train-00000-of-00001.parquet, row group 0, row 30: column 'image'"):
+        covt.run(folder, tmp_path / "out", say=lambda _: None)
+
+
 def test_more_than_one_in_a_hundred_broken_stops(tmp_path):
     folder = write(tmp_path / "parts", [row(i, raw=b"text") if i in (3, 8) else row(i) for i in range(12)])
     with pytest.raises(UserError, match="2 broken rows, more than 1 % of 12"):

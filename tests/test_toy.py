@@ -78,6 +78,16 @@ def test_complete_directory_is_left_alone_and_unfinished_one_is_not(tmp_path):
     assert lines.read_text() != "touched"
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"train": 6}, {"val": 1}, {"test": 1}, {"stream": "base"}])
+def test_other_sizes_are_drawn_anew(tmp_path, change):
+    """A directory is complete only for the very arguments that made it."""
+    toy.generate(tmp_path, 0, 5, 0, 0)
+    (tmp_path / "train.jsonl").write_text("touched")
+    toy.generate(tmp_path, **({"seed": 0, "train": 5, "val": 0, "test": 0} | change))
+    assert len(read(tmp_path, "train")) == change.get("train", 5)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"seed": 0, "train": 5, "val": 0, "test": 0, "stream": "demo", "version": 2} | change
+
+
 def test_splits_share_no_scene(made):
     pixels = [Image.open(p).tobytes() for p in (made / "images").rglob("*.png")]
     assert len(set(pixels)) == len(pixels) == sum(SIZES.values())
