@@ -1,10 +1,12 @@
-"""Every flag of every command does what it says: a table of flags, each with the test that gives it another value than its default.
+"""Every flag of every command does what it says: a table of flags, each with a test at another value than its default.
 
-The table is held against the commands' own parsers: a flag without a test fails here, and so does a test of a flag that is gone.
-train.py's settings have a table of their own. The tests below go from argv to what the flag reaches: the prompt that is decoded,
-the tensors of the checkpoint that was named, files and numbers as they are written. What stands behind and takes minutes (a
-training, a benchmark's measurement) is replaced by a recorder of its arguments. Right values are counted by hand or read from the files themselves.
+The table is held against the commands' own parsers: a flag without a test fails here, and so does a test of a flag
+that is gone. train.py's settings have a table of their own. The tests below go from argv to what the flag reaches: the
+prompt that is decoded, the tensors of the checkpoint that was named, files and numbers as they are written. What stands
+behind and takes minutes (a training, a benchmark's measurement) is replaced by a recorder of its arguments. Right values
+are counted by hand or read from the files themselves.
 """
+
 import ast
 import functools
 import importlib
@@ -24,20 +26,35 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_benchmarks import picture
 
-from crystal import bench, checkpoint, compare, config, data, demo, evaluate, export, generate, serve, train, visualize
+from crystal import (
+    bench,
+    checkpoint,
+    compare,
+    config,
+    data,
+    demo,
+    evaluate,
+    export,
+    generate,
+    serve,
+    train,
+    visualize,
+)
 from crystal.config import UserError
 from data_prep import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 
-# What opens a model takes these four, and two tests hold them: what is asked arrives, and what arrives is done.
+# What opens a model takes these four, and two tests hold them: what is asked arrives, and what arrives is
+# done.
 OPENS = "test_what_opens_a_model_is_told_what_was_asked"
 MODEL = {"--checkpoint": OPENS, "--device": OPENS, "--min_pixels": OPENS, "--max_pixels": OPENS}
 
 # {command: {flag: test}}; a test without a file stands in this one.
 TABLE = {
-    "crystal.generate": MODEL | {
+    "crystal.generate": MODEL
+    | {
         "--model": OPENS,
         "--image": "test_generate_asks_what_was_typed",
         "--question": "test_generate_asks_what_was_typed",
@@ -59,7 +76,8 @@ TABLE = {
         "--attn_layers": "test_visualize_draws_what_was_asked",
         "--device": "test_visualize_draws_what_was_asked",
     },
-    "crystal.evaluate": MODEL | {
+    "crystal.evaluate": MODEL
+    | {
         "--model": OPENS,
         "--data": "test_evaluate_reads_asks_and_writes",
         "--benchmark": "test_evaluate_scores_a_benchmark_as_told",
@@ -79,7 +97,8 @@ TABLE = {
         "--out": "test_evaluate_reads_asks_and_writes",
         "--overwrite": "test_evaluate.py::test_a_killed_run_goes_on",
     },
-    "crystal.serve": MODEL | {
+    "crystal.serve": MODEL
+    | {
         "--model": OPENS,
         "--name": "test_serve_is_told_what_was_asked",
         "--host": "test_serve_is_told_what_was_asked",
@@ -160,7 +179,8 @@ TABLE = {
         "--device": "test_encoder_features.py::test_files_hold_what_the_flags_say",
         "--on_bad_record": "test_encoders.py::test_a_broken_image_is_left_out_and_files_are_made_once",
     },
-    "data_prep.lavit_teacher": MODEL | {
+    "data_prep.lavit_teacher": MODEL
+    | {
         "--teacher": OPENS,
         "--data": "test_lavit_teacher.py::test_the_command_passes_its_flags_on",
         "--image_root": "test_lavit_teacher.py::test_the_command_passes_its_flags_on",
@@ -219,7 +239,8 @@ TABLE = {
 }
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
+
 
 class Parser(Exception):
     """Raised in the place of parsing, so that nothing after it runs."""
@@ -228,8 +249,16 @@ class Parser(Exception):
 def commands():
     """Dotted names of the files that have a parser of their own; train.py's is made of its settings."""
     files = [*ROOT.glob("crystal/**/*.py"), *ROOT.glob("data_prep/**/*.py")]
-    own = [path for path in files if re.search(r"= (config\.)?OneLineParser\(prog|= (config\.)?OneLineParser\(desc", path.read_text())]
-    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in own if path != ROOT / "crystal" / "config.py")
+    own = [
+        path
+        for path in files
+        if re.search(r"= (config\.)?OneLineParser\(prog|= (config\.)?OneLineParser\(desc", path.read_text())
+    ]
+    return sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in own
+        if path != ROOT / "crystal" / "config.py"
+    )
 
 
 def flags_of(command, monkeypatch):
@@ -245,7 +274,9 @@ def flags_of(command, monkeypatch):
     with pytest.raises(Parser):
         importlib.import_module(command).main()
     options = [option for action in caught[0]._actions for option in action.option_strings]
-    return {option for option in options if option.startswith("--") and not option.startswith("--no-")} - {"--help"}
+    return {option for option in options if option.startswith("--") and not option.startswith("--no-")} - {
+        "--help"
+    }
 
 
 @functools.cache
@@ -286,14 +317,44 @@ def test_each_named_test_exists_and_gives_the_flag(command):
         assert given or test == OPENS, f"{command} {flag}: {test} never gives it"
 
 
-# ---- what several commands share ---------------------------------------------------------------------------------------
+# ---- what several commands share ---------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def run(model_dirs, records_file, tmp_path_factory):
     """A run of three updates, a checkpoint after each; the second is the best."""
-    run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lora_alpha", "6", "--lr", "1e-2", "--max_steps", "3",
-                      "--save_every", "1", "--keep", "3", "--eval_every", "0", "--log_every", "1", "--max_pixels", "6272", "--device", "cpu",
-                      "--output", str(tmp_path_factory.mktemp("commands") / "run")])
+    run = train.main(
+        [
+            "--model",
+            str(model_dirs[True]),
+            "--data",
+            str(records_file),
+            "--latents",
+            "3",
+            "--lora_r",
+            "2",
+            "--lora_alpha",
+            "6",
+            "--lr",
+            "1e-2",
+            "--max_steps",
+            "3",
+            "--save_every",
+            "1",
+            "--keep",
+            "3",
+            "--eval_every",
+            "0",
+            "--log_every",
+            "1",
+            "--max_pixels",
+            "6272",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path_factory.mktemp("commands") / "run"),
+        ]
+    )
     checkpoint.mark_best(run, 2, 1.0, "loss")
     return run
 
@@ -334,64 +395,113 @@ def test_what_opens_a_model_is_told_what_was_asked(command, records_file, monkey
     rest = [str(tmp_path / "d" / "train.jsonl") if word == "RECORDS" else word for word in rest]
     module = importlib.import_module(command)
     opening(monkeypatch, module)
-    monkeypatch.setattr(module, "weights", lambda args: "", raising=False)  # lavit_teacher's look at a run's manifest
+    monkeypatch.setattr(
+        module, "weights", lambda args: "", raising=False
+    )  # lavit_teacher's look at a run's manifest
     with pytest.raises(Opened) as opened:
-        module.main([flag, "some/run", "--checkpoint", "2", "--device", "cpu:0", "--min_pixels", "3136", "--max_pixels", "6272", *rest])
+        module.main(
+            [
+                flag,
+                "some/run",
+                "--checkpoint",
+                "2",
+                "--device",
+                "cpu:0",
+                "--min_pixels",
+                "3136",
+                "--max_pixels",
+                "6272",
+                *rest,
+            ]
+        )
     asked = opened.value.args[0]
     assert (asked["name"], asked["which"], asked["device"]) == ("some/run", "2", torch.device("cpu:0"))
     assert (asked["min_pixels"], asked["max_pixels"]) == (3136, 6272)
 
 
 def test_a_model_is_opened_as_asked(run, model_dirs):
-    """The tensors of the checkpoint that is named; its own bounds on pixels unless others are given; dtype and device of the weights."""
+    """The tensors of the checkpoint that is named; its own bounds on pixels unless others are given; dtype
+    and device of the weights.
+    """
     assert not torch.equal(*(saved(run, step)["model.rows.rows"] for step in (1, 2)))
     for which, step in (("1", 1), ("best", 2), ("last", 3)):
         model, fmt, settings = export.open_model(run, which)
         ours = {f"model.{name}": p for name, p in model.named_parameters()}
         assert all(torch.equal(ours[name], tensor) for name, tensor in saved(run, step).items())
         assert settings.latents == fmt.count == 3 and not model.training
-        embedding = model.hf.get_input_embeddings().weight  # the rows that the forward reads follow what was trained
+        embedding = (
+            model.hf.get_input_embeddings().weight
+        )  # the rows that the forward reads follow what was trained
         assert torch.equal(embedding[model.rows.ids], saved(run, step)["model.rows.rows"])
     assert dict(model.image_processor.size)["longest_edge"] == 6272
 
     model, _, _ = export.open_model(run, min_pixels=4704, max_pixels=9408)
-    assert (dict(model.image_processor.size)["shortest_edge"], dict(model.image_processor.size)["longest_edge"]) == (4704, 9408)
-    model, fmt, settings = export.open_model(str(model_dirs[True]), dtype=torch.bfloat16, device=torch.device("meta"), min_pixels=3136, max_pixels=6272)
+    assert (
+        dict(model.image_processor.size)["shortest_edge"],
+        dict(model.image_processor.size)["longest_edge"],
+    ) == (4704, 9408)
+    model, fmt, settings = export.open_model(
+        str(model_dirs[True]),
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+        min_pixels=3136,
+        max_pixels=6272,
+    )
     assert (model.hf.dtype, model.device.type, settings, fmt.count) == (torch.bfloat16, "meta", None, 0)
-    assert (dict(model.image_processor.size)["shortest_edge"], dict(model.image_processor.size)["longest_edge"]) == (3136, 6272)
+    assert (
+        dict(model.image_processor.size)["shortest_edge"],
+        dict(model.image_processor.size)["longest_edge"],
+    ) == (3136, 6272)
     assert export.open_model(str(model_dirs[True]))[0].hf.dtype == torch.float32
 
 
 @pytest.fixture
 def attached(setup, monkeypatch):
-    """attached(module, *flags) -> a method on a small model, which `module` opens whatever it is asked for."""
+    """attached(module, *flags) -> a method on a small model, which `module` opens whatever it is asked for.
+    """
+
     def make(module, *flags):
         s = setup(*flags, dtype=torch.float32)
         s.model.eval()
         monkeypatch.setattr(module, "open_model", lambda *_, **__: (s.model, s.fmt, s.settings))
         return s
+
     return make
 
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-THOUGHT = {"keep": "<think> Because the feature of the image is<|latent_0|><|latent_1|><|latent_2|>. </think><answer>",
-           "drop": "<think> Because the feature of the image is. </think><answer>", "free": "", "none": ""}
+THOUGHT = {
+    "keep": "<think> Because the feature of the image is"
+    "<|latent_0|><|latent_1|><|latent_2|>. </think><answer>",
+    "drop": "<think> Because the feature of the image is. </think><answer>",
+    "free": "",
+    "none": "",
+}
 
 
 def prompt(question, tokens, latents):
     """What the model is to be given, as text. tokens: how many each image takes."""
     images = "".join("<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>" for n in tokens)
-    return f"{SYSTEM}<|im_start|>user\n{images}{question}<|im_end|>\n<|im_start|>assistant\n{THOUGHT[latents]}"
+    return (
+        f"{SYSTEM}<|im_start|>user\n{images}{question}<|im_end|>\n<|im_start|>assistant\n{THOUGHT[latents]}"
+    )
 
 
 def shown(pixels):
-    """Rows of pixel_values [P, 3 x 2 x 14 x 14] as the processor makes them -> colours from 0 to 1, [pixels, 3] of the first frame."""
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    """Rows of pixel_values [P, 3 x 2 x 14 x 14] as the processor makes them -> colours from 0 to 1, [pixels,
+    3] of the first frame.
+    """
+    mean, std = (
+        torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+        torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
     return pixels.view(-1, 3, 2, 196)[:, :, 0].permute(0, 2, 1).reshape(-1, 3) * std + mean
 
 
 def colours(path):
-    """The pixels of a picture file, [pixels, 3], from 0 to 1, sorted: whatever order the processor puts them in."""
+    """The pixels of a picture file, [pixels, 3], from 0 to 1, sorted: whatever order the processor puts them
+    in.
+    """
     return in_order(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).view(-1, 3).float() / 255)
 
 
@@ -399,17 +509,32 @@ def in_order(pixels):
     return pixels.sort(0).values
 
 
-# ---- generate ----------------------------------------------------------------------------------------------------------
+# ---- generate ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("latents", ["keep", "drop", "free"])
 def test_generate_asks_what_was_typed(attached, records_file, monkeypatch, capsys, latents):
-    """--image twice, in order; --question as text; room for a thought of the model's own beside --max_new_tokens."""
+    """--image twice, in order; --question as text; room for a thought of the model's own beside
+    --max_new_tokens.
+    """
     s = attached(generate)
     asked = []
     monkeypatch.setattr(generate, "generate", lambda *args, **how: asked.append((args, how)) or ["an answer"])
     folder = records_file.parent
-    generate.main(["--image", str(folder / "0_0.png"), "--image", str(folder / "1_0.png"), "--question", "Which <image>?", "--max_new_tokens", "7",
-                   "--latents", latents])
+    generate.main(
+        [
+            "--image",
+            str(folder / "0_0.png"),
+            "--image",
+            str(folder / "1_0.png"),
+            "--question",
+            "Which <image>?",
+            "--max_new_tokens",
+            "7",
+            "--latents",
+            latents,
+        ]
+    )
     (model, [(ids, pixels, grid)], fmt, room), how = asked[0]
     assert capsys.readouterr().out == "an answer\n" and (model, fmt) == (s.model, s.fmt)
 
@@ -420,20 +545,31 @@ def test_generate_asks_what_was_typed(attached, records_file, monkeypatch, capsy
     assert (in_order(shown(pixels[48:])) - colours(folder / "1_0.png")).abs().max() < 1e-5
 
     # A thought of its own: the words, three latents, the full stop, and four tags.
-    words = s.model.tokenizer(" Because the feature of the image is").input_ids + s.model.tokenizer(". ").input_ids
+    words = (
+        s.model.tokenizer(" Because the feature of the image is").input_ids
+        + s.model.tokenizer(". ").input_ids
+    )
     assert room == 7 + (len(words) + 3 + 4 if latents == "free" else 0)
     assert how["latents"] == latents
 
 
-# ---- export ------------------------------------------------------------------------------------------------------------
+# ---- export ------------------------------------------------------------------------------------------------
+
 
 def test_export_writes_the_checkpoint_that_was_named(run, model_dirs, tmp_path, capsys):
     """W + (alpha / r) B A of the first of three checkpoints, by hand from its tensors, below --out."""
     export.main(["--run", str(run), "--checkpoint", "1", "--out", str(tmp_path / "to")])
     assert capsys.readouterr().out == f"wrote {tmp_path}/to/merged and {tmp_path}/to/adapter\n"
-    assert sorted(p.name for p in (tmp_path / "to").iterdir()) == ["adapter", "merged"] and not (run / "merged").exists()
+    assert (
+        sorted(p.name for p in (tmp_path / "to").iterdir()) == ["adapter", "merged"]
+        and not (run / "merged").exists()
+    )
 
-    base, merged, tensors = load_file(model_dirs[True] / "model.safetensors"), load_file(tmp_path / "to" / "merged" / "model.safetensors"), saved(run, 1)
+    base, merged, tensors = (
+        load_file(model_dirs[True] / "model.safetensors"),
+        load_file(tmp_path / "to" / "merged" / "model.safetensors"),
+        saved(run, 1),
+    )
     adapted = 0
     for name, W in base.items():
         prefix = f"model.hf.{name.removesuffix('.weight')}"
@@ -445,19 +581,26 @@ def test_export_writes_the_checkpoint_that_was_named(run, model_dirs, tmp_path, 
 
     adapter = load_file(tmp_path / "to" / "adapter" / "adapter_model.safetensors")
     layer = "model.language_model.layers.2.mlp.down_proj"
-    assert torch.equal(adapter[f"base_model.model.{layer}.lora_B.weight"], tensors[f"model.hf.{layer}.lora_B"])
+    assert torch.equal(
+        adapter[f"base_model.model.{layer}.lora_B.weight"], tensors[f"model.hf.{layer}.lora_B"]
+    )
     assert tensors[f"model.hf.{layer}.lora_B"].abs().max() > 0
 
     # By default into the run, and the best checkpoint.
     export.main(["--run", str(run)])
     best = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert torch.equal(best[f"base_model.model.{layer}.lora_B.weight"], saved(run, 2)[f"model.hf.{layer}.lora_B"])
+    assert torch.equal(
+        best[f"base_model.model.{layer}.lora_B.weight"], saved(run, 2)[f"model.hf.{layer}.lora_B"]
+    )
 
 
-# ---- visualize ---------------------------------------------------------------------------------------------------------
+# ---- visualize ---------------------------------------------------------------------------------------------
+
 
 def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path, capsys):
-    """Records from another folder than their images, two of three, families in turn; layers, checkpoint and device of the model."""
+    """Records from another folder than their images, two of three, families in turn; layers, checkpoint and
+    device of the model.
+    """
     records = tmp_path / "elsewhere.jsonl"
     records.write_text(records_file.read_text())
     drawn, opened = {}, []
@@ -475,18 +618,43 @@ def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path
     monkeypatch.setattr(visualize, "attention_maps", maps)
     monkeypatch.setattr(visualize, "loss_curves", lambda of, path: drawn.update(run=Path(of)) or path)
     monkeypatch.setattr(visualize, "corruption_grid", lambda image, path: drawn.update(image=image) or path)
-    visualize.main(["--run", str(run), "--checkpoint", "1", "--data", str(records), "--image_root", str(records_file.parent), "--out", str(tmp_path / "to"),
-                    "--count", "2", "--attn_layers", "0,-1", "--device", "cpu:0"])
-    assert capsys.readouterr().out.split() == [str(tmp_path / "to" / f"{name}.png") for name in ("losses", "corruptions", "attention")]
+    visualize.main(
+        [
+            "--run",
+            str(run),
+            "--checkpoint",
+            "1",
+            "--data",
+            str(records),
+            "--image_root",
+            str(records_file.parent),
+            "--out",
+            str(tmp_path / "to"),
+            "--count",
+            "2",
+            "--attn_layers",
+            "0,-1",
+            "--device",
+            "cpu:0",
+        ]
+    )
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "to" / f"{name}.png") for name in ("losses", "corruptions", "attention")
+    ]
     assert drawn["run"] == run and drawn["image"].size == (112, 84)
-    assert [r.id for r in drawn["records"]] == ["0", "1"] and drawn["layers"] == {0, 2} and drawn["corruption"] is None
+    assert (
+        [r.id for r in drawn["records"]] == ["0", "1"]
+        and drawn["layers"] == {0, 2}
+        and drawn["corruption"] is None
+    )
     assert drawn["settings"].lora_alpha == 6
     ours = dict(drawn["model"].named_parameters())
     assert torch.equal(ours["rows.rows"], saved(run, 1)["model.rows.rows"])
     assert opened[0]["device"] == torch.device("cpu:0")
 
 
-# ---- evaluate ----------------------------------------------------------------------------------------------------------
+# ---- evaluate ----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def fed(monkeypatch):
@@ -506,28 +674,75 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     attached(evaluate)
     records, out = tmp_path / "elsewhere.jsonl", tmp_path / "to" / "p.jsonl"
     records.write_text(records_file.read_text())
-    evaluate.main(["--data", str(records), "--image_root", str(records_file.parent), "--limit", "2", "--batch_size", "1", "--max_new_tokens", "5", "--out", str(out),
-                   "--model", "some/where", "--device", "cpu"])
-    assert [(len(call.prompts), call.room, call.biases, call.latents) for call in fed] == [(1, 5, None, "keep")] * 2
-    assert (in_order(shown(fed[1].prompts[0][1])) - colours(records_file.parent / "1_0.png")).abs().max() < 1e-5
+    evaluate.main(
+        [
+            "--data",
+            str(records),
+            "--image_root",
+            str(records_file.parent),
+            "--limit",
+            "2",
+            "--batch_size",
+            "1",
+            "--max_new_tokens",
+            "5",
+            "--out",
+            str(out),
+            "--model",
+            "some/where",
+            "--device",
+            "cpu",
+        ]
+    )
+    assert [(len(call.prompts), call.room, call.biases, call.latents) for call in fed] == [
+        (1, 5, None, "keep")
+    ] * 2
+    assert (
+        in_order(shown(fed[1].prompts[0][1])) - colours(records_file.parent / "1_0.png")
+    ).abs().max() < 1e-5
 
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(r["index"], r["id"], r["family"], r["answer"], r["prediction"], r["extracted"], r["correct"]) for r in lines] == [
-        (0, "0", "b", "red", "red", "red", True), (1, "1", "a", "3", "red", "red", False)]
+    assert [
+        (r["index"], r["id"], r["family"], r["answer"], r["prediction"], r["extracted"], r["correct"])
+        for r in lines
+    ] == [(0, "0", "b", "red", "red", "red", True), (1, "1", "a", "3", "red", "red", False)]
     assert lines[0]["question"] == "<image>\nWhat colour is the star?"
 
-    # Wilson's interval of 1 of 1, 0 of 1 and 1 of 2 at z = 1.96: z^2 = 3.8416, half widths z sqrt(p(1-p)/n + z^2/4n^2) / (1 + z^2/n).
+    # Wilson's interval of 1 of 1, 0 of 1 and 1 of 2 at z = 1.96: z^2 = 3.8416, half widths z sqrt(p(1-p)/n +
+    # z^2/4n^2) / (1 + z^2/n).
     one, two = 3.8416 / 2 / 4.8416, 1.96 * math.sqrt(1 / 8 + 3.8416 / 16) / (1 + 3.8416 / 2)
     printed = capsys.readouterr().out.splitlines()
     table = [line.split() for line in printed if line.startswith(("family", "b ", "a ", "all"))]
-    assert table == [["family", "questions", "where"], ["b", "1", "100.0", f"±{100 * one:.1f}"], ["a", "1", "0.0", f"±{100 * one:.1f}"],
-                     ["all", "2", "50.0", f"±{100 * two:.1f}"]]
+    assert table == [
+        ["family", "questions", "where"],
+        ["b", "1", "100.0", f"±{100 * one:.1f}"],
+        ["a", "1", "0.0", f"±{100 * one:.1f}"],
+        ["all", "2", "50.0", f"±{100 * two:.1f}"],
+    ]
     about = json.loads(out.with_suffix(".json").read_text())
-    assert about["families"]["all"] == {"right": 0.5, "rows": 2, "interval": pytest.approx([0.5 - two, 0.5 + two])}
+    assert about["families"]["all"] == {
+        "right": 0.5,
+        "rows": 2,
+        "interval": pytest.approx([0.5 - two, 0.5 + two]),
+    }
     assert about["families"]["b"]["interval"] == pytest.approx([1 - 2 * one, 1.0])
     settings = about["settings"]
-    assert [settings[name] for name in ("model", "checkpoint", "data", "latents", "grey", "max_new_tokens", "limit", "seed", "corruption", "bottleneck", "suffix")] == [
-        "some/where", "best", str(records), "keep", False, 5, 2, 0, [], False, ""]
+    assert [
+        settings[name]
+        for name in (
+            "model",
+            "checkpoint",
+            "data",
+            "latents",
+            "grey",
+            "max_new_tokens",
+            "limit",
+            "seed",
+            "corruption",
+            "bottleneck",
+            "suffix",
+        )
+    ] == ["some/where", "best", str(records), "keep", False, 5, 2, 0, [], False, ""]
     assert settings["prompt"].startswith(SYSTEM) and settings["prompt"].endswith(THOUGHT["keep"])
     assert f"wrote {out} and p.json" in printed
 
@@ -544,8 +759,13 @@ def test_evaluate_asks_with_and_without_latents(attached, fed, records_file, mon
     flags = ["--data", str(records_file), "--limit", "1", "--max_new_tokens", "4", "--device", "cpu"]
     for latents in ("keep", "drop", "mask", "free"):
         evaluate.main([*flags, "--latents", latents])
-    given = {name: s.model.tokenizer.decode(call.prompts[0][0]) for name, call in zip(("keep", "drop", "mask"), fed)}
-    assert given == {name: prompt("What colour is the star?", [12], "keep" if name == "mask" else name) for name in given}
+    given = {
+        name: s.model.tokenizer.decode(call.prompts[0][0])
+        for name, call in zip(("keep", "drop", "mask"), fed)
+    }
+    assert given == {
+        name: prompt("What colour is the star?", [12], "keep" if name == "mask" else name) for name in given
+    }
     assert [call.latents for call in fed] == ["keep", "drop", "keep"]
 
     # mask: whoever is no latent sees no latent; a latent sees all.
@@ -553,16 +773,32 @@ def test_evaluate_asks_with_and_without_latents(attached, fed, records_file, mon
     ids = torch.tensor([fed[2].prompts[0][0]])
     [bias] = fed[2].biases({"input_ids": ids})
     own = [s.model.tokenizer.decode([token]).startswith("<|latent_") for token in ids[0]]
-    assert bias.keys[0].tolist() == own and bias.queries[0].tolist() == [not latent for latent in own] and sum(own) == 3 and bias.value == -math.inf
+    assert (
+        bias.keys[0].tolist() == own
+        and bias.queries[0].tolist() == [not latent for latent in own]
+        and sum(own) == 3
+        and bias.value == -math.inf
+    )
 
     [([(ids, _, _)], room)] = wrote
-    words = s.model.tokenizer(" Because the feature of the image is").input_ids + s.model.tokenizer(". ").input_ids
-    assert s.model.tokenizer.decode(ids) == prompt("What colour is the star?", [12], "free") and room == 4 + len(words) + 3 + 4
-    assert "latents that the model wrote itself: all 3 in 100.0 % of the answers, some in 0.0 %, none in 0.0 %" in capsys.readouterr().out
+    words = (
+        s.model.tokenizer(" Because the feature of the image is").input_ids
+        + s.model.tokenizer(". ").input_ids
+    )
+    assert (
+        s.model.tokenizer.decode(ids) == prompt("What colour is the star?", [12], "free")
+        and room == 4 + len(words) + 3 + 4
+    )
+    assert (
+        "latents that the model wrote itself: all 3 in 100.0 % of the answers, some in 0.0 %, none in 0.0 %"
+        in capsys.readouterr().out
+    )
 
 
 def test_evaluate_shows_corrupted_or_grey_images(attached, fed, records_file, capsys):
-    """The share of black pixels is the strength of a mask; where the mask lies is the seed's; the first image has 9,408 pixels of noise."""
+    """The share of black pixels is the strength of a mask; where the mask lies is the seed's; the first image
+    has 9,408 pixels of noise.
+    """
     attached(evaluate)
 
     def look(*flags):
@@ -573,16 +809,27 @@ def test_evaluate_shows_corrupted_or_grey_images(attached, fed, records_file, ca
     assert (in_order(plain) - colours(records_file.parent / "0_0.png")).abs().max() < 1e-5
     assert (grey - 128 / 255).abs().max() < 1e-5
 
-    black = {flags: (look(*flags).abs() < 1e-5).all(1) for flags in (
-        ("--corruption", "mask=0.5"), ("--corruption", "mask=0.2"), ("--corruption", "mask=0.5", "--seed", "3"))}
+    black = {
+        flags: (look(*flags).abs() < 1e-5).all(1)
+        for flags in (
+            ("--corruption", "mask=0.5"),
+            ("--corruption", "mask=0.2"),
+            ("--corruption", "mask=0.5", "--seed", "3"),
+        )
+    }
     half, fifth, other = black.values()
     assert not (plain.abs() < 1e-5).all(1).any()
-    assert float(half.float().mean()) == pytest.approx(0.5, abs=0.02) and float(fifth.float().mean()) == pytest.approx(0.2, abs=0.02)
+    assert float(half.float().mean()) == pytest.approx(0.5, abs=0.02) and float(
+        fifth.float().mean()
+    ) == pytest.approx(0.2, abs=0.02)
     assert float(other.float().mean()) == pytest.approx(0.5, abs=0.02) and not torch.equal(half, other)
     assert torch.equal(look("--corruption", "mask=0.5").abs().lt(1e-5).all(1), half)
 
     # Without a strength it is drawn from the mode's own range, 0.2 to 0.8 of the image, by the seed.
-    drawn = [float((look("--corruption", "mask", "--seed", seed).abs() < 1e-5).all(1).float().mean()) for seed in "123"]
+    drawn = [
+        float((look("--corruption", "mask", "--seed", seed).abs() < 1e-5).all(1).float().mean())
+        for seed in "123"
+    ]
     assert all(0.18 < share < 0.82 for share in drawn) and max(drawn) - min(drawn) > 0.02
 
 
@@ -593,27 +840,68 @@ def test_evaluate_asks_under_the_methods_mask(attached, fed, records_file):
     evaluate.main(["--data", str(records_file), "--limit", "1", "--device", "cpu", "--bottleneck"])
     assert fed[0].biases is None
     ids = torch.tensor([fed[1].prompts[0][0]])
-    biases = fed[1].biases({"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": torch.tensor([[ids.shape[1] - 1]])})
+    biases = fed[1].biases(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": torch.tensor([[ids.shape[1] - 1]])}
+    )
     names = s.model.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     image = [name in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>") for name in names]
     first = names.index("<|image_pad|>")
-    blind = [at > first and not image[at] and not name.startswith("<|latent_") for at, name in enumerate(names)]
+    blind = [
+        at > first and not image[at] and not name.startswith("<|latent_") for at, name in enumerate(names)
+    ]
     [bias] = biases
     assert bias.queries[0].tolist() == blind and bias.keys[0].tolist() == image and bias.value == -math.inf
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_evaluate_passes_reliance_its_flags(attached, records_file, monkeypatch, tmp_path, masked):
-    s = attached(evaluate, "--method", "livr") if masked else attached(evaluate, "--corruption", "mask", "--strength_low", "0.3", "--strength_high", "0.4")
+    s = (
+        attached(evaluate, "--method", "livr")
+        if masked
+        else attached(evaluate, "--corruption", "mask", "--strength_low", "0.3", "--strength_high", "0.4")
+    )
     told = []
     monkeypatch.setattr(evaluate.reliance, "run", lambda *args, **how: told.append((args, how)))
-    flags = ["--data", str(records_file), "--limit", "2", "--reliance", "--out", str(tmp_path / "to"), "--seed", "5", "--batch_size", "3", "--max_new_tokens", "4", "--device", "cpu",
-             "--checkpoint", "7", "--model", "some/where"]
+    flags = [
+        "--data",
+        str(records_file),
+        "--limit",
+        "2",
+        "--reliance",
+        "--out",
+        str(tmp_path / "to"),
+        "--seed",
+        "5",
+        "--batch_size",
+        "3",
+        "--max_new_tokens",
+        "4",
+        "--device",
+        "cpu",
+        "--checkpoint",
+        "7",
+        "--model",
+        "some/where",
+    ]
     evaluate.main([*flags, "--corruption", "noise=30", *["--bottleneck"] * masked])
     (model, fmt, records, out, about), how = told[0]
-    assert (model, fmt, [r.id for r in records], str(out)) == (s.model, s.fmt, ["0", "1"], str(tmp_path / "to"))
-    assert about == {"model": "some/where", "checkpoint": "7", "data": str(records_file), "bottleneck": masked}
-    assert how["corruption"] == ("noise", 30.0, 30.0) and (how["batch_size"], how["max_new_tokens"], how["seed"]) == (3, 4, 5)
+    assert (model, fmt, [r.id for r in records], str(out)) == (
+        s.model,
+        s.fmt,
+        ["0", "1"],
+        str(tmp_path / "to"),
+    )
+    assert about == {
+        "model": "some/where",
+        "checkpoint": "7",
+        "data": str(records_file),
+        "bottleneck": masked,
+    }
+    assert how["corruption"] == ("noise", 30.0, 30.0) and (
+        how["batch_size"],
+        how["max_new_tokens"],
+        how["seed"],
+    ) == (3, 4, 5)
     assert (how["biases"] is not None) == masked
     if not masked:  # without --corruption the run's own
         evaluate.main(flags)
@@ -623,7 +911,16 @@ def test_evaluate_passes_reliance_its_flags(attached, records_file, monkeypatch,
 def test_evaluate_passes_diagnose_its_flags(attached, records_file, monkeypatch, tmp_path, capsys):
     """And prints and writes what comes back, each way of asking in its turn."""
     s = attached(evaluate)
-    result = {"index": 0, "id": "0", "family": "b", "question": "q", "answer": "red", "prediction": "red", "extracted": "red", "correct": True}
+    result = {
+        "index": 0,
+        "id": "0",
+        "family": "b",
+        "question": "q",
+        "answer": "red",
+        "prediction": "red",
+        "extracted": "red",
+        "correct": True,
+    }
     told = []
 
     def diagnose(*args, **how):
@@ -632,40 +929,96 @@ def test_evaluate_passes_diagnose_its_flags(attached, records_file, monkeypatch,
 
     monkeypatch.setattr(evaluate, "diagnose", diagnose)
     out = tmp_path / "to" / "d.jsonl"
-    evaluate.main(["--data", str(records_file), "--limit", "1", "--diagnose", "--out", str(out), "--seed", "5", "--batch_size", "3", "--max_new_tokens", "4", "--grey",
-                   "--corruption", "noise=30", "--device", "cpu"])
+    evaluate.main(
+        [
+            "--data",
+            str(records_file),
+            "--limit",
+            "1",
+            "--diagnose",
+            "--out",
+            str(out),
+            "--seed",
+            "5",
+            "--batch_size",
+            "3",
+            "--max_new_tokens",
+            "4",
+            "--grey",
+            "--corruption",
+            "noise=30",
+            "--device",
+            "cpu",
+        ]
+    )
     (model, fmt, method, records), how = told[0]
     assert (model, fmt, [r.id for r in records]) == (s.model, s.fmt, ["0"]) and method.settings is s.settings
-    assert (how["corruption"], how["grey"], how["seed"], how["batch_size"], how["max_new_tokens"]) == (("noise", 30.0, 30.0), True, 5, 3, 4)
+    assert (how["corruption"], how["grey"], how["seed"], how["batch_size"], how["max_new_tokens"]) == (
+        ("noise", 30.0, 30.0),
+        True,
+        5,
+        3,
+        4,
+    )
     printed = capsys.readouterr().out
     assert "mean attention from answers to latents, over layers, heads and rows: 0.1235" in printed
     assert ["all", "1", "100.0", "±39.7", "0.0", "±39.7"] in [line.split() for line in printed.splitlines()]
-    assert [(r["asked"], r["correct"]) for r in map(json.loads, out.read_text().splitlines())] == [("as trained", True), ("latents dropped", False)]
+    assert [(r["asked"], r["correct"]) for r in map(json.loads, out.read_text().splitlines())] == [
+        ("as trained", True),
+        ("latents dropped", False),
+    ]
 
 
 def test_evaluate_scores_a_benchmark_as_told(attached, fed, tmp_path, monkeypatch, capsys):
-    """Answers "A": right for three of four of one group and none of the other's one. Plain: 3 of 5. HRBench: the mean over groups, 3 of 8."""
+    """Answers "A": right for three of four of one group and none of the other's one. Plain: 3 of 5. HRBench:
+    the mean over groups, 3 of 8.
+    """
     s = attached(evaluate)
     monkeypatch.chdir(tmp_path)
     lines = ["index\timage\tquestion\tA\tB\tanswer\tcycle_category"]
-    lines += [f"{i}\t{picture(i)}\tWhich?\tcat\tdog\t{answer}\t{group}" for i, (answer, group) in enumerate(zip("AAABB", "xxxxy"))]
+    lines += [
+        f"{i}\t{picture(i)}\tWhich?\tcat\tdog\t{answer}\t{group}"
+        for i, (answer, group) in enumerate(zip("AAABB", "xxxxy"))
+    ]
     (tmp_path / "mine.tsv").write_text("\n".join(lines) + "\n")
     told = evaluate.generate
     monkeypatch.setattr(evaluate, "generate", lambda *args: ["A" for _ in told(*args)])
     for flags, score in (([], 3 / 5), (["--scores", "HRBench4K"], 3 / 8)):
-        evaluate.main(["--benchmark", "mine.tsv", "--device", "cpu", "--model", "some/where", "--suffix", " In a word.", "--overwrite", *flags])
+        evaluate.main(
+            [
+                "--benchmark",
+                "mine.tsv",
+                "--device",
+                "cpu",
+                "--model",
+                "some/where",
+                "--suffix",
+                " In a word.",
+                "--overwrite",
+                *flags,
+            ]
+        )
         about = json.loads(Path("runs/where/evaluation/mine.json").read_text())
-        assert about["scores"]["Overall"]["score"] == pytest.approx(score) and about["benchmark"] == "".join(flags[1:])
+        assert about["scores"]["Overall"]["score"] == pytest.approx(score) and about["benchmark"] == "".join(
+            flags[1:]
+        )
         assert f"{100 * score:.2f}" in capsys.readouterr().out
     asked = s.model.tokenizer.decode(fed[0].prompts[0][0])
-    assert "Question: Which?\nOptions:\nA. cat\nB. dog\nPlease select the correct answer from the options above. \n In a word.<|im_end|>" in asked
+    assert (
+        "Question: Which?\nOptions:\nA. cat\nB. dog\n"
+        "Please select the correct answer from the options above. \n In a word.<|im_end|>"
+        in asked
+    )
 
 
-# ---- serve -------------------------------------------------------------------------------------------------------------
+# ---- serve -------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def served(attached, monkeypatch):
-    """served(*flags) -> the Server that the command made, and the address it listens on; it takes no requests."""
+    """served(*flags) -> the Server that the command made, and the address it listens on; it takes no
+    requests.
+    """
     s = attached(serve)
     made = SimpleNamespace(setup=s)
 
@@ -692,6 +1045,7 @@ def served(attached, monkeypatch):
         serve.main(["--device", "cpu", *flags])
         assert made.app is made.server.app and not made.server.engine.is_alive()
         return made
+
     return start
 
 
@@ -699,23 +1053,72 @@ def test_serve_is_told_what_was_asked(served, monkeypatch, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    limits = {"body": 1001, "images": 2, "pixels": 3003, "tokens": 404, "default_tokens": 55, "queue": 6, "batch": 7}
+    limits = {
+        "body": 1001,
+        "images": 2,
+        "pixels": 3003,
+        "tokens": 404,
+        "default_tokens": 55,
+        "queue": 6,
+        "batch": 7,
+    }
     flags = [word for name, value in limits.items() for word in (f"--{name}", str(value))]
-    assert flags == ["--body", "1001", "--images", "2", "--pixels", "3003", "--tokens", "404", "--default_tokens", "55", "--queue", "6", "--batch", "7"]
-    made = served("--model", "runs/some/merged", "--name", "mine", "--host", "localhost", "--port", str(port), "--latents", "drop", *flags)
+    assert flags == [
+        "--body",
+        "1001",
+        "--images",
+        "2",
+        "--pixels",
+        "3003",
+        "--tokens",
+        "404",
+        "--default_tokens",
+        "55",
+        "--queue",
+        "6",
+        "--batch",
+        "7",
+    ]
+    made = served(
+        "--model",
+        "runs/some/merged",
+        "--name",
+        "mine",
+        "--host",
+        "localhost",
+        "--port",
+        str(port),
+        "--latents",
+        "drop",
+        *flags,
+    )
     assert {name: getattr(made.server.limits, name) for name in limits} == limits
-    assert (made.server.name, made.server.engine.latents, made.server.engine.batch, made.address) == ("mine", "drop", 7, ("127.0.0.1", port))
+    assert (made.server.name, made.server.engine.latents, made.server.engine.batch, made.address) == (
+        "mine",
+        "drop",
+        7,
+        ("127.0.0.1", port),
+    )
     assert made.server.hosts == ("127.0.0.1", "localhost", "[::1]", "localhost") and made.server.key is None
-    assert capsys.readouterr().out == f"serving mine at http://127.0.0.1:{port}/v1 (stop with Ctrl-C)\nstopped\n"
+    assert (
+        capsys.readouterr().out == f"serving mine at http://127.0.0.1:{port}/v1 (stop with Ctrl-C)\nstopped\n"
+    )
 
-    # An address that others reach needs a key, and then answers to any name; the directory names the model; a default above the limit is the limit.
+    # An address that others reach needs a key, and then answers to any name; the directory names the model; a
+    # default above the limit is the limit.
     monkeypatch.setenv(serve.KEY, "secret")
     made = served("--model", "runs/some/merged", "--host", "0.0.0.0", "--port", "0", "--tokens", "9")
-    assert (made.server.name, made.server.engine.latents, made.server.key, made.server.hosts) == ("merged", "keep", "secret", ())
+    assert (made.server.name, made.server.engine.latents, made.server.key, made.server.hosts) == (
+        "merged",
+        "keep",
+        "secret",
+        (),
+    )
     assert made.address[0] == "0.0.0.0" and made.address[1] > 0 and made.server.limits.default_tokens == 9
 
 
-# ---- compare -----------------------------------------------------------------------------------------------------------
+# ---- compare -----------------------------------------------------------------------------------------------
+
 
 def answered(right, asked, family="all"):
     """Results of evaluate.answers: so many of `asked` right."""
@@ -723,7 +1126,9 @@ def answered(right, asked, family="all"):
 
 
 def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypatch, capsys):
-    """Two methods, two seeds, two of three questions; train.py's flags in the order that lets the method's own win; percents by hand."""
+    """Two methods, two seeds, two of three questions; train.py's flags in the order that lets the method's
+    own win; percents by hand.
+    """
     trained, asked = [], []
     right = {"mine-0": 2, "mine-1": 1, "mine.py_lr_1-0": 1, "mine.py_lr_1-1": 1}
 
@@ -744,20 +1149,49 @@ def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypa
     shutil.copy(train_file, test_file)
     (tmp_path / "mine.py").write_text("from crystal.methods.livr import Method\n")
     monkeypatch.chdir(tmp_path)
-    compare.main(["--methods", "mine.py, mine.py: --lr 1", "--seeds", "2", "--max_steps", "7", "--model", "some/model", "--data", train_file, "--test", test_file,
-                  "--questions", "2", "--max_new_tokens", "3", "--output", out, "--batch_size", "5"])
+    compare.main(
+        [
+            "--methods",
+            "mine.py, mine.py: --lr 1",
+            "--seeds",
+            "2",
+            "--max_steps",
+            "7",
+            "--model",
+            "some/model",
+            "--data",
+            train_file,
+            "--test",
+            test_file,
+            "--questions",
+            "2",
+            "--max_new_tokens",
+            "3",
+            "--output",
+            out,
+            "--batch_size",
+            "5",
+        ]
+    )
     flags = ["--method", "mine.py", "--model", "some/model", "--max_steps", "7", "--batch_size", "5"]
     where = ["--data", train_file, "--output"]
     names = ("mine-0", "mine.py_lr_1-0", "mine-1", "mine.py_lr_1-1")
-    assert trained == [[*flags, *own, "--seed", seed, *where, f"{out}/{name}", "--overwrite"]
-                       for name, own, seed in zip(names, ([], ["--lr", "1"]) * 2, "0011")]
+    assert trained == [
+        [*flags, *own, "--seed", seed, *where, f"{out}/{name}", "--overwrite"]
+        for name, own, seed in zip(names, ([], ["--lr", "1"]) * 2, "0011")
+    ]
     assert asked == [(name, ["0", "1"], 3) for name in names]
 
-    # 100 and 50 percent, 50 and 50; Student's t for one degree of freedom is 12.706, the deviation of two numbers their difference / sqrt(2).
+    # 100 and 50 percent, 50 and 50; Student's t for one degree of freedom is 12.706, the deviation of two
+    # numbers their difference / sqrt(2).
     half = 12.706 * (50 / math.sqrt(2)) / math.sqrt(2)
     table = (Path(out) / "table.txt").read_text()
     rows = [line.split() for line in table.splitlines()]
-    assert rows[1] == ["all", "75.0", f"±{half:.1f}", "50.0", "±0.0"] and rows[4] == ["all", "-25.0", f"±{half:.1f}"]
+    assert rows[1] == ["all", "75.0", f"±{half:.1f}", "50.0", "±0.0"] and rows[4] == [
+        "all",
+        "-25.0",
+        f"±{half:.1f}",
+    ]
     assert table.rstrip() in capsys.readouterr().out
     note = json.loads((Path(out) / "mine.py_lr_1-1" / "compare.json").read_text())
     assert note == {"flags": [*flags, "--lr", "1", "--seed", "1"], "percent": {"all": 50.0}}
@@ -765,16 +1199,48 @@ def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypa
 
 def test_compare_percents_are_of_each_family(records_file, tmp_path, monkeypatch):
     """One of two and three of three, by hand, in the table and in the note beside the run."""
-    monkeypatch.setattr(train, "main", lambda argv: checkpoint.step_dir(argv[argv.index("--output") + 1], 7).mkdir(parents=True))
+    monkeypatch.setattr(
+        train,
+        "main",
+        lambda argv: checkpoint.step_dir(argv[argv.index("--output") + 1], 7).mkdir(parents=True),
+    )
     monkeypatch.setattr(export, "open_model", lambda *_, **__: (None, None, None))
     monkeypatch.setattr(evaluate, "answers", lambda *_, **__: answered(1, 2, "x") + answered(3, 3, "y"))
-    compare.main(["--methods", "sft", "--seeds", "1", "--max_steps", "7", "--model", "some/model", "--data", str(records_file), "--test", str(records_file), "--output", str(tmp_path)])
-    assert json.loads((tmp_path / "sft-0" / "compare.json").read_text())["percent"] == {"x": 50.0, "y": 100.0, "all": 80.0}
-    assert [line.split() for line in (tmp_path / "table.txt").read_text().splitlines()] == [["family", "sft"], ["x", "50.0"], ["y", "100.0"], ["all", "80.0"]]
+    compare.main(
+        [
+            "--methods",
+            "sft",
+            "--seeds",
+            "1",
+            "--max_steps",
+            "7",
+            "--model",
+            "some/model",
+            "--data",
+            str(records_file),
+            "--test",
+            str(records_file),
+            "--output",
+            str(tmp_path),
+        ]
+    )
+    assert json.loads((tmp_path / "sft-0" / "compare.json").read_text())["percent"] == {
+        "x": 50.0,
+        "y": 100.0,
+        "all": 80.0,
+    }
+    assert [line.split() for line in (tmp_path / "table.txt").read_text().splitlines()] == [
+        ["family", "sft"],
+        ["x", "50.0"],
+        ["y", "100.0"],
+        ["all", "80.0"],
+    ]
 
 
 def test_compare_on_the_tiny_base_uses_the_demos_flags_and_scenes(tmp_path, monkeypatch):
-    """--method's own flags of the demo come before what was typed; LaViT's data is what the run sft-0 saw; --max_steps of 2 and the scenes' test split."""
+    """--method's own flags of the demo come before what was typed; LaViT's data is what the run sft-0 saw;
+    --max_steps of 2 and the scenes' test split.
+    """
     trained, drawn, questions = [], [], []
 
     def learn(argv):
@@ -782,24 +1248,56 @@ def test_compare_on_the_tiny_base_uses_the_demos_flags_and_scenes(tmp_path, monk
         checkpoint.step_dir(argv[argv.index("--output") + 1], 2).mkdir(parents=True)
 
     generate_scenes = toy.generate
-    monkeypatch.setattr(toy, "generate", lambda out, **how: (drawn.append((out, how)), generate_scenes(out, 0, 2, 1, 3)))
+    monkeypatch.setattr(
+        toy, "generate", lambda out, **how: (drawn.append((out, how)), generate_scenes(out, 0, 2, 1, 3))
+    )
     monkeypatch.setattr(train, "main", learn)
     monkeypatch.setattr(export, "open_model", lambda run, **_: (Path(run), None, None))
-    monkeypatch.setattr(evaluate, "answers", lambda model, fmt, records, **how: questions.append(len(records)) or answered(1, len(records)))
-    monkeypatch.setattr(demo, "data_of", lambda method, scenes, teacher: ["DATA", method, str(scenes), str(teacher)])
+    monkeypatch.setattr(
+        evaluate,
+        "answers",
+        lambda model, fmt, records, **how: questions.append(len(records)) or answered(1, len(records)),
+    )
+    monkeypatch.setattr(
+        demo, "data_of", lambda method, scenes, teacher: ["DATA", method, str(scenes), str(teacher)]
+    )
     out = tmp_path / "out"
-    compare.main(["--methods", "sft,lavit", "--seeds", "1", "--max_steps", "2", "--output", str(out), "--lr", "5"])
+    compare.main(
+        ["--methods", "sft,lavit", "--seeds", "1", "--max_steps", "2", "--output", str(out), "--lr", "5"]
+    )
     recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
     for argv, method, own in zip(trained, ("sft", "lavit"), ([], ["--tune", "lora"])):
-        assert argv == ["--method", method, "--model", "tiny", *recipe, *own, "--max_steps", "2", "--lr", "5", "--seed", "0",
-                        "DATA", method, str(out / "toy"), str(out / "sft-0"), "--output", str(out / f"{method}-0"), "--overwrite"]
+        assert argv == [
+            "--method",
+            method,
+            "--model",
+            "tiny",
+            *recipe,
+            *own,
+            "--max_steps",
+            "2",
+            "--lr",
+            "5",
+            "--seed",
+            "0",
+            "DATA",
+            method,
+            str(out / "toy"),
+            str(out / "sft-0"),
+            "--output",
+            str(out / f"{method}-0"),
+            "--overwrite",
+        ]
     assert drawn == [(out / "toy", {})] and questions == [3, 3]
 
 
-# ---- demo --------------------------------------------------------------------------------------------------------------
+# ---- demo --------------------------------------------------------------------------------------------------
+
 
 def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
-    """What is drawn, launched, trained, asked and written; the table's columns are the ways of asking, in order."""
+    """What is drawn, launched, trained, asked and written; the table's columns are the ways of asking, in
+    order.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("from crystal.methods.livr import Method\n")
     launched, drawn, trained, asked, diagnosed, shown_last = [], [], [], [], [], []
@@ -812,7 +1310,14 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         return run
 
     def answers(model, fmt, records, **how):
-        asked.append((how.get("grey", False), len(records), how["max_new_tokens"], float(model.hf.lm_head.weight.float().sum())))
+        asked.append(
+            (
+                how.get("grey", False),
+                len(records),
+                how["max_new_tokens"],
+                float(model.hf.lm_head.weight.float().sum()),
+            )
+        )
         return answered(1, len(records))
 
     def diagnose(model, fmt, method, records, **how):
@@ -820,38 +1325,109 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         return {"as trained": answered(2, len(records)), "latents dropped": answered(0, len(records))}, 0.25
 
     monkeypatch.setattr(demo.processes, "launch", lambda *args: launched.append(args))
-    monkeypatch.setattr(toy, "generate", lambda out, seed=0: (drawn.append((out, seed)), generate_scenes(out, seed, 3, 2, 5)))
+    monkeypatch.setattr(
+        toy, "generate", lambda out, seed=0: (drawn.append((out, seed)), generate_scenes(out, seed, 3, 2, 5))
+    )
     monkeypatch.setattr(train, "main", learn)
     monkeypatch.setattr(evaluate, "answers", answers)
     monkeypatch.setattr(evaluate, "diagnose", diagnose)
-    monkeypatch.setattr(export, "open_model", lambda run, **_: (str(run), None, SimpleNamespace(method="sft")))
+    monkeypatch.setattr(
+        export, "open_model", lambda run, **_: (str(run), None, SimpleNamespace(method="sft"))
+    )
     monkeypatch.setattr(demo, "show", lambda *args: shown_last.append(args))
-    argv = ["--method", "mine.py", "--max_steps", "3", "--seed", "4", "--questions", "2", "--output", "to", "--processes", "4"]
+    argv = [
+        "--method",
+        "mine.py",
+        "--max_steps",
+        "3",
+        "--seed",
+        "4",
+        "--questions",
+        "2",
+        "--output",
+        "to",
+        "--processes",
+        "4",
+    ]
     demo.main(argv)
     assert launched == [(4, "crystal.demo", argv)] and drawn == [(Path("runs/toy"), 4)]
-    common = ["--data", "runs/toy/train.jsonl", "--val_data", "runs/toy/val.jsonl", "--max_steps", "3", "--seed", "4", "--save_every", "1000", "--eval_every", "60",
-              "--log_every", "30", "--overwrite"]
+    common = [
+        "--data",
+        "runs/toy/train.jsonl",
+        "--val_data",
+        "runs/toy/val.jsonl",
+        "--max_steps",
+        "3",
+        "--seed",
+        "4",
+        "--save_every",
+        "1000",
+        "--eval_every",
+        "60",
+        "--log_every",
+        "30",
+        "--overwrite",
+    ]
     recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
-    assert trained == [["--method", "sft", "--output", "to/sft", *recipe, *common], ["--method", "mine.py", "--output", "to/mine", *recipe, *common]]
+    assert trained == [
+        ["--method", "sft", "--output", "to/sft", *recipe, *common],
+        ["--method", "mine.py", "--output", "to/mine", *recipe, *common],
+    ]
 
     # The base sees, its twin does not; two questions each.
     twin = load_file(ROOT / "crystal" / "assets" / "blind" / "model.safetensors")
     tied = next(tensor for name, tensor in twin.items() if name.endswith("embed_tokens.weight"))
-    assert [(grey, n, room) for grey, n, room, _ in asked] == [(False, 2, 8), (True, 2, 8)] and asked[0][3] != asked[1][3]
-    assert asked[1][3] == pytest.approx(float(tied.float().sum()), rel=1e-5) and diagnosed == [("to/sft", 2), ("to/mine", 2)]
+    assert [(grey, n, room) for grey, n, room, _ in asked] == [(False, 2, 8), (True, 2, 8)] and asked[0][
+        3
+    ] != asked[1][3]
+    assert asked[1][3] == pytest.approx(float(tied.float().sum()), rel=1e-5) and diagnosed == [
+        ("to/sft", 2),
+        ("to/mine", 2),
+    ]
     table = (tmp_path / "to" / "table.txt").read_text().splitlines()
-    assert re.split(r"  +", table[0]) == ["family", "questions", "blind", "base", "sft", "sft, latents dropped", "mine", "mine, latents dropped"]
-    assert [cell for cell in table[1].split() if not cell.startswith("±")] == ["all", "2", "50.0", "50.0", "100.0", "0.0", "100.0", "0.0"]
-    assert table[2:] == [f"{name}: mean attention from answers to latents, over layers, heads and rows: 0.2500" for name in ("sft", "mine")]
+    assert re.split(r"  +", table[0]) == [
+        "family",
+        "questions",
+        "blind",
+        "base",
+        "sft",
+        "sft, latents dropped",
+        "mine",
+        "mine, latents dropped",
+    ]
+    assert [cell for cell in table[1].split() if not cell.startswith("±")] == [
+        "all",
+        "2",
+        "50.0",
+        "50.0",
+        "100.0",
+        "0.0",
+        "100.0",
+        "0.0",
+    ]
+    assert table[2:] == [
+        f"{name}: mean attention from answers to latents, over layers, heads and rows: 0.2500"
+        for name in ("sft", "mine")
+    ]
     run, record, scenes, out, n, device = shown_last[0]
-    assert (run, record.id, scenes, out, n, device) == (Path("to/mine"), "test-000001", Path("runs/toy"), Path("to"), 5, torch.device("cpu"))
+    assert (run, record.id, scenes, out, n, device) == (
+        Path("to/mine"),
+        "test-000001",
+        Path("runs/toy"),
+        Path("to"),
+        5,
+        torch.device("cpu"),
+    )
     assert "== 4. Accuracy on 2 held-out questions" in capsys.readouterr().out
 
 
-# ---- bench -------------------------------------------------------------------------------------------------------------
+# ---- bench -------------------------------------------------------------------------------------------------
+
 
 def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
-    """Shapes, dtypes, repeats and devices as they reach the measurement; bytes and products of the floor by hand."""
+    """Shapes, dtypes, repeats and devices as they reach the measurement; bytes and products of the floor by
+    hand.
+    """
     measured, probed, compiled = [], [], []
     machine = {"name": "a test's", "threads": 1, "copy_gb_s": 10.0, "tflop_s": 0.1, "empty_us": 1.0}
     monkeypatch.setattr(bench, "probe", lambda device, dtype: probed.append((device, dtype)) or machine)
@@ -859,8 +1435,30 @@ def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or f)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto would take it
     out = tmp_path / "a" / "bench.json"
-    flags = ["--device", "cpu", "--rows", "3", "--vocab", "50", "--slice", "2,10,4,3,6,2,8", "--repeats", "7", "--out", str(out)]
-    bench.main([*flags, "--dtype", "float32", "--no-compile", "--only", "vocab,slice,align,frobenius,attention,layer"])
+    flags = [
+        "--device",
+        "cpu",
+        "--rows",
+        "3",
+        "--vocab",
+        "50",
+        "--slice",
+        "2,10,4,3,6,2,8",
+        "--repeats",
+        "7",
+        "--out",
+        str(out),
+    ]
+    bench.main(
+        [
+            *flags,
+            "--dtype",
+            "float32",
+            "--no-compile",
+            "--only",
+            "vocab,slice,align,frobenius,attention,layer",
+        ]
+    )
     assert probed == [(torch.device("cpu"), torch.float32)] and not compiled
     found = {args[0]: args for args in measured}
     assert list(found) == ["vocab", "slice", "align", "frobenius", "attention", "layer"]
@@ -872,9 +1470,17 @@ def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     B, L, M, K, H, G, d = 2, 10, 4, 3, 6, 2, 8
     shapes = {name: [tuple(x.shape) for x in args[2]] for name, args in found.items()}
     heads = [(B, H, L, d), (B, G, L, d)]
-    assert shapes == {"vocab": [(3, 50)] * 2, "slice": heads, "align": heads, "frobenius": heads, "attention": [*heads, (B, G, L, d)], "layer": [(B, L, H * d)]}
+    assert shapes == {
+        "vocab": [(3, 50)] * 2,
+        "slice": heads,
+        "align": heads,
+        "frobenius": heads,
+        "attention": [*heads, (B, G, L, d)],
+        "layer": [(B, L, H * d)],
+    }
 
-    # Answer positions 6 to 9 see 7 to 10 keys: 34 of a sequence. A product of d numbers is 2 d operations; backward forms three where forward forms one.
+    # Answer positions 6 to 9 see 7 to 10 keys: 34 of a sequence. A product of d numbers is 2 d operations;
+    # backward forms three where forward forms one.
     seen, four = 7 + 8 + 9 + 10, 4
     keys = B * G * L * d * four
     assert found["vocab"][4] == ((2 * 3 * 50 * four, 0), (2 * 2 * 3 * 50 * four, 0))
@@ -888,15 +1494,26 @@ def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     weights = 2 * D * D + 2 * G * d * D + 3 * D * inner
     products, moved = 2 * B * L * weights, (weights + B * L * D) * four
     assert found["layer"][4] == ((moved, products + half), (moved, products + 5 * half // 2))
-    assert found["vocab"][1] == "KL + CE, both gradients, 2 x 3 x 50 float32" and found["slice"][1] == "B 2, L 10, M 4, K 3, H 6, G 2, d 8, float32"
+    assert (
+        found["vocab"][1] == "KL + CE, both gradients, 2 x 3 x 50 float32"
+        and found["slice"][1] == "B 2, L 10, M 4, K 3, H 6, G 2, d 8, float32"
+    )
     written_json = json.loads(out.read_text())
-    assert written_json["machine"] == machine and [row["operator"] for row in written_json["rows"]] == list(found) and written_json["settings"]["repeats"] == 7
+    assert (
+        written_json["machine"] == machine
+        and [row["operator"] for row in written_json["rows"]] == list(found)
+        and written_json["settings"]["repeats"] == 7
+    )
     assert "copy 10.0 GB/s, product 0.100 TFLOP/s, empty call 1.0 us" in capsys.readouterr().out
 
     # The other dtype halves the bytes, --compile brings its peers; auto takes the GPU that is there.
     measured.clear()
     bench.main([*flags, "--only", "vocab"])
-    assert measured[0][2][0].dtype == torch.bfloat16 and measured[0][4] == ((2 * 3 * 50 * 2, 0), (4 * 3 * 50 * 2, 0)) and len(compiled) == 1
+    assert (
+        measured[0][2][0].dtype == torch.bfloat16
+        and measured[0][4] == ((2 * 3 * 50 * 2, 0), (4 * 3 * 50 * 2, 0))
+        and len(compiled) == 1
+    )
     monkeypatch.setattr(bench, "probe", lambda device, dtype: pytest.fail(f"{device}, {dtype}"))
     with pytest.raises(pytest.fail.Exception, match="cuda, torch.bfloat16"):
         bench.main([*flags, "--device", "auto"])

@@ -233,20 +233,56 @@ def test_checkpoints_are_found_or_named(runs, tmp_path):
 
 
 def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_file, tmp_path, capsys):
-    """VaLR: crystal.json with its method and K, the tag that opens latents suppressed beside the base's own rules, and a Format that decodes with them."""
-    run = train.main(["--method", "valr", "--encoders", "none", "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "5", "--tune", "lora", "--lora_r", "2", "--max_steps", "2",
-                      "--eval_every", "0", "--log_every", "9", "--output", str(tmp_path / "run")])
+    """VaLR: crystal.json with its method and K, the tag that opens latents suppressed beside the base's own
+    rules, and a Format that decodes with them.
+    """
+    run = train.main(
+        [
+            "--method",
+            "valr",
+            "--encoders",
+            "none",
+            "--model",
+            str(model_dirs[True]),
+            "--data",
+            str(records_file),
+            "--latents",
+            "5",
+            "--tune",
+            "lora",
+            "--lora_r",
+            "2",
+            "--max_steps",
+            "2",
+            "--eval_every",
+            "0",
+            "--log_every",
+            "9",
+            "--output",
+            str(tmp_path / "run"),
+        ]
+    )
     export.main(["--run", str(run)])
     assert "Its latents are states that the model feeds back to itself" in capsys.readouterr().out
     model, fmt, _ = export.open_model(run)
     assert json.loads((run / "merged" / "crystal.json").read_text()) == {"method": "valr", "latents": 5}
-    base, merged = (json.loads((folder / "generation_config.json").read_text()) for folder in (model_dirs[True], run / "merged"))
+    base, merged = (
+        json.loads((folder / "generation_config.json").read_text())
+        for folder in (model_dirs[True], run / "merged")
+    )
     begin = model.tokenizer.convert_tokens_to_ids("<latent>")
     assert merged == base | {"suppress_tokens": [begin]}
     found = export.exported_format(run / "merged", model.tokenizer)
     assert (type(found), found.count, found.begin) == (type(fmt), 5, begin)
-    assert not (model_dirs[True] / "crystal.json").exists() and export.exported_format(model_dirs[True], model.tokenizer).count == 0
-    for text, message in (('{"method": "/x/mine.py", "latents": 5}', "a method of its own"), ('{"latents": 5}', "not what crystal.export wrote"), ("[]", "not what crystal.export wrote")):
+    assert (
+        not (model_dirs[True] / "crystal.json").exists()
+        and export.exported_format(model_dirs[True], model.tokenizer).count == 0
+    )
+    for text, message in (
+        ('{"method": "/x/mine.py", "latents": 5}', "a method of its own"),
+        ('{"latents": 5}', "not what crystal.export wrote"),
+        ("[]", "not what crystal.export wrote"),
+    ):
         (run / "merged" / "crystal.json").write_text(text)
         with pytest.raises(UserError, match=message):
             export.exported_format(run / "merged", model.tokenizer)

@@ -1,7 +1,8 @@
-"""What the commands that compute features share: which records, files that are whole or absent, a copy of the records with paths.
+"""What the commands that compute features share: which records, files that are whole or absent, a copy with paths.
 
 Also the one rule of what a conversion may leave out (broken.py). Right values are written out beside each case.
 """
+
 import json
 
 import pytest
@@ -14,7 +15,12 @@ from data_prep import broken, features
 def line(id, image="a.png", **more):
     """A record as it stands in a file; id None leaves it out."""
     talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]
-    return ({} if id is None else {"id": id}) | ({"image": image} if image else {}) | {"conversations": talk} | more
+    return (
+        ({} if id is None else {"id": id})
+        | ({"image": image} if image else {})
+        | {"conversations": talk}
+        | more
+    )
 
 
 @pytest.fixture
@@ -26,6 +32,7 @@ def source(tmp_path):
     def write(records):
         (tmp_path / "set.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         return tmp_path / "set.jsonl", tmp_path / "root"
+
     return write
 
 
@@ -40,12 +47,16 @@ def test_one_of_a_hundred_may_be_broken():
         for i in range(most):
             broken.leave_out(f"line {i}", lines, True, total, "rows")
         assert lines == [f"line {i}" for i in range(most)]
-        with pytest.raises(UserError, match=f"^{most + 1} broken rows, more than 1 % of {total}; the last: one more$"):
+        with pytest.raises(
+            UserError, match=f"^{most + 1} broken rows, more than 1 % of {total}; the last: one more$"
+        ):
             broken.leave_out("one more", lines, True, total, "rows")
 
 
 def test_usable_records_have_an_id_of_their_own_and_an_image(source):
-    """The first of two with one id is taken; what is left out is named with its line and field, and the rest keeps its order."""
+    """The first of two with one id is taken; what is left out is named with its line and field, and the rest
+    keeps its order.
+    """
     good = [line(f"r{i}") for i in range(300)]
     file, root = source([*good[:2], line("r0"), *good[2:4], line("x", image=None), *good[4:], line(None)])
     records, bad, dropped = features.usable(file, root, True)
@@ -58,7 +69,12 @@ def test_usable_records_have_an_id_of_their_own_and_an_image(source):
 
 def test_a_limit_counts_what_is_read(source):
     """The first three records of the file, the broken one among them; later turns are counted."""
-    talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}, {"from": "human", "value": "And?"}, {"from": "gpt", "value": "no"}]
+    talk = [
+        {"from": "human", "value": "Why?"},
+        {"from": "gpt", "value": "so"},
+        {"from": "human", "value": "And?"},
+        {"from": "gpt", "value": "no"},
+    ]
     file, root = source([line("r0"), line("r0"), line("r1", conversations=talk), line("r2")])
     records, bad, dropped = features.usable(file, root, True, 3)
     assert [r.id for r in records] == ["r0", "r1"] and len(bad) == 1 and dropped == 1
@@ -84,11 +100,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_the_copy_names_files_beside_what_was_there(source, capsys):
     """Only records that have a file; their other features stay, one of the same name is replaced."""
-    file, _ = source([line("r0", features={"dino": "d.safetensors", "sig": "old"}), line("r1"), line("r2", features=None)])
-    made = features.write_records(file, "sig", {f"{file}:1": "sig/0.safetensors", f"{file}:3": "sig/1.safetensors"}, ["set.jsonl:2: torn"])
-    assert made == file.with_name("set.sig.jsonl") and capsys.readouterr().out == "left out: set.jsonl:2: torn\n"
+    file, _ = source(
+        [line("r0", features={"dino": "d.safetensors", "sig": "old"}), line("r1"), line("r2", features=None)]
+    )
+    made = features.write_records(
+        file,
+        "sig",
+        {f"{file}:1": "sig/0.safetensors", f"{file}:3": "sig/1.safetensors"},
+        ["set.jsonl:2: torn"],
+    )
+    assert (
+        made == file.with_name("set.sig.jsonl") and capsys.readouterr().out == "left out: set.jsonl:2: torn\n"
+    )
     copies = [json.loads(text) for text in made.read_text().splitlines()]
-    assert [(r["id"], r["features"]) for r in copies] == [("r0", {"dino": "d.safetensors", "sig": "sig/0.safetensors"}), ("r2", {"sig": "sig/1.safetensors"})]
+    assert [(r["id"], r["features"]) for r in copies] == [
+        ("r0", {"dino": "d.safetensors", "sig": "sig/0.safetensors"}),
+        ("r2", {"sig": "sig/1.safetensors"}),
+    ]
     assert copies[0]["conversations"] == line("r0")["conversations"]
     with pytest.raises(UserError, match="no record is left"):
         features.write_records(file, "sig", {}, [])

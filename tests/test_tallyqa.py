@@ -46,13 +46,32 @@ def test_kinds_and_samples(raw, tmp_path):
 
 
 def test_the_smallest_hashes_are_the_sample(raw, tmp_path, capsys):
-    """Those with the smallest SHA-256 of seed and id, in the file's order; images from the folder that was named, and the file where it was asked for."""
+    """Those with the smallest SHA-256 of seed and id, in the file's order; images from the folder that was
+    named, and the file where it was asked for.
+    """
     raw([question(i) for i in range(20)])
     for seed in (0, 4):
         out = tmp_path / "to" / f"{seed}.jsonl"
-        tallyqa.main(["--questions", str(tmp_path / "train.json"), "--images", str(tmp_path / "images"), "--out", str(out), "--kind", "simple", "--sample", "4", "--seed", str(seed)])
+        tallyqa.main(
+            [
+                "--questions",
+                str(tmp_path / "train.json"),
+                "--images",
+                str(tmp_path / "images"),
+                "--out",
+                str(out),
+                "--kind",
+                "simple",
+                "--sample",
+                "4",
+                "--seed",
+                str(seed),
+            ]
+        )
         simple = list(range(0, 20, 2))
-        chosen = sorted(simple, key=lambda i: hashlib.sha256(f"{seed}\ntallyqa-{100 + i}".encode()).digest())[:4]
+        chosen = sorted(simple, key=lambda i: hashlib.sha256(f"{seed}\ntallyqa-{100 + i}".encode()).digest())[
+            :4
+        ]
         found = [json.loads(line) for line in out.read_text().splitlines()]
         assert [r["id"] for r in found] == [f"tallyqa-{100 + i}" for i in simple if i in chosen]
         assert [r["image"] for r in found] == [f"VG_100K/{i % 3}.jpg" for i in simple if i in chosen]
