@@ -1,4 +1,5 @@
-"""bench.py at small sizes: every row measured or its reason told, the gate in front of it, the line of a mistake.
+"""bench.py at small sizes: every row measured or its reason told, the gate in front of it, the line of a
+mistake.
 
 Right values: times from a clock that is told what to say, bytes and products counted by hand.
 """

@@ -1,10 +1,11 @@
-"""Every flag of every command does what it says: a table of flags, each with a test at another value than its default.
+"""Every flag of every command does what it says: a table of flags, each with a test at another value than its
+default.
 
-The table is held against the commands' own parsers: a flag without a test fails here, and so does a test of a flag
-that is gone. train.py's settings have a table of their own. The tests below go from argv to what the flag reaches: the
-prompt that is decoded, the tensors of the checkpoint that was named, files and numbers as they are written. What stands
-behind and takes minutes (a training, a benchmark's measurement) is replaced by a recorder of its arguments. Right values
-are counted by hand or read from the files themselves.
+The table is held against the commands' own parsers: a flag without a test fails here, and so does a test of a
+flag that is gone. train.py's settings have a table of their own. The tests below go from argv to what the
+flag reaches: the prompt that is decoded, the tensors of the checkpoint that was named, files and numbers as
+they are written. What stands behind and takes minutes (a training, a benchmark's measurement) is replaced by
+a recorder of its arguments. Right values are counted by hand or read from the files themselves.
 """
 
 import ast

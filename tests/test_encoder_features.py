@@ -1,7 +1,7 @@
 """What encoder_features.py writes, from its flags to tensors and paths.
 
-That training on the files equals training with the encoder is held in test_encoders.py.
-Right values: what the encoder gives for each image, run in the test, and files counted by hand.
+That training on the files equals training with the encoder is held in test_encoders.py. Right values: what
+the encoder gives for each image, run in the test, and files counted by hand.
 """
 
 import hashlib

@@ -1,6 +1,8 @@
-"""What the commands that compute features share: which records, files that are whole or absent, a copy with paths.
+"""What the commands that compute features share: which records, files that are whole or absent, a copy with
+paths.
 
-Also the one rule of what a conversion may leave out (broken.py). Right values are written out beside each case.
+Also the one rule of what a conversion may leave out (broken.py). Right values are written out beside each
+case.
 """
 
 import json

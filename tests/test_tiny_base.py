@@ -1,7 +1,8 @@
-"""The tiny base: its training forward is the stock model's, batches say what the scenes show, lessons and schedule hold.
+"""The tiny base: its training forward is the stock model's, batches say what the scenes show, lessons and
+schedule hold.
 
-Right values: losses by loops over cells and tokens, patches and marks by index, the schedule and the check's table by
-arithmetic, the shipped files.
+Right values: losses by loops over cells and tokens, patches and marks by index, the schedule and the check's
+table by arithmetic, the shipped files.
 """
 import contextlib
 import json

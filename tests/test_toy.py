@@ -1,7 +1,8 @@
-"""The toy scenes: same bytes from one seed, no shared scenes, balance, answers recomputed without toy.py's own logic.
+"""The toy scenes: same bytes from one seed, no shared scenes, balance, answers recomputed without toy.py's
+own logic.
 
-Right values: areas of the silhouettes and colours of pixels by geometry and arithmetic, places from where a thing was
-put, answers from a search of the scene for the shapes that the question names.
+Right values: areas of the silhouettes and colours of pixels by geometry and arithmetic, places from where a
+thing was put, answers from a search of the scene for the shapes that the question names.
 """
 import hashlib
 import json
