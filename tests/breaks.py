@@ -970,7 +970,7 @@ COMMANDS = [
           "(guess[i, start - 1:len(row) - 1] == ids[i, start:len(row)])",
           "(guess[i, start - 1:start] == ids[i, start:start + 1])",
           "Half an answer counts.",
-          "tests/test_tiny_base.py::test_right_is_what_greedy_decoding_answers"),
+          "tests/test_tiny_base.py::test_an_answer_is_right_with_every_token_and_its_end"),
     Break("tiny_check-grey", "data_prep/tiny_check.py",
           "processor, [GREY] * len(drawn), questions",
           "processor, sharp, questions",

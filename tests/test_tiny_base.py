@@ -681,6 +681,30 @@ def test_right_is_what_greedy_decoding_answers(tmp_path, tokenizer):
     assert hits.tolist() == expected and 0 < sum(expected) < 15
 
 
+def test_an_answer_is_right_with_every_token_and_its_end(tokenizer):
+    """A model that predicts what it is given, but for the last token of one row, the first of another, and padding."""
+    answers = ("4", "4", "4 stars and a ring", "red")
+    asked = [toy.Question("count", "How many stars are there?", answer, (), ()) for answer in answers]
+    wrong = {1: -1, 2: 0}  # row: which of its answer's tokens is missed
+    lengths = [len(tokenizer(question.answer + "<|im_end|>").input_ids) for question in asked]
+
+    class Model:
+        config = SimpleNamespace(image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+
+        def __call__(self, input_ids, **_):
+            guess = torch.cat([input_ids[:, 1:], torch.zeros(4, 1, dtype=torch.long)], 1)
+            for row, at in wrong.items():
+                end = int((input_ids[row] != tokenizer.pad_token_id).nonzero()[-1, 0]) + 1
+                token = end - 1 if at < 0 else end - lengths[row]
+                guess[row, token - 1] = 5  # where it would be predicted
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(guess, 2000).float())
+
+    images = [tiny_check.GREY] * 4
+    assert lengths[0] == 2 and lengths[2] > 3
+    found = tiny_check.right(Model(), tokenizer, AutoImageProcessor.from_pretrained(TINY), images, asked)
+    assert found.tolist() == [True, False, False, True]
+
+
 def test_the_check_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     """Ten questions of each family from the seed's scenes, three answers to each: the twin grey, the base
     sharp and blurred; the table by hand.
