@@ -99,7 +99,11 @@ def main(argv=None):
     how = dict(batch_size=100, max_new_tokens=8, procs=procs)
     base = crystal.model.load("tiny", device=procs.device)
     seeing = evaluate.answers(base, Format(base.tokenizer), records, progress="base", **how)
-    base.hf.load_state_dict(load_file(crystal.model.TINY.parent / "blind" / "model.safetensors"), strict=False)
+    twin = load_file(crystal.model.TINY.parent / "blind" / "model.safetensors")  # under a hub's names, the tied head left out
+    names = crystal.model.parameter_names(base.hf, twin)
+    weights = {names[name]: tensor for name, tensor in twin.items()}
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    base.hf.load_state_dict(weights)
     found = {"blind": evaluate.answers(base, Format(base.tokenizer), records, grey=True, progress="blind", **how), "base": seeing}
     masses = ""
     for name, directory in runs.items():

@@ -1,5 +1,10 @@
-"""bench.py at small sizes: every row measured or its reason told, the gate in front of it, and what it says in a mistake's case."""
+"""bench.py at small sizes: every row measured or its reason told, the gate in front of it, the line of a
+mistake.
+
+Right values: times from a clock that is told what to say, bytes and products counted by hand.
+"""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,3 +76,184 @@ def test_probe(monkeypatch):
     monkeypatch.undo()
     machine = bench.probe(torch.device("cpu"), torch.float32)
     assert machine["copy_gb_s"] > 0.1 and machine["tflop_s"] > 0.001 and machine["empty_us"] > 0
+
+
+MACHINE = {"copy_gb_s": 2.0, "tflop_s": 0.5}
+
+
+def test_a_row_by_hand(monkeypatch, capsys):
+    """Medians and quartiles of five runs, the floor as the larger bound of each pass, shares and ratios from
+    them.
+    """
+    x = torch.ones(4, requires_grad=True)
+    peers = {
+        "compiled": lambda x: (2 * x,),
+        "eager": lambda x: (x + x,),
+        "other": "not installed",
+        "broken": lambda x: 1 / 0,
+    }
+    ours, plain, once = peers["compiled"], peers["eager"], bench.once
+    ticks = {
+        ours: iter([(0.002, 0.004)] * 2 + [(t, 0.004) for t in (0.001, 0.004, 0.002, 0.003, 0.1)]),
+        plain: iter([(0.006, 0.006)] * 99),
+    }
+
+    def timed(f, leaves, device):
+        out = once(f, leaves, device)
+        return out if leaves[0].dtype == torch.float64 else (*next(ticks[f]), *out[2:])
+
+    monkeypatch.setattr(bench, "once", timed)
+    # 4 MB at 2 GB/s are 2 ms, 5e8 products at 0.5 TFLOP/s 1 ms; backward 1 ms and 3 ms.
+    rows = bench.measure(
+        "mine", "a title", [x], peers, ((4e6, 5e8), (2e6, 1.5e9)), MACHINE, 5, torch.device("cpu")
+    )
+    assert [row["peer"] for row in rows] == ["compiled", "eager", "other", "broken"]
+    assert (
+        rows[2] == {"operator": "mine", "case": "a title", "peer": "other", "cannot_run": "not installed"}
+        and rows[3]["cannot_run"] == "ZeroDivisionError: division by zero"
+    )
+    first, second = rows[:2]
+    assert (first["forward_ms"], first["backward_ms"], first["repeats"]) == (
+        pytest.approx(3.0),
+        pytest.approx(4.0),
+        5,
+    )
+    assert first["forward_quartiles"] == pytest.approx([1.5, 52.0]) and first[
+        "backward_quartiles"
+    ] == pytest.approx([4.0, 4.0])
+    assert first["floor_ms"] == second["floor_ms"] == pytest.approx([2.0, 3.0])
+    assert (first["share_of_floor"], first["times_ours"]) == (pytest.approx(5 / 7), 1.0)
+    assert (second["forward_ms"], second["share_of_floor"], second["times_ours"]) == (
+        pytest.approx(6.0),
+        pytest.approx(5 / 12),
+        pytest.approx(12 / 7),
+    )
+    out = capsys.readouterr().out
+    assert "3.000 (1.500 to 52.000)" in out and "71%    1.00" in out and "42%    1.71" in out
+    assert (
+        "  other                    cannot run: not installed" in out
+        and "broken                   cannot run: ZeroDivisionError: division by zero" in out
+    )
+
+
+@pytest.mark.parametrize("values, gradients, fine", [(2.0, 3.0, True), (2.2, 1.0, False), (1.0, 3.2, False)])
+def test_the_gate_is_at_two_and_three_times(values, gradients, fine):
+    """Errors of ours in multiples of plain PyTorch's own, far above what rounding alone makes."""
+    x = [torch.ones(3, requires_grad=True)]
+
+    def off(by, slope):
+        return ([torch.full((3,), 2.0 + 0.01 * by)], [torch.full((3,), 2.0 + 0.01 * slope)])
+
+    able = {"compiled": (None, *off(values, gradients)), "eager": (None, *off(1.0, 1.0))}
+    exact = [x[0].detach().double().requires_grad_()]
+    if fine:
+        bench.gate("mine", able, exact, lambda x: (2 * x,), torch.device("cpu"))
+        return
+    what = "values" if values > 2 else "gradients"
+    with pytest.raises(
+        UserError, match=f"mine: the compiled operator's {what} are off by .*; nothing is timed"
+    ):
+        bench.gate("mine", able, exact, lambda x: (2 * x,), torch.device("cpu"))
+
+
+def test_bytes_kept_and_held_at_once():
+    """exp keeps its result and no input; x * x keeps x alone, which is the leaf's own. At the peak an
+    operator holds result, gradient and its ones.
+    """
+    x = [torch.ones(1 << 18, requires_grad=True)]
+    size = 4 << 18
+    assert bench.kept_bytes(lambda x: (x.exp(),), x) == size and bench.kept_bytes(lambda x: (x * x,), x) == 0
+    assert bench.kept_bytes(lambda x: (x.exp().exp(),), x) == 2 * size
+    # exp of exp: two results, the ones, and the gradient of each exp, the first still held while the second
+    # is formed.
+    simple, deeper = (
+        bench.peak_bytes(lambda x: (x.exp(),), x, torch.device("cpu")),
+        bench.peak_bytes(lambda x: (x.exp().exp(),), x, torch.device("cpu")),
+    )
+    assert simple == pytest.approx(3 * size, rel=0.02) and deeper == pytest.approx(5 * size, rel=0.02)
+
+
+def test_an_operator_runs_forward_and_backward(monkeypatch):
+    """The clock's two times, the outputs, and the gradients of the outputs' sums."""
+    now = iter([1.0, 1.25, 2.0, 2.5])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now))
+    x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True)
+    forward, backward, outputs, grads = bench.once(lambda x, y: (x * y, x.sum()), [x, y], torch.device("cpu"))
+    assert (
+        (forward, backward) == (0.25, 0.5)
+        and [o.tolist() for o in outputs] == [[3.0, 10.0], 3.0]
+        and not outputs[0].requires_grad
+    )
+    assert [g.tolist() for g in grads] == [[4.0, 6.0], [1.0, 2.0]]
+
+
+def test_the_machine_by_hand(monkeypatch):
+    """A copy of 2^27 bytes reads and writes them in half a second; 1024^3 products of two in a quarter, of
+    the faster dtype; a call in a microsecond.
+    """
+    monkeypatch.undo()
+    asked, seconds = [], iter([0.5, 0.5, 0.25, 1e-6])
+
+    def best(f, device, runs=10):
+        asked.append(runs)
+        return next(seconds)
+
+    monkeypatch.setattr(bench, "best", best)
+    machine = bench.probe(torch.device("cpu"), torch.bfloat16)
+    assert machine["copy_gb_s"] == pytest.approx(2 * 2**27 / 0.5 / 1e9) and machine[
+        "tflop_s"
+    ] == pytest.approx(2 * 1024**3 / 0.25 / 1e12)
+    assert (
+        machine["empty_us"] == pytest.approx(1.0)
+        and asked == [10, 10, 10, 100]
+        and machine["threads"] == torch.get_num_threads()
+    )
+
+
+def test_the_best_of_ten_counts(monkeypatch):
+    times = iter([3.0, 2.0, 5.0])
+    monkeypatch.setattr(bench, "clock", lambda f, device: (next(times), f()))
+    assert bench.best(lambda: None, torch.device("cpu"), 3) == 2.0
+
+
+def test_positions_are_laid_out_as_a_record():
+    """Three latents, then four rows of an answer at the end of ten; a case's labels all count; supervised
+    pairs are half of the sequences.
+    """
+    a = SimpleNamespace(dtype="float32", compile=False, rows=5, vocab=11)
+    sizes = [4, 10, 4, 3, 6, 2, 8]
+    leaves, rows, cols = bench.heads(a, sizes, torch.device("cpu"))
+    assert (
+        rows.tolist() == [[6, 7, 8, 9]] * 4
+        and cols.tolist() == [[3, 4, 5]] * 4
+        and [tuple(x.shape) for x in leaves] == [(4, 6, 10, 8), (4, 2, 10, 8)]
+    )
+    _, again, _ = bench.heads(a, [1, 4, 9, 2, 2, 2, 8], torch.device("cpu"))
+    assert again.tolist() == [[0, 1, 2, 3]]  # no more rows than there are positions
+
+    # Eq. 5 in its default kind by loops over pairs, heads and rows: the intact path's share against the
+    # corrupted one's.
+    _, leaves, peers, _ = bench.align_case(a, sizes, torch.device("cpu"))
+    q, k = leaves[0].detach(), leaves[1].detach()
+    means = []
+    for pair in range(2):
+        terms = []
+        for head in range(6):
+            for row in range(6, 10):
+                p, r = (
+                    ((q[path, head, row] @ k[path, head // 3, 3:6].T) * 8**-0.5).softmax(-1)
+                    for path in (pair, pair + 2)
+                )
+                terms.append(float((p * (p.log() - r.log())).sum()))
+        means.append(sum(terms) / len(terms))
+    assert peers["eager"](*leaves)[0].tolist() == pytest.approx(means, rel=1e-4)
+
+    _, (z, z2), peers, _ = bench.vocab_case(a, sizes, torch.device("cpu"))
+    ce, ce2, kl = peers["eager"](z, z2)
+    p, r = z.detach().softmax(-1), z2.detach().softmax(-1)
+    assert kl.tolist() == pytest.approx(
+        (p * (p.log() - r.log())).sum(-1).tolist(), rel=1e-4
+    ) and ce.shape == ce2.shape == (5,)
+    assert all(any(abs(float(c) + float(v.log())) < 1e-4 for v in row) for c, row in zip(ce.detach(), p))
+    with pytest.raises(UserError, match="B must be even"):
+        bench.frobenius_case(a, [3, *sizes[1:]], torch.device("cpu"))

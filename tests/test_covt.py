@@ -1,4 +1,5 @@
 """CoVT's parquet parts become records: streamed, sampled from a seed, resumed after a kill, and nothing broken left unsaid."""
+import hashlib
 import io
 import json
 
@@ -85,6 +86,63 @@ def test_a_sample_comes_from_its_seed_whatever_the_parts_cut(parts, tmp_path):
         sample("f", parts, sample=31)
 
 
+def test_the_command_samples_by_hash(tmp_path, capsys):
+    """The rows with the smallest SHA-256 of seed, id and path, in the parts' order, from row groups longer
+    than what is read at a time.
+    """
+    folder = write(tmp_path / "parts", [row(i) for i in range(45)], cuts=(2, 4), group=50)
+    for seed in (0, 3):
+        def rank(i):
+            return hashlib.sha256(
+                f"{seed}\nr{i}\n{('tallyqa', 'clevr', 'vsr')[i % 3]}/{i}.png".encode()
+            ).digest()
+
+        covt.main(
+            ["--parts", str(folder), "--out", str(tmp_path / str(seed)), "--sample", "7", "--seed", str(seed)]
+        )
+        assert [r["id"] for r in records(tmp_path / str(seed))] == [
+            f"r{i}" for i in sorted(sorted(range(45), key=rank)[:7])
+        ]
+        assert all(
+            (tmp_path / str(seed) / "images" / r["image"]).read_bytes() == picture(int(r["id"][1:]))
+            for r in records(tmp_path / str(seed))
+        )
+        assert (
+            f"7 rows of 3 parts\n7 records in {tmp_path / str(seed) / 'train.jsonl'}\n"
+            in capsys.readouterr().out
+        )
+    assert records(tmp_path / "0") != records(tmp_path / "3")
+    progress = json.loads((tmp_path / "3" / "progress.json").read_text())
+    assert (progress["records"], progress["settings"]["sample"], progress["settings"]["seed"]) == (7, 7, 3)
+
+
+def test_the_list_is_sorted_by_size(tmp_path, capsys):
+    rows = [row(i, f"{'aaab'[i % 4]}/{i}.png") for i in range(8)] + [
+        row(8, "000.png"),
+        row(9, "identity_1.png"),
+        row(10, "identity_2.png"),
+        row(11, "identity_3.png"),
+    ]
+    covt.main(["--parts", str(write(tmp_path, rows, (2, 4))), "--list"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["6", "a"],
+        ["3", "identity"],
+        ["2", "b"],
+        ["1", "numbers"],
+        ["12", "in", "all"],
+    ]
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_the_command_leaves_out_a_broken_row(tmp_path, capsys):
+    folder = write(tmp_path / "parts", [row(i, raw=b"text") if i == 3 else row(i) for i in range(12)])
+    with pytest.raises(UserError, match="--on_bad_record skip leaves such rows out"):
+        covt.main(["--parts", str(folder), "--out", str(tmp_path / "stop")])
+    covt.main(["--parts", str(folder), "--out", str(tmp_path / "skip"), "--on_bad_record", "skip"])
+    assert [r["id"] for r in records(tmp_path / "skip")] == [f"r{i}" for i in range(12) if i != 3]
+    assert "1 broken rows left out" in capsys.readouterr().out
+
+
 def test_an_image_is_written_once_and_another_of_its_name_is_kept_apart(tmp_path):
     rows = [row(0, "a/x.png", picture(1)), row(1, "a/x.png", picture(1)), row(2, "a/x.png", picture(2)), row(3, "a/x.png", picture(2))]
     covt.run(write(tmp_path / "parts", rows, (1, 2)), tmp_path / "out", say=lambda _: None)
@@ -145,6 +203,17 @@ def test_a_broken_row_is_one_line(tmp_path, name):
     assert words in json.loads((tmp_path / "skipped" / "bad_records.jsonl").read_text())["problem"] and any("1 broken rows left out" in s for s in said)
     outside = [p for p in tmp_path.rglob("x.png") if not p.is_relative_to(tmp_path / "out" / "images")]
     assert not outside
+
+
+def test_a_broken_row_far_down_is_told_at_its_place(tmp_path):
+    """The thirty-first of its row group, which is read sixteen rows at a time."""
+    folder = write(
+        tmp_path / "parts", [row(i, raw=b"text") if i == 34 else row(i) for i in range(40)], (2, 4), group=50
+    )
+    with pytest.raises(
+        UserError, match=r"part10/train-00000-of-00001.parquet, row group 0, row 30: column 'image'"
+    ):
+        covt.run(folder, tmp_path / "out", say=lambda _: None)
 
 
 def test_more_than_one_in_a_hundred_broken_stops(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crystal import demo, methods
+from crystal import data, demo, methods
 from crystal.config import UserError
 from data_prep import toy
 
@@ -44,6 +44,100 @@ def test_it_gets_to_its_end(method, monkeypatch, tmp_path, capsys):
     assert table.splitlines()[0].split()[:6] == ["family", "questions", "blind", "base", "sft", method]
     assert all((made / "pictures" / f"{name}.png").stat().st_size > 1000 for name in ("losses", "corruptions", "attention"))
     assert (made / method / "merged" / "model.safetensors").is_file()
+
+
+def test_each_method_trains_by_its_own_flags(tmp_path):
+    """The flags that the head of demo.py explains, method by method; a file's are those of the method that it
+    builds on.
+    """
+    common = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
+    own = {
+        "sft": [],
+        "livr": [],
+        "crystal": ["--labels", "answer"],
+        "lavit": ["--tune", "lora"],
+        "valr": [
+            "--lr_latents",
+            "3e-4",
+            "--lr_rows",
+            "5",
+            "--first_share",
+            "0.6",
+            "--latents",
+            "4",
+            "--encoders",
+            "tiny",
+        ],
+    }
+    assert {method: demo.recipe(method) for method in NAMES} == {
+        method: common + own[method] for method in NAMES
+    }
+    (tmp_path / "mine.py").write_text("from crystal.methods.valr import Method\n")
+    assert demo.recipe(str(tmp_path / "mine.py"), 4) == ["--batch_size", "4", *common[2:], *own["valr"]]
+    valr = methods.parse(["--method", "valr", *demo.recipe("valr")])
+    assert (valr.lr_rows, valr.latents, valr.first_share) == (5.0, 4, 0.6)  # the later of two counts
+
+
+def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):
+    """All of the training scenes and 64 for validation, each kept; the files that it writes are the ones to
+    train on.
+    """
+    from data_prep import lavit_teacher
+    (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
+    told = []
+    monkeypatch.setattr(lavit_teacher, "main", told.append)
+    flags = demo.data_of("lavit", tmp_path / "toy", tmp_path / "sft")
+    assert flags == [
+        "--data",
+        str(tmp_path / "toy" / "train.lavit.jsonl"),
+        "--val_data",
+        str(tmp_path / "toy" / "val.lavit.jsonl"),
+    ]
+    assert told == [
+        [
+            "--teacher",
+            str(tmp_path / "sft"),
+            "--data",
+            str(tmp_path / "toy" / f"{split}.jsonl"),
+            "--limit",
+            limit,
+            "--keep",
+            "all",
+            "--batch_size",
+            "64",
+            "--max_new_tokens",
+            "8",
+            "--overwrite",
+        ]
+        for split, limit in (("train", "0"), ("val", "64"))
+    ]
+
+
+def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
+    """Pictures of the run below --output, its export, and the record's own question to the merged directory.
+    """
+    told = []
+    monkeypatch.setattr(
+        demo.visualize, "pictures", lambda *args, **how: told.append(("pictures", args, how)) or ["a.png"]
+    )
+    monkeypatch.setattr(demo.export, "main", lambda argv: told.append(("export", argv)))
+    monkeypatch.setattr(demo.generate, "main", lambda argv: told.append(("generate", argv)))
+    record = data.Record("", "", [("user", "<image>\nWhat colour is the star?")], "red", ["/x/1.png"])
+    run, scenes, out = tmp_path / "run", tmp_path / "toy", tmp_path / "out"
+    demo.show(run, record, scenes, out, 5, "cpu")
+    assert told == [
+        ("pictures", (run, scenes / "test.jsonl", out / "pictures"), {"device": "cpu"}),
+        ("export", ["--run", str(run)]),
+        (
+            "generate",
+            ["--model", str(run / "merged"), "--image", "/x/1.png", "--question", "What colour is the star?"],
+        ),
+    ]
+    assert (
+        capsys.readouterr().out
+        == "\n== 5. Pictures\na.png\n\n== 6. Export and one question\n"
+        "/x/1.png\nWhat colour is the star?\n(the answer is red)\n"
+    )
 
 
 SMALL = """

@@ -234,3 +234,74 @@ def test_checkpoints_are_found_or_named(runs, tmp_path):
             export.find(run, which)
     with pytest.raises(UserError, match="not a run directory"):
         export.export("tiny", merged=tmp_path / "m")
+
+
+def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_file, tmp_path, capsys):
+    """VaLR: crystal.json with its method and K, the tag that opens latents suppressed beside the base's own
+    rules, and a Format that decodes with them.
+    """
+    run = train.main(
+        [
+            "--method",
+            "valr",
+            "--encoders",
+            "none",
+            "--model",
+            str(model_dirs[True]),
+            "--data",
+            str(records_file),
+            "--latents",
+            "5",
+            "--tune",
+            "lora",
+            "--lora_r",
+            "2",
+            "--max_steps",
+            "2",
+            "--eval_every",
+            "0",
+            "--log_every",
+            "9",
+            "--output",
+            str(tmp_path / "run"),
+        ]
+    )
+    export.main(["--run", str(run)])
+    assert "Its latents are states that the model feeds back to itself" in capsys.readouterr().out
+    model, fmt, _ = export.open_model(run)
+    assert json.loads((run / "merged" / "crystal.json").read_text()) == {"method": "valr", "latents": 5}
+    base, merged = (
+        json.loads((folder / "generation_config.json").read_text())
+        for folder in (model_dirs[True], run / "merged")
+    )
+    begin = model.tokenizer.convert_tokens_to_ids("<latent>")
+    assert merged == base | {"suppress_tokens": [begin]}
+    found = export.exported_format(run / "merged", model.tokenizer)
+    assert (type(found), found.count, found.begin) == (type(fmt), 5, begin)
+    assert (
+        not (model_dirs[True] / "crystal.json").exists()
+        and export.exported_format(model_dirs[True], model.tokenizer).count == 0
+    )
+    for text, message in (
+        ('{"method": "/x/mine.py", "latents": 5}', "a method of its own"),
+        ('{"latents": 5}', "not what crystal.export wrote"),
+        ("[]", "not what crystal.export wrote"),
+    ):
+        (run / "merged" / "crystal.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            export.exported_format(run / "merged", model.tokenizer)
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "old").write_text("old")
+    (tmp_path / "to.part").mkdir()
+    (tmp_path / "to.part" / "left").write_text("of a run that was killed")
+    with pytest.raises(KeyboardInterrupt):
+        with export.fresh(tmp_path / "to") as out:
+            (out / "new").write_text("new")
+            raise KeyboardInterrupt
+    assert [p.name for p in (tmp_path / "to").iterdir()] == ["old"]
+    with export.fresh(tmp_path / "to") as out:
+        (out / "new").write_text("new")
+    assert [p.name for p in (tmp_path / "to").iterdir()] == ["new"] and not (tmp_path / "to.part").exists()

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from crystal import data, feedback, generate
+from crystal.bottleneck import Bias
 from crystal.config import UserError
 
 
@@ -192,3 +193,83 @@ def test_latents_that_the_model_writes_itself(setup, monkeypatch):
     assert not set(s.fmt.latents) & set(fed[0][0].tolist())
     with pytest.raises(UserError, match="x has no latents that it learned to write"):
         generate.thought_length(setup("--method", "sft").fmt, "x")
+
+
+def test_an_answer_ends_at_its_tag(setup):
+    """What stands between the first `<answer>` and the first `</answer>` behind it; without tags all of it;
+    no special tokens, no blanks around it.
+    """
+    fmt, model = (s := setup()).fmt, s.model
+    red, blue = fmt.text(" red "), fmt.text("blue")
+    for ids, says in (
+        (red, "red"),
+        ([*blue, fmt.open, *red], "red"),
+        ([*blue, fmt.open, *red, fmt.close, *blue, fmt.end], "red"),
+        ([*red, fmt.close, *blue], "red"),
+        ([fmt.close, *blue, fmt.open, *red], "red"),
+        ([fmt.open, *red, fmt.end], "red"),
+        ([*red, fmt.end], "red"),
+        ([fmt.open, fmt.close], ""),
+        ([], ""),
+    ):
+        assert generate.answer_text(model, fmt, ids) == says
+
+
+def test_what_transformers_is_told(setup, monkeypatch):
+    """Greedy, so many tokens, our end and our padding, the streamer; prompts to the left of nothing, pictures
+    in the order of their prompts.
+    """
+    s, told = setup(dtype=torch.float32), []
+    asked, streamer = prompts(s), object()
+    asked.insert(1, (asked[0][0][:5], None, None))  # one without a picture
+    monkeypatch.setattr(
+        s.model.hf,
+        "generate",
+        lambda **how: (
+            told.append(how) or torch.cat([how["input_ids"], torch.tensor([[7, s.fmt.end]] * 4)], 1)
+        ),
+    )
+    assert generate.write(s.model, asked, s.fmt, 9, streamer=streamer) == [[7, s.fmt.end]] * 4
+    how = told[0]
+    pad = s.model.tokenizer.pad_token_id
+    assert (
+        how["max_new_tokens"],
+        how["do_sample"],
+        how["eos_token_id"],
+        how["pad_token_id"],
+        how["streamer"],
+    ) == (9, False, s.fmt.end, pad, streamer)
+    assert "suppress_tokens" not in how
+    L = max(len(ids) for ids, _, _ in asked)
+    assert how["input_ids"].tolist() == [[pad] * (L - len(ids)) + ids for ids, _, _ in asked]
+    assert how["attention_mask"].tolist() == [[0] * (L - len(ids)) + [1] * len(ids) for ids, _, _ in asked]
+    assert how["mm_token_type_ids"].tolist() == [
+        [0] * (L - len(ids)) + [int(token == s.fmt.image) for token in ids] for ids, _, _ in asked
+    ]
+    assert torch.equal(
+        how["pixel_values"], torch.cat([pixels for _, pixels, _ in asked if pixels is not None])
+    )
+    assert torch.equal(how["image_grid_thw"], torch.cat([grid for _, _, grid in asked if grid is not None]))
+
+
+def test_a_mask_is_asked_for_the_last_row(setup, monkeypatch):
+    """A method's biases see the batch as it is padded, and the row that answers: the last of each prompt; the
+    model then sees their mask.
+    """
+    s, seen, masks = setup(dtype=torch.float32), [], []
+    s.model.eval()
+    asked = prompts(s)
+    L = max(len(ids) for ids, _, _ in asked)
+
+    def biases(batch):
+        seen.append(batch)
+        return [Bias(torch.ones(3, L, dtype=torch.bool), batch["input_ids"] == s.fmt.image, -2.5)]
+
+    plain = s.model.seeing
+    monkeypatch.setattr(s.model, "seeing", lambda mask: masks.append(mask) or plain(mask))
+    generate.write(s.model, asked, s.fmt, 2, biases)
+    assert seen[0]["rows"].tolist() == [[L - 1]] * 3
+    for b, (ids, _, _) in enumerate(asked):
+        left = L - len(ids)
+        row = masks[0][b, 0, L - 1].tolist()
+        assert row == [float("-inf")] * left + [-2.5 if token == s.fmt.image else 0.0 for token in ids]

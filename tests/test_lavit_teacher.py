@@ -1,6 +1,7 @@
 """The teacher's side of LaViT: gaze equal to eager attention's, resumable and sharded files, filters, and a student that learns from them."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,236 @@ def eager(model, batch):
         text = [t for t in range(int(cols.max()) + 1, int(batch["attention_mask"][b].sum())) if t not in own]
         out.append(mean[b][text][:, cols].mean(0))
     return out
+
+
+def test_gaze_of_a_small_attention_by_hand():
+    """Two layers, two query heads on one key head, text rows 2 and 3 of four positions, image columns 0 and
+    1; sums of exponentials written out.
+    """
+    # Scores q.k of d = 1 at scale 1: keys' values are the logarithms, so that weights are shares of small
+    # numbers.
+    keys = torch.tensor([[1.0, 2.0, 1.0, 4.0]]).log()[None, :, :, None]                        # [1,1,4,1]
+    queries = torch.ones(1, 2, 4, 1)
+    queries[0, 1] = 2.0  # the second head squares the numbers
+    other = torch.tensor([[3.0, 1.0, 2.0, 2.0]]).log()[None, :, :, None]
+    looks = Looks(torch.tensor([[2, 3]]), torch.tensor([[0, 1]]))
+    looks(0, queries, keys, 1.0)
+    looks(1, queries[:, :, :, :], other, 1.0)
+    # Row 2 sees keys 0 to 2, row 3 all four.
+    first = (
+        [1 / 4 + 1 / 8, 2 / 4 + 2 / 8],
+        [1 / 6 + 1 / 22, 4 / 6 + 4 / 22],
+    )  # layer 0: head 0, head 1; column by column
+    second = [3 / 6 + 3 / 8, 1 / 6 + 1 / 8], [9 / 14 + 9 / 18, 1 / 14 + 1 / 18]
+    expected = [sum(head[n] for layer in (first, second) for head in layer) / (2 * 2 * 2) for n in (0, 1)]
+    assert looks.S.tolist() == [pytest.approx(expected, rel=1e-6)]
+
+    # A scale of 2 squares the numbers of the first head, too; a padded row and column count nothing.
+    looks = Looks(torch.tensor([[3, -1]]), torch.tensor([[1, -1]]))
+    looks(0, queries[:, :1], keys, 2.0)
+    assert looks.S.tolist() == [[pytest.approx(4 / 22), 0.0]]
+
+
+def test_text_rows_are_what_follows_the_last_image():
+    """Position by position: neither the image, what stands before it, latents nor padding."""
+    batch = {
+        "input_ids": torch.zeros(2, 9, dtype=torch.long),
+        "attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3]),
+        "image": torch.tensor([[1, 2, 4], [1, -1, -1]]),
+        "latents": torch.tensor([[6, 7], [3, -1]]),
+    }
+    assert text_rows(batch).tolist() == [[5, 8, -1], [2, 4, 5]]
+
+
+def test_boxes_are_pixels_of_the_first_image(setup):
+    """Record 2 has pictures of 84 x 112 and 56 x 84: tokens 0 to 11 are the first's, row by row of three."""
+    s = setup("--method", "sft", which=[2])
+    s.records[0].boxes = [[28, 56, 84, 84]]  # the third row's second and third
+    tensors, statistics = look(s.model, s.fmt, s.method, s.records, 1)[0]
+    gaze = tensors["gaze"]
+    assert len(gaze) == 12 + 6 and statistics["focus"] == pytest.approx(
+        float((gaze[7] + gaze[8]) / gaze.sum()), rel=1e-6
+    )
+    top = sorted(range(18), key=lambda n: -float(gaze[n]))[:8]
+    assert tensors["gaze_top"].tolist() == top
+
+
+@pytest.fixture
+def stub(setup, monkeypatch):
+    """What the command asks of the model: opened how, which records in batches of what size, and answers by
+    rule. Record 2 is answered wrong.
+    """
+    s = setup("--method", "sft", dtype=torch.float32)
+    told = SimpleNamespace(
+        opened=[], answered=[], looked=[], focus={"0": 0.5, "1": 0.3, "2": 0.1}, blind=set()
+    )
+
+    def answers(model, fmt, records, batch_size, max_new_tokens):
+        told.answered.append(
+            (
+                [r.id for r in records],
+                [len(r.images) for r in records],
+                [r.turns[-1][1] for r in records],
+                batch_size,
+                max_new_tokens,
+            )
+        )
+        seeing = bool(records[0].images)
+        return [
+            {"prediction": "p" if seeing else "b", "correct": r.id != "2" if seeing else r.id in told.blind}
+            for r in records
+        ]
+
+    def looking(model, fmt, method, records, batch_size):
+        told.looked.append(([r.id for r in records], batch_size))
+        return [
+            (
+                {"v_sem": torch.full((5,), float(r.id))},
+                {"focus": told.focus[r.id], "entropy": 1.0, "salient": 2},
+            )
+            for r in records
+        ]
+
+    monkeypatch.setattr(
+        lavit_teacher,
+        "open_model",
+        lambda *args, **how: told.opened.append((args, how)) or (s.model, s.fmt, s.settings),
+    )
+    monkeypatch.setattr(lavit_teacher.evaluate, "answers", answers)
+    monkeypatch.setattr(lavit_teacher, "look", looking)
+    return told
+
+
+def test_the_command_passes_its_flags_on(stub, source, tmp_path, capsys):
+    """Images from another folder, the first two of three records, one a shard; batches, lengths and dtype as
+    they were typed.
+    """
+    (tmp_path / "records").mkdir()
+    records = tmp_path / "records" / "mine.jsonl"
+    records.write_text(source.read_text())
+    lavit_teacher.main(
+        [
+            "--teacher",
+            "some/teacher",
+            "--data",
+            str(records),
+            "--image_root",
+            str(tmp_path),
+            "--limit",
+            "2",
+            "--shard",
+            "1",
+            "--batch_size",
+            "5",
+            "--max_new_tokens",
+            "6",
+            "--dtype",
+            "bfloat16",
+            "--keep",
+            "all",
+            "--device",
+            "cpu",
+        ]
+    )
+    (name, which, device), how = stub.opened[0]
+    assert (name, which, device, how["dtype"]) == (
+        "some/teacher",
+        "best",
+        torch.device("cpu"),
+        torch.bfloat16,
+    )
+    assert stub.looked == [(["0"], 5), (["1"], 5)]
+    assert [(ids, images) for ids, images, *_ in stub.answered] == [
+        (["0"], [1]),
+        (["0"], [0]),
+        (["1"], [1]),
+        (["1"], [0]),
+    ]  # with the image, then without
+    assert all((batch, room) == (5, 6) for *_, batch, room in stub.answered)
+    assert stub.answered[0][2] == ["<image>\nWhat colour is the star?"] and stub.answered[1][2] == [
+        "What colour is the star?"
+    ]
+
+    assert sorted(p.name for p in (tmp_path / "lavit").iterdir()) == [
+        "mine-00000.jsonl",
+        "mine-00000.safetensors",
+        "mine-00001.jsonl",
+        "mine-00001.safetensors",
+        "mine.json",
+    ]
+    assert load_file(tmp_path / "lavit" / "mine-00001.safetensors")["1/v_sem"].tolist() == [1.0] * 5
+    logged = json.loads((tmp_path / "lavit" / "mine-00001.jsonl").read_text())
+    assert logged == {
+        "id": "1",
+        "where": f"{records}:2",
+        "answer": "3",
+        "prediction": "p",
+        "correct": True,
+        "blind_prediction": "b",
+        "blind_correct": False,
+        "focus": 0.3,
+        "entropy": 1.0,
+        "salient": 2,
+    }
+    copies = [
+        json.loads(line) for line in (tmp_path / "records" / "mine.lavit.jsonl").read_text().splitlines()
+    ]
+    assert [(r["id"], r["features"]) for r in copies] == [
+        ("0", {"lavit": "lavit/mine-00000.safetensors"}),
+        ("1", {"lavit": "lavit/mine-00001.safetensors"}),
+    ]
+    said = capsys.readouterr().out
+    assert (
+        "2 records in 2 shards, 0 there already" in said
+        and f"wrote 2 records to {tmp_path}/records/mine.lavit.jsonl: --method lavit --semantics_dim 5"
+        in said
+    )
+    note = json.loads((tmp_path / "lavit" / "mine.json").read_text())
+    assert note == {
+        "teacher": "some/teacher",
+        "shard": 1,
+        "min_pixels": None,
+        "max_pixels": None,
+        "max_new_tokens": 6,
+        "weights": "",
+        "records": ["0", "1"],
+    }
+
+
+@pytest.mark.parametrize(
+    "share, blind, kept",
+    [("0.2", set(), ["0", "1"]), ("0.4", set(), ["0"]), ("0.3", {"0"}, ["1"]), (None, set(), ["0", "1"])],
+)
+def test_the_command_keeps_what_passes(stub, source, tmp_path, capsys, share, blind, kept):
+    """Records 0 and 1 are answered right and have half and 0.3 of the attention inside their boxes; --keep
+    all keeps record 2, too.
+    """
+    stub.blind = blind
+    flags = [
+        "--teacher",
+        "some/teacher",
+        "--data",
+        str(source),
+        "--device",
+        "cpu",
+        *(["--share", share] if share else []),
+    ]
+    lavit_teacher.main(flags)
+    out = source.with_suffix(".lavit.jsonl")
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == kept
+    inside = sum(focus >= float(share or 0.2) for focus in stub.focus.values())
+    said = capsys.readouterr().out
+    assert (
+        "focus score 0.300" in said
+        and f"at least {100 * float(share or 0.2):g} % of the attention inside the boxes: "
+        f"{inside} alone, {len(kept)} after"
+        in said
+    )
+    assert len(stub.opened) == 1
+    lavit_teacher.main([*flags, "--keep", "all"])
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["0", "1", "2"] and len(
+        stub.opened
+    ) == 1  # the shards are there
 
 
 @pytest.mark.parametrize("method", ["sft", "crystal"])

@@ -1,4 +1,5 @@
 """TallyQA's raw questions become records that training takes; whatever is wrong with one is a line."""
+import hashlib
 import json
 
 import pytest
@@ -42,6 +43,39 @@ def test_kinds_and_samples(raw, tmp_path):
     assert len(ids("--sample", "6")) == 6 and ids("--sample", "6") == ids("--sample", "6") != ids("--sample", "6", "--seed", "1") and set(ids("--sample", "5")) < set(ids("--sample", "6"))
     with pytest.raises(UserError, match="--sample 11: there are only 10"):
         ids("--kind", "simple", "--sample", "11")
+
+
+def test_the_smallest_hashes_are_the_sample(raw, tmp_path, capsys):
+    """Those with the smallest SHA-256 of seed and id, in the file's order; images from the folder that was
+    named, and the file where it was asked for.
+    """
+    raw([question(i) for i in range(20)])
+    for seed in (0, 4):
+        out = tmp_path / "to" / f"{seed}.jsonl"
+        tallyqa.main(
+            [
+                "--questions",
+                str(tmp_path / "train.json"),
+                "--images",
+                str(tmp_path / "images"),
+                "--out",
+                str(out),
+                "--kind",
+                "simple",
+                "--sample",
+                "4",
+                "--seed",
+                str(seed),
+            ]
+        )
+        simple = list(range(0, 20, 2))
+        chosen = sorted(simple, key=lambda i: hashlib.sha256(f"{seed}\ntallyqa-{100 + i}".encode()).digest())[
+            :4
+        ]
+        found = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [r["id"] for r in found] == [f"tallyqa-{100 + i}" for i in simple if i in chosen]
+        assert [r["image"] for r in found] == [f"VG_100K/{i % 3}.jpg" for i in simple if i in chosen]
+        assert f"4 records in {out} (4 simple, 0 complex), 0 broken ones left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, words", [

@@ -1,4 +1,9 @@
-"""The toy scenes: same bytes from the same seed, no shared scenes, balance, and answers recomputed without toy.py's own logic."""
+"""The toy scenes: same bytes from one seed, no shared scenes, balance, answers recomputed without toy.py's
+own logic.
+
+Right values: areas of the silhouettes and colours of pixels by geometry and arithmetic, places from where a
+thing was put, answers from a search of the scene for the shapes that the question names.
+"""
 import hashlib
 import json
 import math
@@ -13,7 +18,7 @@ from PIL import Image, ImageFilter
 from crystal.config import UserError
 from data_prep import toy
 
-SIZES = {"train": 400, "val": 80, "test": 80}
+SIZES = {"train": 200, "val": 40, "test": 40}
 
 
 def read(folder, split):
@@ -74,6 +79,19 @@ def test_complete_directory_is_left_alone_and_unfinished_one_is_not(tmp_path):
     assert lines.read_text() != "touched"
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"train": 6}, {"val": 1}, {"test": 1}, {"stream": "base"}])
+def test_other_sizes_are_drawn_anew(tmp_path, change):
+    """A directory is complete only for the very arguments that made it."""
+    toy.generate(tmp_path, 0, 5, 0, 0)
+    (tmp_path / "train.jsonl").write_text("touched")
+    toy.generate(tmp_path, **({"seed": 0, "train": 5, "val": 0, "test": 0} | change))
+    assert len(read(tmp_path, "train")) == change.get("train", 5)
+    assert (
+        json.loads((tmp_path / "manifest.json").read_text())
+        == {"seed": 0, "train": 5, "val": 0, "test": 0, "stream": "demo", "version": 2} | change
+    )
+
+
 def test_splits_share_no_scene(made):
     pixels = [Image.open(p).tobytes() for p in (made / "images").rglob("*.png")]
     assert len(set(pixels)) == len(pixels) == sum(SIZES.values())
@@ -109,7 +127,7 @@ def test_answers_are_balanced(made):
 
 def test_blind_guess_from_the_words_gets_chance():
     """The place of a shape in the question, or which shapes are asked about, must not tell the answer."""
-    first, ahead, n = 0, 0, 2000
+    first, ahead, n = 0, 0, 1000
     for i in range(n):
         _, nearer = toy.draw_pair("demo", "balance", 0, 5 * i + toy.FAMILIES.index("nearer"))
         first += nearer.text.split("the ")[2].startswith(nearer.answer)
@@ -174,11 +192,279 @@ def test_shapes_look_different_and_blur_makes_them_alike():
             assert sharp > 150 and soft < 0.25 * sharp, (a, b)
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path), "--train", "5", "--val", "5", "--test", "5"])
-    toy.main()
-    assert "train 5/5" in capsys.readouterr().out
-    assert all(Path(tmp_path, record["image"]).exists() for record in read(tmp_path, "test"))
+def test_the_command_draws_what_was_asked(tmp_path, monkeypatch, capsys):
+    """So many of each split, the scenes of the seed that was given, the questions in order."""
+    sizes, taken = {"train": 7, "val": 3, "test": 2}, set()
+    for seed in (5, 6):
+        flags = [
+            "--out",
+            str(tmp_path / str(seed)),
+            "--seed",
+            str(seed),
+            "--train",
+            "7",
+            "--val",
+            "3",
+            "--test",
+            "2",
+        ]
+        monkeypatch.setattr("sys.argv", ["toy.py", *flags])
+        toy.main()
+        assert "train 7/7" in capsys.readouterr().out
+        for split, size in sizes.items():
+            records = read(tmp_path / str(seed), split)
+            assert [r["id"] for r in records] == [f"{split}-{i:06d}" for i in range(1, size + 1)]
+            assert [r["family"] for r in records] == [toy.FAMILIES[i % 5] for i in range(size)]
+            for i, record in enumerate(records):
+                scene, asked = toy.draw_pair("demo", split, seed, i)
+                picture = np.asarray(Image.open(tmp_path / str(seed) / record["image"]))
+                assert (question(record), answer(record)) == (asked.text, asked.answer) and (
+                    picture == toy.render(scene)
+                ).all()
+                taken.add(picture.tobytes())
+    assert len(taken) == 2 * 12
+    assert json.loads((tmp_path / "6" / "manifest.json").read_text()) == sizes | {
+        "seed": 6,
+        "stream": "demo",
+        "version": 2,
+    }
+
+
+def test_answers_take_turns_within_their_family():
+    """Question i is of family i mod 5, and of the answers of that family the one whose turn it is."""
+    for i in range(45):
+        _, asked = toy.draw_pair("demo", "turns", 2, i)
+        answers = {
+            "count": ["1", "2", "3", "4"],
+            "relation": ["left", "right", "above", "below"],
+            "depth": ["front", "behind"],
+            "nearer": ["circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart"],
+            "attribute": ["red", "orange", "yellow", "green", "blue", "purple", "white", "black"],
+        }
+        family = ["count", "relation", "depth", "nearer", "attribute"][i % 5]
+        assert (asked.family, asked.answer) == (family, answers[family][i // 5 % len(answers[family])])
+
+
+def named_in(text, scene):
+    """The things of a scene in the order in which a text names their shapes, for shapes that occur once."""
+    shapes = re.findall("|".join(toy.SHAPES), text)
+    found = [[thing for thing in scene.things if thing.shape == shape] for shape in shapes]
+    assert all(len(things) == 1 for things in found), text
+    return [things[0] for things in found]
+
+
+def cell(thing):
+    """Row and column of the 28 pixel cell of a thing's centre, from 1."""
+    return 1 + thing.y // 28, 1 + thing.x // 28
+
+
+def place(thing):
+    return f"The {thing.shape} is in row {cell(thing)[0]}, column {cell(thing)[1]}."
+
+
+def box(thing):
+    left, top = thing.x - thing.width // 2, thing.y - thing.width // 2
+    return [left, top, left + thing.width, top + thing.width]
+
+
+def test_answers_boxes_and_thoughts_are_the_scenes():
+    """From the scene itself: the things that a question names, by shape; their places, sizes, colours and
+    distances.
+    """
+    size = ("tiny", "small", "large", "huge")
+    for i in range(400):
+        scene, asked = toy.draw_pair("demo", "answers", 1, i)
+        said = asked.answer
+        if asked.family == "count":
+            name = re.search(r"How many (\w+?)(?:e?s) (?:are there|can you see)\?", asked.text)[1]
+            things = [thing for thing in scene.things if thing.shape.startswith(name)]
+            things.sort(key=cell)
+            shape = things[0].shape + ("es" if things[0].shape == "cross" else "s")
+            assert shape in asked.text and said == str(len(things))
+            where = " and ".join("row {}, column {}".format(*cell(thing)) for thing in things)
+            assert asked.cot == (f"I look for {shape}: {where}.", f"That makes {said}.")
+        else:
+            things = named_in(asked.text, scene)
+            a, b, c = [*things, None, None][:3]
+            if asked.family == "relation":
+                assert (
+                    said == {True: "left", False: "right"}[a.x < b.x]
+                    if said in ("left", "right")
+                    else {True: "above", False: "below"}[a.y < b.y]
+                )
+                assert (cell(a)[1] != cell(b)[1]) if said in ("left", "right") else (cell(a)[0] != cell(b)[0])
+                assert asked.cot == (place(a), place(b))
+            elif asked.family == "depth":
+                assert a.level != b.level and said == {True: "front", False: "behind"}[a.level > b.level]
+                assert asked.cot == (
+                    f"The {a.shape} is {size[a.level]}.",
+                    f"The {b.shape} is {size[b.level]}.",
+                )
+            elif asked.family == "nearer":
+                to_b, to_c = math.hypot(a.x - b.x, a.y - b.y), math.hypot(a.x - c.x, a.y - c.y)
+                assert said == (b if to_b < to_c else c).shape and max(to_b, to_c) >= 1.5 * min(to_b, to_c)
+                rest = "The {} is in row {}, column {}, the {} in row {}, column {}.".format(
+                    b.shape, *cell(b), c.shape, *cell(c)
+                )
+                assert asked.cot == (place(a), rest)
+            else:
+                assert said == a.colour and asked.cot == (place(a), f"It is {said}.")
+        assert list(asked.boxes) == [box(thing) for thing in things]
+
+
+def test_every_question_of_a_scene_can_be_drawn():
+    """By hand: a red star above and left of a blue ring that is nearer to the eye, a heart three cells off,
+    two crosses.
+    """
+    star, ring = toy.Thing("star", "red", 14, 14, 0, 9), toy.Thing("ring", "blue", 42, 44, 3, 18)
+    heart = toy.Thing("heart", "white", 98, 20, 1, 12)
+    crosses = toy.Thing("cross", "black", 70, 98, 2, 15), toy.Thing("cross", "green", 14, 98, 2, 15)
+    scene = toy.Scene((star, heart, *crosses, ring), "cross", 0.0, 0)
+    assert (
+        scene.named == [star, heart, ring]
+        and star.place == "row 1, column 1"
+        and heart.place == "row 1, column 4"
+    )
+    assert list(toy.count_choices(scene)) == [("2", [crosses[1], crosses[0]])]
+    relations = {(a.shape, b.shape, said) for said, (a, b) in toy.relation_choices(scene)}
+    assert relations == {
+        ("star", "ring", "left"),
+        ("ring", "star", "right"),
+        ("star", "ring", "above"),
+        ("ring", "star", "below"),
+        ("star", "heart", "left"),
+        ("heart", "star", "right"),
+        ("ring", "heart", "left"),
+        ("heart", "ring", "right"),
+        ("heart", "ring", "above"),
+        ("ring", "heart", "below"),
+    }
+    depths = {(a.shape, b.shape, said) for said, (a, b) in toy.depth_choices(scene)}
+    assert depths == {
+        ("star", "ring", "behind"),
+        ("ring", "star", "front"),
+        ("star", "heart", "behind"),
+        ("heart", "star", "front"),
+        ("heart", "ring", "behind"),
+        ("ring", "heart", "front"),
+    }
+    # Distances: star to ring 41.0, star to heart 84.2, ring to heart 60.9; 60.9 is not one and a half times
+    # 41.0.
+    nearer = {(a.shape, b.shape, c.shape, said) for said, (a, b, c) in toy.nearer_choices(scene)}
+    assert nearer == {("star", "ring", "heart", "ring"), ("star", "heart", "ring", "ring")}
+    assert [(said, thing.shape) for said, (thing,) in toy.attribute_choices(scene)] == [
+        ("red", "star"),
+        ("white", "heart"),
+        ("blue", "ring"),
+    ]
+    alone = toy.Scene((star, ring), "ring", 0.0, 0)
+    assert alone.named == [star, ring]  # counted, but one: its shape identifies it
+    assert (
+        toy.ask(alone, "nearer", np.random.default_rng(0)) is None
+        and toy.ask(scene, "count", np.random.default_rng(0), "3") is None
+    )
+
+
+def test_a_picture_is_drawn_by_hand(monkeypatch):
+    """Background, colours and who hides whom at single pixels; the noise's spread; another seed, other noise.
+    """
+    far, near = toy.Thing("square", "green", 30, 40, 0, 20), toy.Thing("square", "blue", 38, 40, 3, 20)
+    quiet = toy.render(
+        toy.Scene((far, near), "star", -0.25, 1)
+    )  # at this hardness the noise's spread is 3 - 12 / 4 = 0
+    for x, y in ((0, 0), (111, 0), (5, 100), (60, 111)):
+        light, warmth = 118 - 60 * (y / 112 - 0.5), -50 * (x / 112 - 0.5)
+        assert quiet[y, x].tolist() == [int(light + warmth), int(light), int(light - warmth)]
+    # The squares cover 20 to 39 and 28 to 47: where they meet the nearer one is seen. A shade of its own, a
+    # few levels, is in each.
+    assert np.abs(quiet[40, 24].astype(int) - toy.COLOURS["green"]).max() < 12
+    assert (
+        np.abs(quiet[40, 34].astype(int) - toy.COLOURS["blue"]).max() < 12
+        and np.abs(quiet[40, 45].astype(int) - toy.COLOURS["blue"]).max() < 12
+    )
+    assert (quiet[40, 24] != toy.COLOURS["green"]).any()
+
+    for hardness, spread in ((0.0, 3.0), (1.0, 15.0)):
+        empty = [toy.render(toy.Scene((), "star", hardness, seed)).astype(float) for seed in (1, 2)]
+        noise = empty[0] - toy.render(toy.Scene((), "star", -0.25, 1)).astype(float)
+        assert noise.std() == pytest.approx(spread, rel=0.05) and abs(noise.mean()) < 0.5 + spread / 50
+        assert (empty[0] != empty[1]).mean() > 0.5
+        assert np.abs(noise[..., 0] - noise[..., 1]).max() <= 1  # one number for the three colours of a pixel
+
+
+def test_silhouettes_have_the_areas_of_their_shapes():
+    """Shares of the square that geometry gives; the star has outer radius 0.55 and inner 0.22, cut off
+    nowhere but at the border.
+    """
+    areas = {
+        "circle": math.pi * 0.47**2,
+        "square": 0.84**2,
+        "triangle": 0.5 * 1.0 * 0.93,
+        "star": 5 * 0.55 * 0.22 * math.sin(math.pi / 5),
+        "cross": 2 * 0.32 - 0.32**2,
+        "diamond": 0.5 * 0.84,
+        "ring": math.pi * (0.5**2 - 0.23**2),
+    }
+    for shape, area in areas.items():
+        for width in (9, 18):
+            silhouette = np.asarray(toy.mask(shape, width), float) / 255
+            assert silhouette.shape == (width, width) and silhouette.mean() == pytest.approx(
+                area, abs=0.04
+            ), shape
+    heart = np.asarray(toy.mask("heart", 18), float) / 255
+    assert (
+        np.abs(heart - heart[:, ::-1]).max() < 0.3
+        and heart[-1].sum() < heart[8].sum() / 5
+        and heart[1, 8] < heart[1, 4]
+    )
+    ring, triangle = (np.asarray(toy.mask(shape, 18)) for shape in ("ring", "triangle"))
+    assert ring[9, 9] == 0 and triangle[1].sum() < triangle[16].sum() / 5  # the tip is up
+
+
+def test_sizes_follow_depth_hardness_and_zoom():
+    """Width in pixels: 9, 12, 15, 18 by depth, times the zoom, a little less where it is hard; the streams'
+    own ranges of hardness.
+    """
+    for stream, zoom, (low, high) in (("base", 1.0, (0.0, 0.6)), ("demo", 0.72, (0.8, 1.2))):
+        drawn, pushed = [], 0
+        for i in range(200):
+            scene = toy.draw_for(stream, toy.rng_for("sizes", stream, i), i % 4 + 1)
+            drawn.append(scene.hardness)
+            assert (
+                len(scene.things) == i % 4 + 1 + 4
+                and sum(thing.shape == scene.counted for thing in scene.things) == i % 4 + 1
+            )
+            for thing in scene.things:
+                assert thing.width == round(
+                    zoom * (1.05 - 0.25 * scene.hardness) * (9, 12, 15, 18)[thing.level]
+                )
+            # A pair that was pushed together lies 6 pixels, times the zoom, on either side of the border
+            # between its cells.
+            gap = round(6 * zoom)
+            ends = [(thing.x % 28, thing.y % 28) for thing in scene.things]
+            pushed += any(x in (gap, 28 - gap) or y in (gap, 28 - gap) for x, y in ends)
+        assert low <= min(drawn) < low + 0.1 * (high - low) and high - 0.1 * (high - low) < max(drawn) <= high
+        assert 60 < pushed <= 200
+    counts = Counter(
+        sum(t.shape == s.counted for t in s.things)
+        for s in (toy.draw_scene(toy.rng_for("counts", i)) for i in range(400))
+    )
+    assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 60
+
+
+def test_neighbours_are_pushed_together_by_hand():
+    """The first two cells that are neighbours, in columns or in rows, six pixels from their border, and level
+    with one another.
+    """
+    centres = [[98, 98], [14, 12], [42, 17]]
+    toy.push_together(centres, [(3, 3), (0, 0), (1, 0)], 6)
+    assert centres == [[98, 98], [22, 12], [34, 12]]
+    centres = [[97, 97], [99, 70]]
+    toy.push_together(centres, [(3, 3), (3, 2)], 6)
+    assert centres == [[99, 90], [99, 78]]
+    centres = [[14, 14], [70, 70]]
+    toy.push_together(centres, [(0, 0), (2, 2)], 6)
+    assert centres == [[14, 14], [70, 70]]
 
 
 def test_interrupted_run_is_not_taken_as_complete(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crystal import corrupt, data, train, visualize
+from crystal import corrupt, data, feedback, train, visualize
 from crystal.config import UserError
 from crystal.latent_copy import LatentCopy
 
@@ -99,6 +99,106 @@ def test_attention_maps_draw_those_numbers(setup, drawn, tmp_path, method):
             assert f"latents {expected.latents[p].sum():.0%}" in ax.get_title()
     intact = np.asarray(data.load_image(record.images[0], ""))
     assert (line.axes[0].images[0].get_array() == intact).all() and (line.axes[step].images[0].get_array() != intact).any()
+
+
+def test_latents_that_are_fed_back_are_each_paths_own(setup, float64_modules):
+    """VaLR: the row that predicts the answer says of each path what the recurrence over that path's picture
+    says.
+    """
+    s = setup("--method", "valr", "--encoders", "none")
+    s.model.eval()
+    batch = one(s, 0)
+    fed = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    fed[0, batch["latents"][0]] = True
+    found = visualize.answer_attention(s.model, batch, s.settings, {0, 1, 2}, None, fed)
+    row = int(batch["rows"][0, 0])
+    with torch.no_grad():
+        for path, pixels in enumerate(("pixel_values", "pixel_values_cor")):
+            h, _ = feedback.recurrence(s.model, batch | {"pixel_values": batch[pixels]}, fed)
+            assert (found.logits[path] - s.model.hf.lm_head(h[0, row])).abs().max() < 1e-5
+    assert (found.logits[0] - found.logits[1]).abs().max() > 1e-4
+    assert (
+        found.latents.shape == (2, len(batch["latents"][0]))
+        and (found.image.flatten(1).sum(1) + found.latents.sum(1) + found.rest - 1).abs().max() < 1e-6
+    )
+
+
+@pytest.mark.parametrize("right", [(True, False), (False, True)])
+def test_what_is_said_is_green_where_it_is_right(setup, drawn, tmp_path, monkeypatch, right):
+    """Of each path by itself; all layers unless told; the run's own corruption and seed; the shares of each
+    path in its own title.
+    """
+    s = setup(
+        "--corruption",
+        "mask",
+        "--strength_low",
+        "0.3",
+        "--strength_high",
+        "0.5",
+        "--seed",
+        "4",
+        dtype=torch.float32,
+    )
+    s.model.eval()
+    told = []
+
+    def attend(model, batch, settings, layers, copied=None, fed=None):
+        told.append((batch, layers, fed))
+        V, target = (
+            s.model.hf.config.get_text_config().vocab_size,
+            int(batch["targets"][0, batch["rows"][0, 0]]),
+        )
+        logits = torch.zeros(2, V)
+        for path, fine in enumerate(right):
+            logits[path, target if fine else target + 1] = 1
+        return visualize.AnswerAttention(
+            torch.full((2, 3, 4), 0.01),
+            torch.tensor([[0.1, 0.1, 0.2], [0.0, 0.1, 0.1]]),
+            torch.tensor([0.48, 0.68]),
+            logits,
+        )
+
+    monkeypatch.setattr(visualize, "answer_attention", attend)
+    visualize.attention_maps(s.model, s.fmt, s.settings, s.records[:1], tmp_path / "a.png")
+    batch, layers, fed = told[0]
+    assert layers == {0, 1, 2} and fed is None
+    assert (
+        drawn[0].get_suptitle()
+        == "Attention of the token that predicts the answer, mean over heads and all layers\n"
+        "corruption: mask, s = 0.3 to 0.5"
+    )
+    axes = drawn[0].subfigs[0].axes
+    assert [axes[at].title.get_color() for at in (0, 2)] == [
+        "darkgreen" if fine else "firebrick" for fine in right
+    ]
+    assert axes[0].get_title().endswith("image 12%, latents 40%, rest 48%") and axes[2].get_title().endswith(
+        "image 12%, latents 20%, rest 68%"
+    )
+    assert [bar.get_width() for bar in axes[3].patches] == pytest.approx([0.0, 0.1, 0.1]) and axes[
+        1
+    ].get_xlim()[1] == pytest.approx(0.21)
+
+    # The mask lies where the run's seed puts it in the first epoch: the share is drawn from 0.3 to 0.5.
+    black = (np.asarray(axes[2].images[0].get_array()) == 0).all(-1)
+    g = torch.Generator().manual_seed(data.seed_of(4, 0, 0, 0))
+    strength = 0.3 + 0.2 * float(torch.rand((), generator=g))
+    assert black.mean() == pytest.approx(strength, abs=0.02)
+    expected = corrupt.corrupt(
+        torch.from_numpy(np.array(Image.open(s.records[0].images[0]).convert("RGB"))).permute(2, 0, 1).float()
+        / 255,
+        "mask",
+        strength,
+        g,
+    )
+    assert (black == (expected == 0).all(0).numpy()).all()
+
+
+def test_a_model_that_is_no_run_is_drawn_under_crystals_corruption(setup, drawn, tmp_path):
+    """Blurred by 2 to 5 pixels, over the layers that are named."""
+    s = setup("--method", "sft", dtype=torch.float32)
+    s.model.eval()
+    visualize.attention_maps(s.model, s.fmt, None, s.records[:1], tmp_path / "a.png", {0, 2})
+    assert drawn[0].get_suptitle().endswith("heads and layers 0, 2\ncorruption: blur, r = 2 px to 5")
 
 
 def test_corruption_grid_shows_every_mode_and_level(drawn, tmp_path):
