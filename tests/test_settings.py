@@ -7,7 +7,6 @@ is parsed, and what is looked at was built from it, by `methods.attach`, `train.
 
 `@holds("lr", "warmup")` notes that a test sets these flags; test_every_flag_has_an_entry keeps the table whole.
 """
-import contextlib
 import inspect
 import json
 import math
@@ -25,9 +24,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import crystal.latent_copy
 import crystal.methods.crystal
 import crystal.model
-from crystal import checkpoint, config, data, feedback, methods, train
+from crystal import checkpoint, config, data, feedback, lora, methods, train
 from crystal.config import UserError
 from crystal.layout import IGNORE
 from crystal.processes import Processes
@@ -154,7 +154,8 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
             seen.run = train.main(["--model", str(model_dirs[tied]), "--data", str(twelve), "--output", str(tmp_path / name),
                                    "--latents", "3", "--lora_r", "2", "--batch_size", "2", "--max_steps", "1", "--eval_every", "0",
                                    "--log_every", "100", *flags])
-        seen.lines = [json.loads(line) for line in (seen.run / "metrics.jsonl").read_text().splitlines()]
+        log = seen.run / "metrics.jsonl"
+        seen.lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []  # the first process's alone
         seen.out = capsys.readouterr().out
         return seen
     return go
@@ -230,8 +231,9 @@ def test_what_a_flag_may_be(method):
         if f.name not in CHOICES:
             assert f.metadata["choices"] is None or f.name == "preset", f.name
             continue
+        alone = ["--w_gaze", "0", "--w_semantics", "0"] if method == "lavit" else []  # a teacher sees one turn
         for value in CHOICES[f.name].split():
-            assert getattr(methods.parse(["--method", method, f"--{f.name}", value]), f.name) == value
+            assert getattr(methods.parse(["--method", method, *alone, f"--{f.name}", value]), f.name) == value
         with pytest.raises(UserError, match=f"--{f.name}: invalid choice: 'other'"):
             methods.parse(["--method", method, f"--{f.name}", "other"])
         with pytest.raises(UserError, match=f"--{f.name} other: choose one of {CHOICES[f.name].replace(' ', ', ')}$"):
@@ -707,16 +709,28 @@ def test_first_heads_depend_on_the_seed(built, method, flags):
 def test_dropout_is_drawn_anew_for_each_update_part_and_rank_and_from_the_seed(run, monkeypatch):
     """The seeds under which forwards run: all different, the same in a second run, others with another seed or on another rank."""
     def drawn(name, seed, rank=0):
-        rank_of = Processes(rank=rank)
         with monkeypatch.context() as patch:
-            patch.setattr(train.processes, "start", lambda device: rank_of)
-            if rank:  # one that is not the first writes nothing
-                (tmp := run.__globals__["os"]).makedirs(name, exist_ok=True) if False else None
-            seen = run(name, "--method", "sft", "--lora_dropout", "0.5", "--seed", seed, "--max_steps", "3", "--accumulation", "2")
+            patch.setattr(train.processes, "start", lambda device: Processes(rank=rank))
+            seen = run(name, "--method", "sft", "--seed", seed, "--max_steps", "2", "--accumulation", "2", "--lora_r", "1")
         return [x for _, _, x in seen.batches]
 
-    first, again, other = drawn("a", "4"), drawn("b", "4"), drawn("c", "5")
-    assert first == again and len({*first, *other}) == 12
+    first, again = drawn("a", "4"), drawn("b", "4")
+    assert first == again and len({*first, *drawn("c", "5"), *drawn("d", "4", rank=1), *drawn("e", "4", rank=2)}) == 16
+
+
+def test_dropouts_seed_reaches_the_masks(run, monkeypatch):
+    """The masks themselves: of one update's two parts and of the next update's, on the same inputs' shape, no two are alike."""
+    masks, dropout = [], torch.nn.functional.dropout
+
+    def watched(x, p, training):
+        out = dropout(torch.ones_like(x), p, training)
+        masks.append(out[:40] == 0)  # the first adapter's of each forward are compared
+        return x * out
+
+    monkeypatch.setattr(lora.F, "dropout", watched)
+    run("masks", "--method", "sft", "--lora_dropout", "0.5", "--max_steps", "2", "--accumulation", "2")
+    first = masks[:: 21]  # three layers of seven Linears
+    assert len(masks) == 4 * 21 and len(first) == 4 and not any(torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
 
 
 @holds("seed", "corruption", "strength_low", "strength_high", of="crystal")
@@ -894,3 +908,313 @@ def test_tensorboard_gets_every_number(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="--tensorboard: needs the extra `track`"):
         run("absent", "--method", "sft", "--tensorboard")
+
+
+# ---- CrystaL: eq. 3 to 6 by plain loops over states, queries and keys that are drawn here ------------------------------
+
+def planted(s, batch, monkeypatch):
+    """Gives the two paths of the next forward states, queries and keys drawn here, and says what was asked for."""
+    g, (B, L), layers = torch.Generator().manual_seed(3), batch["input_ids"].shape, len(s.model.layers)
+    h = torch.randn(2 * B, L, 32, generator=g, dtype=torch.float64, requires_grad=True)
+    q = [torch.randn(2 * B, 4, L, 8, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(layers)]
+    k = [torch.randn(2 * B, 2, L, 8, generator=g, dtype=torch.float64) for _ in range(layers)]
+    seen = SimpleNamespace(h=h, q=q, k=k)
+
+    def dual_forward(model, batch, copied, realisation, tap):
+        seen.copied, seen.realisation = copied, realisation
+        for layer in range(layers):
+            tap(layer, q[layer], k[layer], 0.25)
+        return h.chunk(2)
+
+    monkeypatch.setattr(crystal.methods.crystal, "dual_forward", dual_forward)
+    return seen
+
+
+def places(s, batch, b):
+    """Where things stand in sequence b, read off its tokens: thought, latents, image, the answer's <answer> and <|im_end|>."""
+    names = s.model.tokenizer.convert_ids_to_tokens(batch["input_ids"][b].tolist())
+    end = int(batch["attention_mask"][b].sum()) - 1
+    at = lambda wanted: [t for t, name in enumerate(names[: end + 1]) if name.startswith(wanted)]
+    return SimpleNamespace(thought=list(range(at("<think>")[0], at("</think>")[0] + 1)), latents=at("<|latent_"), image=at("<|image_pad|>"),
+                           opened=at("<answer>")[0], end=end, ids=batch["input_ids"][b].tolist())
+
+
+def eq_6(s, batch, seen, labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting", attn_loss="kl",
+         attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False):
+    """Every term of CrystaL's objective and what is monitored, pair by pair, position by position, head by head."""
+    W, B, found = s.model.hf.lm_head.weight.detach(), len(batch["input_ids"]), defaultdict(list)
+    for b in range(B):
+        x = places(s, batch, b)
+        log_p = {path: (seen.h[b + B * (path == "cor")] @ W.T).log_softmax(-1) for path in ("int", "cor")}
+        shared = x.latents if copied == "latents" else x.thought
+        predicting = range(x.opened, x.end)
+        rows = predicting if answer_rows == "predicting" else range(x.opened, x.end + 1)
+        labelled = predicting if labels == "answer" else range(x.thought[0] - 1, x.end)
+
+        loss = lambda path, t: -log_p[path][t, x.ids[t + 1]]
+        of_int = [loss("int", t) for t in labelled]
+        if ce == "pooled":
+            found["ce"].append(torch.stack(of_int + [loss("cor", t) for t in labelled if t in rows]).mean())
+        else:
+            found["ce_int"].append(torch.stack(of_int).mean())
+            found["ce_cor"].append(torch.stack([loss("cor", t) for t in labelled if t not in shared]).mean())
+
+        teacher = log_p["int"] if teacher_grad else log_p["int"].detach()
+        divergences = torch.stack([(teacher[t].exp() * (teacher[t] - log_p["cor"][t])).sum() for t in rows])
+        kept = max(1, math.floor(kl_share * len(rows) + 1e-9))
+        found["kl"].append(divergences.sort(descending=True).values[:kept].mean())
+
+        columns = {"latents": x.latents, "thought": x.thought, "all": x.image + x.latents}[attn_columns]
+        of_layers, masses = [], {"int": [], "cor": []}
+        for layer in attn_layers:
+            A = {}
+            for path in ("int", "cor"):
+                q, k = seen.q[layer][b + B * (path == "cor")], seen.k[layer][b + B * (path == "cor")]
+                if path == "int" and not teacher_grad:
+                    q = q.detach()
+                A[path] = [[(0.25 * k[head // 2, : t + 1] @ q[head, t]).softmax(-1) for t in rows] for head in range(4)]
+                masses[path] += [A[path][head][i][x.latents].sum() for head in range(4) for i in range(len(rows))]
+            if attn_heads == "mean":
+                A = {path: [[torch.stack([A[path][head][i] for head in range(4)]).mean(0) for i in range(len(rows))]] for path in A}
+            cells = [(A["int"][head][i][columns], A["cor"][head][i][columns]) for head in range(len(A["int"])) for i in range(len(rows))]
+            if attn_loss == "kl":
+                shares = [(p / p.sum(), o / o.sum()) for p, o in cells]
+                of_layers.append(torch.stack([(p * (p / o).log()).sum() for p, o in shares]).mean())
+            else:
+                squares = torch.stack([((p - o) ** 2).sum() for p, o in cells]).sum()
+                of_layers.append(squares if attn_loss == "frobenius" else squares / (len(cells) * len(columns)))
+        found["attn"].append(torch.stack(of_layers).mean())
+        for path in masses:
+            found[f"mass_{path}"].append(torch.stack(masses[path]).mean())
+    return {name: torch.stack(values).mean() for name, values in found.items()}
+
+
+@holds("labels", "copied", "ce", "kl_share", "answer_rows", "attn_loss", "attn_heads", "attn_columns", "attn_layers", "teacher_grad",
+       of="crystal")
+@pytest.mark.parametrize("flags, choice", [
+    ([], {}),
+    (["--labels", "answer"], dict(labels="answer")),
+    (["--copied", "thought"], dict(copied="thought")),
+    (["--ce", "pooled"], dict(ce="pooled")),
+    (["--ce", "pooled", "--labels", "answer"], dict(ce="pooled", labels="answer")),
+    (["--kl_share", "0.4"], dict(kl_share=0.4)),
+    (["--answer_rows", "span"], dict(answer_rows="span")),
+    (["--attn_loss", "frobenius"], dict(attn_loss="frobenius")),
+    (["--attn_loss", "mse"], dict(attn_loss="mse")),
+    (["--attn_heads", "mean"], dict(attn_heads="mean")),
+    (["--attn_columns", "thought"], dict(attn_columns="thought")),
+    (["--attn_columns", "all"], dict(attn_columns="all")),
+    (["--attn_layers", "0,-2"], dict(attn_layers=(0, 1))),
+    (["--attn_layers", "all"], dict(attn_layers=(0, 1, 2))),
+    (["--teacher_grad"], dict(teacher_grad=True)),
+    (["--preset", "released"], dict(copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean", attn_columns="thought")),
+], ids=lambda x: "_".join(x).replace("--", "") or "paper" if isinstance(x, list) else "")
+def test_eq_6_is_the_mean_over_what_the_flags_name(built, monkeypatch, flags, choice):
+    """Two pairs, answers of five tokens and one: every term, and KL's and attention's gradient to either path."""
+    s = built(*flags, dtype=torch.float64)
+    batch = batch_of(s, [2, 0])
+    seen = planted(s, batch, monkeypatch)
+    terms, by_hand = s.objective(batch, s.settings.progress(0)), eq_6(s, batch, seen, **choice)
+    assert terms.keys() == by_hand.keys()
+    for name in terms:
+        assert terms[name].item() == pytest.approx(by_hand[name].item(), rel=1e-9), name
+    for name, leaves in (("kl", [seen.h]), ("attn", seen.q)):
+        both = [torch.autograd.grad(found[name], leaves, allow_unused=True, retain_graph=True) for found in (terms, by_hand)]
+        for ours, theirs in zip(*both, strict=True):
+            assert (ours is None or not ours.any()) if theirs is None else torch.allclose(ours, theirs, atol=1e-12)
+    for b in range(2):
+        x = places(s, batch, b)
+        shared = x.thought if choice.get("copied") == "thought" else x.latents
+        assert seen.copied[b].nonzero()[:, 0].tolist() == shared
+
+
+@holds("realisation", of="crystal")
+def test_realisation_is_how_the_two_paths_run(built, monkeypatch):
+    """hidden copies states before each of three layers, kv keys and values in each, packed runs one sequence a pair and copies nothing."""
+    done = []
+    share, run_model = crystal.latent_copy._share, crystal.model.Model.hidden
+    monkeypatch.setattr(crystal.latent_copy, "_share", lambda x, mask: done.append((x.ndim, mask.ndim)) or share(x, mask))
+    monkeypatch.setattr(crystal.model.Model, "hidden", lambda self, inputs, *a, **k: done.append(len(inputs["input_ids"])) or run_model(self, inputs, *a, **k))
+    for how, expected in (("hidden", [6] + [(3, 3)] * 3), ("kv", [6] + [(4, 4)] * 6), ("packed", [3])):
+        s = built("--realisation", how)
+        done.clear()
+        s.objective(batch_of(s, [0, 1, 2]), s.settings.progress(0))
+        assert done == expected
+
+
+@holds("w_ce_int", "w_ce_cor", "w_kl", "w_attn", of="crystal")
+def test_crystals_weights_belong_to_their_terms(built, run):
+    """2, 3, 5 and 7 on the four terms; what is monitored counts nothing; the pooled CE has CE_int's weight. Also as the loop logs it."""
+    weights = ["--w_ce_int", "2", "--w_ce_cor", "3", "--w_kl", "5", "--w_attn", "7"]
+    s = built(*weights)
+    terms = {"ce_int": 1.0, "ce_cor": 0.1, "kl": 0.01, "attn": 0.001, "mass_int": 900.0, "mass_cor": 800.0}
+    assert train.weighted(terms, s.method, s.settings) == pytest.approx(2 + 0.3 + 0.05 + 0.007)
+    assert train.weighted({"ce": 1.0, "kl": 0.1, "attn": 0.01}, s.method, s.settings) == pytest.approx(2 + 0.5 + 0.07)
+    line = run("weights", *weights).lines[0]
+    assert line["loss"] == pytest.approx(2 * line["ce_int"] + 3 * line["ce_cor"] + 5 * line["kl"] + 7 * line["attn"])
+
+
+# ---- LIVR -----------------------------------------------------------------------------------------------------------------
+
+@holds("place", of="livr")
+def test_livrs_latents_stand_before_the_question_if_told(built):
+    s = built("--method", "livr", "--place", "before")
+    text = text_of(s, batch_of(s, [0]))
+    assert text.endswith("<|vision_end|><|latent_0|><|latent_1|><|latent_2|>Question 0?" + TURN + "red<|im_end|>")
+
+
+@holds("image_copies", of="livr")
+def test_each_image_stands_as_often_as_told(built):
+    """Twice: two grids, twice the tokens, and the same pixels again; the question once."""
+    s, plain = (built("--method", "livr", "--image_copies", copies) for copies in ("2", "1"))
+    twice, once = batch_of(s, [0]), batch_of(plain, [0])
+    assert twice["image_grid_thw"].tolist() == [[1, 6, 8]] * 2 and once["image_grid_thw"].tolist() == [[1, 6, 8]]
+    assert torch.equal(twice["pixel_values"], once["pixel_values"].repeat(2, 1)) and twice["image"].shape == (1, 24)
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert text_of(s, twice) == text_of(plain, once).replace(image, image * 2)
+
+
+@holds("mask", "latents_see", "masked", of="livr")
+@pytest.mark.parametrize("mask", ["prompt", "answer"])
+@pytest.mark.parametrize("see", ["all", "image"])
+def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
+    """Which (row, column) the model's forward blocks, cell by cell; none in the second stage, which begins where --masked ends."""
+    s = built("--method", "livr", "--mask", mask, "--latents_see", see, "--masked", "0.3", "--max_steps", "10")
+    batch = batch_of(s, [2, 0])
+    names = [s.model.tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch["input_ids"]]
+    given, forward = [], type(s.model.hf.model.language_model).forward
+    monkeypatch.setattr(type(s.model.hf.model.language_model), "forward",
+                        lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k))
+    for step in (2, 3):
+        s.objective(batch, s.settings.progress(step))
+    blocked, none = given[0], given[1]
+    assert none is None
+    for b, row in enumerate(names):
+        length = int(batch["attention_mask"][b].sum())
+        image = [name in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>") for name in row]
+        latent = [name.startswith("<|latent_") for name in row]
+        answer = len(row) - row[::-1].index("<|im_start|>") + 1  # the newline after "assistant" predicts the answer's first token
+        for t in range(length):
+            for column in range(length):
+                sees = column <= t
+                if image[column] and t > image.index(True) and not image[t] and not latent[t]:
+                    sees &= mask == "answer" and t < answer
+                if see == "image" and latent[t] and not image[column] and not latent[column]:
+                    sees = False
+                assert (blocked[b, 0, t, column] == 0) == sees, (row[t], row[column])
+
+
+# ---- LaViT ----------------------------------------------------------------------------------------------------------------
+
+@holds("gate", "gate_warmup", "gate_start", of="lavit")
+@pytest.mark.parametrize("flags, gammas", [
+    # Eq. 5 with T_w = 0.5 of eight updates and epsilon 0.2: 0.2 + 0.8 (1 - cos(pi t / T_w)) / 2 at 0, 1/4, 1/2, 3/4 of it; then open.
+    (["--gate_warmup", "0.5", "--gate_start", "0.2"], [0.2, 0.2 + 0.4 * (1 - 0.5**0.5), 0.6, 0.2 + 0.4 * (1 + 0.5**0.5), 1, 1, 1, 1]),
+    (["--gate", "hard", "--gate_warmup", "0.25"], [0, 0, 1, 1, 1, 1, 1, 1]),
+    (["--gate", "open"], [1] * 8),
+])
+def test_the_gate_opens_as_told(built, monkeypatch, flags, gammas):
+    """What is added to the answer rows' scores of the image in the model's forward: ln gamma, and no mask at all where it is open."""
+    s = built("--method", "lavit", *flags, "--max_steps", "8", "--w_gaze", "0", "--w_semantics", "0")
+    batch, given, forward = batch_of(s, [2, 0]), [], type(s.model.hf.model.language_model).forward
+    monkeypatch.setattr(type(s.model.hf.model.language_model), "forward",
+                        lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k))
+    for step, gamma in enumerate(gammas):
+        s.objective(batch, s.settings.progress(step))
+        if gamma == 1:
+            assert given[-1] is None
+            continue
+        for b in range(2):
+            names = s.model.tokenizer.convert_ids_to_tokens(batch["input_ids"][b].tolist())
+            end = int(batch["attention_mask"][b].sum()) - 1
+            image = [t for t, name in enumerate(names) if name == "<|image_pad|>"]
+            rows = list(range(names.index("<answer>"), end))
+            mask, other = given[-1][b, 0], given[-1][b, 0].clone()
+            assert torch.allclose(mask[rows][:, image], torch.tensor(math.log(gamma) if gamma else -math.inf), atol=1e-6)
+            other[rows[0] : end, image[0] : image[-1] + 1] = 0  # nothing else is changed: causality alone
+            real = int(batch["attention_mask"][b].sum())
+            assert torch.equal(other[:real, :real] == 0, torch.ones(real, real, dtype=torch.bool).tril())
+
+
+@holds("w_semantics", "w_gaze", of="lavit")
+def test_lavits_weights_belong_to_their_terms(built, run):
+    weights = ["--method", "lavit", "--w_semantics", "3", "--w_gaze", "5"]
+    s = built(*weights)
+    terms = {"ce": 1.0, "semantics": 0.1, "gaze": 0.01, "mass": 900.0}
+    assert train.weighted(terms, s.method, s.settings) == pytest.approx(1.35)
+    line = run("weights", *weights).lines[0]
+    assert line["loss"] == pytest.approx(line["ce"] + 3 * line["semantics"] + 5 * line["gaze"]) and 0 < line["mass"] < 1
+    # A weight of 0 leaves the term out, and the record's part and the head with it.
+    s = built("--method", "lavit", "--w_semantics", "0")
+    batch = batch_of(s, [0])
+    assert "v_sem" not in batch and "gaze" in batch and not len(s.objective.heads)
+    assert set(s.objective(batch, s.settings.progress(0))) == {"ce", "gaze", "mass"}
+    s = built("--method", "lavit", "--w_gaze", "0")
+    batch = batch_of(s, [0])
+    assert "gaze" not in batch and "gaze_grid" not in batch and set(s.objective(batch, s.settings.progress(0))) == {"ce", "semantics", "mass"}
+
+
+@holds("gaze_top", of="lavit")
+def test_the_largest_of_the_teachers_gaze_are_kept(built, twelve):
+    """Record 0's grid is the teacher's own, 3 x 4: its five largest numbers, divided by their sum, and nothing else."""
+    s = built("--method", "lavit", "--gaze_top", "5")
+    batch = batch_of(s, [0])
+    seen = load_file(twelve.parent / "teacher.safetensors")["0/gaze"].tolist()
+    largest = sorted(seen)[-5:]
+    expected = [x / sum(largest) if x in largest else 0.0 for x in seen]
+    assert s.method.targets(s.model, batch)[0].tolist() == pytest.approx(expected)
+
+
+@holds("semantics_dim", of="lavit")
+def test_semantics_dim_is_the_teachers_size(built):
+    s = built("--method", "lavit", "--semantics_dim", "20")
+    assert [tuple(layer.weight.shape) for layer in s.objective.heads["semantics"] if hasattr(layer, "weight")] == [(32, 32), (20, 32)]
+    with pytest.raises(UserError, match="V_sem has 32 numbers: --semantics_dim 32 is needed"):
+        s.objective(batch_of(s, [0]), s.settings.progress(0))
+
+
+# ---- VaLR -----------------------------------------------------------------------------------------------------------------
+
+@holds("encoders", of="valr")
+def test_encoders_are_those_that_are_named(built):
+    """tiny: 8 x 8 patches of 64 numbers; own: the model's image tokens, of 32; none: no projection at all, and cross-entropy alone."""
+    s = built("--method", "valr", "--encoders", "tiny,own")
+    assert [p[-1].out_features for p in s.objective.heads.values()] == [64, 32]
+    batch = batch_of(s, [0, 1])
+    assert batch["pixels_0"].shape == (2, 1, 3, 112, 112) and batch["count_0"].tolist() == [[1], [1]] and "pixels_1" not in batch
+    assert [tuple(f.shape) for f in s.method.features(0, batch, None)] == [(64, 64)] * 2
+    assert {"ce", "repa"} == s.objective(batch, s.settings.progress(4000)).keys()
+    s = built("--method", "valr", "--encoders", "none")
+    batch = batch_of(s, [0, 1])
+    assert not len(s.objective.heads) and "pixels_0" not in batch and s.objective(batch, s.settings.progress(4000)).keys() == {"ce"}
+    assert [p[-1].out_features for p in built("--method", "valr", "--encoders", "features:dino:12").objective.heads.values()] == [12]
+
+
+@holds("align_layer", "updates", of="valr")
+@pytest.mark.parametrize("flags, layer, updates", [([], 1, None), (["--align_layer", "3"], 3, None), (["--align_layer", "2", "--updates", "4"], 2, 4)])
+def test_latents_are_aligned_after_the_layer_that_is_named(built, monkeypatch, flags, layer, updates):
+    """12 of 28 is layer 1 of 3 (12 / 28 * 3 = 1.29). Two segments of three latents: seven pieces, or the start and 1 + T whole runs."""
+    s = built("--method", "valr", "--encoders", "own", *flags)
+    asked, runs, forward, once = [], [], feedback.forward, feedback.Stream.run
+    monkeypatch.setattr(feedback, "forward", lambda *a: asked.append(a[3:]) or forward(*a))
+    monkeypatch.setattr(feedback.Stream, "run", lambda self, *a, **k: runs.append(1) or once(self, *a, **k))
+    s.objective(batch_of(s, [0, 1]), s.settings.progress(4000))
+    assert asked == [(updates, (layer,))] and len(runs) == (7 if updates is None else 1 + 1 + updates)
+
+
+def test_a_layer_to_align_that_is_not_there_is_told(built):
+    with pytest.raises(UserError, match="--align_layer 4: the model has 3 layers"):
+        built("--method", "valr", "--encoders", "own", "--align_layer", "4")
+
+
+@holds("w_repa", "first_share", "lr_latents", of="valr")
+def test_valrs_weights_and_stages_as_the_loop_logs_them(run):
+    """Half of four updates without latents at lr, half with them at lr_latents; the alignment counts four times."""
+    seen = run("stages", "--method", "valr", "--encoders", "own", "--w_repa", "4", "--first_share", "0.5", "--lr", "0.01", "--lr_latents", "0.03",
+               "--warmup", "0", "--decay", "linear", "--max_steps", "4")
+    assert ["repa" in x for x in seen.lines] == [False, False, True, True]
+    assert [x["loss"] for x in seen.lines] == pytest.approx([x["ce"] + 4 * x.get("repa", 0.0) for x in seen.lines])
+    assert [x["lr"] for x in seen.lines] == pytest.approx([0.01, 0.005, 0.03, 0.015])
+    assert [batch["latents"].shape[1] for batch, _, _ in seen.batches] == [0, 0, 6, 6]
+    projection = {n: g for n, (_, g, _) in seen.updates[0].items() if n.startswith("heads.")}
+    assert projection and not any(g.any() for g in projection.values())
