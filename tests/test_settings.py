@@ -1,12 +1,14 @@
-"""Every setting of crystal.train does what it says: each flag of each method, set to another value than its default.
+"""Every setting of crystal.train does what it says: each flag of each method, at another value than its default.
 
-Right values come from elsewhere than the code under test: typed out by hand from the papers' tables, from arithmetic on
-paper (schedules, grids, shapes), from AdamW's formula on the gradient that was seen, from plain loops over positions and
-heads, or from transformers' names of modules. A flag's way from the command line to what it reaches is taken whole: argv
-is parsed, and what is looked at was built from it, by `methods.attach`, `train.open_data` or `train.main`.
+Right values come from elsewhere than the code under test: typed out by hand from the papers' tables, from
+arithmetic on paper (schedules, grids, shapes), from AdamW's formula on the gradient that was seen, from plain loops
+over positions and heads, or from transformers' names of modules. A flag's way from the command line to what it
+reaches is taken whole: argv is parsed, and what is looked at was built from it, by `methods.attach`,
+`train.open_data` or `train.main`.
 
 `@holds("lr", "warmup")` notes that a test sets these flags; test_every_flag_has_an_entry keeps the table whole.
 """
+
 import inspect
 import json
 import math
@@ -37,7 +39,11 @@ HELD = defaultdict(list)  # (method, flag): tests that set it
 
 
 def holds(*flags, of=METHODS):
-    """Notes in the table that a test sets these flags of these methods; each must stand in its text as --flag."""
+    """Notes in the table that a test sets these flags of these methods.
+
+    Each must stand in its text as --flag.
+    """
+
     def note(test):
         text = inspect.getsource(test)
         for flag in flags:
@@ -45,6 +51,7 @@ def holds(*flags, of=METHODS):
             for method in [of] if isinstance(of, str) else of:
                 HELD[method, flag].append(test.__name__)
         return test
+
     return note
 
 
@@ -55,23 +62,34 @@ def test_every_flag_has_an_entry():
     assert sorted(HELD.keys() - known) == []
 
 
-# ---- records of our own, and what is built from a command line ---------------------------------------------------------
+# ---- records of our own, and what is built from a command line ---------------------------------------------
 
-ANSWERS = ["red", "3", "the heart is nearer", "blue star", "green", "a ring", "yes", "no", "two of them", "left", "right", "ten"]
-SIZES = [(112, 84), (56, 56), (84, 112), (70, 56), (56, 84), (98, 56), (56, 112), (84, 84), (112, 56), (70, 70), (56, 70), (84, 56)]  # width, height
+ANSWERS = [
+    "red", "3", "the heart is nearer", "blue star", "green", "a ring", "yes", "no", "two of them", "left",
+    "right", "ten",
+]
+SIZES = [
+    (112, 84), (56, 56), (84, 112), (70, 56), (56, 84), (98, 56), (56, 112), (84, 84), (112, 56), (70, 70),
+    (56, 70), (84, 56),
+]  # width, height
 
 
 @pytest.fixture(scope="module")
 def twelve(tmp_path_factory):
-    """Twelve records of different answers and picture sizes, with a cot and a teacher's features; the file's path."""
+    """Twelve records of different answers and picture sizes, with a cot and a teacher's features.
+
+    The file's path.
+    """
     root, rng, tensors = tmp_path_factory.mktemp("twelve"), np.random.default_rng(3), {}
     with open(root / "train.jsonl", "w") as lines:
         for i, (answer, (width, height)) in enumerate(zip(ANSWERS, SIZES)):
             noise = rng.integers(0, 256, (height // 7, width // 7, 3), dtype=np.uint8)
             Image.fromarray(noise).resize((width, height)).save(root / f"{i}.png")
             talk = [{"from": "human", "value": f"<image>\nQuestion {i}?"}, {"from": "gpt", "value": answer}]
-            record = {"id": str(i), "image": f"{i}.png", "conversations": talk, "cot": ["I look.", "I see."],
-                      "features": {"lavit": "teacher.safetensors"}}
+            record = {
+                "id": str(i), "image": f"{i}.png", "conversations": talk, "cot": ["I look.", "I see."],
+                "features": {"lavit": "teacher.safetensors"},
+            }
             lines.write(json.dumps(record) + "\n")
             tensors[f"{i}/gaze"] = torch.from_numpy(rng.random(12, dtype=np.float32))
             tensors[f"{i}/gaze_grid"] = torch.tensor([[3, 4]])
@@ -82,17 +100,25 @@ def twelve(tmp_path_factory):
 
 @pytest.fixture
 def built(model_dirs, twelve, tmp_path):
-    """built(*flags) -> settings, model, method, fmt, objective, and `train_sets`, `val_set` as train.main opens them."""
+    """built(*flags) -> settings, model, method, fmt, objective, and `train_sets`, `val_set` as train.main
+    opens them.
+    """
+
     def make(*flags, tied=True, dtype=torch.float32):
-        given = ["--model", str(model_dirs[tied]), "--data", str(twelve), "--output", str(tmp_path / "run"), "--latents", "3",
-                 "--lora_r", "2", *flags]
+        given = [
+            "--model", str(model_dirs[tied]), "--data", str(twelve), "--output", str(tmp_path / "run"),
+            "--latents", "3", "--lora_r", "2", *flags,
+        ]
         settings = methods.parse(given)
         model = crystal.model.load(settings.model, dtype, "cpu", settings.min_pixels, settings.max_pixels)
         method, fmt = methods.attach(model, settings)
         objective = train.Objective(model, method).train()
         train_sets, val_set = train.open_data(settings, method, model, fmt, Processes())
-        return SimpleNamespace(settings=settings, model=model, method=method, fmt=fmt, objective=objective, records=train_sets[0].records,
-                               train_sets=train_sets, val_set=val_set)
+        return SimpleNamespace(
+            settings=settings, model=model, method=method, fmt=fmt, objective=objective,
+            records=train_sets[0].records, train_sets=train_sets, val_set=val_set,
+        )
+
     return make
 
 
@@ -122,11 +148,12 @@ def labels_of(s, batch, b=0):
 def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
     """run(name, *flags) -> train.main's run directory, lines and output, and what passed on the way.
 
-    batches: (batch, progress, torch's seed) of each forward in training. updates: {name: (value before, gradient, value after)} of
-    each update. rates: the learning rates of its groups.
+    batches: (batch, progress, torch's seed) of each forward in training. updates: {name: (value before,
+    gradient, value after)} of each update. rates: the learning rates of its groups.
     """
+
     def go(name, *flags, tied=True):
-        seen = SimpleNamespace(batches=[], updates=[], rates=[], objective=None, optimizer=None)
+        seen = SimpleNamespace(batches=[], updates=[], rates=[], objective=None)
 
         class Watched(train.Objective):
             def __init__(self, *args):
@@ -140,59 +167,82 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
 
         class Optimizer(torch.optim.AdamW):
             def step(self, *args):
-                seen.optimizer = self
                 names = {p: n for n, p in seen.objective.named_parameters()}
                 held = [p for group in self.param_groups for p in group["params"]]
                 before = {names[p]: (p.detach().clone(), p.grad.clone()) for p in held}
                 super().step(*args)
-                seen.updates.append({n: (*before[n], dict(seen.objective.named_parameters())[n].detach().clone()) for n in before})
+                seen.updates.append({names[p]: (*before[names[p]], p.detach().clone()) for p in held})
                 seen.rates.append([group["lr"] for group in self.param_groups])
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "Objective", Watched)
             patch.setattr(torch.optim, "AdamW", Optimizer)
-            seen.run = train.main(["--model", str(model_dirs[tied]), "--data", str(twelve), "--output", str(tmp_path / name),
-                                   "--latents", "3", "--lora_r", "2", "--batch_size", "2", "--max_steps", "1", "--eval_every", "0",
-                                   "--log_every", "100", *flags])
+            patch.setattr(train.gc, "collect", list)  # for process groups alone, of which there are none here
+            seen.run = train.main(
+                [
+                    "--model", str(model_dirs[tied]), "--data", str(twelve), "--output",
+                    str(tmp_path / name), "--latents", "3", "--lora_r", "2", "--batch_size", "2",
+                    "--max_steps", "1", "--eval_every", "0", "--log_every", "100", *flags,
+                ]
+            )
         log = seen.run / "metrics.jsonl"
-        seen.lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []  # the first process's alone
+        seen.lines = (
+            [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        )  # the first process's alone
         seen.out = capsys.readouterr().out
         return seen
+
     return go
 
 
-# ---- what each flag is without being given ------------------------------------------------------------------------------
+# ---- what each flag is without being given -----------------------------------------------------------------
 
-# CrystaL, appendix A: LoRA with r 16 and alpha 32, learning rate 2e-4. As its released code has it: 4000 steps, batches of one pair
-# a process, weight decay 0.1, warm-up 5 %, cosine. Table 3: 8 latents, diverse.
+# CrystaL, appendix A: LoRA with r 16 and alpha 32, learning rate 2e-4. As its released code has it: 4000
+# steps, batches of one pair a process, weight decay 0.1, warm-up 5 %, cosine. Table 3: 8 latents, diverse.
 SHARED = dict(
-    preset="paper", model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8, latent_kind="diverse", turns="first",
-    tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language", max_steps=4000, batch_size=1, accumulation=1, lr=2e-4,
-    lr_rows=1.0, weight_decay=0.1, warmup=0.05, decay="cosine", clip=1.0, device="auto", dtype="auto", checkpointing=False, workers=0,
-    min_pixels=None, max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500, keep=2, log_every=10,
-    resume=False, overwrite=False, tensorboard=False,
+    preset="paper", model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8,
+    latent_kind="diverse", turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0,
+    lora_on="language", max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_rows=1.0, weight_decay=0.1,
+    warmup=0.05, decay="cosine", clip=1.0, device="auto", dtype="auto", checkpointing=False, workers=0,
+    min_pixels=None, max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500,
+    keep=2, log_every=10, resume=False, overwrite=False, tensorboard=False,
 )
 OWN = {
     "sft": {},
     # Eq. 3 to 6, table 4 (KL is the best row) and table 5 (blur is).
-    "crystal": dict(thought="fixed", labels="all", corruption="blur", strength_low=None, strength_high=None, realisation="kv",
-                    copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting", attn_loss="kl", attn_heads="keep",
-                    attn_columns="latents", attn_layers="last", teacher_grad=False, w_ce_int=1.0, w_ce_cor=1.0, w_kl=1.0, w_attn=1.0),
-    # LIVR, section 3.2 and appendix B: 16 latents, 4 epochs masked and 6 open, dropout 0.05, 1e-4, decay 0.01, batches of 8.
-    "livr": dict(latents=16, place="after", masked=0.4, mask="prompt", latents_see="all", image_copies=1, lora_dropout=0.05, batch_size=8,
-                 lr=1e-4, weight_decay=0.01),
-    # LaViT, table A1: 5e-6 linear, warm-up 3 %, no decay, 1000 steps of 16, 4 latents, the language model whole. Eq. 5: T_w 400 of 1000.
-    "lavit": dict(latents=4, tune="full", max_steps=1000, batch_size=16, lr=5e-6, weight_decay=0.0, warmup=0.03, decay="linear",
-                  gate="cosine", gate_warmup=0.4, gate_start=1e-6, w_semantics=0.3, w_gaze=0.3, gaze_top=8, semantics_dim=None),
+    "crystal": dict(
+        thought="fixed", labels="all", corruption="blur", strength_low=None, strength_high=None,
+        realisation="kv", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting",
+        attn_loss="kl", attn_heads="keep", attn_columns="latents", attn_layers="last", teacher_grad=False,
+        w_ce_int=1.0, w_ce_cor=1.0, w_kl=1.0, w_attn=1.0,
+    ),
+    # LIVR, section 3.2 and appendix B: 16 latents, 4 epochs masked and 6 open, dropout 0.05, 1e-4, decay
+    # 0.01, batches of 8.
+    "livr": dict(
+        latents=16, place="after", masked=0.4, mask="prompt", latents_see="all", image_copies=1,
+        lora_dropout=0.05, batch_size=8, lr=1e-4, weight_decay=0.01,
+    ),
+    # LaViT, table A1: 5e-6 linear, warm-up 3 %, no decay, 1000 steps of 16, 4 latents, the language model
+    # whole. Eq. 5: T_w 400 of 1000.
+    "lavit": dict(
+        latents=4, tune="full", max_steps=1000, batch_size=16, lr=5e-6, weight_decay=0.0, warmup=0.03,
+        decay="linear", gate="cosine", gate_warmup=0.4, gate_start=1e-6, w_semantics=0.3, w_gaze=0.3,
+        gaze_top=8, semantics_dim=None,
+    ),
     # VaLR: 16 latents a step, lambda 0.5, the decoder whole, 1e-5 and then 2e-6.
-    "valr": dict(latents=16, tune="full", lr=1e-5, lr_latents=2e-6, weight_decay=0.0, first_share=0.5, encoders="tiny", align_layer=0,
-                 w_repa=0.5, updates=None),
+    "valr": dict(
+        latents=16, tune="full", lr=1e-5, lr_latents=2e-6, weight_decay=0.0, first_share=0.5,
+        encoders="tiny", align_layer=0, w_repa=0.5, updates=None,
+    ),
 }
-# The authors' released CrystaL where it is not the paper: the whole thought is shared, one token mean over thought and both answers,
-# the largest tenth of the KL rows, the answer's own positions, heads averaged first over the thought's columns, and adapters
-# with dropout 0.01 on every Linear of language model, vision tower and merger.
-RELEASED = dict(copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean", attn_columns="thought",
-                lora_on="language,vision,merger", lora_dropout=0.01)
+# The authors' released CrystaL where it is not the paper: the whole thought is shared, one token mean over
+# thought and both answers, the largest tenth of the KL rows, the answer's own positions, heads averaged first
+# over the thought's columns, and adapters with dropout 0.01 on every Linear of language model, vision tower
+# and merger.
+RELEASED = dict(
+    copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean",
+    attn_columns="thought", lora_on="language,vision,merger", lora_dropout=0.01,
+)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -204,8 +254,12 @@ def test_defaults_are_the_papers(method):
 def test_the_presets_are_the_table_of_the_two_sources():
     """`released` typed out by hand; what it does not name stays the paper's, and no other method has one."""
     released = methods.parse(["--preset", "released"])
-    assert asdict(released) == SHARED | OWN["crystal"] | RELEASED | {"preset": "released", "method": "crystal"}
-    by_hand = methods.parse(["--preset", "released", "--ce", "per_path", "--lora_dropout", "0.0", "--lr", "3.0"])
+    assert asdict(released) == SHARED | OWN["crystal"] | RELEASED | {
+        "preset": "released", "method": "crystal",
+    }
+    by_hand = methods.parse(
+        ["--preset", "released", "--ce", "per_path", "--lora_dropout", "0.0", "--lr", "3.0"]
+    )
     assert (by_hand.ce, by_hand.lora_dropout, by_hand.lr, by_hand.copied) == ("per_path", 0.0, 3.0, "thought")
     for method in ("sft", "livr", "lavit", "valr"):
         assert methods.parse(["--method", method, "--preset", "paper"]) == methods.parse(["--method", method])
@@ -214,10 +268,11 @@ def test_the_presets_are_the_table_of_the_two_sources():
 
 
 CHOICES = {
-    "latent_kind": "diverse identical", "turns": "first all", "tune": "lora full rows", "decay": "cosine linear",
-    "dtype": "auto float32 bfloat16 float64", "on_bad_record": "stop skip",
-    "thought": "fixed cot", "labels": "all answer", "corruption": "blur mask crop jigsaw color noise impulse",
-    "realisation": "hidden kv packed", "copied": "latents thought", "ce": "per_path pooled", "answer_rows": "predicting span",
+    "latent_kind": "diverse identical", "turns": "first all", "tune": "lora full rows",
+    "decay": "cosine linear", "dtype": "auto float32 bfloat16 float64", "on_bad_record": "stop skip",
+    "thought": "fixed cot", "labels": "all answer",
+    "corruption": "blur mask crop jigsaw color noise impulse", "realisation": "hidden kv packed",
+    "copied": "latents thought", "ce": "per_path pooled", "answer_rows": "predicting span",
     "attn_loss": "kl frobenius mse", "attn_heads": "keep mean", "attn_columns": "latents thought all",
     "place": "after before", "mask": "prompt answer", "latents_see": "all image", "gate": "cosine hard open",
 }
@@ -231,30 +286,39 @@ def test_what_a_flag_may_be(method):
         if f.name not in CHOICES:
             assert f.metadata["choices"] is None or f.name == "preset", f.name
             continue
-        alone = ["--w_gaze", "0", "--w_semantics", "0"] if method == "lavit" else []  # a teacher sees one turn
+        alone = (
+            ["--w_gaze", "0", "--w_semantics", "0"] if method == "lavit" else []
+        )  # a teacher sees one turn
         for value in CHOICES[f.name].split():
             assert getattr(methods.parse(["--method", method, *alone, f"--{f.name}", value]), f.name) == value
         with pytest.raises(UserError, match=f"--{f.name}: invalid choice: 'other'"):
             methods.parse(["--method", method, f"--{f.name}", "other"])
-        with pytest.raises(UserError, match=f"--{f.name} other: choose one of {CHOICES[f.name].replace(' ', ', ')}$"):
+        with pytest.raises(
+            UserError, match=f"--{f.name} other: choose one of {CHOICES[f.name].replace(' ', ', ')}$"
+        ):
             kind(method=method, **{f.name: "other"})
 
 
 JUST = [  # method, flag, a value on the bound that is taken, one beyond it that is not
-    ("sft", "max_steps", 1, 0), ("sft", "batch_size", 1, 0), ("sft", "accumulation", 1, 0), ("sft", "lora_r", 1, 0), ("sft", "keep", 1, 0),
-    ("sft", "save_every", 1, 0), ("sft", "log_every", 1, 0), ("sft", "eval_every", 0, -1), ("sft", "eval_records", 0, -1),
-    ("sft", "workers", 0, -1), ("sft", "weight_decay", 0.0, -0.1), ("sft", "seed", 2**63 - 1, 2**63), ("sft", "seed", 0, -1),
-    ("sft", "lora_dropout", 0.0, -0.1), ("sft", "lora_dropout", 0.99, 1.0), ("sft", "warmup", 0.0, -0.1), ("sft", "warmup", 0.99, 1.0),
-    ("sft", "lr", 1e-9, 0.0), ("sft", "lr_rows", 1e-9, 0.0), ("sft", "clip", 1e-9, 0.0), ("sft", "latents", 1, 0),
-    ("sft", "lora_on", "merger", "merger,"), ("sft", "lora_on", "vision,language", "head"),
-    ("crystal", "kl_share", 1.0, 1.1), ("crystal", "kl_share", 0.01, 0.0), ("crystal", "attn_layers", "0,-3", "0;3"),
-    ("livr", "masked", 0.0, -0.1), ("livr", "masked", 1.0, 1.1), ("livr", "image_copies", 1, 0), ("livr", "latents", 1, -1),
-    ("lavit", "gate_warmup", 1.0, 1.1), ("lavit", "gate_warmup", 0.1, 0.0), ("lavit", "gate_start", 1.0, 1.1),
-    ("lavit", "gate_start", 1e-9, 0.0), ("lavit", "w_semantics", 0.0, -0.1), ("lavit", "w_gaze", 0.0, -0.1), ("lavit", "gaze_top", 1, 0),
-    ("lavit", "latents", 1, 0), ("valr", "first_share", 0.0, -0.1), ("valr", "first_share", 0.99, 1.0), ("valr", "lr_latents", 1e-9, 0.0),
-    ("valr", "w_repa", 0.0, -0.1), ("valr", "align_layer", 0, -1), ("valr", "updates", 0, -1), ("valr", "encoders", "none", "none,tiny"),
-    ("valr", "encoders", "features:dino:1", "features:dino:0"), ("valr", "encoders", "features:dino:12", "features:dino"),
-    ("valr", "encoders", "own,tiny", "own,,tiny"), ("valr", "encoders", "own", "features:dino:x"),
+    ("sft", "max_steps", 1, 0), ("sft", "batch_size", 1, 0), ("sft", "accumulation", 1, 0),
+    ("sft", "lora_r", 1, 0), ("sft", "keep", 1, 0), ("sft", "save_every", 1, 0), ("sft", "log_every", 1, 0),
+    ("sft", "eval_every", 0, -1), ("sft", "eval_records", 0, -1), ("sft", "workers", 0, -1),
+    ("sft", "weight_decay", 0.0, -0.1), ("sft", "seed", 2**63 - 1, 2**63), ("sft", "seed", 0, -1),
+    ("sft", "lora_dropout", 0.0, -0.1), ("sft", "lora_dropout", 0.99, 1.0), ("sft", "warmup", 0.0, -0.1),
+    ("sft", "warmup", 0.99, 1.0), ("sft", "lr", 1e-9, 0.0), ("sft", "lr_rows", 1e-9, 0.0),
+    ("sft", "clip", 1e-9, 0.0), ("sft", "latents", 1, 0), ("sft", "lora_on", "merger", "merger,"),
+    ("sft", "lora_on", "vision,language", "head"), ("crystal", "kl_share", 1.0, 1.1),
+    ("crystal", "kl_share", 0.01, 0.0), ("crystal", "attn_layers", "0,-3", "0;3"),
+    ("livr", "masked", 0.0, -0.1), ("livr", "masked", 1.0, 1.1), ("livr", "image_copies", 1, 0),
+    ("livr", "latents", 1, -1), ("lavit", "gate_warmup", 1.0, 1.1), ("lavit", "gate_warmup", 0.1, 0.0),
+    ("lavit", "gate_start", 1.0, 1.1), ("lavit", "gate_start", 1e-9, 0.0),
+    ("lavit", "w_semantics", 0.0, -0.1), ("lavit", "w_gaze", 0.0, -0.1), ("lavit", "gaze_top", 1, 0),
+    ("lavit", "latents", 1, 0), ("valr", "first_share", 0.0, -0.1), ("valr", "first_share", 0.99, 1.0),
+    ("valr", "lr_latents", 1e-9, 0.0), ("valr", "w_repa", 0.0, -0.1), ("valr", "align_layer", 0, -1),
+    ("valr", "updates", 0, -1), ("valr", "encoders", "none", "none,tiny"),
+    ("valr", "encoders", "features:dino:1", "features:dino:0"),
+    ("valr", "encoders", "features:dino:12", "features:dino"), ("valr", "encoders", "own,tiny", "own,,tiny"),
+    ("valr", "encoders", "own", "features:dino:x"),
 ]
 
 
@@ -266,41 +330,59 @@ def test_each_bound_just_met_and_just_passed(method, flag, last, beyond):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--strength_low", "1", "--strength_high", "0.9"], ["--strength_low", "-1", "--strength_high", "2"], ["--strength_high", "2"],
-    ["--strength_low", "2"], ["--attn_heads", "mean", "--attn_loss", "frobenius"],
-    ["--method", "livr", "--latents", "0"], ["--method", "lavit", "--turns", "all"],
-    ["--method", "lavit", "--turns", "all", "--w_gaze", "0"], ["--method", "lavit", "--turns", "all", "--w_semantics", "0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--strength_low", "1", "--strength_high", "0.9"], ["--strength_low", "-1", "--strength_high", "2"],
+        ["--strength_high", "2"], ["--strength_low", "2"],
+        ["--attn_heads", "mean", "--attn_loss", "frobenius"], ["--method", "livr", "--latents", "0"],
+        ["--method", "lavit", "--turns", "all"], ["--method", "lavit", "--turns", "all", "--w_gaze", "0"],
+        ["--method", "lavit", "--turns", "all", "--w_semantics", "0"],
+    ],
+)
 def test_flags_that_exclude_one_another(flags):
     with pytest.raises(UserError):
         methods.parse(flags)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--strength_low", "1", "--strength_high", "1"], ["--strength_low", "0", "--strength_high", "2"], ["--attn_heads", "mean"],
-    ["--method", "livr", "--latents", "0", "--mask", "answer"], ["--method", "livr", "--latents", "0", "--masked", "0"],
-    ["--method", "lavit", "--turns", "all", "--w_gaze", "0", "--w_semantics", "0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--strength_low", "1", "--strength_high", "1"], ["--strength_low", "0", "--strength_high", "2"],
+        ["--attn_heads", "mean"], ["--method", "livr", "--latents", "0", "--mask", "answer"],
+        ["--method", "livr", "--latents", "0", "--masked", "0"],
+        ["--method", "lavit", "--turns", "all", "--w_gaze", "0", "--w_semantics", "0"],
+    ],
+)
 def test_and_those_that_do_not(flags):
     methods.parse(flags)
 
 
 def test_a_strength_beyond_its_modes_limit_is_told(built):
     """mask takes a share: 1 at most; blur's radius goes to 256 px."""
-    assert data.corruption_of(methods.parse(["--corruption", "mask", "--strength_low", "0", "--strength_high", "1"])) == ("mask", 0.0, 1.0)
+    assert data.corruption_of(
+        methods.parse(["--corruption", "mask", "--strength_low", "0", "--strength_high", "1"])
+    ) == ("mask", 0.0, 1.0)
     with pytest.raises(UserError, match="--strength_high 1.5: mask goes up to 1"):
         built("--corruption", "mask", "--strength_low", "0", "--strength_high", "1.5")
 
 
-# ---- what is trained on what --------------------------------------------------------------------------------------------
+# ---- what is trained on what -------------------------------------------------------------------------------
+
 
 @holds("method")
 def test_method_names_the_file_whose_method_runs(built, tmp_path, twelve, model_dirs):
     for name in METHODS:
         more = ["--encoders", "none"] if name == "valr" else []
         s = built("--method", name, *more)
-        assert type(s.method).__module__ == f"crystal.methods.{name}" and type(s.settings) is type(s.method).Settings
+        assert (
+            type(s.method).__module__ == f"crystal.methods.{name}"
+            and type(s.settings) is type(s.method).Settings
+        )
         assert methods.parse(["--method", name]).run_dir.as_posix() == f"runs/{name}"
-    (tmp_path / "mine.py").write_text("from crystal.methods import sft\n\n\nclass Method(sft.Method):\n    word = 'mine'\n")
+    (tmp_path / "mine.py").write_text(
+        "from crystal.methods import sft\n\n\nclass Method(sft.Method):\n    word = 'mine'\n"
+    )
     assert built("--method", str(tmp_path / "mine.py")).method.word == "mine"
     assert methods.parse([]).method == "crystal"
 
@@ -314,7 +396,9 @@ def test_model_is_the_directory_whose_weights_are_loaded(run, model_dirs):
     assert not held.tied and torch.equal(held.hf.lm_head.weight, stored["lm_head.weight"])
     q = held.hf.model.language_model.layers[1].self_attn.q_proj
     assert torch.equal(q.weight, stored["model.language_model.layers.1.self_attn.q_proj.weight"])
-    assert f"sft on {model_dirs[False]}: " in seen.out and json.loads((seen.run / "config.json").read_text())["model"] == str(model_dirs[False])
+    assert f"sft on {model_dirs[False]}: " in seen.out and json.loads((seen.run / "config.json").read_text())[
+        "model"
+    ] == str(model_dirs[False])
 
 
 @holds("data", "val_data", "image_root", "eval_records")
@@ -323,14 +407,24 @@ def test_records_come_from_the_files_that_are_named(built, twelve, tmp_path):
     (tmp_path / "pictures" / "deep").mkdir(parents=True)
     for n, size in enumerate([(70, 84), (84, 56), (56, 98)]):
         Image.new("RGB", size, (n, 90, 20)).save(tmp_path / "pictures" / "deep" / f"{n}.png")
-    record = lambda n, answer: {"image": f"deep/{n}.png", "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": answer}]}
+    record = lambda n, answer: {
+        "image": f"deep/{n}.png",
+        "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": answer}],
+    }
     (tmp_path / "a.json").write_text(json.dumps([record(0, "one"), record(1, "two")]))
     (tmp_path / "b.json").write_text(json.dumps([record(2, "three"), record(1, "four"), record(0, "five")]))
-    flags = ["--data", str(tmp_path / "a.json"), "--val_data", str(tmp_path / "b.json"), "--image_root", str(tmp_path / "pictures")]
+    flags = [
+        "--data", str(tmp_path / "a.json"), "--val_data", str(tmp_path / "b.json"), "--image_root",
+        str(tmp_path / "pictures"),
+    ]
     s = built("--method", "sft", *flags, "--eval_records", "2")
-    assert [r.answer for r in s.records] == ["one", "two"] and [r.answer for r in s.val_set.records] == ["three", "four"]
+    assert [r.answer for r in s.records] == ["one", "two"] and [r.answer for r in s.val_set.records] == [
+        "three", "four",
+    ]
     assert s.records[1].images == [tmp_path / "pictures" / "deep" / "1.png"]
-    assert s.val_set[0, 0]["image_grid_thw"].tolist() == [[1, 8, 4]]  # 56 x 98 px: 7 rows of patches, rounded to an even number
+    assert s.val_set[0, 0]["image_grid_thw"].tolist() == [
+        [1, 8, 4]
+    ]  # 56 x 98 px: 7 rows of patches, rounded to an even number
     assert [r.answer for r in built("--method", "sft", *flags).val_set.records] == ["three", "four", "five"]
     assert built("--method", "sft").val_set is None
     with pytest.raises(UserError, match="a.json.*deep/0.png"):
@@ -339,6 +433,7 @@ def test_records_come_from_the_files_that_are_named(built, twelve, tmp_path):
 
 def test_without_data_the_toy_scenes_of_the_seed_are_made(built, twelve, tmp_path, monkeypatch):
     from data_prep import toy
+
     asked = []
 
     def generate(out, seed=0):
@@ -359,12 +454,16 @@ def test_turns_are_the_first_answer_or_a_record_each(built, tmp_path, twelve):
     talk = [("human", "<image>\nA?"), ("gpt", "first"), ("human", "B?"), ("gpt", "second")]
     line = {"image": "0.png", "conversations": [{"from": who, "value": what} for who, what in talk]}
     (tmp_path / "two.jsonl").write_text(json.dumps(line))
-    flags = ["--method", "sft", "--data", str(tmp_path / "two.jsonl"), "--val_data", str(tmp_path / "two.jsonl")]
+    flags = [
+        "--method", "sft", "--data", str(tmp_path / "two.jsonl"), "--val_data", str(tmp_path / "two.jsonl"),
+    ]
     s = built(*flags)
     assert [r.answer for r in s.records] == [r.answer for r in s.val_set.records] == ["first"]
     s = built(*flags, "--turns", "all")
     assert [r.answer for r in s.records] == [r.answer for r in s.val_set.records] == ["first", "second"]
-    assert "A?<|im_end|>\n<|im_start|>assistant\nfirst<|im_end|>\n<|im_start|>user\nB?<|im_end|>" in text_of(s, batch_of(s, [1]))
+    assert "A?<|im_end|>\n<|im_start|>assistant\nfirst<|im_end|>\n<|im_start|>user\nB?<|im_end|>" in text_of(
+        s, batch_of(s, [1])
+    )
 
 
 @holds("on_bad_record")
@@ -380,43 +479,65 @@ def test_a_bad_record_stops_or_is_skipped_and_listed(built, tmp_path, twelve):
             built("--method", "sft", name, str(tmp_path / "bad.jsonl"))
     s = built("--method", "sft", "--data", str(tmp_path / "bad.jsonl"), "--on_bad_record", "skip")
     assert len(s.records) == 100 and all(r.answer == "red" for r in s.records) and s.train_sets[0].skip
-    listed = [json.loads(x)["problem"] for x in (s.settings.run_dir / "bad_records.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(x)["problem"] for x in (s.settings.run_dir / "bad_records.jsonl").read_text().splitlines()
+    ]
     assert len(listed) == 1 and "bad.jsonl:51" in listed[0]
     assert not built("--method", "sft").train_sets[0].skip
 
 
 @holds("output", "overwrite", "resume")
 def test_output_is_where_all_is_written_and_nothing_is_lost_unasked(run, tmp_path):
-    seen = run("here/deep", "--method", "sft", "--output", str(tmp_path / "here" / "deep"), "--max_steps", "2")
+    seen = run(
+        "here/deep", "--method", "sft", "--output", str(tmp_path / "here" / "deep"), "--max_steps", "2"
+    )
     assert seen.run == tmp_path / "here" / "deep"
     assert sorted(p.name for p in seen.run.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
     trained = load_file(checkpoint.step_dir(seen.run, 2) / "trainable.safetensors")
     (seen.run / "mine.txt").write_text("kept")
-    with pytest.raises(UserError, match="holds a run already; --resume goes on from it, --overwrite starts anew"):
+    with pytest.raises(
+        UserError, match="holds a run already; --resume goes on from it, --overwrite starts anew"
+    ):
         run("here/deep", "--method", "sft", "--max_steps", "2")
     again = run("here/deep", "--method", "sft", "--max_steps", "2", "--resume")
-    assert again.batches == [] and "resumed" in again.out and "at update 2" in again.out and (seen.run / "mine.txt").exists()
+    assert (
+        again.batches == []
+        and "resumed" in again.out
+        and "at update 2" in again.out
+        and (seen.run / "mine.txt").exists()
+    )
     assert all(torch.equal(x, dict(again.objective.named_parameters())[n]) for n, x in trained.items())
     anew = run("here/deep", "--method", "sft", "--max_steps", "2", "--overwrite")
-    assert [x["step"] for x in anew.lines] == [1, 2] and len(anew.batches) == 2 and not (seen.run / "mine.txt").exists()
+    assert (
+        [x["step"] for x in anew.lines] == [1, 2]
+        and len(anew.batches) == 2
+        and not (seen.run / "mine.txt").exists()
+    )
 
 
-# ---- the sequence -------------------------------------------------------------------------------------------------------
+# ---- the sequence ------------------------------------------------------------------------------------------
 
 USER = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Question 0?"
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
+SEGMENT = "<latent><|endoftext|><|endoftext|></latent>"  # nobody reads the ids of latents that are fed back
+FIXED = "<think> Because the feature of the image is<|latent_{}|><|latent_{}|>. </think><answer>red</answer><|im_end|>"
 SAID = {  # what follows the question with K = 2, of either kind; the answer is "red"
     "sft": (TURN + "red<|im_end|>",) * 2,
-    "crystal": (TURN + "<think> Because the feature of the image is<|latent_0|><|latent_1|>. </think><answer>red</answer><|im_end|>",
-                TURN + "<think> Because the feature of the image is<|latent_0|><|latent_0|>. </think><answer>red</answer><|im_end|>"),
-    "livr": ("<|latent_0|><|latent_1|>" + TURN + "red<|im_end|>", "<|latent_0|><|latent_0|>" + TURN + "red<|im_end|>"),
-    "lavit": (TURN + "<|latent_0|><|latent_1|><answer>red<|im_end|>", TURN + "<|latent_0|><|latent_0|><answer>red<|im_end|>"),
-    "valr": (TURN + "<latent><|endoftext|><|endoftext|></latent>I look.\n<latent><|endoftext|><|endoftext|></latent>I see.\n"
-             "<answer>red</answer><|im_end|>",) * 2,
+    "crystal": (TURN + FIXED.format(0, 1), TURN + FIXED.format(0, 0)),
+    "livr": (
+        "<|latent_0|><|latent_1|>" + TURN + "red<|im_end|>",
+        "<|latent_0|><|latent_0|>" + TURN + "red<|im_end|>",
+    ),
+    "lavit": (
+        TURN + "<|latent_0|><|latent_1|><answer>red<|im_end|>",
+        TURN + "<|latent_0|><|latent_0|><answer>red<|im_end|>",
+    ),
+    "valr": (TURN + f"{SEGMENT}I look.\n{SEGMENT}I see.\n<answer>red</answer><|im_end|>",) * 2,
 }
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 NEW = {  # the tokens that get rows
-    "sft": ([], []), "crystal": (TAGS + ["<|latent_0|>", "<|latent_1|>"], TAGS + ["<|latent_0|>"]),
+    "sft": ([], []),
+    "crystal": (TAGS + ["<|latent_0|>", "<|latent_1|>"], TAGS + ["<|latent_0|>"]),
     "livr": (["<|latent_0|>", "<|latent_1|>"], ["<|latent_0|>"]),
     "lavit": (["<answer>", "<|latent_0|>", "<|latent_1|>"], ["<answer>", "<|latent_0|>"]),
     "valr": (["<latent>", "</latent>", "<answer>", "</answer>"],) * 2,
@@ -432,7 +553,7 @@ def test_k_latents_of_their_kind_stand_where_the_method_has_them(built, method, 
     s = built("--method", method, *more, "--latents", "2", "--latent_kind", kind)
     batch, which = batch_of(s, [0]), ["diverse", "identical"].index(kind)
     text = text_of(s, batch)
-    assert text[text.index("<|im_start|>user"):] == USER + SAID[method][which]
+    assert text[text.index("<|im_start|>user") :] == USER + SAID[method][which]
     tokens = s.model.tokenizer.convert_tokens_to_ids(NEW[method][which])
     assert (s.model.rows.ids if s.model.rows else []) == tokens
     at = batch["latents"][0].tolist()
@@ -443,7 +564,10 @@ def test_k_latents_of_their_kind_stand_where_the_method_has_them(built, method, 
 
 @holds("labels", "thought", of="crystal")
 def test_labels_are_all_that_is_said_or_the_answer_alone(built):
-    """Read off the batch that the loop would get; `--thought cot` puts the record's own steps before the latents."""
+    """Read off the batch that the loop would get.
+
+    `--thought cot` puts the record's own steps before the latents.
+    """
     latents = "<|latent_0|><|latent_1|><|latent_2|>"
     fixed = f"<think> Because the feature of the image is{latents}. </think><answer>"
     cot = f"<think> I look. I see.{latents}. </think><answer>"
@@ -455,35 +579,49 @@ def test_labels_are_all_that_is_said_or_the_answer_alone(built):
     ):
         s = built(*flags)
         batch = batch_of(s, [2, 0])
-        assert labels_of(s, batch, 1) == labels and text_of(s, batch, 1).endswith(TURN + text + "red</answer><|im_end|>")
+        assert labels_of(s, batch, 1) == labels and text_of(s, batch, 1).endswith(
+            TURN + text + "red</answer><|im_end|>"
+        )
         assert labels_of(s, batch, 0) == labels.replace("red", "the heart is nearer")
         # Every label stands one position after the row that predicts it.
         rows = (batch["targets"] != IGNORE).nonzero().tolist()
         assert all(batch["targets"][b, t] == batch["input_ids"][b, t + 1] for b, t in rows)
 
 
-# ---- what trains --------------------------------------------------------------------------------------------------------
+# ---- what trains -------------------------------------------------------------------------------------------
 
 DECODER = "model.hf.model.language_model."
-LINEARS = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32), "self_attn.o_proj": (32, 32),
-           "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}  # (out, in) of the test model's
+LINEARS = {
+    "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
+    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
+    "mlp.down_proj": (32, 48),
+}  # (out, in) of the test model's
 ADAPTERS = {f"{DECODER}layers.{i}.{name}.lora_{x}" for i in range(3) for name in LINEARS for x in "AB"}
-WHOLE = ({f"{DECODER}layers.{i}.{name}.weight" for i in range(3) for name in LINEARS}
-         | {f"{DECODER}layers.{i}.self_attn.{x}_proj.bias" for i in range(3) for x in "qkv"}
-         | {f"{DECODER}layers.{i}.{x}_layernorm.weight" for i in range(3) for x in ("input", "post_attention")} | {DECODER + "norm.weight"})
+WHOLE = (
+    {f"{DECODER}layers.{i}.{name}.weight" for i in range(3) for name in LINEARS}
+    | {f"{DECODER}layers.{i}.self_attn.{x}_proj.bias" for i in range(3) for x in "qkv"}
+    | {f"{DECODER}layers.{i}.{x}_layernorm.weight" for i in range(3) for x in ("input", "post_attention")}
+    | {DECODER + "norm.weight"}
+)
 
 
 @holds("tune")
 @pytest.mark.parametrize("method", METHODS)
 def test_tune_names_exactly_what_trains(built, method):
     more = {"valr": ["--encoders", "own"]}.get(method, [])
-    heads = {"lavit": {f"heads.semantics.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")},
-             "valr": {f"heads.0.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")}}.get(method, set())
+    heads = {
+        "lavit": {f"heads.semantics.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")},
+        "valr": {f"heads.0.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")},
+    }.get(method, set())
     for tied in (True, False):
-        rows = set() if method == "sft" else {"model.rows.rows"} | (set() if tied else {"model.rows.head_rows"})
+        rows = (
+            set() if method == "sft" else {"model.rows.rows"} | (set() if tied else {"model.rows.head_rows"})
+        )
         for tune, weights in (("lora", ADAPTERS), ("full", WHOLE), ("rows", set())):
             s = built("--method", method, *more, "--tune", tune, tied=tied)
-            assert {n for n, p in s.objective.named_parameters() if p.requires_grad} == weights | rows | heads, (tied, tune)
+            assert {
+                n for n, p in s.objective.named_parameters() if p.requires_grad
+            } == weights | rows | heads, (tied, tune)
 
 
 def test_nothing_left_to_train_is_told(run):
@@ -497,7 +635,9 @@ def test_an_adapter_has_rank_r_and_counts_alpha_over_r(built):
     s = built("--method", "sft", "--lora_r", "4", "--lora_alpha", "6")
     found = dict(s.objective.named_parameters())
     for name, (out, into) in LINEARS.items():
-        assert found[f"{DECODER}layers.2.{name}.lora_A"].shape == (4, into) and found[f"{DECODER}layers.2.{name}.lora_B"].shape == (out, 4)
+        assert found[f"{DECODER}layers.2.{name}.lora_A"].shape == (4, into) and found[
+            f"{DECODER}layers.2.{name}.lora_B"
+        ].shape == (out, 4)
     layer = s.model.hf.model.language_model.layers[2].mlp.down_proj
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 48)
@@ -507,7 +647,10 @@ def test_an_adapter_has_rank_r_and_counts_alpha_over_r(built):
 
 @holds("lora_dropout")
 def test_adapters_drop_their_share_in_training_alone(built):
-    """An adapter made to hand on its first input: 0 for the dropped share, 1 / (1 - p) for the rest; the base drops nothing."""
+    """An adapter made to hand on its first input: 0 for the dropped share, 1 / (1 - p) for the rest.
+
+    The base drops nothing.
+    """
     s = built("--method", "livr", "--lora_dropout", "0.3", "--lora_r", "1", "--lora_alpha", "1")
     drawn = []
     for layer in (s.model.layers[0].self_attn.q_proj, s.model.layers[2].mlp.down_proj):
@@ -519,25 +662,35 @@ def test_adapters_drop_their_share_in_training_alone(built):
             base = layer.base(x[:1])[0, 0]
             out = layer(x)[:, 0] - base
             dropped = (out.abs() < 1e-4).float().mean()
-            assert abs(dropped - 0.3) < 0.02 and torch.allclose(out[out.abs() > 1e-4], torch.tensor(1 / 0.7), atol=1e-4)
+            assert abs(dropped - 0.3) < 0.02 and torch.allclose(
+                out[out.abs() > 1e-4], torch.tensor(1 / 0.7), atol=1e-4
+            )
             drawn.append(out.abs() < 1e-4)
             assert torch.allclose(layer.eval()(x)[:, 0] - base, torch.ones(20000), atol=1e-4)
     assert not torch.equal(*drawn)
 
 
-VISION = {f"model.visual.blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+VISION = {
+    f"model.visual.blocks.{i}.{name}"
+    for i in range(2)
+    for name in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+}
 MERGER = {"model.visual.merger.mlp.0", "model.visual.merger.mlp.2"}
 LANGUAGE = {f"model.language_model.layers.{i}.{name}" for i in range(3) for name in LINEARS}
 
 
 @holds("lora_on")
-@pytest.mark.parametrize("parts, wrapped", [("vision", VISION), ("merger", MERGER), ("language", LANGUAGE), ("merger,vision", VISION | MERGER)])
+@pytest.mark.parametrize(
+    "parts, wrapped",
+    [("vision", VISION), ("merger", MERGER), ("language", LANGUAGE), ("merger,vision", VISION | MERGER)],
+)
 def test_adapters_are_on_the_parts_that_are_named(built, parts, wrapped):
     s = built("--method", "sft", "--lora_on", parts)
     assert {n for n, m in s.model.hf.named_modules() if hasattr(m, "lora_A")} == wrapped
 
 
-# ---- the optimiser ------------------------------------------------------------------------------------------------------
+# ---- the optimiser -----------------------------------------------------------------------------------------
+
 
 def adamw(p, grads, lrs, decay):
     """AdamW's formula on the gradients of one parameter, betas 0.9 and 0.999, epsilon 1e-8, in float64."""
@@ -553,9 +706,14 @@ def adamw(p, grads, lrs, decay):
 @holds("lr", "lr_rows", "weight_decay", "warmup")
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_each_group_moves_by_its_rate_and_its_decay(run, tune):
-    """Two updates of a warm-up over four: lr / 4, then lr / 2; three times that for rows. Matrices decay, rows and vectors never."""
-    seen = run("groups", "--tune", tune, "--lr", "0.02", "--lr_rows", "3", "--weight_decay", "0.4", "--warmup", "0.5", "--max_steps", "8",
-               "--eval_every", "0", tied=False)
+    """Two updates of a warm-up over four: lr / 4, then lr / 2; three times that for rows.
+
+    Matrices decay, rows and vectors never.
+    """
+    seen = run(
+        "groups", "--tune", tune, "--lr", "0.02", "--lr_rows", "3", "--weight_decay", "0.4", "--warmup",
+        "0.5", "--max_steps", "8", "--eval_every", "0", tied=False,
+    )
     lr, kinds = (0.005, 0.01), Counter()
     for name, (before, first, _) in seen.updates[0].items():
         _, second, after = seen.updates[1][name]
@@ -565,7 +723,9 @@ def test_each_group_moves_by_its_rate_and_its_decay(run, tune):
         expected = adamw(before, (first, second), [times * x for x in lr], decay)
         assert (after - expected).abs().max() < 2e-6, name
         assert (after - before).abs().max() > 1e-3 or not first.any(), name
-    assert kinds == ({"matrices": 21, "vectors": 16, "rows": 2} if tune == "full" else {"matrices": 42, "rows": 2})
+    assert kinds == (
+        {"matrices": 21, "vectors": 16, "rows": 2} if tune == "full" else {"matrices": 42, "rows": 2}
+    )
     assert sorted(seen.rates[1]) == pytest.approx([0.01, 0.03] if tune == "lora" else [0.01, 0.01, 0.03])
     assert [x["lr"] for x in seen.lines[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
     # The vocabulary holds what was trained, as of the last update, and the trained copies alone.
@@ -576,17 +736,27 @@ def test_each_group_moves_by_its_rate_and_its_decay(run, tune):
 
 @holds("clip")
 def test_the_gradients_norm_is_at_most_clip(run):
-    """Through the loop: what the optimiser gets has norm `clip` where it was larger, and is untouched to the bit where it was not."""
+    """Through the loop.
+
+    What the optimiser gets has norm `clip` where it was larger, and is untouched to the bit where it was not.
+    """
+
     def gradients(name, clip):
         seen = run(name, "--tune", "full", "--clip", clip)
         grads = {n: g for n, (_, g, _) in seen.updates[0].items()}
-        return grads, float(torch.cat([g.flatten() for g in grads.values()]).double().norm()), seen.lines[0]["grad_norm"]
+        return (
+            grads,
+            float(torch.cat([g.flatten() for g in grads.values()]).double().norm()),
+            seen.lines[0]["grad_norm"],
+        )
 
     free, norm, told = gradients("free", "1e9")
     assert norm > 0.5 and told == pytest.approx(norm, rel=1e-5)
     small = norm / 7
     clipped, now, told = gradients("clipped", str(small))
-    assert now == pytest.approx(small, rel=1e-4) and told == pytest.approx(norm, rel=1e-5)  # the log tells the norm before clipping
+    assert now == pytest.approx(small, rel=1e-4) and told == pytest.approx(
+        norm, rel=1e-5
+    )  # the log tells the norm before clipping
     assert all(torch.allclose(clipped[n], free[n] / 7, rtol=1e-4, atol=1e-9) for n in free)
     above, _, _ = gradients("above", str(norm * 1.01))
     assert all(torch.equal(above[n], free[n]) for n in free)
@@ -600,12 +770,17 @@ def rates(*flags):
 @holds("warmup", "decay", "max_steps", "lr")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_rate_warms_up_and_falls_as_told(method):
-    """Ten updates of one stage, three of them (a quarter, rounded up) on the way up; seven down: by hand at each."""
+    """Ten updates of one stage, three of them (a quarter, rounded up) on the way up; seven down.
+
+    By hand at each.
+    """
     flags = ["--method", method, "--max_steps", "10", "--lr", "2", "--warmup", "0.25"]
     flags += {"livr": ["--masked", "0"], "valr": ["--first_share", "0", "--lr_latents", "2"]}.get(method, [])
     up = [2 / 3, 4 / 3, 2.0]
-    cosine = [2.0, 1 + math.cos(math.pi / 7), 1 + math.cos(2 * math.pi / 7), 1 + math.cos(3 * math.pi / 7), 1 + math.cos(4 * math.pi / 7),
-              1 + math.cos(5 * math.pi / 7), 1 + math.cos(6 * math.pi / 7)]
+    cosine = [
+        2.0, 1 + math.cos(math.pi / 7), 1 + math.cos(2 * math.pi / 7), 1 + math.cos(3 * math.pi / 7),
+        1 + math.cos(4 * math.pi / 7), 1 + math.cos(5 * math.pi / 7), 1 + math.cos(6 * math.pi / 7),
+    ]
     line = [2.0, 12 / 7, 10 / 7, 8 / 7, 6 / 7, 4 / 7, 2 / 7]
     assert rates(*flags, "--decay", "cosine") == pytest.approx(up + cosine)
     assert rates(*flags, "--decay", "linear") == pytest.approx(up + line)
@@ -614,33 +789,62 @@ def test_the_rate_warms_up_and_falls_as_told(method):
 @holds("masked", of="livr")
 @holds("first_share", "lr_latents", of="valr")
 def test_each_stage_warms_up_and_falls_on_its_own():
-    """LIVR: a tenth of 20 updates open, 18 masked, warm-up of half. VaLR: a quarter of 16 at lr, the rest at lr_latents."""
-    livr = rates("--method", "livr", "--max_steps", "20", "--masked", "0.9", "--lr", "1", "--warmup", "0.5", "--decay", "linear")
+    """LIVR: a tenth of 20 updates open, 18 masked, warm-up of half. VaLR.
+
+    A quarter of 16 at lr, the rest at lr_latents.
+    """
+    livr = rates(
+        "--method", "livr", "--max_steps", "20", "--masked", "0.9", "--lr", "1", "--warmup", "0.5",
+        "--decay", "linear",
+    )
     assert livr == pytest.approx([n / 9 for n in range(1, 10)] + [1 - n / 9 for n in range(9)] + [1.0, 1.0])
-    valr = rates("--method", "valr", "--max_steps", "16", "--first_share", "0.25", "--lr", "8", "--lr_latents", "3", "--warmup", "0.5",
-                 "--decay", "linear")
-    assert valr == pytest.approx([4, 8, 8, 4] + [3 * n / 6 for n in range(1, 7)] + [3 * (1 - n / 6) for n in range(6)])
-    livr, valr = (methods.parse(["--method", m, "--max_steps", "40", *more]) for m, more in (("livr", ["--masked", "0.7"]),
-                                                                                            ("valr", ["--first_share", "0.7"])))
+    valr = rates(
+        "--method", "valr", "--max_steps", "16", "--first_share", "0.25", "--lr", "8", "--lr_latents", "3",
+        "--warmup", "0.5", "--decay", "linear",
+    )
+    assert valr == pytest.approx(
+        [4, 8, 8, 4] + [3 * n / 6 for n in range(1, 7)] + [3 * (1 - n / 6) for n in range(6)]
+    )
+    livr, valr = (
+        methods.parse(["--method", m, "--max_steps", "40", *more])
+        for m, more in (("livr", ["--masked", "0.7"]), ("valr", ["--first_share", "0.7"]))
+    )
     assert [livr.span(0), livr.span(1), valr.span(0), valr.span(1)] == [(0, 28), (28, 40)] * 2
     for settings in (livr, valr):
-        assert settings.progress(27) == config.Progress(27, 0, 27 / 28, 0.675) and settings.progress(34) == config.Progress(34, 1, 0.5, 0.85)
+        assert settings.progress(27) == config.Progress(27, 0, 27 / 28, 0.675) and settings.progress(
+            34
+        ) == config.Progress(34, 1, 0.5, 0.85)
 
 
 @holds("max_steps", "batch_size", "accumulation", "log_every")
 def test_updates_forwards_and_pairs_are_as_many_as_told(run):
-    """Three updates of two forwards of four pairs each: each a mean over its eight pairs; a line is printed every two updates and last."""
-    seen = run("counts", "--method", "sft", "--max_steps", "3", "--batch_size", "4", "--accumulation", "2", "--log_every", "2", "--lora_r", "1")
+    """Three updates of two forwards of four pairs each: each a mean over its eight pairs.
+
+    A line is printed every two updates and last.
+    """
+    seen = run(
+        "counts", "--method", "sft", "--max_steps", "3", "--batch_size", "4", "--accumulation", "2",
+        "--log_every", "2", "--lora_r", "1",
+    )
     assert [x["step"] for x in seen.lines] == [1, 2, 3] and len(seen.updates) == 3
-    assert [(len(batch["input_ids"]), progress.step) for batch, progress, _ in seen.batches] == [(4, 0), (4, 0), (4, 1), (4, 1), (4, 2), (4, 2)]
-    answers = [labels_of(SimpleNamespace(model=seen.objective.model), batch, b) for batch, _, _ in seen.batches for b in range(4)]
-    assert sorted(answers[:12]) == sorted(answers[12:]) == sorted(f"{a}<|im_end|>" for a in ANSWERS)  # 24 pairs: two epochs of twelve
+    assert [(len(batch["input_ids"]), progress.step) for batch, progress, _ in seen.batches] == [
+        (4, 0), (4, 0), (4, 1), (4, 1), (4, 2), (4, 2),
+    ]
+    answers = [
+        labels_of(SimpleNamespace(model=seen.objective.model), batch, b)
+        for batch, _, _ in seen.batches
+        for b in range(4)
+    ]
+    assert (
+        sorted(answers[:12]) == sorted(answers[12:]) == sorted(f"{a}<|im_end|>" for a in ANSWERS)
+    )  # 24 pairs: two epochs of twelve
     printed = [line for line in seen.out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in printed] == ["2/3", "3/3"]
     assert f"ce {seen.lines[1]['ce']:.4f}" in printed[0]
 
 
-# ---- seeds --------------------------------------------------------------------------------------------------------------
+# ---- seeds -------------------------------------------------------------------------------------------------
+
 
 @holds("seed")
 def test_order_depends_on_the_seed(built):
@@ -652,19 +856,27 @@ def test_order_depends_on_the_seed(built):
 
     first, again, other = order("7"), order("7"), order("8")
     assert first == again and first[:12] != other[:12] and sorted(first[:12]) == sorted(other[:12])
-    assert first[:12] != first[12:] and first[:12] != [f"{a}<|im_end|>" for a in ANSWERS]  # epochs differ, and none is the file's order
+    assert first[:12] != first[12:] and first[:12] != [
+        f"{a}<|im_end|>" for a in ANSWERS
+    ]  # epochs differ, and none is the file's order
 
 
 @holds("seed")
 def test_first_rows_depend_on_the_seed(built, model_dirs):
-    """By hand: the mean of the vocabulary's own rows, and half their standard deviation times normal numbers of the seed."""
+    """By hand.
+
+    The mean of the vocabulary's own rows, and half their standard deviation times normal numbers of the seed.
+    """
+
     def rows(seed, tied):
         return dict(built("--seed", seed, "--tune", "rows", tied=tied).model.rows.named_parameters())
 
     for tied in (True, False):
         stored, g = load_file(model_dirs[tied] / "model.safetensors"), torch.Generator().manual_seed(6)
         found, other = rows("6", tied), rows("9", tied)
-        names = [("rows", "model.language_model.embed_tokens.weight")] + ([] if tied else [("head_rows", "lm_head.weight")])
+        names = [("rows", "model.language_model.embed_tokens.weight")] + (
+            [] if tied else [("head_rows", "lm_head.weight")]
+        )
         assert list(found) == [n for n, _ in names]
         for name, key in names:
             used = stored[key][: len(stored[key]) - 64]  # the shipped tokenizer leaves 64 rows spare
@@ -675,7 +887,11 @@ def test_first_rows_depend_on_the_seed(built, model_dirs):
 
 @holds("seed")
 def test_first_adapters_depend_on_the_seed(built):
-    """By hand: uniform numbers of the seed between -in^-1/2 and in^-1/2, drawn module after module, so that no two begin alike."""
+    """By hand.
+
+    Uniform numbers of the seed between -in^-1/2 and in^-1/2, drawn module after module, so that no two begin
+    alike.
+    """
     s, other = (built("--method", "sft", "--seed", seed) for seed in ("6", "9"))
     found = {n: p for n, p in s.objective.named_parameters() if n.endswith("lora_A")}
     others = dict(other.objective.named_parameters())
@@ -689,10 +905,17 @@ def test_first_adapters_depend_on_the_seed(built):
 @holds("seed", of=("lavit", "valr"))
 @pytest.mark.parametrize("method, flags", [("lavit", []), ("valr", ["--encoders", "own,own"])])
 def test_first_heads_depend_on_the_seed(built, method, flags):
-    """Same seed, same heads; other seed, others. Two encoders' projections do not begin alike, and no other draw moves."""
+    """Same seed, same heads; other seed, others.
+
+    Two encoders' projections do not begin alike, and no other draw moves.
+    """
+
     def heads(seed):
         torch.manual_seed(99)
-        found = {n: p.detach() for n, p in built("--method", method, *flags, "--seed", seed).objective.heads.named_parameters()}
+        found = {
+            n: p.detach()
+            for n, p in built("--method", method, *flags, "--seed", seed).objective.heads.named_parameters()
+        }
         assert torch.initial_seed() == 99
         return found
 
@@ -702,24 +925,39 @@ def test_first_heads_depend_on_the_seed(built, method, flags):
     if method == "valr":
         assert not torch.equal(first["0.0.weight"], first["1.0.weight"])
     weights = torch.cat([p.flatten() for n, p in first.items() if n.endswith("weight")])
-    assert weights.abs().max() < 32**-0.5 and weights.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.05)  # nn.Linear's own start
+    assert weights.abs().max() < 32**-0.5 and weights.std() == pytest.approx(
+        32**-0.5 / 3**0.5, rel=0.05
+    )  # nn.Linear's own start
 
 
 @holds("seed")
 def test_dropout_is_drawn_anew_for_each_update_part_and_rank_and_from_the_seed(run, monkeypatch):
-    """The seeds under which forwards run: all different, the same in a second run, others with another seed or on another rank."""
+    """The seeds under which forwards run.
+
+    All different, the same in a second run, others with another seed or on another rank.
+    """
+
     def drawn(name, seed, rank=0):
         with monkeypatch.context() as patch:
             patch.setattr(train.processes, "start", lambda device: Processes(rank=rank))
-            seen = run(name, "--method", "sft", "--seed", seed, "--max_steps", "2", "--accumulation", "2", "--lora_r", "1")
+            seen = run(
+                name, "--method", "sft", "--seed", seed, "--max_steps", "2", "--accumulation", "2",
+                "--lora_r", "1",
+            )
         return [x for _, _, x in seen.batches]
 
     first, again = drawn("a", "4"), drawn("b", "4")
-    assert first == again and len({*first, *drawn("c", "5"), *drawn("d", "4", rank=1), *drawn("e", "4", rank=2)}) == 16
+    assert (
+        first == again
+        and len({*first, *drawn("c", "5"), *drawn("d", "4", rank=1), *drawn("e", "4", rank=2)}) == 16
+    )
 
 
 def test_dropouts_seed_reaches_the_masks(run, monkeypatch):
-    """The masks themselves: of one update's two parts and of the next update's, on the same inputs' shape, no two are alike."""
+    """The masks themselves.
+
+    Of one update's two parts and of the next update's, on the same inputs' shape, no two are alike.
+    """
     masks, dropout = [], torch.nn.functional.dropout
 
     def watched(x, p, training):
@@ -729,15 +967,25 @@ def test_dropouts_seed_reaches_the_masks(run, monkeypatch):
 
     monkeypatch.setattr(lora.F, "dropout", watched)
     run("masks", "--method", "sft", "--lora_dropout", "0.5", "--max_steps", "2", "--accumulation", "2")
-    first = masks[:: 21]  # three layers of seven Linears
-    assert len(masks) == 4 * 21 and len(first) == 4 and not any(torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+    first = masks[::21]  # three layers of seven Linears
+    assert (
+        len(masks) == 4 * 21
+        and len(first) == 4
+        and not any(torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+    )
 
 
 @holds("seed", "corruption", "strength_low", "strength_high", of="crystal")
 def test_corruption_has_the_mode_and_strength_that_are_told_and_the_seeds_own(built, monkeypatch):
-    """What the operator is asked for: the mode, and a strength uniform between the two ends, drawn anew for epoch and record."""
+    """What the operator is asked for.
+
+    The mode, and a strength uniform between the two ends, drawn anew for epoch and record.
+    """
     asked, corrupt = [], data.corrupt
-    monkeypatch.setattr(data, "corrupt", lambda x, mode, strength, g: asked.append((mode, strength)) or corrupt(x, mode, strength, g))
+    monkeypatch.setattr(
+        data, "corrupt",
+        lambda x, mode, strength, g: asked.append((mode, strength)) or corrupt(x, mode, strength, g),
+    )
     flags = ["--corruption", "noise", "--strength_low", "40", "--strength_high", "44"]
     pixels = {}
     for seed in ("1", "1", "2"):
@@ -746,7 +994,9 @@ def test_corruption_has_the_mode_and_strength_that_are_told_and_the_seeds_own(bu
         made = [s.train_sets[0][epoch, i]["pixel_values_cor"] for epoch in range(4) for i in range(12)]
         assert {mode for mode, _ in asked} == {"noise"} and len(set(asked)) == 48
         strengths = torch.tensor([strength for _, strength in asked])
-        assert 40 <= strengths.min() < 40.5 and 43.5 < strengths.max() <= 44 and abs(strengths.mean() - 42) < 0.6
+        assert (
+            40 <= strengths.min() < 40.5 and 43.5 < strengths.max() <= 44 and abs(strengths.mean() - 42) < 0.6
+        )
         if seed in pixels:
             assert all(torch.equal(a, b) for a, b in zip(made, pixels[seed], strict=True))
         pixels[seed] = made
@@ -757,10 +1007,18 @@ def test_corruption_has_the_mode_and_strength_that_are_told_and_the_seeds_own(bu
     assert 0.75 * 42 / 255 / 0.27 < deviation < 1.0 * 42 / 255 / 0.27
 
 
-@pytest.mark.parametrize("mode, low, high", [("blur", 2, 5), ("mask", 0.2, 0.8), ("crop", 0.2, 0.8), ("jigsaw", 0.2, 0.8), ("color", 0.5, 2),
-                                             ("noise", 15, 50), ("impulse", 0.01, 0.12)])
+@pytest.mark.parametrize(
+    "mode, low, high",
+    [
+        ("blur", 2, 5), ("mask", 0.2, 0.8), ("crop", 0.2, 0.8), ("jigsaw", 0.2, 0.8), ("color", 0.5, 2),
+        ("noise", 15, 50), ("impulse", 0.01, 0.12),
+    ],
+)
 def test_each_mode_has_its_own_range(mode, low, high):
-    """Blur as released, the others between their weakest and strongest level (appendix A.3; crop's and impulse's are ours)."""
+    """Blur as released, the others between their weakest and strongest level (appendix A.3.
+
+    Crop's and impulse's are ours).
+    """
     assert data.corruption_of(methods.parse(["--corruption", mode])) == (mode, low, high)
 
 
@@ -770,7 +1028,8 @@ def test_validation_is_corrupted_from_a_seed_of_its_own(built, twelve):
     assert not torch.equal(s.train_sets[0][0, 0]["pixel_values_cor"], s.val_set[0, 0]["pixel_values_cor"])
 
 
-# ---- how it runs --------------------------------------------------------------------------------------------------------
+# ---- how it runs -------------------------------------------------------------------------------------------
+
 
 @holds("device")
 def test_device_is_where_it_runs(run, monkeypatch):
@@ -786,14 +1045,22 @@ def test_device_is_where_it_runs(run, monkeypatch):
 
 
 @holds("dtype")
-@pytest.mark.parametrize("tune, dtype, frozen, trained, computed", [
-    ("lora", "bfloat16", torch.bfloat16, torch.float32, torch.bfloat16), ("full", "bfloat16", torch.float32, torch.float32, torch.bfloat16),
-    ("lora", "float64", torch.float64, torch.float64, torch.float64), ("full", "float64", torch.float64, torch.float64, torch.float64),
-    ("full", "float32", torch.float32, torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    "tune, dtype, frozen, trained, computed",
+    [
+        ("lora", "bfloat16", torch.bfloat16, torch.float32, torch.bfloat16),
+        ("full", "bfloat16", torch.float32, torch.float32, torch.bfloat16),
+        ("lora", "float64", torch.float64, torch.float64, torch.float64),
+        ("full", "float64", torch.float64, torch.float64, torch.float64),
+        ("full", "float32", torch.float32, torch.float32, torch.float32),
+    ],
+)
 def test_dtype_is_that_of_weights_and_products(run, monkeypatch, tune, dtype, frozen, trained, computed):
     """Adapters stay wide on small weights; whole training keeps its weights wide and computes small."""
     logits, heads = [], crystal.model.Model.logits
-    monkeypatch.setattr(crystal.model.Model, "logits", lambda self, h: logits.append(heads(self, h)) or logits[-1])
+    monkeypatch.setattr(
+        crystal.model.Model, "logits", lambda self, h: logits.append(heads(self, h)) or logits[-1]
+    )
     seen = run("kinds", "--method", "lavit", "--tune", tune, "--dtype", dtype)
     parameters = dict(seen.objective.named_parameters())
     assert {p.dtype for p in parameters.values() if not p.requires_grad} == {frozen}
@@ -801,7 +1068,10 @@ def test_dtype_is_that_of_weights_and_products(run, monkeypatch, tune, dtype, fr
     assert [x.dtype for x in logits] == [computed]
     batch = seen.batches[0][0]
     assert batch["pixel_values"].dtype == frozen and batch["v_sem"].dtype == torch.float32
-    assert json.loads((seen.run / "config.json").read_text())["dtype"] == dtype and f"on cpu, {str(frozen).removeprefix('torch.')}" in seen.out
+    assert (
+        json.loads((seen.run / "config.json").read_text())["dtype"] == dtype
+        and f"on cpu, {str(frozen).removeprefix('torch.')}" in seen.out
+    )
 
 
 def test_dtype_auto_is_float32_on_a_cpu(run):
@@ -813,7 +1083,9 @@ def test_dtype_auto_is_float32_on_a_cpu(run):
 @holds("checkpointing")
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
-    """Each decoder layer's own attention runs a second time in the backward pass, and losses and gradients are equal to the bit."""
+    """Each decoder layer's own attention runs a second time in the backward pass, and losses and gradients
+    are equal to the bit.
+    """
     calls, attention = Counter(), crystal.model.attention
 
     def counted(module, *args, **kwargs):
@@ -821,7 +1093,10 @@ def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
         return attention(module, *args, **kwargs)
 
     monkeypatch.setitem(crystal.model.AttentionInterface._global_mapping, "crystal", counted)
-    more = ["--method", method, "--tune", "full", "--lora_dropout", "0", *{"valr": ["--encoders", "own", "--first_share", "0"]}.get(method, [])]
+    more = [
+        "--method", method, "--tune", "full", "--lora_dropout", "0",
+        *{"valr": ["--encoders", "own", "--first_share", "0"]}.get(method, []),
+    ]
     found = []
     for name, flags in (("plain", []), ("again", ["--checkpointing"])):
         calls.clear()
@@ -829,7 +1104,10 @@ def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
     (plain, once), (again, twice) = found
     assert twice == 2 * once and once % 3 == 0
     layers = again.objective.model.layers
-    assert all(layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords["use_reentrant"] is False for layer in layers)
+    assert all(
+        layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
+        for layer in layers
+    )
     assert not any(layer.gradient_checkpointing for layer in plain.objective.model.layers)
     assert plain.lines[0]["loss"] == again.lines[0]["loss"]
     tolerance = 1e-6 if method == "valr" else 0.0  # its cache sums a key's gradients in another order
@@ -840,25 +1118,39 @@ def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
 @holds("workers")
 def test_workers_prepare_the_same_batches_in_their_processes(built, monkeypatch):
     found, collate = {}, data.collate
-    monkeypatch.setattr(data, "collate", lambda examples, pad: collate(examples, pad) | {"process": os.getpid()})
+    monkeypatch.setattr(
+        data, "collate", lambda examples, pad: collate(examples, pad) | {"process": os.getpid()}
+    )
     for workers in ("0", "2"):
         s = built("--method", "sft", "--batch_size", "3", "--max_steps", "4", "--workers", workers)
-        found[workers] = list(train.stage_batches(0, s.train_sets[0], 0, s.settings, s.model.tokenizer.pad_token_id, Processes()))
+        found[workers] = list(
+            train.stage_batches(
+                0, s.train_sets[0], 0, s.settings, s.model.tokenizer.pad_token_id, Processes()
+            )
+        )
     assert {batch["process"] for batch in found["0"]} == {os.getpid()}
     assert len({batch["process"] for batch in found["2"]} - {os.getpid()}) == 2
     for a, b in zip(found["0"], found["2"], strict=True):
-        assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["pixel_values"], b["pixel_values"])
+        assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(
+            a["pixel_values"], b["pixel_values"]
+        )
 
 
 @holds("min_pixels", "max_pixels")
-@pytest.mark.parametrize("flags, grids", [
-    # Sides are rounded to 28 px. 84 high, 112 wide, then 56 x 56, then 112 high, 84 wide: rows and columns of patches of 14 px.
-    ([], [[1, 6, 8], [1, 4, 4], [1, 8, 6]]),
-    # At most 50 x 100: 112 x 84 shrinks by sqrt(9408 / 5000) = 1.372: 61.2 x 81.6, rounded down to 56 x 56.
-    (["--max_pixels", "5000"], [[1, 4, 4], [1, 4, 4], [1, 4, 4]]),
-    # At least 12000: 9408 grows by sqrt(12000 / 9408) = 1.129: 94.9 x 126.5, rounded up to 112 x 140; 56 x 56 by 1.956 to 109.5 -> 112.
-    (["--min_pixels", "12000", "--max_pixels", "40000"], [[1, 8, 10], [1, 8, 8], [1, 10, 8]]),
-])
+@pytest.mark.parametrize(
+    "flags, grids",
+    [
+        # Sides are rounded to 28 px. 84 high, 112 wide, then 56 x 56, then 112 high, 84 wide: rows and
+        # columns of patches of 14 px.
+        ([], [[1, 6, 8], [1, 4, 4], [1, 8, 6]]),
+        # At most 50 x 100: 112 x 84 shrinks by sqrt(9408 / 5000) = 1.372: 61.2 x 81.6, rounded down to 56 x
+        # 56.
+        (["--max_pixels", "5000"], [[1, 4, 4], [1, 4, 4], [1, 4, 4]]),
+        # At least 12000: 9408 grows by sqrt(12000 / 9408) = 1.129: 94.9 x 126.5, rounded up to 112 x 140; 56
+        # x 56 by 1.956 to 109.5 -> 112.
+        (["--min_pixels", "12000", "--max_pixels", "40000"], [[1, 8, 10], [1, 8, 8], [1, 10, 8]]),
+    ],
+)
 def test_pixel_bounds_are_seen_in_the_grid(built, flags, grids):
     s = built("--method", "sft", *flags)
     batch = batch_of(s, [0, 1, 2])
@@ -868,21 +1160,32 @@ def test_pixel_bounds_are_seen_in_the_grid(built, flags, grids):
     assert len(batch["pixel_values"]) == sum(4 * n for n in tokens)
 
 
-# ---- what it writes -----------------------------------------------------------------------------------------------------
+# ---- what it writes ----------------------------------------------------------------------------------------
+
 
 @holds("eval_every", "save_every", "keep", "val_data", "eval_records")
 def test_validations_and_checkpoints_come_when_told(run, twelve):
-    """Seven updates: validated after 3, 6 and 7; saved after each second and the last, of which two are kept beside the best."""
-    seen = run("when", "--method", "sft", "--max_steps", "7", "--eval_every", "3", "--save_every", "2", "--keep", "2", "--val_data", str(twelve),
-               "--eval_records", "3", "--lora_r", "1", "--lr", "1e-9")
+    """Seven updates: validated after 3, 6 and 7.
+
+    Saved after each second and the last, of which two are kept beside the best.
+    """
+    seen = run(
+        "when", "--method", "sft", "--max_steps", "7", "--eval_every", "3", "--save_every", "2", "--keep",
+        "2", "--val_data", str(twelve), "--eval_records", "3", "--lora_r", "1", "--lr", "1e-9",
+    )
     values = {x["step"]: x["val_ce"] for x in seen.lines if "val_ce" in x}
     assert sorted(values) == [3, 6, 7] and "val: 3 records" in seen.out
     saved = sorted(int(p.name.removeprefix("step-")) for p in (seen.run / "checkpoints").glob("step-*"))
     best = checkpoint.best(seen.run)["step"]
     assert best == min(values, key=values.get) and saved == sorted({6, 7, best})
-    never = run("never", "--method", "sft", "--max_steps", "5", "--eval_every", "0", "--save_every", "1", "--keep", "3", "--val_data", str(twelve))
+    never = run(
+        "never", "--method", "sft", "--max_steps", "5", "--eval_every", "0", "--save_every", "1", "--keep",
+        "3", "--val_data", str(twelve),
+    )
     assert not any("val_ce" in x for x in never.lines)
-    assert sorted(p.name for p in (never.run / "checkpoints").glob("step-*")) == ["step-3", "step-4", "step-5"]
+    assert sorted(p.name for p in (never.run / "checkpoints").glob("step-*")) == [
+        "step-3", "step-4", "step-5",
+    ]
     rare = run("rare", "--method", "sft", "--max_steps", "3", "--save_every", "9")
     assert [p.name for p in (rare.run / "checkpoints").glob("step-*")] == ["step-3"]
 
@@ -904,19 +1207,27 @@ def test_tensorboard_gets_every_number(run, monkeypatch):
     assert run("off", "--method", "sft", "--no-tensorboard") and written == []
     seen = run("on", "--method", "sft", "--tensorboard", "--max_steps", "2")
     assert written[0] == seen.run / "tensorboard"
-    assert written[1:] == [(name, value, x["step"]) for x in seen.lines for name, value in x.items() if name != "step"]
+    assert written[1:] == [
+        (name, value, x["step"]) for x in seen.lines for name, value in x.items() if name != "step"
+    ]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="--tensorboard: needs the extra `track`"):
         run("absent", "--method", "sft", "--tensorboard")
 
 
-# ---- CrystaL: eq. 3 to 6 by plain loops over states, queries and keys that are drawn here ------------------------------
+# ---- CrystaL: eq. 3 to 6 by plain loops over states, queries and keys that are drawn here ------------------
+
 
 def planted(s, batch, monkeypatch):
-    """Gives the two paths of the next forward states, queries and keys drawn here, and says what was asked for."""
+    """Gives the two paths of the next forward states, queries and keys drawn here, and says what was asked
+    for.
+    """
     g, (B, L), layers = torch.Generator().manual_seed(3), batch["input_ids"].shape, len(s.model.layers)
     h = torch.randn(2 * B, L, 32, generator=g, dtype=torch.float64, requires_grad=True)
-    q = [torch.randn(2 * B, 4, L, 8, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(layers)]
+    q = [
+        torch.randn(2 * B, 4, L, 8, generator=g, dtype=torch.float64, requires_grad=True)
+        for _ in range(layers)
+    ]
     k = [torch.randn(2 * B, 2, L, 8, generator=g, dtype=torch.float64) for _ in range(layers)]
     seen = SimpleNamespace(h=h, q=q, k=k)
 
@@ -931,17 +1242,27 @@ def planted(s, batch, monkeypatch):
 
 
 def places(s, batch, b):
-    """Where things stand in sequence b, read off its tokens: thought, latents, image, the answer's <answer> and <|im_end|>."""
+    """Where things stand in sequence b, read off its tokens.
+
+    Thought, latents, image, the answer's <answer> and <|im_end|>.
+    """
     names = s.model.tokenizer.convert_ids_to_tokens(batch["input_ids"][b].tolist())
     end = int(batch["attention_mask"][b].sum()) - 1
     at = lambda wanted: [t for t, name in enumerate(names[: end + 1]) if name.startswith(wanted)]
-    return SimpleNamespace(thought=list(range(at("<think>")[0], at("</think>")[0] + 1)), latents=at("<|latent_"), image=at("<|image_pad|>"),
-                           opened=at("<answer>")[0], end=end, ids=batch["input_ids"][b].tolist())
+    return SimpleNamespace(
+        thought=list(range(at("<think>")[0], at("</think>")[0] + 1)),
+        latents=at("<|latent_"), image=at("<|image_pad|>"), opened=at("<answer>")[0], end=end,
+        ids=batch["input_ids"][b].tolist(),
+    )
 
 
-def eq_6(s, batch, seen, labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting", attn_loss="kl",
-         attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False):
-    """Every term of CrystaL's objective and what is monitored, pair by pair, position by position, head by head."""
+def eq_6(
+    s, batch, seen, labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting",
+    attn_loss="kl", attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False,
+):
+    """Every term of CrystaL's objective and what is monitored, pair by pair, position by position, head by
+    head.
+    """
     W, B, found = s.model.hf.lm_head.weight.detach(), len(batch["input_ids"]), defaultdict(list)
     for b in range(B):
         x = places(s, batch, b)
@@ -972,45 +1293,75 @@ def eq_6(s, batch, seen, labels="all", copied="latents", ce="per_path", kl_share
                 q, k = seen.q[layer][b + B * (path == "cor")], seen.k[layer][b + B * (path == "cor")]
                 if path == "int" and not teacher_grad:
                     q = q.detach()
-                A[path] = [[(0.25 * k[head // 2, : t + 1] @ q[head, t]).softmax(-1) for t in rows] for head in range(4)]
-                masses[path] += [A[path][head][i][x.latents].sum() for head in range(4) for i in range(len(rows))]
+                A[path] = [
+                    [(0.25 * k[head // 2, : t + 1] @ q[head, t]).softmax(-1) for t in rows]
+                    for head in range(4)
+                ]
+                masses[path] += [
+                    A[path][head][i][x.latents].sum() for head in range(4) for i in range(len(rows))
+                ]
             if attn_heads == "mean":
-                A = {path: [[torch.stack([A[path][head][i] for head in range(4)]).mean(0) for i in range(len(rows))]] for path in A}
-            cells = [(A["int"][head][i][columns], A["cor"][head][i][columns]) for head in range(len(A["int"])) for i in range(len(rows))]
+                A = {
+                    path: [
+                        [
+                            torch.stack([A[path][head][i] for head in range(4)]).mean(0)
+                            for i in range(len(rows))
+                        ]
+                    ]
+                    for path in A
+                }
+            cells = [
+                (A["int"][head][i][columns], A["cor"][head][i][columns])
+                for head in range(len(A["int"]))
+                for i in range(len(rows))
+            ]
             if attn_loss == "kl":
                 shares = [(p / p.sum(), o / o.sum()) for p, o in cells]
                 of_layers.append(torch.stack([(p * (p / o).log()).sum() for p, o in shares]).mean())
             else:
                 squares = torch.stack([((p - o) ** 2).sum() for p, o in cells]).sum()
-                of_layers.append(squares if attn_loss == "frobenius" else squares / (len(cells) * len(columns)))
+                of_layers.append(
+                    squares if attn_loss == "frobenius" else squares / (len(cells) * len(columns))
+                )
         found["attn"].append(torch.stack(of_layers).mean())
         for path in masses:
             found[f"mass_{path}"].append(torch.stack(masses[path]).mean())
     return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
-@holds("labels", "copied", "ce", "kl_share", "answer_rows", "attn_loss", "attn_heads", "attn_columns", "attn_layers", "teacher_grad",
-       of="crystal")
-@pytest.mark.parametrize("flags, choice", [
-    ([], {}),
-    (["--labels", "answer"], dict(labels="answer")),
-    (["--copied", "thought"], dict(copied="thought")),
-    (["--ce", "pooled"], dict(ce="pooled")),
-    (["--ce", "pooled", "--labels", "answer"], dict(ce="pooled", labels="answer")),
-    (["--kl_share", "0.4"], dict(kl_share=0.4)),
-    (["--answer_rows", "span"], dict(answer_rows="span")),
-    (["--attn_loss", "frobenius"], dict(attn_loss="frobenius")),
-    (["--attn_loss", "mse"], dict(attn_loss="mse")),
-    (["--attn_heads", "mean"], dict(attn_heads="mean")),
-    (["--attn_columns", "thought"], dict(attn_columns="thought")),
-    (["--attn_columns", "all"], dict(attn_columns="all")),
-    (["--attn_layers", "0,-2"], dict(attn_layers=(0, 1))),
-    (["--attn_layers", "all"], dict(attn_layers=(0, 1, 2))),
-    (["--teacher_grad"], dict(teacher_grad=True)),
-    (["--preset", "released"], dict(copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean", attn_columns="thought")),
-], ids=lambda x: "_".join(x).replace("--", "") or "paper" if isinstance(x, list) else "")
+@holds(
+    "labels", "copied", "ce", "kl_share", "answer_rows", "attn_loss", "attn_heads", "attn_columns",
+    "attn_layers", "teacher_grad", of="crystal",
+)
+@pytest.mark.parametrize(
+    "flags, choice",
+    [
+        ([], {}), (["--labels", "answer"], dict(labels="answer")),
+        (["--copied", "thought"], dict(copied="thought")), (["--ce", "pooled"], dict(ce="pooled")),
+        (["--ce", "pooled", "--labels", "answer"], dict(ce="pooled", labels="answer")),
+        (["--kl_share", "0.4"], dict(kl_share=0.4)), (["--answer_rows", "span"], dict(answer_rows="span")),
+        (["--attn_loss", "frobenius"], dict(attn_loss="frobenius")),
+        (["--attn_loss", "mse"], dict(attn_loss="mse")), (["--attn_heads", "mean"], dict(attn_heads="mean")),
+        (["--attn_columns", "thought"], dict(attn_columns="thought")),
+        (["--attn_columns", "all"], dict(attn_columns="all")),
+        (["--attn_layers", "0,-2"], dict(attn_layers=(0, 1))),
+        (["--attn_layers", "all"], dict(attn_layers=(0, 1, 2))),
+        (["--teacher_grad"], dict(teacher_grad=True)),
+        (
+            ["--preset", "released"],
+            dict(
+                copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean",
+                attn_columns="thought",
+            ),
+        ),
+    ],
+    ids=lambda x: "_".join(x).replace("--", "") or "paper" if isinstance(x, list) else "",
+)
 def test_eq_6_is_the_mean_over_what_the_flags_name(built, monkeypatch, flags, choice):
-    """Two pairs, answers of five tokens and one: every term, and KL's and attention's gradient to either path."""
+    """Two pairs, answers of five tokens and one.
+
+    Every term, and KL's and attention's gradient to either path.
+    """
     s = built(*flags, dtype=torch.float64)
     batch = batch_of(s, [2, 0])
     seen = planted(s, batch, monkeypatch)
@@ -1019,9 +1370,16 @@ def test_eq_6_is_the_mean_over_what_the_flags_name(built, monkeypatch, flags, ch
     for name in terms:
         assert terms[name].item() == pytest.approx(by_hand[name].item(), rel=1e-9), name
     for name, leaves in (("kl", [seen.h]), ("attn", seen.q)):
-        both = [torch.autograd.grad(found[name], leaves, allow_unused=True, retain_graph=True) for found in (terms, by_hand)]
+        both = [
+            torch.autograd.grad(found[name], leaves, allow_unused=True, retain_graph=True)
+            for found in (terms, by_hand)
+        ]
         for ours, theirs in zip(*both, strict=True):
-            assert (ours is None or not ours.any()) if theirs is None else torch.allclose(ours, theirs, atol=1e-12)
+            assert (
+                (ours is None or not ours.any())
+                if theirs is None
+                else torch.allclose(ours, theirs, atol=1e-12)
+            )
     for b in range(2):
         x = places(s, batch, b)
         shared = x.thought if choice.get("copied") == "thought" else x.latents
@@ -1030,11 +1388,20 @@ def test_eq_6_is_the_mean_over_what_the_flags_name(built, monkeypatch, flags, ch
 
 @holds("realisation", of="crystal")
 def test_realisation_is_how_the_two_paths_run(built, monkeypatch):
-    """hidden copies states before each of three layers, kv keys and values in each, packed runs one sequence a pair and copies nothing."""
+    """hidden copies states before each of three layers, kv keys and values in each, packed runs one sequence
+    a pair and copies nothing.
+    """
     done = []
     share, run_model = crystal.latent_copy._share, crystal.model.Model.hidden
-    monkeypatch.setattr(crystal.latent_copy, "_share", lambda x, mask: done.append((x.ndim, mask.ndim)) or share(x, mask))
-    monkeypatch.setattr(crystal.model.Model, "hidden", lambda self, inputs, *a, **k: done.append(len(inputs["input_ids"])) or run_model(self, inputs, *a, **k))
+    monkeypatch.setattr(
+        crystal.latent_copy, "_share", lambda x, mask: done.append((x.ndim, mask.ndim)) or share(x, mask)
+    )
+    monkeypatch.setattr(
+        crystal.model.Model, "hidden",
+        lambda self, inputs, *a, **k: (
+            done.append(len(inputs["input_ids"])) or run_model(self, inputs, *a, **k)
+        ),
+    )
     for how, expected in (("hidden", [6] + [(3, 3)] * 3), ("kv", [6] + [(4, 4)] * 6), ("packed", [3])):
         s = built("--realisation", how)
         done.clear()
@@ -1044,23 +1411,33 @@ def test_realisation_is_how_the_two_paths_run(built, monkeypatch):
 
 @holds("w_ce_int", "w_ce_cor", "w_kl", "w_attn", of="crystal")
 def test_crystals_weights_belong_to_their_terms(built, run):
-    """2, 3, 5 and 7 on the four terms; what is monitored counts nothing; the pooled CE has CE_int's weight. Also as the loop logs it."""
+    """2, 3, 5 and 7 on the four terms; what is monitored counts nothing; the pooled CE has CE_int's weight.
+
+    Also as the loop logs it.
+    """
     weights = ["--w_ce_int", "2", "--w_ce_cor", "3", "--w_kl", "5", "--w_attn", "7"]
     s = built(*weights)
     terms = {"ce_int": 1.0, "ce_cor": 0.1, "kl": 0.01, "attn": 0.001, "mass_int": 900.0, "mass_cor": 800.0}
     assert train.weighted(terms, s.method, s.settings) == pytest.approx(2 + 0.3 + 0.05 + 0.007)
-    assert train.weighted({"ce": 1.0, "kl": 0.1, "attn": 0.01}, s.method, s.settings) == pytest.approx(2 + 0.5 + 0.07)
+    assert train.weighted({"ce": 1.0, "kl": 0.1, "attn": 0.01}, s.method, s.settings) == pytest.approx(
+        2 + 0.5 + 0.07
+    )
     line = run("weights", *weights).lines[0]
-    assert line["loss"] == pytest.approx(2 * line["ce_int"] + 3 * line["ce_cor"] + 5 * line["kl"] + 7 * line["attn"])
+    assert line["loss"] == pytest.approx(
+        2 * line["ce_int"] + 3 * line["ce_cor"] + 5 * line["kl"] + 7 * line["attn"]
+    )
 
 
-# ---- LIVR -----------------------------------------------------------------------------------------------------------------
+# ---- LIVR --------------------------------------------------------------------------------------------------
+
 
 @holds("place", of="livr")
 def test_livrs_latents_stand_before_the_question_if_told(built):
     s = built("--method", "livr", "--place", "before")
     text = text_of(s, batch_of(s, [0]))
-    assert text.endswith("<|vision_end|><|latent_0|><|latent_1|><|latent_2|>Question 0?" + TURN + "red<|im_end|>")
+    assert text.endswith(
+        "<|vision_end|><|latent_0|><|latent_1|><|latent_2|>Question 0?" + TURN + "red<|im_end|>"
+    )
 
 
 @holds("image_copies", of="livr")
@@ -1068,8 +1445,12 @@ def test_each_image_stands_as_often_as_told(built):
     """Twice: two grids, twice the tokens, and the same pixels again; the question once."""
     s, plain = (built("--method", "livr", "--image_copies", copies) for copies in ("2", "1"))
     twice, once = batch_of(s, [0]), batch_of(plain, [0])
-    assert twice["image_grid_thw"].tolist() == [[1, 6, 8]] * 2 and once["image_grid_thw"].tolist() == [[1, 6, 8]]
-    assert torch.equal(twice["pixel_values"], once["pixel_values"].repeat(2, 1)) and twice["image"].shape == (1, 24)
+    assert twice["image_grid_thw"].tolist() == [[1, 6, 8]] * 2 and once["image_grid_thw"].tolist() == [
+        [1, 6, 8]
+    ]
+    assert torch.equal(twice["pixel_values"], once["pixel_values"].repeat(2, 1)) and twice["image"].shape == (
+        1, 24,
+    )
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     assert text_of(s, twice) == text_of(plain, once).replace(image, image * 2)
 
@@ -1078,13 +1459,20 @@ def test_each_image_stands_as_often_as_told(built):
 @pytest.mark.parametrize("mask", ["prompt", "answer"])
 @pytest.mark.parametrize("see", ["all", "image"])
 def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
-    """Which (row, column) the model's forward blocks, cell by cell; none in the second stage, which begins where --masked ends."""
-    s = built("--method", "livr", "--mask", mask, "--latents_see", see, "--masked", "0.3", "--max_steps", "10")
+    """Which (row, column) the model's forward blocks, cell by cell.
+
+    None in the second stage, which begins where --masked ends.
+    """
+    s = built(
+        "--method", "livr", "--mask", mask, "--latents_see", see, "--masked", "0.3", "--max_steps", "10"
+    )
     batch = batch_of(s, [2, 0])
     names = [s.model.tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch["input_ids"]]
     given, forward = [], type(s.model.hf.model.language_model).forward
-    monkeypatch.setattr(type(s.model.hf.model.language_model), "forward",
-                        lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k))
+    monkeypatch.setattr(
+        type(s.model.hf.model.language_model), "forward",
+        lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k),
+    )
     for step in (2, 3):
         s.objective(batch, s.settings.progress(step))
     blocked, none = given[0], given[1]
@@ -1093,7 +1481,9 @@ def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
         length = int(batch["attention_mask"][b].sum())
         image = [name in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>") for name in row]
         latent = [name.startswith("<|latent_") for name in row]
-        answer = len(row) - row[::-1].index("<|im_start|>") + 1  # the newline after "assistant" predicts the answer's first token
+        answer = (
+            len(row) - row[::-1].index("<|im_start|>") + 1
+        )  # the newline after "assistant" predicts the answer's first token
         for t in range(length):
             for column in range(length):
                 sees = column <= t
@@ -1104,21 +1494,34 @@ def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
                 assert (blocked[b, 0, t, column] == 0) == sees, (row[t], row[column])
 
 
-# ---- LaViT ----------------------------------------------------------------------------------------------------------------
+# ---- LaViT -------------------------------------------------------------------------------------------------
+
 
 @holds("gate", "gate_warmup", "gate_start", of="lavit")
-@pytest.mark.parametrize("flags, gammas", [
-    # Eq. 5 with T_w = 0.5 of eight updates and epsilon 0.2: 0.2 + 0.8 (1 - cos(pi t / T_w)) / 2 at 0, 1/4, 1/2, 3/4 of it; then open.
-    (["--gate_warmup", "0.5", "--gate_start", "0.2"], [0.2, 0.2 + 0.4 * (1 - 0.5**0.5), 0.6, 0.2 + 0.4 * (1 + 0.5**0.5), 1, 1, 1, 1]),
-    (["--gate", "hard", "--gate_warmup", "0.25"], [0, 0, 1, 1, 1, 1, 1, 1]),
-    (["--gate", "open"], [1] * 8),
-])
+@pytest.mark.parametrize(
+    "flags, gammas",
+    [
+        # Eq. 5 with T_w = 0.5 of eight updates and epsilon 0.2: 0.2 + 0.8 (1 - cos(pi t / T_w)) / 2 at 0,
+        # 1/4, 1/2, 3/4 of it; then open.
+        (
+            ["--gate_warmup", "0.5", "--gate_start", "0.2"],
+            [0.2, 0.2 + 0.4 * (1 - 0.5**0.5), 0.6, 0.2 + 0.4 * (1 + 0.5**0.5), 1, 1, 1, 1],
+        ),
+        (["--gate", "hard", "--gate_warmup", "0.25"], [0, 0, 1, 1, 1, 1, 1, 1]),
+        (["--gate", "open"], [1] * 8),
+    ],
+)
 def test_the_gate_opens_as_told(built, monkeypatch, flags, gammas):
-    """What is added to the answer rows' scores of the image in the model's forward: ln gamma, and no mask at all where it is open."""
+    """What is added to the answer rows' scores of the image in the model's forward.
+
+    Ln gamma, and no mask at all where it is open.
+    """
     s = built("--method", "lavit", *flags, "--max_steps", "8", "--w_gaze", "0", "--w_semantics", "0")
     batch, given, forward = batch_of(s, [2, 0]), [], type(s.model.hf.model.language_model).forward
-    monkeypatch.setattr(type(s.model.hf.model.language_model), "forward",
-                        lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k))
+    monkeypatch.setattr(
+        type(s.model.hf.model.language_model), "forward",
+        lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k),
+    )
     for step, gamma in enumerate(gammas):
         s.objective(batch, s.settings.progress(step))
         if gamma == 1:
@@ -1130,7 +1533,9 @@ def test_the_gate_opens_as_told(built, monkeypatch, flags, gammas):
             image = [t for t, name in enumerate(names) if name == "<|image_pad|>"]
             rows = list(range(names.index("<answer>"), end))
             mask, other = given[-1][b, 0], given[-1][b, 0].clone()
-            assert torch.allclose(mask[rows][:, image], torch.tensor(math.log(gamma) if gamma else -math.inf), atol=1e-6)
+            assert torch.allclose(
+                mask[rows][:, image], torch.tensor(math.log(gamma) if gamma else -math.inf), atol=1e-6
+            )
             other[rows[0] : end, image[0] : image[-1] + 1] = 0  # nothing else is changed: causality alone
             real = int(batch["attention_mask"][b].sum())
             assert torch.equal(other[:real, :real] == 0, torch.ones(real, real, dtype=torch.bool).tril())
@@ -1143,7 +1548,10 @@ def test_lavits_weights_belong_to_their_terms(built, run):
     terms = {"ce": 1.0, "semantics": 0.1, "gaze": 0.01, "mass": 900.0}
     assert train.weighted(terms, s.method, s.settings) == pytest.approx(1.35)
     line = run("weights", *weights).lines[0]
-    assert line["loss"] == pytest.approx(line["ce"] + 3 * line["semantics"] + 5 * line["gaze"]) and 0 < line["mass"] < 1
+    assert (
+        line["loss"] == pytest.approx(line["ce"] + 3 * line["semantics"] + 5 * line["gaze"])
+        and 0 < line["mass"] < 1
+    )
     # A weight of 0 leaves the term out, and the record's part and the head with it.
     s = built("--method", "lavit", "--w_semantics", "0")
     batch = batch_of(s, [0])
@@ -1151,12 +1559,19 @@ def test_lavits_weights_belong_to_their_terms(built, run):
     assert set(s.objective(batch, s.settings.progress(0))) == {"ce", "gaze", "mass"}
     s = built("--method", "lavit", "--w_gaze", "0")
     batch = batch_of(s, [0])
-    assert "gaze" not in batch and "gaze_grid" not in batch and set(s.objective(batch, s.settings.progress(0))) == {"ce", "semantics", "mass"}
+    assert (
+        "gaze" not in batch
+        and "gaze_grid" not in batch
+        and set(s.objective(batch, s.settings.progress(0))) == {"ce", "semantics", "mass"}
+    )
 
 
 @holds("gaze_top", of="lavit")
 def test_the_largest_of_the_teachers_gaze_are_kept(built, twelve):
-    """Record 0's grid is the teacher's own, 3 x 4: its five largest numbers, divided by their sum, and nothing else."""
+    """Record 0's grid is the teacher's own, 3 x 4.
+
+    Its five largest numbers, divided by their sum, and nothing else.
+    """
     s = built("--method", "lavit", "--gaze_top", "5")
     batch = batch_of(s, [0])
     seen = load_file(twelve.parent / "teacher.safetensors")["0/gaze"].tolist()
@@ -1168,32 +1583,55 @@ def test_the_largest_of_the_teachers_gaze_are_kept(built, twelve):
 @holds("semantics_dim", of="lavit")
 def test_semantics_dim_is_the_teachers_size(built):
     s = built("--method", "lavit", "--semantics_dim", "20")
-    assert [tuple(layer.weight.shape) for layer in s.objective.heads["semantics"] if hasattr(layer, "weight")] == [(32, 32), (20, 32)]
+    assert [
+        tuple(layer.weight.shape) for layer in s.objective.heads["semantics"] if hasattr(layer, "weight")
+    ] == [(32, 32), (20, 32)]
     with pytest.raises(UserError, match="V_sem has 32 numbers: --semantics_dim 32 is needed"):
         s.objective(batch_of(s, [0]), s.settings.progress(0))
 
 
-# ---- VaLR -----------------------------------------------------------------------------------------------------------------
+# ---- VaLR --------------------------------------------------------------------------------------------------
+
 
 @holds("encoders", of="valr")
 def test_encoders_are_those_that_are_named(built):
-    """tiny: 8 x 8 patches of 64 numbers; own: the model's image tokens, of 32; none: no projection at all, and cross-entropy alone."""
+    """tiny: 8 x 8 patches of 64 numbers; own: the model's image tokens, of 32; none.
+
+    No projection at all, and cross-entropy alone.
+    """
     s = built("--method", "valr", "--encoders", "tiny,own")
     assert [p[-1].out_features for p in s.objective.heads.values()] == [64, 32]
     batch = batch_of(s, [0, 1])
-    assert batch["pixels_0"].shape == (2, 1, 3, 112, 112) and batch["count_0"].tolist() == [[1], [1]] and "pixels_1" not in batch
+    assert (
+        batch["pixels_0"].shape == (2, 1, 3, 112, 112)
+        and batch["count_0"].tolist() == [[1], [1]]
+        and "pixels_1" not in batch
+    )
     assert [tuple(f.shape) for f in s.method.features(0, batch, None)] == [(64, 64)] * 2
     assert {"ce", "repa"} == s.objective(batch, s.settings.progress(4000)).keys()
     s = built("--method", "valr", "--encoders", "none")
     batch = batch_of(s, [0, 1])
-    assert not len(s.objective.heads) and "pixels_0" not in batch and s.objective(batch, s.settings.progress(4000)).keys() == {"ce"}
-    assert [p[-1].out_features for p in built("--method", "valr", "--encoders", "features:dino:12").objective.heads.values()] == [12]
+    assert (
+        not len(s.objective.heads)
+        and "pixels_0" not in batch
+        and s.objective(batch, s.settings.progress(4000)).keys() == {"ce"}
+    )
+    assert [
+        p[-1].out_features
+        for p in built("--method", "valr", "--encoders", "features:dino:12").objective.heads.values()
+    ] == [12]
 
 
 @holds("align_layer", "updates", of="valr")
-@pytest.mark.parametrize("flags, layer, updates", [([], 1, None), (["--align_layer", "3"], 3, None), (["--align_layer", "2", "--updates", "4"], 2, 4)])
+@pytest.mark.parametrize(
+    "flags, layer, updates",
+    [([], 1, None), (["--align_layer", "3"], 3, None), (["--align_layer", "2", "--updates", "4"], 2, 4)],
+)
 def test_latents_are_aligned_after_the_layer_that_is_named(built, monkeypatch, flags, layer, updates):
-    """12 of 28 is layer 1 of 3 (12 / 28 * 3 = 1.29). Two segments of three latents: seven pieces, or the start and 1 + T whole runs."""
+    """12 of 28 is layer 1 of 3 (12 / 28 * 3 = 1.29). Two segments of three latents.
+
+    Seven pieces, or the start and 1 + T whole runs.
+    """
     s = built("--method", "valr", "--encoders", "own", *flags)
     asked, runs, forward, once = [], [], feedback.forward, feedback.Stream.run
     monkeypatch.setattr(feedback, "forward", lambda *a: asked.append(a[3:]) or forward(*a))
@@ -1209,11 +1647,18 @@ def test_a_layer_to_align_that_is_not_there_is_told(built):
 
 @holds("w_repa", "first_share", "lr_latents", of="valr")
 def test_valrs_weights_and_stages_as_the_loop_logs_them(run):
-    """Half of four updates without latents at lr, half with them at lr_latents; the alignment counts four times."""
-    seen = run("stages", "--method", "valr", "--encoders", "own", "--w_repa", "4", "--first_share", "0.5", "--lr", "0.01", "--lr_latents", "0.03",
-               "--warmup", "0", "--decay", "linear", "--max_steps", "4")
+    """Half of four updates without latents at lr, half with them at lr_latents.
+
+    The alignment counts four times.
+    """
+    seen = run(
+        "stages", "--method", "valr", "--encoders", "own", "--w_repa", "4", "--first_share", "0.5", "--lr",
+        "0.01", "--lr_latents", "0.03", "--warmup", "0", "--decay", "linear", "--max_steps", "4",
+    )
     assert ["repa" in x for x in seen.lines] == [False, False, True, True]
-    assert [x["loss"] for x in seen.lines] == pytest.approx([x["ce"] + 4 * x.get("repa", 0.0) for x in seen.lines])
+    assert [x["loss"] for x in seen.lines] == pytest.approx(
+        [x["ce"] + 4 * x.get("repa", 0.0) for x in seen.lines]
+    )
     assert [x["lr"] for x in seen.lines] == pytest.approx([0.01, 0.005, 0.03, 0.015])
     assert [batch["latents"].shape[1] for batch, _, _ in seen.batches] == [0, 0, 6, 6]
     projection = {n: g for n, (_, g, _) in seen.updates[0].items() if n.startswith("heads.")}
