@@ -1160,6 +1160,17 @@ def test_pixel_bounds_are_seen_in_the_grid(built, flags, grids):
     assert len(batch["pixel_values"]) == sum(4 * n for n in tokens)
 
 
+@holds("min_pixels", "max_pixels")
+def test_pixel_bounds_reach_the_loop(run):
+    """Three pictures of the twelve, whose grids are those above, in whatever order the loop takes them."""
+    found = []
+    for name, flags in (("at_most", ["--max_pixels", "5000"]), ("at_least", ["--min_pixels", "12000", "--max_pixels", "40000"])):
+        seen = run(name, "--method", "sft", *flags, "--batch_size", "12", "--lora_r", "1")
+        found.append(Counter(tuple(grid) for grid in seen.batches[0][0]["image_grid_thw"].tolist()))
+    assert found[0][1, 4, 4] >= 5 and max(rows * columns * 196 for _, rows, columns in found[0]) <= 5000
+    assert found[1][1, 8, 10] >= 1 and min(rows * columns * 196 for _, rows, columns in found[1]) >= 12000
+
+
 # ---- what it writes ----------------------------------------------------------------------------------------
 
 
