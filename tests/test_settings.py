@@ -1,12 +1,12 @@
-"""Every setting of crystal.train does what it says: each flag of each method, at another value than its default.
+"""Every setting of crystal.train does what it says: each flag of each method, at another value than its own.
 
 Right values come from elsewhere than the code under test: typed out by hand from the papers' tables, from
-arithmetic on paper (schedules, grids, shapes), from AdamW's formula on the gradient that was seen, from plain loops
-over positions and heads, or from transformers' names of modules. A flag's way from the command line to what it
-reaches is taken whole: argv is parsed, and what is looked at was built from it, by `methods.attach`,
+arithmetic on paper (schedules, grids, shapes), from AdamW's formula on the gradient that was seen, from plain
+loops over positions and heads, or from transformers' names of modules. A flag's way from the command line to
+what it reaches is taken whole: argv is parsed, and what is looked at was built from it, by `methods.attach`,
 `train.open_data` or `train.main`.
 
-`@holds("lr", "warmup")` notes that a test sets these flags; test_every_flag_has_an_entry keeps the table whole.
+`@holds("lr")` notes that a test sets a flag; test_every_flag_has_an_entry keeps the table whole.
 """
 
 import inspect
@@ -389,16 +389,15 @@ def test_method_names_the_file_whose_method_runs(built, tmp_path, twelve, model_
 
 @holds("model")
 def test_model_is_the_directory_whose_weights_are_loaded(run, model_dirs):
-    """The untied one: its head has weights of its own. Without new tokens nothing in them may have changed."""
+    """The untied one, whose head has weights of its own. Without new tokens nothing may have changed."""
     seen = run("untied", "--method", "sft", "--model", str(model_dirs[False]))
     stored = load_file(model_dirs[False] / "model.safetensors")
     held = seen.objective.model
     assert not held.tied and torch.equal(held.hf.lm_head.weight, stored["lm_head.weight"])
     q = held.hf.model.language_model.layers[1].self_attn.q_proj
     assert torch.equal(q.weight, stored["model.language_model.layers.1.self_attn.q_proj.weight"])
-    assert f"sft on {model_dirs[False]}: " in seen.out and json.loads((seen.run / "config.json").read_text())[
-        "model"
-    ] == str(model_dirs[False])
+    assert f"sft on {model_dirs[False]}: " in seen.out
+    assert json.loads((seen.run / "config.json").read_text())["model"] == str(model_dirs[False])
 
 
 @holds("data", "val_data", "image_root", "eval_records")
@@ -407,10 +406,11 @@ def test_records_come_from_the_files_that_are_named(built, twelve, tmp_path):
     (tmp_path / "pictures" / "deep").mkdir(parents=True)
     for n, size in enumerate([(70, 84), (84, 56), (56, 98)]):
         Image.new("RGB", size, (n, 90, 20)).save(tmp_path / "pictures" / "deep" / f"{n}.png")
-    record = lambda n, answer: {
-        "image": f"deep/{n}.png",
-        "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": answer}],
-    }
+
+    def record(n, answer):
+        talk = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": answer}]
+        return {"image": f"deep/{n}.png", "conversations": talk}
+
     (tmp_path / "a.json").write_text(json.dumps([record(0, "one"), record(1, "two")]))
     (tmp_path / "b.json").write_text(json.dumps([record(2, "three"), record(1, "four"), record(0, "five")]))
     flags = [
@@ -520,7 +520,8 @@ def test_output_is_where_all_is_written_and_nothing_is_lost_unasked(run, tmp_pat
 USER = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Question 0?"
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
 SEGMENT = "<latent><|endoftext|><|endoftext|></latent>"  # nobody reads the ids of latents that are fed back
-FIXED = "<think> Because the feature of the image is<|latent_{}|><|latent_{}|>. </think><answer>red</answer><|im_end|>"
+THOUGHT = "<think> Because the feature of the image is<|latent_{}|><|latent_{}|>. </think>"
+FIXED = THOUGHT + "<answer>red</answer><|im_end|>"
 SAID = {  # what follows the question with K = 2, of either kind; the answer is "red"
     "sft": (TURN + "red<|im_end|>",) * 2,
     "crystal": (TURN + FIXED.format(0, 1), TURN + FIXED.format(0, 0)),
@@ -1164,7 +1165,11 @@ def test_pixel_bounds_are_seen_in_the_grid(built, flags, grids):
 def test_pixel_bounds_reach_the_loop(run):
     """Three pictures of the twelve, whose grids are those above, in whatever order the loop takes them."""
     found = []
-    for name, flags in (("at_most", ["--max_pixels", "5000"]), ("at_least", ["--min_pixels", "12000", "--max_pixels", "40000"])):
+    bounds = {
+        "at_most": ["--max_pixels", "5000"],
+        "at_least": ["--min_pixels", "12000", "--max_pixels", "40000"],
+    }
+    for name, flags in bounds.items():
         seen = run(name, "--method", "sft", *flags, "--batch_size", "12", "--lora_r", "1")
         found.append(Counter(tuple(grid) for grid in seen.batches[0][0]["image_grid_thw"].tolist()))
     assert found[0][1, 4, 4] >= 5 and max(rows * columns * 196 for _, rows, columns in found[0]) <= 5000
@@ -1253,90 +1258,90 @@ def planted(s, batch, monkeypatch):
 
 
 def places(s, batch, b):
-    """Where things stand in sequence b, read off its tokens.
-
-    Thought, latents, image, the answer's <answer> and <|im_end|>.
-    """
-    names = s.model.tokenizer.convert_ids_to_tokens(batch["input_ids"][b].tolist())
+    """Where things stand in sequence b, by its tokens: thought, latents, image, <answer> and <|im_end|>."""
     end = int(batch["attention_mask"][b].sum()) - 1
-    at = lambda wanted: [t for t, name in enumerate(names[: end + 1]) if name.startswith(wanted)]
+    names = s.model.tokenizer.convert_ids_to_tokens(batch["input_ids"][b, : end + 1].tolist())
+    latents = [t for t, name in enumerate(names) if name.startswith("<|latent_")]
+    image = [t for t, name in enumerate(names) if name == "<|image_pad|>"]
+    thought = list(range(names.index("<think>"), names.index("</think>") + 1))
+    opened = len(names) - 1 - names[::-1].index("<answer>")
     return SimpleNamespace(
-        thought=list(range(at("<think>")[0], at("</think>")[0] + 1)),
-        latents=at("<|latent_"), image=at("<|image_pad|>"), opened=at("<answer>")[0], end=end,
+        thought=thought, latents=latents, image=image, opened=opened, end=end,
         ids=batch["input_ids"][b].tolist(),
     )
 
 
-def eq_6(
-    s, batch, seen, labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting",
-    attn_loss="kl", attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False,
-):
-    """Every term of CrystaL's objective and what is monitored, pair by pair, position by position, head by
-    head.
-    """
-    W, B, found = s.model.hf.lm_head.weight.detach(), len(batch["input_ids"]), defaultdict(list)
+def cross_entropies(x, log_p, labels, copied, ce):
+    """{"ce_int", "ce_cor"} or {"ce"} of one pair; log_p: {path: [L,V]}."""
+    answer = range(x.opened, x.end)
+    labelled = answer if labels == "answer" else range(x.thought[0] - 1, x.end)
+    shared = x.latents if copied == "latents" else x.thought
+    of_int = [-log_p["int"][t, x.ids[t + 1]] for t in labelled]
+    if ce == "pooled":
+        of_cor = [-log_p["cor"][t, x.ids[t + 1]] for t in labelled if t in answer]
+        return {"ce": torch.stack(of_int + of_cor).mean()}
+    of_cor = [-log_p["cor"][t, x.ids[t + 1]] for t in labelled if t not in shared]
+    return {"ce_int": torch.stack(of_int).mean(), "ce_cor": torch.stack(of_cor).mean()}
+
+
+def divergence(log_p, rows, kl_share, teacher_grad):
+    """Eq. 4 of one pair: the mean of the largest share of its rows' KL."""
+    teacher = log_p["int"] if teacher_grad else log_p["int"].detach()
+    found = [(teacher[t].exp() * (teacher[t] - log_p["cor"][t])).sum() for t in rows]
+    kept = max(1, math.floor(kl_share * len(rows) + 1e-9))
+    return torch.stack(found).sort(descending=True).values[:kept].mean()
+
+
+def attention_rows(q, k, rows):
+    """Causal softmax weights of a path at a layer: [head][row] -> [t + 1]. Two heads share a key head."""
+    return [[(0.25 * k[head // 2, : t + 1] @ q[head, t]).softmax(-1) for t in rows] for head in range(4)]
+
+
+def attention_difference(A_int, A_cor, columns, attn_loss, attn_heads):
+    """Eq. 5 of one pair at one layer, cell by cell."""
+    cells = []
+    for heads in [[0, 1, 2, 3]] if attn_heads == "mean" else [[0], [1], [2], [3]]:
+        for i in range(len(A_int[0])):
+            means = [torch.stack([A[head][i] for head in heads]).mean(0)[columns] for A in (A_int, A_cor)]
+            cells.append(means)
+    if attn_loss == "kl":
+        shares = [(p / p.sum(), o / o.sum()) for p, o in cells]
+        return torch.stack([(p * (p / o).log()).sum() for p, o in shares]).mean()
+    squares = torch.stack([((p - o) ** 2).sum() for p, o in cells]).sum()
+    return squares if attn_loss == "frobenius" else squares / (len(cells) * len(columns))
+
+
+PAPER = dict(
+    labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting", attn_loss="kl",
+    attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False,
+)
+
+
+def eq_6(s, batch, seen, **choice):
+    """Every term of CrystaL's objective and what is monitored: the mean over pairs of the functions above."""
+    choice, found, B = SimpleNamespace(**PAPER | choice), defaultdict(list), len(batch["input_ids"])
+    W = s.model.hf.lm_head.weight.detach()
     for b in range(B):
         x = places(s, batch, b)
-        log_p = {path: (seen.h[b + B * (path == "cor")] @ W.T).log_softmax(-1) for path in ("int", "cor")}
-        shared = x.latents if copied == "latents" else x.thought
-        predicting = range(x.opened, x.end)
-        rows = predicting if answer_rows == "predicting" else range(x.opened, x.end + 1)
-        labelled = predicting if labels == "answer" else range(x.thought[0] - 1, x.end)
+        log_p = {"int": (seen.h[b] @ W.T).log_softmax(-1), "cor": (seen.h[b + B] @ W.T).log_softmax(-1)}
+        rows = range(x.opened, x.end if choice.answer_rows == "predicting" else x.end + 1)
+        columns = {"latents": x.latents, "thought": x.thought, "all": x.image + x.latents}[
+            choice.attn_columns
+        ]
 
-        loss = lambda path, t: -log_p[path][t, x.ids[t + 1]]
-        of_int = [loss("int", t) for t in labelled]
-        if ce == "pooled":
-            found["ce"].append(torch.stack(of_int + [loss("cor", t) for t in labelled if t in rows]).mean())
-        else:
-            found["ce_int"].append(torch.stack(of_int).mean())
-            found["ce_cor"].append(torch.stack([loss("cor", t) for t in labelled if t not in shared]).mean())
-
-        teacher = log_p["int"] if teacher_grad else log_p["int"].detach()
-        divergences = torch.stack([(teacher[t].exp() * (teacher[t] - log_p["cor"][t])).sum() for t in rows])
-        kept = max(1, math.floor(kl_share * len(rows) + 1e-9))
-        found["kl"].append(divergences.sort(descending=True).values[:kept].mean())
-
-        columns = {"latents": x.latents, "thought": x.thought, "all": x.image + x.latents}[attn_columns]
-        of_layers, masses = [], {"int": [], "cor": []}
-        for layer in attn_layers:
-            A = {}
-            for path in ("int", "cor"):
-                q, k = seen.q[layer][b + B * (path == "cor")], seen.k[layer][b + B * (path == "cor")]
-                if path == "int" and not teacher_grad:
-                    q = q.detach()
-                A[path] = [
-                    [(0.25 * k[head // 2, : t + 1] @ q[head, t]).softmax(-1) for t in rows]
-                    for head in range(4)
-                ]
-                masses[path] += [
-                    A[path][head][i][x.latents].sum() for head in range(4) for i in range(len(rows))
-                ]
-            if attn_heads == "mean":
-                A = {
-                    path: [
-                        [
-                            torch.stack([A[path][head][i] for head in range(4)]).mean(0)
-                            for i in range(len(rows))
-                        ]
-                    ]
-                    for path in A
-                }
-            cells = [
-                (A["int"][head][i][columns], A["cor"][head][i][columns])
-                for head in range(len(A["int"]))
-                for i in range(len(rows))
-            ]
-            if attn_loss == "kl":
-                shares = [(p / p.sum(), o / o.sum()) for p, o in cells]
-                of_layers.append(torch.stack([(p * (p / o).log()).sum() for p, o in shares]).mean())
-            else:
-                squares = torch.stack([((p - o) ** 2).sum() for p, o in cells]).sum()
-                of_layers.append(
-                    squares if attn_loss == "frobenius" else squares / (len(cells) * len(columns))
-                )
-        found["attn"].append(torch.stack(of_layers).mean())
-        for path in masses:
-            found[f"mass_{path}"].append(torch.stack(masses[path]).mean())
+        terms = cross_entropies(x, log_p, choice.labels, choice.copied, choice.ce)
+        terms["kl"] = divergence(log_p, rows, choice.kl_share, choice.teacher_grad)
+        of_layers, masses = [], {"mass_int": [], "mass_cor": []}
+        for layer in choice.attn_layers:
+            q, k = seen.q[layer], seen.k[layer]
+            A_int = attention_rows(q[b] if choice.teacher_grad else q[b].detach(), k[b], rows)
+            A_cor = attention_rows(q[b + B], k[b + B], rows)
+            of_layers.append(attention_difference(A_int, A_cor, columns, choice.attn_loss, choice.attn_heads))
+            for name, A in (("mass_int", A_int), ("mass_cor", A_cor)):
+                masses[name] += [weights[x.latents].sum() for of_rows in A for weights in of_rows]
+        terms["attn"] = torch.stack(of_layers).mean()
+        for name, values in (terms | {name: torch.stack(m).mean() for name, m in masses.items()}).items():
+            found[name].append(values)
     return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
