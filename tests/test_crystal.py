@@ -158,8 +158,15 @@ def test_no_loss_reads_a_copied_row_of_the_corrupted_path(setup):
 
 
 def test_presets_are_the_table_of_the_two_sources(setup):
+    """Typed out from the released code; tests/test_settings.py compares every other field with the paper's."""
     s = setup("--preset", "released", "--latents", "2")
-    assert all(getattr(s.settings, n) == v for n, v in PRESETS["released"].items())
+    assert PRESETS == {"paper": {}, "released": {
+        "copied": "thought", "ce": "pooled", "kl_share": 0.1, "answer_rows": "span", "attn_heads": "mean",
+        "attn_columns": "thought", "lora_on": "language,vision,merger", "lora_dropout": 0.01,
+    }}
+    found = s.settings
+    assert (found.copied, found.ce, found.kl_share, found.answer_rows) == ("thought", "pooled", 0.1, "span")
+    assert (found.attn_heads, found.attn_columns, found.lora_dropout) == ("mean", "thought", 0.01)
     assert any("visual" in n for n, _ in s.named) and any("merger" in n for n, _ in s.named)
     paper = setup()
     assert not any("visual" in n for n, _ in paper.named)
