@@ -1,6 +1,7 @@
 """Settings: defaults, presets, the command line, and one line for what is wrong."""
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,109 @@ def test_layers():
     assert layers_of("last", 28) == {27} and layers_of("all", 3) == {0, 1, 2} and layers_of("0,-1", 28) == {0, 27}
     with pytest.raises(UserError, match="28 layers"):
         layers_of("28", 28)
+
+
+def test_layers_at_their_bounds():
+    """Negative ones count from the end; of those that are not there the first is named."""
+    assert layers_of("-28", 28) == {0} and layers_of("27", 28) == {27} and layers_of("1,-2,1", 3) == {1}
+    assert layers_of("last", 1) == layers_of("all", 1) == {0}
+    for text, named in (("-29", "-29"), ("3,28", "28")):
+        with pytest.raises(UserError, match=f"--attn_layers {named}: the model has 28 layers"):
+            layers_of(text, 28)
+    for text in ("", "1;2", "1,", "one"):
+        with pytest.raises(UserError, match=f"--attn_layers {text}: last, all, or indices"):
+            layers_of(text, 28)
+
+
+@dataclass
+class Thirds(config.Settings):
+    """Three stages whose shares no number of updates divides evenly."""
+
+    @property
+    def stages(self):
+        return [config.Stage(name, 1 / 3, self.lr) for name in "abc"]
+
+
+def test_stages_cover_every_update_once():
+    """Of 8 updates in three stages 8/3 and 16/3 round to 3 and 5.
+
+    The end of the run is the end of the last stage.
+    """
+    s = Thirds(max_steps=8)
+    assert [s.span(i) for i in range(3)] == [(0, 3), (3, 5), (5, 8)]
+    assert [s.progress(step).stage for step in range(9)] == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert [s.progress(step).of_stage for step in range(9)] == [0, 1 / 3, 2 / 3, 0, 1 / 2, 0, 1 / 3, 2 / 3, 1]
+    assert [s.progress(step).of_run for step in range(9)] == [step / 8 for step in range(9)]
+    assert s.progress(4).step == 4
+
+
+def test_values_of_every_type_come_from_the_command_line():
+    """--no-x turns off, `=` is a space, the last of two wins, a number stays of its type, and a name may not
+    be cut short.
+    """
+    s = parse(
+        [
+            "--checkpointing", "--no-checkpointing", "--lr=3", "--max_steps", "5", "--max_steps=6",
+            "--min_pixels", "7",
+        ]
+    )
+    assert (s.checkpointing, s.lr, s.max_steps, s.min_pixels, s.max_pixels) == (False, 3.0, 6, 7, None)
+    assert isinstance(s.lr, float) and parse(["--teacher_grad"]).teacher_grad is True
+    for flags in (["--max_steps", "1.5"], ["--accum", "2"], ["--min_pixels", "none"], ["more"]):
+        with pytest.raises(UserError, match=r"\(--method crystal --help lists every flag\)$"):
+            parse(flags)
+    assert parse(["--lr", "5", "--method", "sft"]).method == parse(["--method=sft"]).method == "sft"
+
+
+def test_argv_is_the_programs_own_where_none_is_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--method", "livr", "--latents", "5"])
+    assert (parse().method, parse().latents, config.parse([]).latents) == ("livr", 5, 8)
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
+    """Another error keeps its traceback, and where there is none nothing happens."""
+
+    def mistaken():
+        raise UserError("--x: no")
+
+    with pytest.raises(SystemExit) as ended:
+        config.run_cli(mistaken)
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "error: --x: no\n")
+    with pytest.raises(ZeroDivisionError):
+        config.run_cli(lambda: 1 / 0)
+    assert config.run_cli(lambda: 3) is None and capsys.readouterr() == ("", "")
+
+
+def test_help_tells_every_flag_with_its_default(capsys):
+    for name in NAMES:
+        with pytest.raises(SystemExit) as ended:
+            parse(["--method", name, "--help"])
+        out = capsys.readouterr().out
+        assert ended.value.code == 0 and all(f"--{f.name}" in out for f in fields(methods.get(name).Settings))
+        assert f"(default: {methods.get(name).Settings().lr})" in out and "above 1 % stop" in " ".join(
+            out.split()
+        )
+
+
+def test_a_file_that_breaks_while_it_is_read_is_read_again(tmp_path):
+    """Its own error is shown as it is; once mended it counts. A name that is none says which there are."""
+    path = tmp_path / "late.py"
+    path.write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        methods.get(str(path))
+    path.write_text(
+        "from crystal.methods.sft import Method as SFT\n\n\nclass Method(SFT):\n    found = True\n"
+    )
+    assert methods.get(str(path)).found
+    with pytest.raises(
+        UserError,
+        match="^--method nothing: known are crystal, lavit, livr, sft, valr, or give the path of a .py file$",
+    ):
+        methods.get("nothing")
+    with pytest.raises(UserError, match="^--method __init__: known are"):
+        methods.get("__init__")
+
+
+def test_a_run_is_where_its_method_or_its_user_says():
+    assert parse([]).run_dir == Path("runs/crystal") and parse(["--output", "a/b"]).run_dir == Path("a/b")

@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -215,3 +216,120 @@ def test_two_ranks_write_what_one_writes(many, tmp_path):
     assert [x | {"features": 0} for x in many()] == [json.loads(x) | {"features": 0} for x in (tmp_path / "set.two.jsonl").read_text().splitlines()]
     for name in ("set-00000.safetensors", "set-00001.safetensors"):
         assert (tmp_path / "t" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+# --- image rules by hand ----------------------------------------------------------------------------------------
+
+
+def ruled(siglip, **rules):
+    e = encoders.load(str(siglip))
+    plain = {
+        "size": {"height": 42, "width": 42}, "resample": 2, "image_mean": [0.0] * 3, "image_std": [1.0] * 3,
+    }
+    e.rules = plain | rules
+    return e
+
+
+def test_rows_columns_and_channels_keep_their_places(siglip):
+    """A picture of 3 x 2 px with a colour of its own at each place, taken as it is.
+
+    Channel, then row, then column.
+    """
+    image = Image.new("RGB", (3, 2))
+    for x in range(3):
+        for y in range(2):
+            image.putpixel((x, y), (10 * x, 100 * y, 200))
+    x = ruled(siglip, size={"height": 2, "width": 3}).pixels(image) * 255
+    assert x.shape == (3, 2, 3)
+    assert torch.allclose(x[0], torch.tensor([[0.0, 10, 20]] * 2)) and torch.allclose(
+        x[2], torch.tensor(200.0)
+    )
+    assert torch.allclose(x[1], torch.tensor([[0.0] * 3, [100.0] * 3]))
+    wide = ruled(siglip, size={"height": 14, "width": 56}).pixels(image)
+    assert wide.shape == (3, 14, 56)
+
+
+def test_each_channel_has_its_own_mean_and_deviation(siglip):
+    grey = Image.new("RGB", (42, 42), (51, 102, 204))  # 0.2, 0.4 and 0.8
+    x = ruled(siglip, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.25, 0.125]).pixels(grey)
+    assert torch.allclose(x.mean((1, 2)), torch.tensor([0.2, 0.8, 4.0]), atol=1e-5)
+
+
+def test_the_shorter_side_is_scaled_and_the_middle_is_cut_out(siglip):
+    """80 x 40 px whose columns count up: shorter side to 20 gives 40 x 20.
+
+    The middle 12 x 10 begins at column 14 and row 5.
+    """
+    ramp = torch.arange(80).repeat(40, 1)
+    image = Image.fromarray(
+        torch.stack([ramp, ramp.flip(1), torch.arange(40)[:, None].expand(40, 80)], 2).byte().numpy()
+    )
+    plain = ruled(siglip, size={"shortest_edge": 20}).pixels(image)
+    assert plain.shape == (3, 20, 40)
+    cut = ruled(
+        siglip, size={"shortest_edge": 20}, do_center_crop=True, crop_size={"height": 10, "width": 12}
+    ).pixels(image)
+    assert cut.shape == (3, 10, 12) and torch.equal(cut, plain[:, 5:15, 14:26])
+    # Averaged over two and more, column c of the scaled picture shows about 2 c + 1/2 of the original's.
+    assert (cut[0, 0] * 255 - (2 * torch.arange(14, 26) + 0.5)).abs().max() < 0.1
+    whole = ruled(
+        siglip, size={"shortest_edge": 20}, do_center_crop=False, crop_size={"height": 10, "width": 12}
+    ).pixels(image)
+    assert torch.equal(whole, plain)
+
+
+@pytest.mark.parametrize(
+    "number, kind, other",
+    [
+        (2, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC),
+        (3, Image.Resampling.BICUBIC, Image.Resampling.BILINEAR),
+    ],
+)
+def test_resampling_is_the_one_that_is_configured(siglip, number, kind, other):
+    """Against Pillow's, to its rounding; the other kind differs by far more."""
+    image = picture(90, 70)
+    ours = ruled(siglip, resample=number).pixels(image) * 255
+    theirs = [
+        torch.from_numpy(np.asarray(image.resize((42, 42), how)).copy()).permute(2, 0, 1).float()
+        for how in (kind, other)
+    ]
+    assert (ours - theirs[0]).abs().max() < 3 < 8 < (ours - theirs[1]).abs().max()
+
+
+def test_class_token_and_registers_are_left_out():
+    """DINOv3 has one class token and four registers in front of the patches, DINOv2 the class token alone."""
+    e = encoders.load("tiny")
+    x = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = e.hf(pixel_values=x).last_hidden_state
+    registers = e.hf.config.num_register_tokens
+    assert stock.shape == (2, 1 + registers + 64, 64) and torch.equal(e(x), stock[:, 1 + registers :])
+    from transformers import Dinov2Config, Dinov2Model
+
+    small = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    dino2 = encoders.Encoder("d", Dinov2Model(small), encoders.IMAGENET)
+    assert dino2.prefix == 1 and dino2.dim == 16
+    assert dino2(torch.rand(1, 3, 28, 28)).shape == (1, 4, 16)
+
+
+def test_the_shipped_encoder_and_its_rules():
+    e = encoders.load("tiny")
+    assert (e.dim, e.hf.config.num_hidden_layers, e.hf.config.patch_size, e.hf.config.image_size) == (
+        64, 2, 14, 112,
+    )
+    assert e.rules == {
+        "size": {"height": 112, "width": 112}, "resample": 2, "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    assert sorted(encoders.KINDS) == ["dinov2", "dinov3_vit", "siglip", "siglip_vision_model"]
+
+
+def test_rules_that_are_missing_are_named(siglip, tmp_path):
+    shutil.copytree(siglip, tmp_path / "e")
+    (tmp_path / "e" / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 42, "width": 42}})
+    )
+    with pytest.raises(UserError, match="e: its preprocessor_config.json lacks image_mean, image_std$"):
+        encoders.load(str(tmp_path / "e"))

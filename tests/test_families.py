@@ -4,6 +4,7 @@ Loads, logits as stock; realisations, feedback and generation equal; every metho
 tools load. Tied heads in one half of the tests, untied ones in the other.
 """
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -488,3 +489,128 @@ def test_adapter_loads_in_peft_with_equal_logits(runs, family_dirs, family, kind
         before = s.model.logits(s.model.hidden(s.batch))
     real = s.batch["attention_mask"].bool()
     assert (ours[real] - theirs[real]).abs().max() < 1e-4 < 1e-2 < (ours[real] - before[real]).abs().max()
+
+
+# --- the table, typed out ---------------------------------------------------------------------------------------
+
+NAMES = {  # family: part: names of Linear modules that get adapters
+    "qwen2_5_vl": {
+        "language": [
+            "model.language_model.layers.27.self_attn.o_proj", "model.language_model.layers.0.mlp.gate_proj",
+        ],
+        "vision": [
+            "model.visual.blocks.31.attn.qkv", "model.visual.blocks.0.attn.proj",
+            "model.visual.blocks.7.mlp.up_proj",
+        ],
+        "merger": ["model.visual.merger.mlp.0", "model.visual.merger.mlp.2"],
+    },
+    "qwen3_vl": {
+        "language": [
+            "model.language_model.layers.35.self_attn.k_proj", "model.language_model.layers.0.mlp.down_proj",
+        ],
+        "vision": [
+            "model.visual.blocks.26.attn.qkv", "model.visual.blocks.0.mlp.linear_fc1",
+            "model.visual.blocks.0.mlp.linear_fc2",
+        ],
+        "merger": ["model.visual.merger.linear_fc1", "model.visual.deepstack_merger_list.2.linear_fc2"],
+    },
+    "llava_onevision": {
+        "language": [
+            "model.language_model.layers.23.self_attn.v_proj", "model.language_model.layers.10.mlp.up_proj",
+        ],
+        "vision": [
+            "model.vision_tower.vision_model.encoder.layers.25.self_attn.out_proj",
+            "model.vision_tower.encoder.layers.3.mlp.fc2",
+        ],
+        "merger": ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"],
+    },
+}
+NOBODYS = [
+    "lm_head", "model.language_model.embed_tokens", "model.language_model.layers.0.self_attn",
+    "model.visual.patch_embed.proj", "model.language_model.layers.0.self_attn.q_proj.base",
+    "model.language_model.layers.x.mlp.up_proj", "model.vision_tower.vision_model.head.mlp.fc1",
+]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_each_part_names_its_own_modules_and_no_others(family):
+    row = families.FAMILIES[family]
+    patterns = {part: getattr(row, part) for part in NAMES[family]}
+    for part, names in NAMES[family].items():
+        for name in names:
+            assert [p for p, pattern in patterns.items() if re.fullmatch(pattern, name)] == [part], name
+    assert not any(re.fullmatch(pattern, name) for name in NOBODYS for pattern in patterns.values())
+
+
+def test_what_else_a_row_says():
+    """The marks around an image, the last one closing it; how the vision tower attends.
+
+    Who prepares images.
+    """
+    qwen = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+    found = {
+        name: (row.marks, row.vision_attention, row.images.__name__, row.images.bounded)
+        for name, row in families.FAMILIES.items()
+    }
+    assert found == {
+        "qwen2_5_vl": (qwen, "crystal_flash_vision", "Images", True),
+        "qwen3_vl": (qwen, "crystal_flash_vision", "Images", True),
+        "llava_onevision": (("<image>",), "sdpa", "Tiles", False),
+    }
+
+
+def test_tokens_and_rows_of_qwens_images_by_hand():
+    """6 x 8 patches, merged two by two: 3 rows of 4 tokens, from 48 rows of pixels. Merged three by three.
+
+    2 x 2 of 6 x 8.
+    """
+    grid = torch.tensor([[1, 6, 8], [1, 4, 10], [2, 2, 6]])
+    images = families.Images(SimpleNamespace(merge_size=2, size="own"), None)
+    assert images.grids(grid) == [[(3, 4)], [(2, 5)], [(1, 3)]]
+    assert images.tokens(grid[:2]) == [12, 10] and images.rows(grid) == [48, 40, 24] and images.size == "own"
+    assert families.Images(SimpleNamespace(merge_size=3), None).grids(grid[:1]) == [[(2, 2)]]
+    batch = {"input_ids": 1, "image_grid_thw": grid}
+    assert images.keywords(batch) is batch
+
+
+def test_which_of_llavas_images_belong_together():
+    """One tile is one of several of a record, two and more are an image on its own.
+
+    1 1 | 3 | 1 1 1 | 5 | 2.
+    """
+    images = families.Tiles(None, None)
+    tiles = torch.tensor(
+        [[1, 10, 20], [1, 30, 40], [3, 50, 60], [1, 1, 1], [1, 2, 2], [1, 3, 3], [5, 70, 80], [2, 90, 95]]
+    )
+    given = {
+        "input_ids": "ids", "mm_token_type_ids": "kinds", "image_grid_thw": tiles,
+        "position_ids": torch.arange(12).view(3, 2, 2),
+    }
+    found = images.keywords(given)
+    assert found.keys() == {"input_ids", "position_ids", "image_sizes", "batch_num_images"}
+    assert found["batch_num_images"] == [2, 1, 3, 1, 1]
+    assert found["image_sizes"].tolist() == [
+        [10, 20], [30, 40], [50, 60], [1, 1], [2, 2], [3, 3], [70, 80], [90, 95],
+    ]
+    assert found["position_ids"].tolist() == [[0, 1], [2, 3]] and images.rows(tiles) == [
+        1, 1, 3, 1, 1, 1, 5, 2,
+    ]
+    assert images.keywords({"input_ids": "ids", "position_ids": None, "image_grid_thw": None}).keys() == {
+        "input_ids", "position_ids", "image_grid_thw",
+    } - {"image_grid_thw"}
+    assert images.positions(None, {"input_ids": torch.zeros(2, 3)}).tolist() == [[[0, 1, 2]] * 2] * 3
+
+
+def test_llavas_grid_of_a_wide_picture_by_hand():
+    """Four tiles in a row of 2 x 2 patches.
+
+    The whole image in one tile, then 8 columns and a newline for each of two rows.
+    """
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(image_size=28, patch_size=14), vision_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints=[[28, 112], [112, 28], [56, 56]],
+    )
+    images = families.Tiles(None, config)
+    wide, tall = torch.tensor([[5, 30, 120]]), torch.tensor([[5, 120, 30]])
+    assert images.grids(wide) == [[(2, 2), (2, 9)]] and images.tokens(wide) == [4 + 18]
+    assert images.grids(tall) == [[(2, 2), (8, 3)]] and images.tokens(tall) == [4 + 24]

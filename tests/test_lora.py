@@ -417,3 +417,60 @@ def test_one_kind_of_adapter_per_file(tmp_path):
     with pytest.raises(ValueError, match="has 2"):
         save_adapter(tmp_path / "none", model, None, "base")
     assert not (tmp_path / "none").exists()
+
+
+def test_the_adapters_file_says_what_the_adapter_is():
+    """Typed out: PEFT's keys, an alpha that is no whole number as it is, and one that is as one."""
+    model = tiny(False)
+    names = add_lora(
+        model, r"model\.language_model\.layers\.1\.self_attn\.[qv]_proj", r=3, alpha=4.5, dropout=0.25
+    )
+    assert names == [f"model.language_model.layers.1.self_attn.{x}_proj" for x in "qv"]
+    assert adapter_config(model, None, "base/model") == {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base/model", "r": 3,
+        "lora_alpha": 4.5, "lora_dropout": 0.25, "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "target_modules": names, "trainable_token_indices": None,
+    }
+    whole = tiny(True)
+    add_lora(whole, LANGUAGE, r=2, alpha=5.0)
+    written = adapter_config(whole, TokenRows(whole.get_input_embeddings(), whole.lm_head, [7, 2]), "b")
+    assert isinstance(written["lora_alpha"], int) and written["lora_alpha"] == 5
+    assert written["trainable_token_indices"] == {"model.language_model.embed_tokens": [7, 2]}
+
+
+def test_rows_are_written_to_their_own_places():
+    """ids out of order.
+
+    Each trained row goes to its own vocabulary row, of the embedding and of the head, and nowhere else.
+    """
+    embed = nn.Embedding(9, 4).requires_grad_(False)
+    head = nn.Linear(4, 9, bias=False).requires_grad_(False)
+    before = embed.weight.clone(), head.weight.clone()
+    rows = TokenRows(embed, head, [8, 1, 5])
+    assert torch.equal(rows.rows, before[0][[8, 1, 5]]) and torch.equal(rows.head_rows, before[1][[8, 1, 5]])
+    with torch.no_grad():
+        rows.rows.copy_(torch.arange(12.0).view(3, 4))
+        rows.head_rows.copy_(-torch.arange(12.0).view(3, 4))
+    assert torch.equal(embed.weight, before[0])  # not before sync
+    rows.sync()
+    for weight, start, sign in ((embed.weight, before[0], 1), (head.weight, before[1], -1)):
+        assert (sign * weight[8]).tolist() == [0, 1, 2, 3] and (sign * weight[1]).tolist() == [4, 5, 6, 7]
+        assert (sign * weight[5]).tolist() == [8, 9, 10, 11]
+        others = [0, 2, 3, 4, 6, 7]
+        assert torch.equal(weight[others], start[others])
+
+
+def test_row_gradients_by_hand():
+    """Of sum(c * logits) with one token in, by hand.
+
+    The head's row i gets c_i h, the embedding's row what comes back to it.
+    """
+    embed = nn.Embedding(6, 3).double().requires_grad_(False)
+    head = nn.Linear(3, 6, bias=False).double().requires_grad_(False)
+    rows = TokenRows(embed, head, [4, 0])
+    c = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0], dtype=torch.float64)
+    (head(embed(torch.tensor([4, 1, 4]))) * c).sum().backward()
+    back = (c[:, None] * head.weight).sum(0)
+    assert torch.allclose(rows.rows.grad, torch.stack([2 * back, 0 * back]))
+    seen = 2 * embed.weight[4] + embed.weight[1]
+    assert torch.allclose(rows.head_rows.grad, torch.stack([11 * seen, 2 * seen]))

@@ -2,6 +2,7 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,3 +225,347 @@ def test_generated_names_of_the_shipped_model():
     model = crystal.model.load("tiny")
     assert model.tied and len(model.tokenizer) + 64 == model.hf.get_input_embeddings().num_embeddings
     assert config.parse([]).model == "tiny"
+
+
+# ---- the doors, one at a time: what goes in is drawn here, what comes out is computed by hand --------------------------
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def softmax_attention(q, k, v, scale, sees):
+    """Attention of one head, q [n,d], k and v [m,d], row by row over the columns that `sees(row, column)` ->
+    [n,d].
+    """
+    out = []
+    for t in range(len(q)):
+        columns = [column for column in range(len(k)) if sees(t, column)]
+        weights = (scale * k[columns] @ q[t]).softmax(-1)
+        out.append(weights @ v[columns])
+    return torch.stack(out)
+
+
+def test_the_decoders_attention_is_causal_scaled_and_grouped():
+    """Four query heads share two key heads; the scale is another than 1 / sqrt(d).
+
+    A lone query sees all keys.
+    """
+    layer = SimpleNamespace(layer_idx=1)
+    q, k, v = drawn(2, 4, 5, 6), drawn(2, 2, 5, 6, seed=1), drawn(2, 2, 5, 6, seed=2)
+    out, weights = crystal.model.attention(layer, q, k, v, None, scaling=0.7)
+    assert weights is None and out.shape == (2, 5, 4, 6) and out.is_contiguous()
+    for b in range(2):
+        for head in range(4):
+            expected = softmax_attention(
+                q[b, head], k[b, head // 2], v[b, head // 2], 0.7, lambda t, c: c <= t
+            )
+            assert torch.allclose(out[b, :, head], expected, atol=1e-12)
+    out, _ = crystal.model.attention(layer, q[:, :, :1], k, v, None, scaling=0.7)
+    expected = softmax_attention(q[1, 3, :1], k[1, 1], v[1, 1], 0.7, lambda t, c: True)
+    assert torch.allclose(out[1, :, 3], expected, atol=1e-12)
+
+
+def test_the_decoders_attention_takes_both_kinds_of_masks():
+    """A bool one says who sees whom; an additive one is added to the scores, in the queries' own dtype."""
+    layer = SimpleNamespace(layer_idx=0)
+    q, k, v = drawn(1, 2, 4, 6), drawn(1, 2, 4, 6, seed=1), drawn(1, 2, 4, 6, seed=2)
+    sees = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
+    out, _ = crystal.model.attention(layer, q, k, v, sees[None, None], scaling=0.5)
+    expected = softmax_attention(q[0, 1], k[0, 1], v[0, 1], 0.5, lambda t, c: bool(sees[t, c]))
+    assert torch.allclose(out[0, :, 1], expected, atol=1e-12)
+
+    added = torch.zeros(1, 1, 4, 4).masked_fill(~sees, float("-inf"))
+    added[0, 0, 3, 0] = -2.5
+    out, _ = crystal.model.attention(layer, q, k, v, added, scaling=0.5)
+    weights = (0.5 * q[0, 1] @ k[0, 1].T + added[0, 0].double()).softmax(-1)
+    assert torch.allclose(out[0, :, 1], weights @ v[0, 1], atol=1e-12)
+    small = [x.bfloat16() for x in (q, k, v)]
+    assert crystal.model.attention(layer, *small, added, scaling=0.5)[0].dtype == torch.bfloat16
+
+
+def test_the_doors_of_attention_open_in_their_order():
+    """The cache lengthens the keys, the copy replaces some of them, and the tap sees those that attention
+    then uses.
+    """
+    q, k, v, past = (
+        drawn(2, 4, 3, 6), drawn(2, 2, 3, 6, seed=1), drawn(2, 2, 3, 6, seed=2), drawn(2, 2, 2, 6, seed=3),
+    )
+    asked = []
+
+    def cache(layer, key, value):
+        asked.append(("cache", layer, key is k and value is v))
+        return torch.cat([past, key], 2), torch.cat([2 * past, value], 2)
+
+    class Copy:
+        def keys_values(self, key, value):
+            asked.append(("copy", key.shape[2]))
+            return key + 1, value - 1
+
+    def tap(layer, query, key, scale):
+        asked.append(("tap", layer, query is q, torch.equal(key, torch.cat([past, k], 2) + 1), scale))
+
+    mask = torch.zeros(2, 1, 3, 5, dtype=torch.float64)
+    doors = {"kv_cache": cache, "latent_copy": Copy(), "tap": tap}
+    out, _ = crystal.model.attention(
+        SimpleNamespace(layer_idx=7), q, k, v, mask, scaling=0.3, unknown=1, **doors
+    )
+    assert asked == [("cache", 7, True), ("copy", 5), ("tap", 7, True, True, 0.3)]
+    keys, values = torch.cat([past, k], 2) + 1, torch.cat([2 * past, v], 2) - 1
+    expected = softmax_attention(q[1, 2], keys[1, 1], values[1, 1], 0.3, lambda t, c: True)
+    assert torch.allclose(out[1, :, 2], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[4, 9, 4, 1, 9], [6, 6, 6], [5]])
+def test_the_vision_towers_attention_stays_inside_its_windows(lengths):
+    """Windows of several lengths, in any order.
+
+    Each patch sees its own window, and comes out where it went in.
+    """
+    total, ends = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    q, k, v = drawn(1, 3, total, 4), drawn(1, 3, total, 4, seed=1), drawn(1, 3, total, 4, seed=2)
+    bounds = torch.tensor(ends, dtype=torch.int32)
+    out, weights = crystal.model.vision_attention(
+        None, q, k, v, scaling=0.6, cu_seq_lens_q=bounds, is_causal=False
+    )
+    assert weights is None and out.shape == (1, total, 3, 4)
+    for start, stop in zip(ends, ends[1:]):
+        for head in range(3):
+            inside = [x[0, head, start:stop] for x in (q, k, v)]
+            expected = softmax_attention(*inside, 0.6, lambda t, c: True)
+            assert torch.allclose(out[0, start:stop, head], expected, atol=1e-12)
+
+
+def test_states_are_copied_however_a_layer_is_called():
+    """transformers gives a layer its states by place or by name; everything else goes through as it came."""
+
+    class Copy:
+        def states(self, h):
+            return h * 10
+
+    h, copy = torch.ones(2), Copy()
+    assert crystal.model.copy_states(None, (h, "mask"), {"latent_copy": None}) is None
+    args, kwargs = crystal.model.copy_states(None, (h, "mask"), {"latent_copy": copy, "x": 1})
+    assert torch.equal(args[0], 10 * h) and args[1:] == ("mask",) and kwargs == {"latent_copy": copy, "x": 1}
+    args, kwargs = crystal.model.copy_states(None, (), {"hidden_states": h, "latent_copy": copy, "x": 1})
+    assert (
+        args == ()
+        and torch.equal(kwargs["hidden_states"], 10 * h)
+        and kwargs["x"] == 1
+        and kwargs["latent_copy"] is copy
+    )
+
+
+def test_every_layer_copies_its_own_input(setup):
+    """Through the model.
+
+    With a copy that adds a constant before each layer, a model whose layers do nothing gives three of it.
+    """
+    s = setup("--method", "sft", "--tune", "full", which=[0])
+    for layer in s.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    got = []
+    s.model.hf.model.language_model.norm.register_forward_pre_hook(lambda _, args: got.append(args[0]))
+
+    class Copy:
+        def states(self, h):
+            return h + 2
+
+        def keys_values(self, k, v):
+            return k, v
+
+    with torch.no_grad():
+        s.model.hidden(s.batch)
+        s.model.hidden(s.batch, latent_copy=Copy())
+    assert torch.allclose(got[1], got[0] + 6)
+
+
+def test_positions_are_m_rope_by_hand(setup):
+    """Text counts on; an image's tokens have one time, and rows and columns of their own; what follows begins behind the largest.
+
+    The third record has two images, of 4 x 3 and 3 x 2 tokens.
+    """
+    s = setup("--method", "sft")
+    found = s.model.positions(s.batch)
+    names = [s.model.tokenizer.convert_ids_to_tokens(row.tolist()) for row in s.batch["input_ids"]]
+    grids = {0: [(3, 4)], 1: [(2, 2)], 2: [(4, 3), (3, 2)]}
+    for b, row in enumerate(names):
+        expected, t, following, images = [], 0, 0, iter(grids[b])
+        length = int(s.batch["attention_mask"][b].sum())
+        while t < length:
+            if row[t] != "<|image_pad|>":
+                expected.append((following,) * 3)
+                following, t = following + 1, t + 1
+                continue
+            rows, columns = next(images)
+            expected += [
+                (following, following + y, following + x) for y in range(rows) for x in range(columns)
+            ]
+            following, t = following + max(rows, columns), t + rows * columns
+        assert found[:, b, :length].T.tolist() == [list(p) for p in expected], b
+
+
+def test_positions_that_are_given_are_used(setup):
+    """`packed` brings its own; the states depend on them."""
+    s = setup("--method", "sft", which=[0])
+    own = s.model.positions(s.batch)
+    with torch.no_grad():
+        plain = s.model.hidden(s.batch)
+        assert torch.equal(plain, s.model.hidden(s.batch | {"position_ids": own}))
+        stretched = s.model.hidden(s.batch | {"position_ids": own * 3})
+    assert not torch.allclose(plain, stretched, atol=1e-3)
+
+
+def test_what_a_cached_forward_sees_grows_with_what_was_written(setup):
+    """A prompt of three under a mask of its own, then a row, then two rows.
+
+    Those see of the prompt what its last row saw.
+    """
+    model = setup("--method", "sft", which=[0]).model
+    inf, given = float("-inf"), []
+    prompt = torch.tensor([[[[0.0, inf, inf], [0.0, -1.5, inf], [inf, -0.5, 0.0]]]])
+    decoder = model.hf.model.language_model
+
+    class Stop(Exception):
+        pass
+
+    def look(module, args, kwargs):
+        given.append(kwargs["attention_mask"])
+        raise Stop
+
+    def forward(n):
+        with pytest.raises(Stop):
+            decoder(inputs_embeds=torch.zeros(1, n, 32), attention_mask="transformers' own")
+
+    with model.seeing(prompt):
+        hook = decoder.register_forward_pre_hook(look, with_kwargs=True)  # behind the one of `seeing`
+        for n in (3, 1, 2):
+            forward(n)
+    forward(1)
+    hook.remove()
+    last = [inf, -0.5, 0.0]
+    assert torch.equal(given[0], prompt)
+    assert given[1].tolist() == [[[last + [0.0]]]]
+    assert given[2].tolist() == [[[last + [0.0, 0.0, inf], last + [0.0, 0.0, 0.0]]]]
+    assert given[3] == "transformers' own"  # outside nothing is replaced
+
+
+# ---- loading ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_model_may_be_named(tmp_path, monkeypatch, model_dirs):
+    """tiny, a directory, or owner/name of a hub; what can only be a mistyped path is told and asks no hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "file").write_text("")
+    assert (
+        crystal.model.resolve("tiny") == str(crystal.model.TINY)
+        and (crystal.model.TINY / "config.json").is_file()
+    )
+    assert crystal.model.resolve(str(model_dirs[True])) == str(model_dirs[True])
+    assert crystal.model.resolve("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert crystal.model.resolve("gpt2") == "gpt2"
+    for name in ("./gone", "/gone", "~/gone", "runs/gone", "a/b/c", "owner/gone", "file"):
+        with pytest.raises(
+            UserError, match="no such directory; --model wants tiny, a directory .*, or a hub name"
+        ):
+            crystal.model.resolve(name)
+    with pytest.raises(UserError, match="owner: no config.json"):
+        crystal.model.resolve("owner")
+    assert crystal.model.directory(str(model_dirs[True])) == model_dirs[True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_loaded_model_is_frozen_in_evaluation_mode_and_of_its_dtype(model_dirs, dtype):
+    from safetensors.torch import load_file
+
+    model = crystal.model.load(str(model_dirs[False]), dtype)
+    stored = load_file(model_dirs[False] / "model.safetensors")
+    assert not any(p.requires_grad for p in model.parameters()) and not any(
+        m.training for m in model.hf.modules()
+    )
+    assert (
+        {p.dtype for p in model.parameters()} == {dtype}
+        and model.device == torch.device("cpu")
+        and not model.tied
+    )
+    held = dict(model.hf.named_parameters())
+    assert held.keys() == stored.keys() and all(torch.equal(held[n], x.to(dtype)) for n, x in stored.items())
+    kinds = (
+        model.hf.config.text_config._attn_implementation, model.hf.config.vision_config._attn_implementation,
+    )
+    assert kinds == ("crystal", "crystal_flash_vision") and model.rows is None
+
+
+def test_shapes_alone_hold_no_values(model_dirs):
+    model = crystal.model.load(str(model_dirs[True]), weights=False)
+    whole = crystal.model.load(str(model_dirs[True]))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    shapes = [{n: p.shape for n, p in m.hf.named_parameters()} for m in (model, whole)]
+    assert shapes[0] == shapes[1] and model.tied == whole.tied
+
+
+def test_names_of_older_checkpoints_find_their_parameters(model_dirs):
+    """Typed out.
+
+    Qwen2.5-VL's first files have `visual.` and `model.` where the model now has both below `model.`.
+    """
+    model = crystal.model.load(str(model_dirs[False]), weights=False)
+    names = {
+        "visual.blocks.1.attn.qkv.weight": "model.visual.blocks.1.attn.qkv.weight",
+        "model.layers.2.mlp.up_proj.weight": "model.language_model.layers.2.mlp.up_proj.weight",
+        "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+        "lm_head.weight": "lm_head.weight",
+        "model.language_model.norm.weight": "model.language_model.norm.weight",
+    }
+    assert crystal.model.parameter_names(model.hf, list(names)) == names
+    assert set(names.values()) <= {n for n, _ in model.hf.named_parameters()}
+
+
+def test_as_many_new_tokens_as_there_are_spare_rows(model_dirs):
+    """The test models leave 64 rows.
+
+    Four tags and 60 latents fit, one more does not, and says which row it would need.
+    """
+    model = crystal.model.load(str(model_dirs[True]))
+    rows = model.hf.get_input_embeddings().num_embeddings
+    assert model.add_tokens(new_tokens(60, "diverse")) == list(range(rows - 64, rows))
+    model = crystal.model.load(str(model_dirs[True]))
+    with pytest.raises(UserError, match=f"65 new tokens need row {rows}, the vocabulary has {rows} rows"):
+        model.add_tokens(new_tokens(61, "diverse"))
+
+
+# A picture of 100 x 200 px, sides in multiples of 28. It shrinks by sqrt(20000 / 4704) = 2.06 to 48.5 x 97,
+# rounded down; is large enough, 100 x 200 rounded to the nearest; or grows by sqrt(30000 / 20000) = 1.22 to
+# 122.5 x 244.9, rounded up.
+@pytest.mark.parametrize(
+    "bounds, grid",
+    [
+        ({"max_pixels": 56 * 84}, [1, 2, 6]), ({"min_pixels": 12000, "max_pixels": 10**6}, [1, 8, 14]),
+        ({"min_pixels": 30000, "max_pixels": 10**6}, [1, 10, 18]),
+    ],
+)
+def test_pixel_bounds_by_hand(model_dirs, bounds, grid):
+    from PIL import Image
+
+    model = crystal.model.load(str(model_dirs[True]), **bounds)
+    made = model.image_processor(images=[Image.new("RGB", (200, 100))], return_tensors="pt")
+    assert made["image_grid_thw"].tolist() == [grid]
+    assert model.image_tokens(made["image_grid_thw"]) == [grid[1] * grid[2] // 4]
+
+
+def test_token_rows_train_whatever_was_frozen_before_them(setup):
+    """With every weight of the language model training, the vocabulary's own matrices do not, tied or not."""
+    for tied in (True, False):
+        s = setup("--tune", "full", tied=tied)
+        embed, head = s.model.hf.get_input_embeddings().weight, s.model.hf.lm_head.weight
+        assert not embed.requires_grad and not head.requires_grad
+        trains = {n for n, _ in s.model.trainable()}
+        assert ("rows.rows" in trains) and ("rows.head_rows" in trains) != tied
+        rows = s.model.rows
+        with torch.no_grad():
+            for _, P in rows.pairs():
+                P.add_(1)
+        s.model.after_update()
+        assert torch.equal(embed[rows.ids], rows.rows)
