@@ -98,7 +98,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     narrow: bool = False             # computed in bfloat16 on float32 weights
     corruption: tuple = None
-    seed: int = 3
+    seed: int = 4
     untied: bool = False
     validated: list = field(default_factory=list)  # after which updates
     world: int = 1
@@ -257,21 +257,42 @@ CASES = {
     # Two stages that differ in what sees what; frozen weights in bfloat16, adapters in float32.
     "livr": Case(["--method", "livr", "--masked", "0.6", "--lora_dropout", "0.1", "--accumulation", "3", "--batch_size", "1",
                   "--lr", "1e-2", "--weight_decay", "0.2", "--warmup", "0.5", "--dtype", "bfloat16", "--lora_on",
-                  "language,vision,merger"],
-                 [Part(0, 4, 1e-2, 2), Part(4, 6, 1e-2, 1)], {"ce": 1.0}, batch=1, accumulation=3, decay=0.2, dtype=torch.bfloat16),
+                  "language,vision,merger", "--eval_every", "3"],
+                 [Part(0, 4, 1e-2, 2), Part(4, 6, 1e-2, 1)], {"ce": 1.0}, batch=1, accumulation=3, decay=0.2, dtype=torch.bfloat16,
+                 validated=[3, 6]),
     # Two stages of unlike rates and layouts; heads beside the model; validation sees the last stage.
     "valr": Case(["--method", "valr", "--encoders", "own", "--first_share", "0.34", "--lr", "1e-3", "--lr_latents", "4e-3",
-                  "--weight_decay", "0.4", "--w_repa", "0.25", "--warmup", "0.25", "--clip", "2", "--eval_every", "1"],
+                  "--weight_decay", "0.4", "--w_repa", "0.25", "--warmup", "0.25", "--clip", "2", "--eval_every", "6"],
                  [Part(0, 2, 1e-3, 1), Part(2, 6, 4e-3, 1)], {"ce": 1.0, "repa": 0.25}, clip=2.0, decay=0.4,
-                 validated=[1, 2, 3, 4, 5, 6]),
+                 validated=[6]),
     # A gate that follows the whole run, no matter how its stages stand.
     "lavit": Case(["--method", "lavit", "--w_gaze", "0", "--w_semantics", "0", "--gate_warmup", "0.9", "--lr", "1e-3",
-                   "--batch_size", "2", "--tune", "full", "--warmup", "0.2"],
-                  [Part(0, 6, 1e-3, 2)], {"ce": 1.0}, decay=0.0, line=True),
+                   "--batch_size", "2", "--tune", "full", "--warmup", "0.2", "--eval_every", "4"],
+                  [Part(0, 6, 1e-3, 2)], {"ce": 1.0}, decay=0.0, line=True, validated=[4, 6]),
     # A method of one's own: a file for each stage, a weight for some terms (1 for the rest), one that is watched.
     "own": Case(["--method", "OWN", "--second", "SECOND", "--lr", "1e-2", "--batch_size", "3", "--lora_dropout", "0.1"],
                 [Part(0, 3, 1e-2, 1), Part(3, 6, 2.5e-3, 1, "second")], {"ce_int": 0.5, "ce_cor": 1.0, "attn": 3.0}, batch=3,
                 corruption=BLUR)}
+
+# The rates of some of them, by hand, in multiples of the peak: an angle of 60 degrees has a cosine of a half.
+RATES = {"lora": [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4],
+         "full": [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4],
+         "rows": [1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2],
+         "livr": [1 / 2, 1, 1, 1 / 2, 1, 1],
+         "valr": [1, 1, 4, 4, 3, 1],
+         "own": [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8]}
+CLIPPED = {"lora": True, "full": False}  # at every update, or at none
+
+# For two processes: dropout, so that each must draw its own; shares of validation that are unlike (records 1, 2, 5 and 3, 4).
+TWO = {
+    "two": Case(["--dtype", "float64", "--batch_size", "1", "--accumulation", "2", "--lora_dropout", "0.3", "--lr", "1e-2",
+                 "--lr_rows", "2", "--clip", "0.1", "--warmup", "0.3"],
+                [Part(0, 6, 1e-2, 2)], ONES, batch=1, accumulation=2, clip=0.1, rows=2.0, dtype=torch.float64, corruption=BLUR,
+                world=2),
+    "stages": Case(["--method", "livr", "--dtype", "float64", "--batch_size", "2", "--lora_dropout", "0.2", "--lr", "1e-2",
+                    "--masked", "0.5", "--eval_every", "2", "--weight_decay", "0.3"],
+                   [Part(0, 3, 1e-2, 1), Part(3, 6, 1e-2, 1)], {"ce": 1.0}, decay=0.3, dtype=torch.float64, validated=[2, 4, 6],
+                   world=2)}
 
 
 @pytest.fixture
@@ -326,9 +347,63 @@ def test_six_updates_equal_the_plain_loop_to_the_bit(name, arguments, files, tmp
     log, trained, model = plain_loop(case, arguments(case), files)
 
     same_log(logged(run), log)
+    updates = [line for line in logged(run) if "lr" in line]
+    if name in RATES:
+        assert [line["lr"] for line in updates] == pytest.approx([case.stages[0].peak * x for x in RATES[name]])
+    if name in CLIPPED:
+        assert all((line["grad_norm"] > case.clip) == CLIPPED[name] for line in updates)
     saved = load_file(run / "checkpoints" / f"step-{UPDATES}" / "trainable.safetensors")
     assert saved.keys() == trained.keys() and len(saved) > 0
     assert all(torch.equal(saved[key], trained[key].detach()) for key in saved)
     ours, plain = dict(models[0].hf.named_parameters()), dict(model.hf.named_parameters())
     assert ours.keys() == plain.keys()
     assert all(torch.equal(ours[key], plain[key]) and ours[key].dtype == plain[key].dtype for key in ours)
+
+
+def test_the_records_of_two_seeds_by_hand():
+    """What `records_of` says above, written out: each epoch is a shuffle of all five, and no two are alike."""
+    streams = [records_of(0, 15, 5, seed) for seed in (4, 5)]
+    assert [index for _, index in streams[0]] == [0, 4, 1, 2, 3, 0, 4, 2, 3, 1, 3, 0, 4, 1, 2]
+    assert [index for _, index in streams[1]] == [3, 1, 0, 2, 4, 0, 4, 3, 2, 1, 3, 4, 2, 0, 1]
+    for stream in streams:
+        assert [epoch for epoch, _ in stream] == [0] * 5 + [1] * 5 + [2] * 5
+
+
+# ---- two processes -----------------------------------------------------------------------------------------------------
+
+def test_two_processes_equal_the_plain_loop(arguments, files, tmp_path):
+    """Ranks draw dropout of their own, share an update's records and the validation's, and average what they have."""
+    runs = {name: [*arguments(case), "--output", str(tmp_path / name)] for name, case in TWO.items()}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    named = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": str(ROOT)}
+    ranks = []
+    for rank in ("0", "1"):
+        command = [sys.executable, __file__, json.dumps(list(runs.values()))]
+        ranks.append(subprocess.Popen(command, env=os.environ | named | {"RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT,
+                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+    for name, case in TWO.items():
+        log, trained, _ = plain_loop(case, runs[name], files)
+        same_log(logged(tmp_path / name), log, rel=TOLERANCE, abs=1e-9)
+        saved = load_file(tmp_path / name / "checkpoints" / f"step-{UPDATES}" / "trainable.safetensors")
+        assert saved.keys() == trained.keys()
+        assert all(torch.allclose(saved[key], trained[key].detach(), rtol=0, atol=TOLERANCE) for key in saved)
+        assert json.loads((tmp_path / name / "config.json").read_text())["world"] == 2
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    group = processes.start("cpu", timeout=120)
+    train.time = one_second_each()
+    for flags in json.loads(sys.argv[1]):
+        train.main(flags)  # a guest of the group above
+    group.stop()
