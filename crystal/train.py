@@ -92,7 +92,8 @@ def main(argv=None):
                 f"{procs.world} process(es) on {device.type}, {weights_dtype}".replace("torch.", ""))
 
     # ------------------------------------------------------------------------------------------------------ data
-    train_sets, val_set, unlisted = open_data(settings, method, model, fmt, procs)  # one to train on for each stage
+    # One set to train on for each stage; what was broken is listed once the directory is this run's.
+    train_sets, val_set, unlisted = open_data(settings, method, model, fmt, procs)
     pad = model.tokenizer.pad_token_id
 
     # ------------------------------------------------------------------------------------------------- optimiser
@@ -152,7 +153,8 @@ def main(argv=None):
             good = checkpoint.newest(run, procs.print) if last_saved is not None else None
             raise UserError(f"update {step}: loss {float(logged['loss'])} or gradient norm {float(norm)} is not finite; stopped before the update, "
                             f"the last good checkpoint is {good or 'none'}")
-        # Only now, with a first update that works on all ranks, is the directory this run's: what fails earlier leaves an older run whole.
+        # Only now, with a first update that works on all ranks, does the directory become this run's:
+        # whatever fails before leaves an older run whole.
         if not begun and procs.is_first:
             log, board = begin(run, step, settings, procs)
         begun = True
@@ -207,7 +209,10 @@ def main(argv=None):
 
 
 def open_data(settings, method, model, fmt, procs):
-    """Settings -> (training Examples of each stage, validation Examples or None, messages of the broken records), with what was dropped reported."""
+    """Settings -> (training Examples of each stage, validation Examples or None, messages of broken records).
+
+    What was dropped is printed.
+    """
     stages, root = settings.stages, settings.image_root
     train, val = [stage.data or settings.data for stage in stages], settings.val_data
     if not all(train):
@@ -238,7 +243,8 @@ def open_data(settings, method, model, fmt, procs):
         return data.Examples(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, corruption,
                              settings.seed + (split == "val"), settings.on_bad_record == "skip" and split == "train", copies=fmt.copies, extras=method.extras)
 
-    return [examples("train", path, i) for i, path in enumerate(train)], examples("val", val, len(stages) - 1) if val else None, problems
+    train_sets = [examples("train", path, i) for i, path in enumerate(train)]
+    return train_sets, examples("val", val, len(stages) - 1) if val else None, problems
 
 
 def holds_a_run(run):
@@ -252,11 +258,15 @@ def check_overwrite(run, settings):
     read += [("data", stage.data) for stage in settings.stages]
     for name, path in read:
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(run.resolve()):
-            raise UserError(f"--overwrite would delete --{name} {path}, which lies in {run}; move it, or name another --output")
+            raise UserError(f"--overwrite would delete --{name} {path}, which lies in {run}; "
+                            "move it, or name another --output")
 
 
 def begin(run, step, settings, procs):
-    """Makes the directory that of this run, from update `step` on; an older run in it goes -> (its open log, a SummaryWriter or None). On rank 0."""
+    """On rank 0, makes the directory this run's, from update `step` on -> (open log, SummaryWriter or None).
+
+    With --overwrite an older run in it is deleted here, and nowhere else.
+    """
     path = run / "metrics.jsonl"
     if settings.resume and path.exists():  # what was logged after the checkpoint happens again
         kept = [x for x in logged_lines(path) if x["step"] <= step]
@@ -264,7 +274,8 @@ def begin(run, step, settings, procs):
     elif not settings.resume and holds_a_run(run):
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(asdict(settings) | {"versions": versions(), "world": procs.world}, indent=1) + "\n")
+    saved = asdict(settings) | {"versions": versions(), "world": procs.world}
+    (run / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
     return open(path, "a"), summary_writer()(run / "tensorboard") if settings.tensorboard else None
 
 
@@ -288,7 +299,8 @@ def report_bad(batch, count, step, settings, procs):
     broken = procs.gather(batch["bad"])
     seen = (step + 1) * settings.batch_size * settings.accumulation * procs.world
     if count + len(broken) > max(1, 0.01 * seen):
-        raise UserError(f"{count + len(broken)} of {seen} records were broken, more than 1 %; the last: {broken[-1]}")
+        raise UserError(f"{count + len(broken)} of {seen} records were broken, more than 1 %; "
+                        f"the last: {broken[-1]}")
     return broken
 
 

@@ -464,7 +464,9 @@ LOOP = [
           IN_TRAIN + "overwrite_starts_anew"),
     Break("train-begins-before-the-first-update", "crystal/train.py",
           '        logged, tokens = {}, 0\n',
-          '        if not begun and procs.is_first:\n            log, board = begin(run, step, settings, procs)\n        begun, logged, tokens = True, {}, 0\n',
+          "        if not begun and procs.is_first:\n"
+          "            log, board = begin(run, step, settings, procs)\n"
+          "        begun, logged, tokens = True, {}, 0\n",
           "A first batch that fails costs the old run.",
           IN_TRAIN + "a_crash_in_the_first_update_leaves_the_old_run_whole"),
     Break("train-infinite-gradients-pass", "crystal/train.py",
@@ -498,8 +500,8 @@ LOOP = [
           "A flipped bit is trained on.",
           IN_CHECKPOINT + "a_flipped_byte_is_named_and_the_checkpoint_before_is_chosen"),
     Break("checkpoint-load-without-looking", "crystal/checkpoint.py",
-          '    problems = verify(directory)\n    if problems:\n        raise CheckpointError(f"{directory}: {',
-          '    problems = []\n    if problems:\n        raise CheckpointError(f"{directory}: {',
+          "    problems = verify(directory)\n    if problems:\n        raise",
+          "    problems = []\n    if problems:\n        raise",
           "A damaged checkpoint is read.",
           IN_CHECKPOINT + "a_flipped_byte_is_named_and_the_checkpoint_before_is_chosen"),
     Break("checkpoint-newest-is-the-oldest", "crystal/checkpoint.py",

@@ -1,10 +1,11 @@
 """The training loop against twenty lines of plain PyTorch.
 
-`plain_loop` below is the right value: torch's AdamW, a schedule, a clipping and a copy of the token rows written out here, over
-the same batches. Of crystal it takes what a record looks like in a batch and what a method's terms are (both are held by tests
-of their own), and nothing of the loop: the order of the records, the stages, the weights and the seeds of dropout stand here as
-numbers and formulas. train.py must then log the same losses and leave the same weights, to the bit; on two processes, whose
-gradients are summed in another order, within TOLERANCE.
+`plain_loop` below is the right value: torch's AdamW, a schedule, a clipping and a copy of the token rows
+written out here, over the same batches. Of crystal it takes what a record looks like in a batch and what a
+method's terms are (both are held by tests of their own), and nothing of the loop: the order of the records,
+the stages, the weights and the seeds of dropout stand here as numbers and formulas. train.py must then log
+the same losses and leave the same weights, to the bit; on two processes, which sum in another order, within
+TOLERANCE.
 
 Run as a script, this file is one of those two processes.
 """
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,14 +35,15 @@ UPDATES = 6
 TOLERANCE = 1e-6  # between one process and two, in float64
 
 
-# ---- three files of records, unlike each other in length, pictures and number -----------------------------------------
+# ---- three files of records, unlike each other in length, pictures and number ------------------------------
 
 TALK = {  # file: [(question, answer, sizes of its pictures, thoughts)]
     "train": [("What colour is the star?", "red", [(112, 84)], ["I look.", "It is red."]),
               ("How many rings are there in the picture?", "3", [(56, 56)], ["I count."]),
-              ("Which is nearer to the cross, the ring or the heart?", "the heart is nearer", [(84, 112), (56, 84)], []),
+              ("Which is nearer to the cross, the ring or the heart?", "the heart is nearer",
+               [(84, 112), (56, 84)], []),
               ("Is it night?", "no", [(84, 56)], ["The sky is bright.", "So it is day."]),
-              ("What stands left of the tree, seen from the door?", "a bench", [(56, 112)], ["I look left."])],
+              ("What stands left of the tree?", "a bench", [(56, 112)], ["I look left."])],
     "second": [("Where is the cat?", "on the roof", [(56, 84)], ["I search."]),
                ("What is it made of?", "wood and some iron", [(112, 56)], ["I see grain."]),
                ("How far is the moon?", "far", [(84, 84)], [])],
@@ -64,18 +66,20 @@ def files(tmp_path_factory):
                 pictures.append(f"{name}{i}_{n}.png")
                 coarse = random.integers(0, 256, (height // 7, width // 7, 3), dtype=np.uint8)
                 Image.fromarray(coarse).resize((width, height)).save(root / pictures[-1])
-            talk = [{"from": "human", "value": "<image>\n" * len(sizes) + question}, {"from": "gpt", "value": answer}]
-            lines.append(json.dumps({"id": f"{name}{i}", "images": pictures, "conversations": talk, "cot": cot}))
+            asked = "<image>\n" * len(sizes) + question
+            talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+            record = {"id": f"{name}{i}", "images": pictures, "conversations": talk, "cot": cot}
+            lines.append(json.dumps(record))
         paths[name] = root / f"{name}.jsonl"
         paths[name].write_text("\n".join(lines) + "\n")
     return paths
 
 
-# ---- the twenty lines --------------------------------------------------------------------------------------------------
+# ---- the twenty lines --------------------------------------------------------------------------------------
 
 @dataclass
 class Part:
-    """A stage of the run: updates start to stop (not included), peak rate, updates of its warm-up, the file it reads."""
+    """A stage: its updates (stop is not one), its peak rate, updates that warm up, the file that it reads."""
     start: int
     stop: int
     peak: float
@@ -86,7 +90,7 @@ class Part:
 @dataclass
 class Case:
     """What the flags of a run mean, as numbers that `plain_loop` reads."""
-    flags: list
+    flags: str
     stages: list
     weights: dict                    # of every term that trains; a term that is not here is watched
     batch: int = 2
@@ -114,7 +118,7 @@ def mixed(*numbers):
 
 
 def records_of(first, count, size, seed):
-    """[(epoch, index)] of `count` records from place `first` on, in an endless row of shuffles of `size` records."""
+    """[(epoch, index)] of `count` records from place `first` on, in an endless row of shuffles of `size`."""
     found = []
     for place in range(first, first + count):
         epoch = place // size
@@ -150,7 +154,8 @@ def plain_loop(case, argv, files):
         def layout(record, image_tokens):
             return method.layout(fmt, record, image_tokens, number)
         records = data.read(files[name])[0]
-        return data.Examples(records, layout, model.image_processor, case.corruption, seed, copies=fmt.copies, extras=method.extras)
+        more = {"copies": fmt.copies, "extras": method.extras}
+        return data.Examples(records, layout, model.image_processor, case.corruption, seed, **more)
 
     sets = [examples(stage.file, number, case.seed) for number, stage in enumerate(case.stages)]
     for step in range(UPDATES):
@@ -168,7 +173,7 @@ def plain_loop(case, argv, files):
                 torch.manual_seed(mixed(case.seed, step, part, rank))
                 with torch.autocast("cpu", torch.bfloat16) if case.narrow else nullcontext():
                     terms = method.losses(model, batch, progress)
-                    loss = sum(case.weights[name] * value for name, value in terms.items() if name in case.weights)
+                    loss = sum(case.weights[name] * terms[name] for name in terms if name in case.weights)
                 (loss / parts).backward()
                 for name, value in {"loss": loss, **terms}.items():
                     means[name] = means.get(name, 0.0) + float(value.detach()) / parts
@@ -183,15 +188,17 @@ def plain_loop(case, argv, files):
         optimizer.step()
         optimizer.zero_grad()
         follow(model)
-        log.append({"step": step + 1, **means, "lr": peak, "grad_norm": float(norm), "tokens_per_s": float(tokens)})
+        counted = {"lr": peak, "grad_norm": float(norm), "tokens_per_s": float(tokens)}
+        log.append({"step": step + 1, **means, **counted})
         if step + 1 in case.validated:
-            log.append({"step": step + 1, **validation(case, whole, method, examples("val", len(case.stages) - 1, case.seed + 1), pad)})
+            held_out = examples("val", len(case.stages) - 1, case.seed + 1)
+            log.append({"step": step + 1, **validation(case, whole, method, held_out, pad)})
     return log, trained, model
 
 
 @torch.no_grad()
 def follow(model):
-    """The vocabulary's rows of the new tokens become what was trained in their place; an untied head has its own."""
+    """The vocabulary's new rows become what was trained in their place; an untied head has its own."""
     if model.rows is not None:
         model.hf.get_input_embeddings().weight[model.rows.ids] = model.rows.rows.to(model.hf.dtype)
         if model.hf.lm_head.weight is not model.hf.get_input_embeddings().weight:
@@ -200,7 +207,7 @@ def follow(model):
 
 @torch.no_grad()
 def validation(case, whole, method, examples, pad):
-    """The means over the validation records, each alone in its batch, seen as at the end of the run, without dropout."""
+    """Means over the validation records, each alone in its batch, as at the run's end, without dropout."""
     whole.eval()
     means, end = {}, Progress(UPDATES, len(case.stages) - 1, 1.0, 1.0)
     for index in range(len(examples)):
@@ -212,7 +219,7 @@ def validation(case, whole, method, examples, pad):
     return means
 
 
-# ---- the runs ----------------------------------------------------------------------------------------------------------
+# ---- the runs ----------------------------------------------------------------------------------------------
 
 OWN = """from dataclasses import dataclass
 from crystal import config
@@ -239,40 +246,38 @@ BLUR = ("blur", 2.0, 5.0)
 ONES = {"ce_int": 1.0, "ce_cor": 1.0, "kl": 1.0, "attn": 1.0}
 
 CASES = {
-    # Adapters with dropout; weights unlike each other; a clip that is always reached; rows at three times the rate; validation.
-    "lora": Case(["--lora_dropout", "0.2", "--lr", "1e-2", "--lr_rows", "3", "--weight_decay", "0.5", "--warmup", "0.5",
-                  "--clip", "0.05", "--w_ce_int", "0.75", "--w_ce_cor", "0.25", "--w_kl", "2", "--w_attn", "0.5",
-                  "--eval_every", "2"],
-                 [Part(0, 6, 1e-2, 3)], {"ce_int": 0.75, "ce_cor": 0.25, "kl": 2.0, "attn": 0.5}, clip=0.05, decay=0.5, rows=3.0,
-                 corruption=BLUR, validated=[2, 4, 6]),
-    # Every weight in float32, computed in bfloat16 and once more in the backward pass; three parts; a clip out of reach.
-    "full": Case(["--tune", "full", "--dtype", "bfloat16", "--checkpointing", "--accumulation", "3", "--lr", "2e-3",
-                  "--weight_decay", "0.3", "--decay", "linear", "--warmup", "0.3", "--clip", "1000", "--corruption", "noise"],
+    # Adapters with dropout; unlike weights; a clip that is always reached; rows at three times the rate.
+    "lora": Case("--lora_dropout 0.2 --lr 1e-2 --lr_rows 3 --weight_decay 0.5 --warmup 0.5 --clip 0.05 "
+                 "--w_ce_int 0.75 --w_ce_cor 0.25 --w_kl 2 --w_attn 0.5 --eval_every 2",
+                 [Part(0, 6, 1e-2, 3)], {"ce_int": 0.75, "ce_cor": 0.25, "kl": 2.0, "attn": 0.5}, clip=0.05,
+                 decay=0.5, rows=3.0, corruption=BLUR, validated=[2, 4, 6]),
+    # Every weight in float32, computed in bfloat16 and recomputed; three parts; a clip out of reach.
+    "full": Case("--tune full --dtype bfloat16 --checkpointing --accumulation 3 --lr 2e-3 --weight_decay 0.3 "
+                 "--decay linear --warmup 0.3 --clip 1000 --corruption noise",
                  [Part(0, 6, 2e-3, 2)], ONES, accumulation=3, clip=1000.0, decay=0.3, line=True, narrow=True,
                  corruption=("noise", 15.0, 50.0)),
     # Nothing but the rows, which have a head of their own; one record at a time.
-    "rows": Case(["--tune", "rows", "--batch_size", "1", "--lr", "1e-2", "--lr_rows", "0.5", "--weight_decay", "0.9",
-                  "--warmup", "0"],
+    "rows": Case("--tune rows --batch_size 1 --lr 1e-2 --lr_rows 0.5 --weight_decay 0.9 --warmup 0",
                  [Part(0, 6, 1e-2, 0)], ONES, batch=1, rows=0.5, corruption=BLUR, untied=True),
-    # Two stages that differ in what sees what; frozen weights in bfloat16, adapters in float32.
-    "livr": Case(["--method", "livr", "--masked", "0.6", "--lora_dropout", "0.1", "--accumulation", "3", "--batch_size", "1",
-                  "--lr", "1e-2", "--weight_decay", "0.2", "--warmup", "0.5", "--dtype", "bfloat16", "--lora_on",
-                  "language,vision,merger", "--eval_every", "3"],
-                 [Part(0, 4, 1e-2, 2), Part(4, 6, 1e-2, 1)], {"ce": 1.0}, batch=1, accumulation=3, decay=0.2, dtype=torch.bfloat16,
-                 validated=[3, 6]),
+    # Two stages that differ in who sees what; frozen weights in bfloat16, adapters in float32, in every part.
+    "livr": Case("--method livr --masked 0.6 --lora_dropout 0.1 --accumulation 3 --batch_size 1 --lr 1e-2 "
+                 "--weight_decay 0.2 --warmup 0.5 --dtype bfloat16 --lora_on language,vision,merger "
+                 "--eval_every 3",
+                 [Part(0, 4, 1e-2, 2), Part(4, 6, 1e-2, 1)], {"ce": 1.0}, batch=1, accumulation=3, decay=0.2,
+                 dtype=torch.bfloat16, validated=[3, 6]),
     # Two stages of unlike rates and layouts; heads beside the model; validation sees the last stage.
-    "valr": Case(["--method", "valr", "--encoders", "own", "--first_share", "0.34", "--lr", "1e-3", "--lr_latents", "4e-3",
-                  "--weight_decay", "0.4", "--w_repa", "0.25", "--warmup", "0.25", "--clip", "2", "--eval_every", "6"],
+    "valr": Case("--method valr --encoders own --first_share 0.34 --lr 1e-3 --lr_latents 4e-3 "
+                 "--weight_decay 0.4 --w_repa 0.25 --warmup 0.25 --clip 2 --eval_every 6",
                  [Part(0, 2, 1e-3, 1), Part(2, 6, 4e-3, 1)], {"ce": 1.0, "repa": 0.25}, clip=2.0, decay=0.4,
                  validated=[6]),
-    # A gate that follows the whole run, no matter how its stages stand.
-    "lavit": Case(["--method", "lavit", "--w_gaze", "0", "--w_semantics", "0", "--gate_warmup", "0.9", "--lr", "1e-3",
-                   "--batch_size", "2", "--tune", "full", "--warmup", "0.2", "--eval_every", "4"],
+    # A gate that follows the whole run.
+    "lavit": Case("--method lavit --w_gaze 0 --w_semantics 0 --gate_warmup 0.9 --lr 1e-3 --tune full "
+                  "--warmup 0.2 --eval_every 4",
                   [Part(0, 6, 1e-3, 2)], {"ce": 1.0}, decay=0.0, line=True, validated=[4, 6]),
-    # A method of one's own: a file for each stage, a weight for some terms (1 for the rest), one that is watched.
-    "own": Case(["--method", "OWN", "--second", "SECOND", "--lr", "1e-2", "--batch_size", "3", "--lora_dropout", "0.1"],
-                [Part(0, 3, 1e-2, 1), Part(3, 6, 2.5e-3, 1, "second")], {"ce_int": 0.5, "ce_cor": 1.0, "attn": 3.0}, batch=3,
-                corruption=BLUR)}
+    # A method of one's own: a file for each stage, a weight for some terms, one more that is watched.
+    "own": Case("--method OWN --second SECOND --lr 1e-2 --batch_size 3 --lora_dropout 0.1",
+                [Part(0, 3, 1e-2, 1), Part(3, 6, 2.5e-3, 1, "second")],
+                {"ce_int": 0.5, "ce_cor": 1.0, "attn": 3.0}, batch=3, corruption=BLUR)}
 
 # The rates of some of them, by hand, in multiples of the peak: an angle of 60 degrees has a cosine of a half.
 RATES = {"lora": [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4],
@@ -283,16 +288,17 @@ RATES = {"lora": [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4],
          "own": [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8]}
 CLIPPED = {"lora": True, "full": False}  # at every update, or at none
 
-# For two processes: dropout, so that each must draw its own; shares of validation that are unlike (records 1, 2, 5 and 3, 4).
+# For two processes: dropout, of which each must draw its own; shares of the validation that are unlike, since
+# five records in batches of two are 1, 2 and 5 for the first process, 3 and 4 for the second.
 TWO = {
-    "two": Case(["--dtype", "float64", "--batch_size", "1", "--accumulation", "2", "--lora_dropout", "0.3", "--lr", "1e-2",
-                 "--lr_rows", "2", "--clip", "0.1", "--warmup", "0.3"],
-                [Part(0, 6, 1e-2, 2)], ONES, batch=1, accumulation=2, clip=0.1, rows=2.0, dtype=torch.float64, corruption=BLUR,
-                world=2),
-    "stages": Case(["--method", "livr", "--dtype", "float64", "--batch_size", "2", "--lora_dropout", "0.2", "--lr", "1e-2",
-                    "--masked", "0.5", "--eval_every", "2", "--weight_decay", "0.3"],
-                   [Part(0, 3, 1e-2, 1), Part(3, 6, 1e-2, 1)], {"ce": 1.0}, decay=0.3, dtype=torch.float64, validated=[2, 4, 6],
-                   world=2)}
+    "two": Case("--dtype float64 --batch_size 1 --accumulation 2 --lora_dropout 0.3 --lr 1e-2 --lr_rows 2 "
+                "--clip 0.1 --warmup 0.3",
+                [Part(0, 6, 1e-2, 2)], ONES, batch=1, accumulation=2, clip=0.1, rows=2.0, dtype=torch.float64,
+                corruption=BLUR, world=2),
+    "stages": Case("--method livr --dtype float64 --batch_size 2 --lora_dropout 0.2 --lr 1e-2 --masked 0.5 "
+                   "--eval_every 2 --weight_decay 0.3",
+                   [Part(0, 3, 1e-2, 1), Part(3, 6, 1e-2, 1)], {"ce": 1.0}, decay=0.3, dtype=torch.float64,
+                   validated=[2, 4, 6], world=2)}
 
 
 @pytest.fixture
@@ -302,15 +308,16 @@ def arguments(model_dirs, files, tmp_path):
     names = {"OWN": str(tmp_path / "own.py"), "SECOND": str(files["second"])}
 
     def make(case):
-        argv = ["--model", str(model_dirs[not case.untied]), "--data", str(files["train"]), "--val_data", str(files["val"]),
-                "--output", str(tmp_path / "run"), "--latents", "3", "--lora_r", "2", "--seed", str(case.seed), "--device", "cpu",
-                "--max_steps", str(UPDATES), "--batch_size", "2", "--eval_every", "0", "--log_every", "100"]
-        return argv + [names.get(flag, flag) for flag in case.flags]
+        fixed = (f"--max_steps {UPDATES} --batch_size 2 --eval_every 0 --log_every 100 --latents 3 "
+                 f"--lora_r 2 --seed {case.seed} --device cpu")
+        argv = ["--model", str(model_dirs[not case.untied]), "--data", str(files["train"]),
+                "--val_data", str(files["val"]), "--output", str(tmp_path / "run"), *fixed.split()]
+        return argv + [names.get(flag, flag) for flag in case.flags.split()]
     return make
 
 
 def one_second_each():
-    """A clock that says a second more each time it is asked: what is counted per second is then what was counted."""
+    """A clock that is a second later each time it is asked: what is told per second is what was counted."""
     seconds = iter(range(10**6))
     return SimpleNamespace(perf_counter=lambda: float(next(seconds)))
 
@@ -320,7 +327,7 @@ def logged(run):
 
 
 def same_log(lines, wanted, **tolerance):
-    """Every number of every line of a log; to the bit, or within a tolerance. How much memory there was is the machine's."""
+    """Every number of every line of a log, to the bit or within a tolerance. Memory is the machine's."""
     assert len(lines) == len(wanted)
     for line, right in zip(lines, wanted):
         line.pop("peak_memory_gb", None)
@@ -349,7 +356,8 @@ def test_six_updates_equal_the_plain_loop_to_the_bit(name, arguments, files, tmp
     same_log(logged(run), log)
     updates = [line for line in logged(run) if "lr" in line]
     if name in RATES:
-        assert [line["lr"] for line in updates] == pytest.approx([case.stages[0].peak * x for x in RATES[name]])
+        rates = [case.stages[0].peak * share for share in RATES[name]]
+        assert [line["lr"] for line in updates] == pytest.approx(rates)
     if name in CLIPPED:
         assert all((line["grad_norm"] > case.clip) == CLIPPED[name] for line in updates)
     saved = load_file(run / "checkpoints" / f"step-{UPDATES}" / "trainable.safetensors")
@@ -361,7 +369,7 @@ def test_six_updates_equal_the_plain_loop_to_the_bit(name, arguments, files, tmp
 
 
 def test_the_records_of_two_seeds_by_hand():
-    """What `records_of` says above, written out: each epoch is a shuffle of all five, and no two are alike."""
+    """What `records_of` says, written out: each epoch is a shuffle of all five, and no two are alike."""
     streams = [records_of(0, 15, 5, seed) for seed in (4, 5)]
     assert [index for _, index in streams[0]] == [0, 4, 1, 2, 3, 0, 4, 2, 3, 1, 3, 0, 4, 1, 2]
     assert [index for _, index in streams[1]] == [3, 1, 0, 2, 4, 0, 4, 3, 2, 1, 3, 4, 2, 0, 1]
@@ -369,21 +377,22 @@ def test_the_records_of_two_seeds_by_hand():
         assert [epoch for epoch, _ in stream] == [0] * 5 + [1] * 5 + [2] * 5
 
 
-# ---- two processes -----------------------------------------------------------------------------------------------------
+# ---- two processes -----------------------------------------------------------------------------------------
 
 def test_two_processes_equal_the_plain_loop(arguments, files, tmp_path):
-    """Ranks draw dropout of their own, share an update's records and the validation's, and average what they have."""
+    """Ranks draw dropout of their own, share an update's records and the validation's, and average."""
     runs = {name: [*arguments(case), "--output", str(tmp_path / name)] for name, case in TWO.items()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    named = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": str(ROOT)}
+    named = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = []
     for rank in ("0", "1"):
         command = [sys.executable, __file__, json.dumps(list(runs.values()))]
-        ranks.append(subprocess.Popen(command, env=os.environ | named | {"RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT,
-                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        environment = os.environ | named | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.PIPE, text=True))
     try:
         errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:

@@ -325,23 +325,27 @@ def test_a_launch_from_a_shell_takes_one_thread_each(monkeypatch):
 
 
 def described(monkeypatch, **names):
-    """The environment of a process of a run, without any group: what torch would be asked for is recorded, not done."""
+    """The environment of a process of a run; what torch is asked for is recorded, not done."""
     asked = {}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+    for name in (*RUN, "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: asked.update(threads=n))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, **named: asked.update(named))
     return asked
 
 
 RUN = {"WORLD_SIZE": "6", "RANK": "5", "LOCAL_RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
-@pytest.mark.parametrize("more, threads", [({}, 4), ({"LOCAL_WORLD_SIZE": "3"}, 8), ({"OMP_NUM_THREADS": "5"}, None),
-                                           ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}, 12)])
+BY_TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}
+HERE = {"LOCAL_WORLD_SIZE": "3"}
+
+
+@pytest.mark.parametrize("more, threads", [({}, 4), (HERE, 8), ({"OMP_NUM_THREADS": "5"}, None),
+                                           (BY_TORCHRUN, 12)])
 def test_a_process_takes_its_share_of_this_machines_cores(monkeypatch, more, threads):
     """24 cores over the processes here; where the launcher does not say how many those are, all of them."""
     asked = described(monkeypatch, **RUN, **more)
@@ -355,7 +359,7 @@ def test_one_process_takes_all_cores_and_reads_no_rank(monkeypatch):
     assert start("cpu") == Processes() and asked == {"threads": 24}
 
 
-@pytest.mark.parametrize("device, names, index", [("cuda", RUN | {"LOCAL_WORLD_SIZE": "3"}, 2), ("cuda:1", RUN | {"LOCAL_WORLD_SIZE": "3"}, 2),
+@pytest.mark.parametrize("device, names, index", [("cuda", RUN | HERE, 2), ("cuda:1", RUN | HERE, 2),
                                                   ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1)])
 def test_which_gpu_is_whose(monkeypatch, device, names, index):
     """Of several processes each has the one of its number on this machine; one alone may choose."""
@@ -368,8 +372,10 @@ def test_which_gpu_is_whose(monkeypatch, device, names, index):
 
 
 @pytest.mark.parametrize("device, names, told", [
-    ("cuda:3", {}, "--device cuda:3: this machine has 3 CUDA"), ("meta", RUN, "--device meta: several processes run on cuda or cpu"),
-    ("cuda", RUN, r"6 process\(es\) on this machine but 3"), ("cpu", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR or MASTER_PORT")])
+    ("cuda:3", {}, "--device cuda:3: this machine has 3 CUDA"),
+    ("meta", RUN, "--device meta: several processes run on cuda or cpu"),
+    ("cuda", RUN, r"6 process\(es\) on this machine but 3"),
+    ("cpu", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR or MASTER_PORT")])
 def test_devices_that_there_are_not(monkeypatch, device, names, told):
     described(monkeypatch, **names)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,7 +1,8 @@
-"""The command: schedule, logs, vocabulary rows, what is saved when, resume, overwriting, bad records, signals, non-finite losses.
+"""The command: schedule, logs, token rows, what is saved when, resume, overwriting, broken records, signals.
 
-The updates themselves are compared with a plain loop in test_loop.py. Right values here are counted or written out by hand: a
-validation that returns what the test says, a method whose loss is known, a checkpoint made by hand, a rank that is pretended.
+The updates themselves are compared with a plain loop in test_loop.py. Right values here are counted or
+written out by hand: a validation that returns what the test says, a method whose loss is known, a checkpoint
+made by hand, a rank that is pretended.
 """
 import copy
 import json
@@ -180,25 +181,28 @@ class Method(sft.Method):
     tokens = ["<|new|>"]
 
     def losses(self, model, batch, progress):
-        seen = {"record": batch["input_ids"].double().sum(), "corrupted": batch["pixel_values_cor"].double().sum(),
-                "drawn": torch.rand((), dtype=torch.float64)}
+        seen = {"record": batch["input_ids"].double().sum(), "drawn": torch.rand((), dtype=torch.float64),
+                "corrupted": batch["pixel_values_cor"].double().sum()}
         return super().losses(model, batch, progress) | seen
 """
 
 
 def test_seed_fixes_a_run_and_each_thing_that_is_drawn_follows_it(flags, records_file, tmp_path):
-    """Order, corruption, dropout's stream, first adapters and first rows: alone each is the same for a seed, and another for another."""
+    """Order, corruption, dropout's stream, first adapters, first rows: each alone is the same for a seed, and
+    another for another."""
     (tmp_path / "draws.py").write_text(DRAWS)
     one = records_file.parent / "one.jsonl"
     one.write_text(records_file.read_text().splitlines()[0] + "\n")
     found = []
     for i, seed in enumerate((1, 1, 2)):
-        more = ["--method", str(tmp_path / "draws.py"), "--seed", str(seed), "--max_steps", "6", "--batch_size", "1", "--lr", "1e-30"]
+        steps = f"--seed {seed} --max_steps 6 --batch_size 1 --lr 1e-30"
+        more = ["--method", str(tmp_path / "draws.py"), *steps.split()]
         order = metrics(train.main(flags(f"order{i}", *more)))
         alone = train.main(flags(f"alone{i}", *more, "--data", str(one)))  # with one record there is no order
         first = weights(alone, 6)
         lines = metrics(alone)
-        assert len({x["corrupted"] for x in lines}) == len({x["drawn"] for x in lines}) == 6  # every update draws anew
+        for name in ("corrupted", "drawn"):  # every update draws anew
+            assert len({x[name] for x in lines}) == 6
         found.append({"order": [x["record"] for x in order], "corruption": [x["corrupted"] for x in lines],
                       "dropout": [x["drawn"] for x in lines], "rows": first["model.rows.rows"].tolist(),
                       "adapters": [w.tolist() for n, w in first.items() if "lora_A" in n]})
@@ -353,7 +357,8 @@ def test_a_stage_has_its_own_data_and_layout(flags, records_file, tmp_path):
         train.main(flags("x", *more, "--second", "nowhere.jsonl"))
 
 
-# ---- --overwrite, and what fails before anything is written -----------------------------------------------------------
+# ---- --overwrite, and what fails before anything is written ------------------------------------------------
+
 
 def contents(run):
     return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -392,16 +397,24 @@ def spoilt(started, records_file, tmp_path):
     (folder / "not_json.jsonl").write_text("\n".join([*lines, "{oops"]))
     for picture in folder.glob("*.png"):
         picture.write_text("not a picture")
-    (tmp_path / "nan.py").write_text("from crystal.methods import sft\n\n\nclass Method(sft.Method):\n"
-                                     "    def losses(self, model, batch, progress):\n"
-                                     "        return {'ce': super().losses(model, batch, progress)['ce'] * float('nan')}\n")
+    (tmp_path / "nan.py").write_text(
+        "from crystal.methods import sft\n\n\nclass Method(sft.Method):\n"
+        "    def losses(self, model, batch, progress):\n"
+        "        return {'ce': super().losses(model, batch, progress)['ce'] * float('nan')}\n"
+    )
     (started / "inside.jsonl").write_text("\n".join(lines))
-    return {"NOT_JSON": str(folder / "not_json.jsonl"), "NO_PICTURE": str(folder / "train.jsonl"), "NAN": str(tmp_path / "nan.py"),
-            "INSIDE": str(started / "inside.jsonl")}
+    return {
+        "NOT_JSON": str(folder / "not_json.jsonl"),
+        "NO_PICTURE": str(folder / "train.jsonl"),
+        "NAN": str(tmp_path / "nan.py"),
+        "INSIDE": str(started / "inside.jsonl"),
+    }
 
 
-def test_overwrite_deletes_nothing_for_a_run_that_fails_before_its_first_update(flags, started, spoilt, records_file, monkeypatch):
-    """Whatever fails, in the flags, in the files or in the first batch itself, fails while the old run is whole."""
+def test_overwrite_deletes_nothing_for_a_run_that_fails_before_its_first_update(
+    flags, started, spoilt, records_file, monkeypatch
+):
+    """Whatever fails, in flags, in files or in the first batch itself, fails while the old run is whole."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where the package is missing
     before = contents(started)
     assert {"metrics.jsonl", "config.json"} <= {str(path) for path in before}
@@ -415,6 +428,7 @@ def test_overwrite_deletes_nothing_for_a_run_that_fails_before_its_first_update(
 
 def test_a_crash_in_the_first_update_leaves_the_old_run_whole(flags, started, monkeypatch):
     """Not a user's mistake: a method that breaks, or too little memory."""
+
     def crash(*_):
         raise torch.OutOfMemoryError("no memory")
 
@@ -436,10 +450,14 @@ def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
     lines = records_file.read_text().splitlines()
     bad = records_file.parent / "one_bad.jsonl"
     bad.write_text("\n".join(lines * 40 + ["{oops"]))
-    run = train.main(flags("kept", "--max_steps", "1", "--overwrite", "--data", str(bad), "--on_bad_record", "skip"))
+    run = train.main(
+        flags("kept", "--max_steps", "1", "--overwrite", "--data", str(bad), "--on_bad_record", "skip")
+    )
     assert run == started
-    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl"}
-    assert [x["step"] for x in metrics(run)] == [1] and [d.name for d in (run / "checkpoints").iterdir()] == ["step-1"]
+    names = {path.name for path in run.iterdir()}
+    assert names == {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl"}
+    assert [x["step"] for x in metrics(run)] == [1]
+    assert [directory.name for directory in (run / "checkpoints").iterdir()] == ["step-1"]
     assert json.loads((run / "config.json").read_text())["data"] == str(bad)
     listed = [json.loads(line)["problem"] for line in (run / "bad_records.jsonl").read_text().splitlines()]
     assert len(listed) == 1 and "one_bad.jsonl:121" in listed[0]
@@ -452,7 +470,8 @@ def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
         train.main(flags("kept", "--max_steps", "1"))
 
 
-# ---- what is validated, saved, kept and printed when -------------------------------------------------------------------
+# ---- what is validated, saved, kept and printed when -------------------------------------------------------
+
 
 def scripted(monkeypatch, *measured):
     """From now on every validation returns the next of these."""
@@ -460,8 +479,11 @@ def scripted(monkeypatch, *measured):
     monkeypatch.setattr(train, "validate", lambda *_: next(turns))
 
 
-def test_the_best_checkpoint_is_that_of_the_least_cross_entropy_and_a_resume_remembers_it(flags, records_file, monkeypatch, capsys):
-    more = ("--method", "sft", "--val_data", str(records_file), "--max_steps", "5", "--save_every", "4", "--keep", "9", "--eval_every", "1")
+def test_the_best_checkpoint_is_that_of_the_least_cross_entropy_and_a_resume_remembers_it(
+    flags, records_file, monkeypatch, capsys
+):
+    steps = "--max_steps 5 --save_every 4 --keep 9 --eval_every 1"
+    more = ("--method", "sft", "--val_data", str(records_file), *steps.split())
     values = (0.5, 0.2, 0.2, 0.9, 0.4)  # the second is the best; its equal comes later
     scripted(monkeypatch, *({"loss": -value, "ce": -1.0, "ce_int": value} for value in values))
     run = train.main(flags("best", *more))
@@ -483,35 +505,50 @@ def test_the_best_checkpoint_is_that_of_the_least_cross_entropy_and_a_resume_rem
     assert [x["step"] for x in metrics(run) if "val_loss" in x] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("measured, best", [([{"loss": 1.0, "ce": 3.0}, {"loss": 2.0, "ce": 2.5}], 2.5), ([{"loss": 2.0}, {"loss": 1.0}], 1.0)])
+@pytest.mark.parametrize(
+    "measured, best",
+    [([{"loss": 1.0, "ce": 3.0}, {"loss": 2.0, "ce": 2.5}], 2.5), ([{"loss": 2.0}, {"loss": 1.0}], 1.0)],
+)
 def test_the_best_of_a_method_without_an_intact_path(flags, records_file, monkeypatch, measured, best):
     """Its cross-entropy; where it has none, its loss."""
     scripted(monkeypatch, *measured)
-    run = train.main(flags("b", "--method", "sft", "--val_data", str(records_file), "--max_steps", "2", "--eval_every", "1"))
+    more = "--method sft --max_steps 2 --eval_every 1"
+    run = train.main(flags("b", "--val_data", str(records_file), *more.split()))
     assert checkpoint.best(run) == {"step": 2, "value": best, "metric": "val_ce"}
 
 
 def test_what_is_saved_validated_and_printed_when(flags, records_file, monkeypatch, capsys):
     """Every so many updates, and at the end."""
     scripted(monkeypatch, *({"loss": float(i)} for i in range(3)))
-    run = train.main(flags("when", "--method", "sft", "--val_data", str(records_file), "--max_steps", "7", "--eval_every", "3",
-                           "--save_every", "2", "--log_every", "4", "--keep", "2"))
+    steps = "--max_steps 7 --eval_every 3 --save_every 2 --log_every 4 --keep 2"
+    run = train.main(flags("when", "--method", "sft", "--val_data", str(records_file), *steps.split()))
     assert [x["step"] for x in metrics(run) if "val_loss" in x] == [3, 6, 7]
-    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {"step-3", "step-6", "step-7"}  # the best, the last two
+    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {
+        "step-3",
+        "step-6",
+        "step-7",
+    }  # the best, the last two
     out = capsys.readouterr().out
     assert re.findall(r"^step (\d)/7  loss", out, re.M) == ["4", "7"]
     assert re.findall(r"^step (\d)  validation", out, re.M) == ["3", "6", "7"]
-    never = train.main(flags("never", "--method", "sft", "--val_data", str(records_file), "--max_steps", "1"))  # --eval_every 0
+    more = "--method sft --max_steps 1 --eval_every 0"
+    never = train.main(flags("never", "--val_data", str(records_file), *more.split()))
     assert [list(x)[:2] for x in metrics(never)] == [["step", "loss"]]
 
 
 def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
-    """By value: after one update from zero, AdamW's moments are shares of the clipped gradient, and the step is 1."""
-    run = train.main(flags("one", "--max_steps", "1", "--tune", "rows", "--lr", "1e-3", "--warmup", "0", "--clip", "1e-3"))
+    """After one update from zero, AdamW's moments are shares of the clipped gradient, and the step is 1."""
+    run = train.main(flags("one", *"--max_steps 1 --tune rows --lr 1e-3 --warmup 0 --clip 1e-3".split()))
     files, state = checkpoint.load(checkpoint.step_dir(run, 1))
-    assert files.keys() == {"trainable.safetensors", "optimizer.safetensors"} and state.keys() == {"step", "settings", "pairs"}
+    assert files.keys() == {"trainable.safetensors", "optimizer.safetensors"} and state.keys() == {
+        "step",
+        "settings",
+        "pairs",
+    }
     assert files["trainable.safetensors"].keys() == {"model.rows.rows"}
-    moments = {name.removeprefix("model.rows.rows."): value for name, value in files["optimizer.safetensors"].items()}
+    moments = {
+        name.removeprefix("model.rows.rows."): value for name, value in files["optimizer.safetensors"].items()
+    }
     assert moments.keys() == {"exp_avg", "exp_avg_sq", "step"} and float(moments["step"]) == 1
     gradient = moments["exp_avg"] / 0.1
     assert float(gradient.norm()) == pytest.approx(1e-3, rel=1e-4)  # clipped
@@ -520,8 +557,15 @@ def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
     written = json.loads((run / "config.json").read_text())
     assert written["world"] == 1 and set(written) - set(state["settings"]) == {"versions", "world"}
     assert {name: written[name] for name in state["settings"]} == state["settings"]
-    assert state["settings"]["lr"] == 1e-3 and state["settings"]["tune"] == "rows" and state["settings"]["dtype"] == "float32"
-    assert written["versions"]["python"] == sys.version.split()[0] and written["versions"]["transformers"] == transformers.__version__
+    assert (
+        state["settings"]["lr"] == 1e-3
+        and state["settings"]["tune"] == "rows"
+        and state["settings"]["dtype"] == "float32"
+    )
+    assert (
+        written["versions"]["python"] == sys.version.split()[0]
+        and written["versions"]["transformers"] == transformers.__version__
+    )
 
 
 def test_versions_and_memory_are_those_of_this_process():
@@ -533,20 +577,44 @@ def test_versions_and_memory_are_those_of_this_process():
     assert before * unit / 1e9 <= told <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-@pytest.mark.parametrize("more, trained", [(("--tune", "rows"), 7 * 32), (("--tune", "rows", "--latents", "5"), 9 * 32)])
+@pytest.mark.parametrize(
+    "more, trained", [(("--tune", "rows"), 7 * 32), (("--tune", "rows", "--latents", "5"), 9 * 32)]
+)
 def test_how_much_trains_is_told(flags, more, trained, capsys):
     """Four tags and K latents, of 32 numbers each."""
     run = train.main(flags("count", "--max_steps", "1", *more))
-    told = re.search(r"([\d,]+) trainable of ([\d,]+) parameters, 1 process\(es\) on cpu, float32", capsys.readouterr().out)
-    base = sum(t.numel() for t in load_file(Path(json.loads((run / "config.json").read_text())["model"]) / "model.safetensors").values())
+    told = re.search(
+        r"([\d,]+) trainable of ([\d,]+) parameters, 1 process\(es\) on cpu, float32", capsys.readouterr().out
+    )
+    base = sum(
+        t.numel()
+        for t in load_file(
+            Path(json.loads((run / "config.json").read_text())["model"]) / "model.safetensors"
+        ).values()
+    )
     assert [int(number.replace(",", "")) for number in told.groups()] == [trained, base + trained]
 
 
-# ---- resume --------------------------------------------------------------------------------------------------------------
+# ---- resume ------------------------------------------------------------------------------------------------
 
 # A resume may set these anew, and nothing else.
-MAY_CHANGE = {"output", "batch_size", "accumulation", "device", "checkpointing", "workers", "on_bad_record", "eval_every", "eval_records",
-              "save_every", "keep", "log_every", "resume", "overwrite", "tensorboard"}
+MAY_CHANGE = {
+    "output",
+    "batch_size",
+    "accumulation",
+    "device",
+    "checkpointing",
+    "workers",
+    "on_bad_record",
+    "eval_every",
+    "eval_records",
+    "save_every",
+    "keep",
+    "log_every",
+    "resume",
+    "overwrite",
+    "tensorboard",
+}
 
 
 def another(value, choices):
@@ -563,27 +631,44 @@ def stored(tmp_path):
     """A checkpoint of two parameters by hand, after three updates -> what `restore` is given."""
     settings = CrystalSettings(batch_size=2, accumulation=3, output=str(tmp_path))
     saved = {"a": torch.full((2, 3), 0.5), "b": torch.full((4,), -2.0)}
-    moments = {f"{name}.{key}": torch.full_like(value, number) for name, value in saved.items() for key, number in (("exp_avg", 0.25), ("exp_avg_sq", 4.0))}
+    moments = {
+        f"{name}.{key}": torch.full_like(value, number)
+        for name, value in saved.items()
+        for key, number in (("exp_avg", 0.25), ("exp_avg_sq", 4.0))
+    }
     moments |= {f"{name}.step": torch.tensor(3.0) for name in saved}
-    directory = checkpoint.save(tmp_path, 3, {"trainable.safetensors": saved, "optimizer.safetensors": moments},
-                                {"step": 3, "settings": asdict(settings), "pairs": 12})
+    directory = checkpoint.save(
+        tmp_path,
+        3,
+        {"trainable.safetensors": saved, "optimizer.safetensors": moments},
+        {"step": 3, "settings": asdict(settings), "pairs": 12},
+    )
 
     def restore(settings, world=2):
         named = [(name, torch.nn.Parameter(torch.zeros_like(value))) for name, value in saved.items()]
         optimizer, updates = torch.optim.AdamW([p for _, p in named]), []
-        objective = SimpleNamespace(model=SimpleNamespace(after_update=lambda: updates.append(named[0][1].tolist()[0][0])))
+        objective = SimpleNamespace(
+            model=SimpleNamespace(after_update=lambda: updates.append(named[0][1].tolist()[0][0]))
+        )
         step = train.restore(directory, settings, objective, optimizer, named, Processes(world=world))
         return SimpleNamespace(step=step, named=dict(named), optimizer=optimizer, updates=updates)
+
     return SimpleNamespace(settings=settings, restore=restore)
 
 
 def test_restored_by_value(stored):
     found = stored.restore(stored.settings)
     assert found.step == 3 and found.updates == [0.5]  # the vocabulary follows, once the rows are back
-    assert torch.equal(found.named["a"], torch.full((2, 3), 0.5)) and torch.equal(found.named["b"], torch.full((4,), -2.0))
+    assert torch.equal(found.named["a"], torch.full((2, 3), 0.5)) and torch.equal(
+        found.named["b"], torch.full((4,), -2.0)
+    )
     for p in found.named.values():
         state = found.optimizer.state[p]
-        assert float(state["step"]) == 3 and bool((state["exp_avg"] == 0.25).all()) and bool((state["exp_avg_sq"] == 4.0).all())
+        assert (
+            float(state["step"]) == 3
+            and bool((state["exp_avg"] == 0.25).all())
+            and bool((state["exp_avg_sq"] == 4.0).all())
+        )
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(CrystalSettings)])
@@ -600,7 +685,10 @@ def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
             stored.restore(now)
 
 
-@pytest.mark.parametrize("batch, accumulation, world, pairs", [(2, 3, 2, 12), (1, 3, 4, 12), (12, 1, 1, 12), (2, 3, 1, 6), (2, 2, 2, 8), (1, 3, 2, 6)])
+@pytest.mark.parametrize(
+    "batch, accumulation, world, pairs",
+    [(2, 3, 2, 12), (1, 3, 4, 12), (12, 1, 1, 12), (2, 3, 1, 6), (2, 2, 2, 8), (1, 3, 2, 6)],
+)
 def test_a_resume_keeps_the_pairs_of_an_update(stored, batch, accumulation, world, pairs):
     now = replace(stored.settings, batch_size=batch, accumulation=accumulation)
     assert train.pairs(now, Processes(world=world)) == pairs
@@ -612,8 +700,9 @@ def test_a_resume_keeps_the_pairs_of_an_update(stored, batch, accumulation, worl
 
 
 def test_a_resume_in_the_middle_of_a_stage_and_an_epoch_may_split_its_updates_anew(flags, tmp_path):
-    """Killed after the second of five updates of four records each; then one record at a time, and nothing else differs."""
-    more = ("--method", "livr", "--masked", "0.6", "--lora_dropout", "0", "--dtype", "float64", "--max_steps", "5", "--save_every", "2", "--keep", "9")
+    """Killed after two of five updates of four records; then one record at a time, all else as before."""
+    more = "--method livr --masked 0.6 --lora_dropout 0 --dtype float64 --max_steps 5 --save_every 2 --keep 9"
+    more = more.split()
     whole = train.main(flags("whole", *more, "--batch_size", "2", "--accumulation", "2"))
     shutil.copytree(whole, tmp_path / "split")
     for step in (4, 5):
@@ -622,34 +711,48 @@ def test_a_resume_in_the_middle_of_a_stage_and_an_epoch_may_split_its_updates_an
     a, b = metrics(whole), metrics(split)
     assert [x["step"] for x in a] == [x["step"] for x in b] == [1, 2, 3, 4, 5]
     for x, y in zip(a, b, strict=True):
-        assert all(x[name] == pytest.approx(y[name], rel=1e-6) for name in ("loss", "ce", "mass", "lr", "grad_norm"))
+        assert all(
+            x[name] == pytest.approx(y[name], rel=1e-6) for name in ("loss", "ce", "mass", "lr", "grad_norm")
+        )
     assert a[2]["loss"] != b[2]["loss"]  # it was computed anew
     ours = weights(split, 5)
     assert ours.keys() == weights(whole, 5).keys()
-    assert all(torch.allclose(value, ours[name], rtol=0, atol=1e-6) for name, value in weights(whole, 5).items())
+    assert all(
+        torch.allclose(value, ours[name], rtol=0, atol=1e-6) for name, value in weights(whole, 5).items()
+    )
 
 
-# ---- data, validation, broken records -------------------------------------------------------------------------------------
+# ---- data, validation, broken records ----------------------------------------------------------------------
+
 
 def test_what_a_run_reads(setup, records_file, capsys):
     """Files, seeds, stages, shares: what each set of examples was made with."""
     other = records_file.parent / "twice.jsonl"
     other.write_text(records_file.read_text() * 2)
-    s = setup("--method", "livr", "--image_copies", "2", "--seed", "7", "--data", str(records_file), "--val_data", str(other), "--eval_records", "4",
-              "--on_bad_record", "skip")
+    more = "--method livr --image_copies 2 --seed 7 --eval_records 4 --on_bad_record skip"
+    s = setup("--data", str(records_file), "--val_data", str(other), *more.split())
     asked = []
-    s.method.layout = lambda fmt, record, tokens, stage: asked.append((fmt is s.fmt, record.id, tokens, stage))
+    s.method.layout = lambda fmt, record, tokens, stage: asked.append(
+        (fmt is s.fmt, record.id, tokens, stage)
+    )
     sets, val, broken = train.open_data(s.settings, s.method, s.model, s.fmt, Processes())
     assert [len(x) for x in sets] == [3, 3] and len(val) == 4 and broken == []
-    assert [(x.seed, x.skip, x.copies, x.corruption) for x in (*sets, val)] == [(7, True, 2, None)] * 2 + [(8, False, 2, None)]
+    assert [(x.seed, x.skip, x.copies, x.corruption) for x in (*sets, val)] == [(7, True, 2, None)] * 2 + [
+        (8, False, 2, None)
+    ]
     for examples in (*sets, val):
         examples.layout(examples.records[1], [5, 6])
     assert asked == [(True, "1", [5, 6], 0), (True, "1", [5, 6], 1), (True, "1", [5, 6], 1)]
     assert f"train: 3 records of {records_file}\nval: 4 records of {other}\n" in capsys.readouterr().out
 
-    s = setup("--data", str(records_file), "--corruption", "noise", "--strength_low", "1", "--strength_high", "2")
+    s = setup("--data", str(records_file), *"--corruption noise --strength_low 1 --strength_high 2".split())
     (only,), val, _ = train.open_data(s.settings, s.method, s.model, s.fmt, Processes())
-    assert val is None and only.corruption == ("noise", 1.0, 2.0) and not only.skip and only.extras == s.method.extras
+    assert (
+        val is None
+        and only.corruption == ("noise", 1.0, 2.0)
+        and not only.skip
+        and only.extras == s.method.extras
+    )
     assert only.image_processor is s.model.image_processor
 
 
@@ -657,9 +760,12 @@ def test_turns_and_image_root_reach_the_reader(setup, records_file, tmp_path, ca
     talk = [("human", "<image>\nWhat is it?"), ("gpt", "a cat"), ("human", "Where?"), ("gpt", "there")]
     record = {"image": "0_0.png", "conversations": [{"from": who, "value": what} for who, what in talk]}
     (tmp_path / "talk.jsonl").write_text(json.dumps(record))
-    flags = ["--method", "sft", "--data", str(tmp_path / "talk.jsonl"), "--image_root", str(records_file.parent)]
-    for turns, answers, told in (("first", ["a cat"], "; 1 later turns left out"), ("all", ["a cat", "there"], "")):
-        s = setup(*flags, "--turns", turns)
+    where = ["--data", str(tmp_path / "talk.jsonl"), "--image_root", str(records_file.parent)]
+    for turns, answers, told in (
+        ("first", ["a cat"], "; 1 later turns left out"),
+        ("all", ["a cat", "there"], ""),
+    ):
+        s = setup("--method", "sft", *where, "--turns", turns)
         (only,), _, _ = train.open_data(s.settings, s.method, s.model, s.fmt, Processes())
         assert [r.answer for r in only.records] == answers
         assert f"train: {len(answers)} records of {tmp_path / 'talk.jsonl'}{told}" in capsys.readouterr().out
@@ -667,6 +773,7 @@ def test_turns_and_image_root_reach_the_reader(setup, records_file, tmp_path, ca
 
 def test_without_data_the_toy_scenes_are_made_with_the_seed(setup, records_file, tmp_path, monkeypatch):
     from data_prep import toy
+
     made = []
 
     def generate(root, seed):
@@ -684,8 +791,9 @@ def test_without_data_the_toy_scenes_are_made_with_the_seed(setup, records_file,
 
 
 def test_the_loader_is_told_how_to_make_batches(setup, monkeypatch):
-    """Which records (a run that begins in the middle of the second stage), padding, workers, and that these ignore signals."""
-    s = setup("--method", "livr", "--max_steps", "10", "--masked", "0.4", "--batch_size", "2", "--accumulation", "3", "--workers", "5", "--seed", "7")
+    """Which records (a run may begin in the middle of a stage), padding, and workers that ignore signals."""
+    more = "--method livr --max_steps 10 --masked 0.4 --batch_size 2 --accumulation 3 --workers 5 --seed 7"
+    s = setup(*more.split())
     told = []
     monkeypatch.setattr(data, "loader", lambda *arguments: told.append(arguments) or iter(["batch"]))
     for stage, step in ((0, 0), (0, 3), (0, 4), (1, 0), (1, 6), (1, 10)):
@@ -695,7 +803,14 @@ def test_the_loader_is_told_how_to_make_batches(setup, monkeypatch):
     assert made == [(0, 0), (0, 4), (0, 3), (3, 4), (0, 4), (1, 0), (4, 10), (1, 6), (6, 10), (1, 10)]
     examples, order, *rest = told[1]
     assert examples is s.examples and rest == [11, 5, train.processes.ignore_signals]
-    assert (order.count, order.batch_size, order.accumulation, order.rank, order.world, order.seed) == (3, 2, 3, 1, 4, 7)
+    assert (order.count, order.batch_size, order.accumulation, order.rank, order.world, order.seed) == (
+        3,
+        2,
+        3,
+        1,
+        4,
+        7,
+    )
 
 
 def test_workers_make_the_same_batches(flags):
@@ -705,6 +820,7 @@ def test_workers_make_the_same_batches(flags):
 
 class Pretended(Processes):
     """One of several ranks whose reductions are its own values: what a rank does by itself."""
+
     def sum(self, value):
         return value
 
@@ -713,9 +829,11 @@ class Pretended(Processes):
 
 
 def test_validation_is_shared_by_batches_and_counts_every_record_once(setup):
-    """Seven records in batches of two: rank 0 of 2 has the first and the third batch, rank 1 the second and the last, of one record."""
+    """Seven records in batches of two: of two ranks, 0 has the first and the third batch, 1 the others."""
     s = setup("--method", "sft", "--batch_size", "2", "--max_steps", "9")
-    s.examples.records = [replace(s.records[0], answer=answer) for answer in ("a", "bb", "ccc", "dd", "e", "ff", "ggg ggg")]
+    s.examples.records = [
+        replace(s.records[0], answer=answer) for answer in ("a", "bb", "ccc", "dd", "e", "ff", "ggg ggg")
+    ]
     sums = [float(data.collate([s.examples[0, i]], 0)["targets"].clamp(min=0).sum()) for i in range(7)]
     asked = []
 
@@ -728,26 +846,35 @@ def test_validation_is_shared_by_batches_and_counts_every_record_once(setup):
     def validated(procs):
         asked.clear()
         objective = Told()
-        found = train.validate(objective, s.examples, s.settings, s.method, s.model.tokenizer.pad_token_id, procs, torch.float64)
+        found = train.validate(
+            objective, s.examples, s.settings, s.method, s.model.tokenizer.pad_token_id, procs, torch.float64
+        )
         assert objective.training  # again
         return found
 
     whole = validated(Processes())
     assert whole == {"loss": pytest.approx(sum(sums) / 7), "ce": pytest.approx(sum(sums) / 7)}
-    assert [size for size, _ in asked] == [2, 2, 2, 1] and {progress for _, progress in asked} == {config.Progress(9, 0, 1.0, 1.0)}
+    assert [size for size, _ in asked] == [2, 2, 2, 1] and {progress for _, progress in asked} == {
+        config.Progress(9, 0, 1.0, 1.0)
+    }
     for rank, mine in ((0, (0, 1, 4, 5)), (1, (2, 3, 6))):
-        assert validated(Pretended(rank=rank, world=2))["ce"] == pytest.approx(sum(sums[i] for i in mine) / len(mine))
+        assert validated(Pretended(rank=rank, world=2))["ce"] == pytest.approx(
+            sum(sums[i] for i in mine) / len(mine)
+        )
 
 
 def test_the_loss_is_the_weighted_sum_of_what_trains():
     """A term without a weight counts once, one of weight 0 not at all, a watched one neither."""
     terms = {"a": 2.0, "b": 3.0, "c": 5.0, "seen": 100.0, "off": 7.0}
-    method, settings = SimpleNamespace(watched=("seen",)), SimpleNamespace(weights={"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0})
+    method, settings = (
+        SimpleNamespace(watched=("seen",)),
+        SimpleNamespace(weights={"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0}),
+    )
     assert train.weighted(terms, method, settings) == 0.5 * 2 + 4 * 3 + 5
 
 
 def test_broken_records_in_a_batch(tmp_path):
-    """One is let pass, more only up to 1 % of what all ranks have seen; one that was not skipped ends the run."""
+    """One is let pass, more up to 1 % of what all ranks have seen; one that was not skipped ends the run."""
     settings = config.Settings(batch_size=4, accumulation=5, output=str(tmp_path / "run"))
 
     def report(bad, count, step, world=10, **more):
@@ -772,7 +899,7 @@ def test_broken_records_in_a_batch(tmp_path):
 
 
 def test_a_record_that_breaks_while_loading_is_listed_and_told_once(flags, records_file, tmp_path):
-    """A picture that cannot be opened, one of three records: met once in three updates of one it is let pass, met twice it is one too many."""
+    """One of three pictures cannot be opened: met once in three updates it passes, met twice it does not."""
     folder = shutil.copytree(records_file.parent, tmp_path / "cut")
     (folder / "1_0.png").write_text("not a picture")
     more = ("--method", "sft", "--data", str(folder / "train.jsonl"), "--on_bad_record", "skip")
@@ -783,7 +910,8 @@ def test_a_record_that_breaks_while_loading_is_listed_and_told_once(flags, recor
         train.main(flags("more", *more, "--batch_size", "3", "--max_steps", "2"))
 
 
-# ---- logs ----------------------------------------------------------------------------------------------------------------
+# ---- logs --------------------------------------------------------------------------------------------------
+
 
 def test_tensorboard_gets_every_number_of_every_line(flags, records_file, monkeypatch):
     written, folders = [], []
@@ -796,10 +924,13 @@ def test_tensorboard_gets_every_number_of_every_line(flags, records_file, monkey
             written.append((step, name, value))
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    run = train.main(flags("board", "--method", "sft", "--max_steps", "2", "--tensorboard", "--val_data", str(records_file), "--eval_every", "2"))
+    more = "--method sft --max_steps 2 --tensorboard --eval_every 2"
+    run = train.main(flags("board", "--val_data", str(records_file), *more.split()))
     lines = metrics(run)
     assert folders == [run / "tensorboard"] and len(lines) == 3
-    assert written == [(line["step"], name, value) for line in lines for name, value in line.items() if name != "step"]
+    assert written == [
+        (line["step"], name, value) for line in lines for name, value in line.items() if name != "step"
+    ]
 
 
 def test_a_log_without_its_last_line(tmp_path):
@@ -809,10 +940,15 @@ def test_a_log_without_its_last_line(tmp_path):
 
 def test_a_gradient_without_an_end_stops_before_the_update(flags, tmp_path):
     """The loss is finite, its gradient is not; nothing was written."""
-    (tmp_path / "steep.py").write_text("from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n"
-                                       "    def losses(self, model, batch, progress):\n"
-                                       "        rows = model.rows.rows\n"
-                                       "        return {'ce': (rows - rows.detach()).abs().sum().sqrt()}\n")
-    with pytest.raises(UserError, match="update 0: loss 0.0 or gradient norm (nan|inf) is not finite; stopped before the update, the last good checkpoint is none"):
-        train.main(flags("steep", "--method", str(tmp_path / "steep.py"), "--tune", "rows", "--max_steps", "1"))
+    (tmp_path / "steep.py").write_text(
+        "from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n"
+        "    def losses(self, model, batch, progress):\n"
+        "        rows = model.rows.rows\n"
+        "        return {'ce': (rows - rows.detach()).abs().sum().sqrt()}\n"
+    )
+    told = "update 0: loss 0.0 or gradient norm (nan|inf) is not finite; .* the last good checkpoint is none"
+    with pytest.raises(UserError, match=told):
+        train.main(
+            flags("steep", "--method", str(tmp_path / "steep.py"), "--tune", "rows", "--max_steps", "1")
+        )
     assert not (tmp_path / "steep").exists()
