@@ -66,6 +66,8 @@ def main(argv=None):
     nearest = next(p for p in (run, *run.absolute().parents) if p.exists())  # where the run directory is, or will be made
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--output {run}: {nearest} is not a directory that can be written to")
+    if settings.tensorboard:
+        summary_writer()  # whether there is one
 
     # ------------------------------------------------------------------------------------------------ processes
     procs = processes.start(settings.device)
@@ -90,7 +92,8 @@ def main(argv=None):
                 f"{procs.world} process(es) on {device.type}, {weights_dtype}".replace("torch.", ""))
 
     # ------------------------------------------------------------------------------------------------------ data
-    train_sets, val_set = open_data(settings, method, model, fmt, procs)  # one to train on for each stage
+    # One set to train on for each stage; what was broken is listed once the directory is this run's.
+    train_sets, val_set, unlisted = open_data(settings, method, model, fmt, procs)
     pad = model.tokenizer.pad_token_id
 
     # ------------------------------------------------------------------------------------------------- optimiser
@@ -109,28 +112,17 @@ def main(argv=None):
         if newest is None:
             raise UserError(f"{run}/checkpoints: nothing to resume from")
         step = restore(newest, settings, objective, optimizer, named, procs)
-        procs.barrier()  # all ranks have read
-        if procs.is_first and (run / "metrics.jsonl").exists():  # what was logged after the checkpoint happens again
-            kept = [x for x in logged_lines(run / "metrics.jsonl") if x["step"] <= step]
-            (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
         procs.print(f"resumed {newest} at update {step}")
-    elif (run / "metrics.jsonl").exists() or (run / "checkpoints").exists():
+    elif holds_a_run(run):
         if not settings.overwrite:
             raise UserError(f"{run}: holds a run already; --resume goes on from it, --overwrite starts anew, --output names another directory")
-        procs.barrier()  # all ranks have looked
-        if procs.is_first:
-            shutil.rmtree(run)
-    if procs.is_first:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(settings) | {"versions": versions(), "world": procs.world}, indent=1) + "\n")
-    procs.barrier()
+        check_overwrite(run, settings)
 
     # ------------------------------------------------------------------------------------------------------ loop
     wrapped = procs.wrap(objective)
     batches = itertools.chain.from_iterable(stage_batches(i, train_set, step, settings, pad, procs) for i, train_set in enumerate(train_sets))
-    board = tensorboard(run) if settings.tensorboard and procs.is_first else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not (procs.is_first and sys.stderr.isatty()))
-    log = open(run / "metrics.jsonl", "a") if procs.is_first else None
+    log, board, begun = None, None, False
     bad_count, last_saved = 0, step if settings.resume else None
     best = checkpoint.best(run) if settings.resume else None
     stop, stopping = processes.StopSignal(), False
@@ -138,12 +130,14 @@ def main(argv=None):
 
     while step < settings.max_steps and not stopping:
         started = time.perf_counter()
+        rate = learning_rate(step, settings)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings) * group["lr_scale"]
+            group["lr"] = rate * group["lr_scale"]
         logged, tokens = {}, 0
         for part in range(settings.accumulation):
             batch = data.to_device(next(batches), device, weights_dtype)
-            bad_count = report_bad(batch, bad_count, step, settings, run, procs)
+            broken = report_bad(batch, bad_count, step, settings, procs)
+            bad_count, unlisted = bad_count + len(broken), unlisted + broken
             # Dropout is seeded by update, part and rank, so a resumed run draws what the unbroken one would have.
             torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
             with procs.no_sync(wrapped, part < settings.accumulation - 1):
@@ -156,8 +150,16 @@ def main(argv=None):
         norm = nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
         # Ranks share gradients but not losses: either may be the first to break, and all must stop together.
         if procs.any(not (math.isfinite(float(logged["loss"])) and math.isfinite(float(norm)))):
+            good = checkpoint.newest(run, procs.print) if last_saved is not None else None
             raise UserError(f"update {step}: loss {float(logged['loss'])} or gradient norm {float(norm)} is not finite; stopped before the update, "
-                            f"the last good checkpoint is {checkpoint.newest(run, procs.print) or 'none'}")
+                            f"the last good checkpoint is {good or 'none'}")
+        # Only now, with a first update that works on all ranks, does the directory become this run's:
+        # whatever fails before leaves an older run whole.
+        if not begun and procs.is_first:
+            log, board = begin(run, step, settings, procs)
+        begun = True
+        list_bad(unlisted, run, procs)
+        unlisted = []
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.after_update()
@@ -166,7 +168,7 @@ def main(argv=None):
         means = {name: float(procs.sum(value)) / procs.world for name, value in logged.items()}
         tokens = procs.sum(tokens)
         if procs.is_first:
-            line = {"step": step, **means, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
+            line = {"step": step, **means, "lr": rate, "grad_norm": float(norm),
                     "tokens_per_s": tokens / (time.perf_counter() - started), "peak_memory_gb": peak_memory(device)}
             write(log, board, line)
             bar.set_postfix({n: f"{v:.3f}" for n, v in means.items() if n not in method.watched}, refresh=False)
@@ -207,7 +209,10 @@ def main(argv=None):
 
 
 def open_data(settings, method, model, fmt, procs):
-    """Settings -> (training Examples of each stage, validation Examples or None), with what was dropped or broken reported."""
+    """Settings -> (training Examples of each stage, validation Examples or None, messages of broken records).
+
+    What was dropped is printed.
+    """
     stages, root = settings.stages, settings.image_root
     train, val = [stage.data or settings.data for stage in stages], settings.val_data
     if not all(train):
@@ -217,7 +222,7 @@ def open_data(settings, method, model, fmt, procs):
             toy.generate(root, seed=settings.seed)
         train, val = [path or f"{root}/train.jsonl" for path in train], val or f"{root}/val.jsonl"
     corruption = data.corruption_of(settings) if method.corrupts else None
-    known = {}  # what a file holds, since stages may share it
+    known, problems = {}, []  # what a file holds, since stages may share it
     for split, path in [("train", path) for path in dict.fromkeys(train)] + [("val", val)] * bool(val):
         records, dropped = data.read(path, root, settings.turns)
         broken = [r for r in records if isinstance(r, data.RecordError)]
@@ -226,7 +231,7 @@ def open_data(settings, method, model, fmt, procs):
         if len(broken) > 0.01 * len(records):
             raise UserError(f"{path}: {len(broken)} of {len(records)} records are broken, more than 1 %; the first: {broken[0]}")
         if broken:
-            list_bad([str(b) for b in broken], settings.run_dir, procs)
+            problems += [str(b) for b in broken]
             records = [r for r in records if not isinstance(r, data.RecordError)]
         if split == "val":
             records = records[: settings.eval_records]
@@ -238,7 +243,40 @@ def open_data(settings, method, model, fmt, procs):
         return data.Examples(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, corruption,
                              settings.seed + (split == "val"), settings.on_bad_record == "skip" and split == "train", copies=fmt.copies, extras=method.extras)
 
-    return [examples("train", path, i) for i, path in enumerate(train)], examples("val", val, len(stages) - 1) if val else None
+    train_sets = [examples("train", path, i) for i, path in enumerate(train)]
+    return train_sets, examples("val", val, len(stages) - 1) if val else None, problems
+
+
+def holds_a_run(run):
+    """Whether there is a run in a directory that a new one would spoil."""
+    return (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
+
+
+def check_overwrite(run, settings):
+    """UserError where --overwrite would delete what the new run reads."""
+    read = [(name, getattr(settings, name)) for name in ("method", "model", "data", "val_data", "image_root")]
+    read += [("data", stage.data) for stage in settings.stages]
+    for name, path in read:
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(run.resolve()):
+            raise UserError(f"--overwrite would delete --{name} {path}, which lies in {run}; "
+                            "move it, or name another --output")
+
+
+def begin(run, step, settings, procs):
+    """On rank 0, makes the directory this run's, from update `step` on -> (open log, SummaryWriter or None).
+
+    With --overwrite an older run in it is deleted here, and nowhere else.
+    """
+    path = run / "metrics.jsonl"
+    if settings.resume and path.exists():  # what was logged after the checkpoint happens again
+        kept = [x for x in logged_lines(path) if x["step"] <= step]
+        path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+    elif not settings.resume and holds_a_run(run):
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    saved = asdict(settings) | {"versions": versions(), "world": procs.world}
+    (run / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+    return open(path, "a"), summary_writer()(run / "tensorboard") if settings.tensorboard else None
 
 
 def stage_batches(stage, examples, step, settings, pad, procs):
@@ -249,24 +287,26 @@ def stage_batches(stage, examples, step, settings, pad, procs):
         yield from data.loader(examples, order, pad, settings.workers, processes.ignore_signals)
 
 
-def report_bad(batch, count, step, settings, run, procs):
-    """Counts records that broke while they were loaded; UserError, on all ranks, above 1 % of those seen so far, and for one that was not skipped."""
-    total = procs.sum(len(batch["bad"]) + ("error" in batch))
-    if not total:
-        return count
+def report_bad(batch, count, step, settings, procs):
+    """Messages of all ranks' records that broke while the batch was loaded; `count` broke before.
+
+    UserError, on all ranks, above 1 % of those seen so far, and for one that was not skipped.
+    """
+    if not procs.any(batch["bad"] or "error" in batch):
+        return []
     if errors := procs.gather([batch["error"]] if "error" in batch else []):
         raise UserError(errors[0])
-    list_bad(procs.gather(batch["bad"]), run, procs)
-    count += total
+    broken = procs.gather(batch["bad"])
     seen = (step + 1) * settings.batch_size * settings.accumulation * procs.world
-    if count > max(1, 0.01 * seen):
-        raise UserError(f"{count} of {seen} records were broken, more than 1 %; they are listed in {run}/bad_records.jsonl")
-    return count
+    if count + len(broken) > max(1, 0.01 * seen):
+        raise UserError(f"{count + len(broken)} of {seen} records were broken, more than 1 %; "
+                        f"the last: {broken[-1]}")
+    return broken
 
 
 def list_bad(lines, run, procs):
     """Appends lines to the run's bad_records.jsonl, on rank 0."""
-    if procs.is_first:
+    if lines and procs.is_first:
         run.mkdir(parents=True, exist_ok=True)
         with open(run / "bad_records.jsonl", "a") as file:
             file.writelines(json.dumps({"problem": line}) + "\n" for line in lines)
@@ -370,13 +410,13 @@ def logged_lines(path):
     return [json.loads(line) for line in lines if line]
 
 
-def tensorboard(run):
-    """A SummaryWriter in the run; UserError where the package is missing."""
+def summary_writer():
+    """TensorBoard's SummaryWriter, a class; UserError where the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard: needs the extra `track`: pip install tensorboard") from None
-    return SummaryWriter(run / "tensorboard")
+    return SummaryWriter
 
 
 def peak_memory(device):

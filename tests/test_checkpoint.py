@@ -1,4 +1,5 @@
 """A checkpoint is complete and unchanged, or it is not used; and what is restored is restored to the bit."""
+import hashlib
 import json
 import os
 import re
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crystal import checkpoint
 from crystal.checkpoint import (CheckpointError, best, load, load_optimizer, load_parameters, mark_best, newest, optimizer_hyper, optimizer_tensors, prune, save,
                                 step_dir, verify)
 
+MANIFEST = "manifest.json"
 STATE = {"step": 7, "seed": 3, "lr": 1e-4 / 3, "best": float("inf"), "epoch": [1, 2], "name": "é", "none": None}
 
 
@@ -53,6 +56,27 @@ def test_round_trip_to_the_bit(tmp_path):
     for name, wanted in tensors().items():
         assert files[name].keys() == wanted.keys()
         assert all(same_bits(files[name][key], wanted[key]) for key in wanted)
+
+
+def test_what_lies_on_the_disk(tmp_path):
+    """Safetensors and JSON that anybody can read, and a manifest with each other file's hash and size."""
+    def extra(directory):
+        (directory / "more").write_text("abc")
+
+    tensors = {"w.safetensors": {"x": torch.tensor([1.0, 2.0])}}
+    directory = save(tmp_path, 12, tensors, {"step": 12, "name": "é"}, extra)
+    assert directory == tmp_path / "checkpoints" / "step-12"
+    assert {path.name for path in directory.iterdir()} == {"w.safetensors", "state.json", "more", MANIFEST}
+    assert json.loads((directory / "state.json").read_text()) == {"step": 12, "name": "é"}
+    assert load_file(directory / "w.safetensors")["x"].tolist() == [1.0, 2.0]
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["step"] == 12 and manifest["tensors"] == ["w.safetensors"]
+    assert manifest["files"].keys() == {"w.safetensors", "state.json", "more"}
+    for name, entry in manifest["files"].items():
+        content = (directory / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180's example
+    assert manifest["files"]["more"]["sha256"] == of_abc
 
 
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_chosen(tmp_path):
@@ -317,3 +341,46 @@ def test_a_different_model_is_refused_and_nothing_changes(change, message):
     now = optimizer_tensors(optimizer, model.named_parameters())
     assert now.keys() == stored.keys() and all(same_bits(now[name], stored[name]) for name in stored)
     assert json.dumps(optimizer_hyper(optimizer))
+
+
+def test_state_and_settings_of_the_optimizer_by_value():
+    """Two updates by hand: moments, step and settings come out, and go into a fresh optimizer."""
+    def made():
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        group = {"params": [p], "weight_decay": 0.25, "lr_scale": 3.0}
+        return p, torch.optim.AdamW([group], lr=0.125, betas=(0.5, 0.75))
+
+    p, optimizer = made()
+    for gradient in ([2.0, 0.0], [4.0, -8.0]):
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+    tensors = optimizer_tensors(optimizer, [("w", p), ("frozen", torch.zeros(1))])
+    right = {"step": 2.0, "exp_avg": [0.5 * 1.0 + 0.5 * 4.0, 0.5 * -8.0],
+             "exp_avg_sq": [0.75 * 1.0 + 0.25 * 16.0, 0.25 * 64.0]}
+    assert {name.removeprefix("w."): value.tolist() for name, value in tensors.items()} == right
+    hyper = optimizer_hyper(optimizer)
+    assert len(hyper) == 1 and not {"params", "fused", "foreach", "capturable"} & hyper[0].keys()
+    assert {name: hyper[0][name] for name in ("lr", "weight_decay", "lr_scale", "betas", "eps")} == {
+        "lr": 0.125, "weight_decay": 0.25, "lr_scale": 3.0, "betas": (0.5, 0.75), "eps": 1e-8}
+
+    q, other = made()
+    q.grad = torch.tensor([9.0, 9.0])
+    other.step()
+    other.param_groups[0]["lr"] = 7.0
+    load_optimizer(other, [("w", q)], tensors)
+    assert other.param_groups[0]["lr"] == 7.0  # without settings the group keeps its own
+    assert {key: value.tolist() for key, value in other.state[q].items()} == right
+    load_optimizer(other, [("w", q)], tensors, json.loads(json.dumps(hyper)))
+    assert other.param_groups[0]["lr"] == 0.125 and other.param_groups[0]["betas"] == (0.5, 0.75)
+
+
+def test_what_had_no_gradient_has_no_state_again():
+    """An optimizer that has gone on is set back whole: state that the checkpoint lacks is forgotten."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([p])
+    tensors = optimizer_tensors(optimizer, [("w", p)])
+    assert list(tensors) == ["w.stateless"] and tensors["w.stateless"].numel() == 0
+    p.grad = torch.ones(2)
+    optimizer.step()
+    load_optimizer(optimizer, [("w", p)], tensors)
+    assert p not in optimizer.state

@@ -312,3 +312,116 @@ def test_launch_is_torchrun_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     processes.launch(2, "crystal.demo", [])
     assert len(told) == 1
+
+
+def test_a_launch_from_a_shell_takes_one_thread_each(monkeypatch):
+    """As torchrun would say itself, with three lines of warning."""
+    monkeypatch.setattr(os, "execv", lambda program, argv: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "x")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    processes.launch(2, "crystal.demo", [])
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def described(monkeypatch, **names):
+    """The environment of a process of a run; what torch is asked for is recorded, not done."""
+    asked = {}
+    for name in (*RUN, "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: asked.update(threads=n))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, **named: asked.update(named))
+    return asked
+
+
+RUN = {"WORLD_SIZE": "6", "RANK": "5", "LOCAL_RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+BY_TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2"}
+HERE = {"LOCAL_WORLD_SIZE": "3"}
+
+
+@pytest.mark.parametrize("more, threads", [({}, 4), (HERE, 8), ({"OMP_NUM_THREADS": "5"}, None),
+                                           (BY_TORCHRUN, 12)])
+def test_a_process_takes_its_share_of_this_machines_cores(monkeypatch, more, threads):
+    """24 cores over the processes here; where the launcher does not say how many those are, all of them."""
+    asked = described(monkeypatch, **RUN, **more)
+    procs = start("cpu", timeout=9)
+    assert asked.get("threads") == threads and asked["timeout"].total_seconds() == 9
+    assert (procs.rank, procs.world, procs.local_rank, procs.guest, procs.is_first) == (5, 6, 2, False, False)
+
+
+def test_one_process_takes_all_cores_and_reads_no_rank(monkeypatch):
+    asked = described(monkeypatch, RANK="5", LOCAL_RANK="2")  # left over from something else
+    assert start("cpu") == Processes() and asked == {"threads": 24}
+
+
+@pytest.mark.parametrize("device, names, index", [("cuda", RUN | HERE, 2), ("cuda:1", RUN | HERE, 2),
+                                                  ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1)])
+def test_which_gpu_is_whose(monkeypatch, device, names, index):
+    """Of several processes each has the one of its number on this machine; one alone may choose."""
+    described(monkeypatch, **names)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert start(device).device == torch.device("cuda", index) and chosen == [torch.device("cuda", index)]
+
+
+@pytest.mark.parametrize("device, names, told", [
+    ("cuda:3", {}, "--device cuda:3: this machine has 3 CUDA"),
+    ("meta", RUN, "--device meta: several processes run on cuda or cpu"),
+    ("cuda", RUN, r"6 process\(es\) on this machine but 3"),
+    ("cpu", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR or MASTER_PORT")])
+def test_devices_that_there_are_not(monkeypatch, device, names, told):
+    described(monkeypatch, **names)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(UserError, match=told):
+        start(device)
+
+
+def test_a_module_is_wrapped_for_its_device_without_sending_buffers(monkeypatch):
+    told = []
+
+    class Wrapped:
+        def __init__(self, module, device_ids=None, gradient_as_bucket_view=False, broadcast_buffers=True):
+            told.append((module, device_ids, gradient_as_bucket_view, broadcast_buffers))
+
+        def no_sync(self):
+            return "unsynced"
+
+    monkeypatch.setattr(processes, "DistributedDataParallel", Wrapped)
+    many = Processes(1, 2, 1, torch.device("cuda", 1))
+    wrapped = many.wrap("module")
+    Processes(1, 2, 1).wrap("other")
+    assert told == [("module", [1], True, False), ("other", None, True, False)]
+    assert many.no_sync(wrapped) == many.no_sync(wrapped, True) == "unsynced"
+    for context in (many.no_sync(wrapped, False), Processes().no_sync(wrapped, True)):
+        with context as nothing:
+            assert nothing is None
+
+
+def test_the_first_prints_at_once(monkeypatch, capsys):
+    flushed = []
+    monkeypatch.setattr("builtins.print", lambda *values, flush=False: flushed.append((values, flush)))
+    Processes(rank=0, world=2, local_rank=1).print("a", 1)
+    Processes(rank=1, world=2, local_rank=0).print("b")
+    monkeypatch.undo()
+    assert flushed == [(("a", 1), True)]
+
+
+def test_a_worker_ignores_what_ends_a_run():
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        processes.ignore_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in former)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

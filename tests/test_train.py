@@ -1,15 +1,28 @@
-"""The loop: schedule, logs, vocabulary rows, resume, bad records, signals and non-finite losses."""
+"""The command: schedule, logs, token rows, what is saved when, resume, overwriting, broken records, signals.
+
+The updates themselves are compared with a plain loop in test_loop.py. Right values here are counted or
+written out by hand: a validation that returns what the test says, a method whose loss is known, a checkpoint
+made by hand, a rank that is pretended.
+"""
+import copy
 import json
 import re
+import resource
 import shutil
-from dataclasses import dataclass, fields, replace
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from crystal import checkpoint, config, train
+from crystal import checkpoint, config, data, methods, train
 from crystal.config import UserError
+from crystal.methods.crystal import Settings as CrystalSettings
 from crystal.processes import Processes
 
 
@@ -111,7 +124,7 @@ def test_resume_equals_not_having_stopped(flags, tmp_path):
     train.main(flags("broken", *more, "--resume"))
     a, b = metrics(whole), metrics(broken)
     assert [x["step"] for x in b] == [1, 2, 3, 4, 5]
-    for x, y in zip(a, b):
+    for x, y in zip(a, b, strict=True):
         assert x["loss"] == y["loss"] and x["grad_norm"] == y["grad_norm"] and x["lr"] == y["lr"]
     assert all(torch.equal(t, weights(broken, 5)[n]) for n, t in weights(whole, 5).items())
 
@@ -152,14 +165,51 @@ def test_a_resume_keeps_every_setting_but_those_of_the_machine_and_the_log(flags
 def test_accumulation_equals_a_larger_batch(flags):
     a = train.main(flags("a", "--max_steps", "2", "--batch_size", "4", "--dtype", "float64"))
     b = train.main(flags("b", "--max_steps", "2", "--batch_size", "2", "--accumulation", "2", "--dtype", "float64"))
-    for x, y in zip(metrics(a), metrics(b)):
+    assert len(metrics(a)) == 2
+    for x, y in zip(metrics(a), metrics(b), strict=True):
         assert all(x[n] == pytest.approx(y[n], rel=1e-6) for n in ("loss", "ce_int", "ce_cor", "kl", "attn", "grad_norm"))
     assert all(torch.allclose(t, weights(b, 2)[n], rtol=0, atol=1e-6) for n, t in weights(a, 2).items())
 
 
-def test_seed_fixes_a_run(flags):
-    runs = [metrics(train.main(flags(n, "--max_steps", "2", "--seed", s)))[1]["loss"] for n, s in (("a", "1"), ("b", "1"), ("c", "2"))]
-    assert runs[0] == runs[1] != runs[2]
+DRAWS = """import torch
+from crystal.methods import sft
+
+class Method(sft.Method):
+    corrupts = True
+    watched = ("record", "corrupted", "drawn")
+    Settings = __import__("crystal.methods.crystal", fromlist=["Settings"]).Settings
+    tokens = ["<|new|>"]
+
+    def losses(self, model, batch, progress):
+        seen = {"record": batch["input_ids"].double().sum(), "drawn": torch.rand((), dtype=torch.float64),
+                "corrupted": batch["pixel_values_cor"].double().sum()}
+        return super().losses(model, batch, progress) | seen
+"""
+
+
+def test_seed_fixes_a_run_and_each_thing_that_is_drawn_follows_it(flags, records_file, tmp_path):
+    """Order, corruption, dropout's stream, first adapters, first rows: each alone is the same for a seed, and
+    another for another."""
+    (tmp_path / "draws.py").write_text(DRAWS)
+    one = records_file.parent / "one.jsonl"
+    one.write_text(records_file.read_text().splitlines()[0] + "\n")
+    found = []
+    for i, seed in enumerate((1, 1, 2)):
+        steps = f"--seed {seed} --max_steps 6 --batch_size 1 --lr 1e-30"
+        more = ["--method", str(tmp_path / "draws.py"), *steps.split()]
+        order = metrics(train.main(flags(f"order{i}", *more)))
+        alone = train.main(flags(f"alone{i}", *more, "--data", str(one)))  # with one record there is no order
+        first = weights(alone, 6)
+        lines = metrics(alone)
+        for name in ("corrupted", "drawn"):  # every update draws anew
+            assert len({x[name] for x in lines}) == 6
+        found.append({"order": [x["record"] for x in order], "corruption": [x["corrupted"] for x in lines],
+                      "dropout": [x["drawn"] for x in lines], "rows": first["model.rows.rows"].tolist(),
+                      "adapters": [w.tolist() for n, w in first.items() if "lora_A" in n]})
+    a, b, c = found
+    for source in a:
+        assert a[source] == b[source] != c[source], source
+    assert not set(a["dropout"]) & set(c["dropout"]) and not set(a["corruption"]) & set(c["corruption"])
 
 
 def test_a_non_finite_loss_stops_before_the_update(flags, monkeypatch):
@@ -305,3 +355,600 @@ def test_a_stage_has_its_own_data_and_layout(flags, records_file, tmp_path):
     assert seen.count((4, 1, 1.0)) == 6
     with pytest.raises(UserError, match="nowhere.jsonl: cannot be read"):
         train.main(flags("x", *more, "--second", "nowhere.jsonl"))
+
+
+# ---- --overwrite, and what fails before anything is written ------------------------------------------------
+
+
+def contents(run):
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+LATE = [  # flags, what is told; each fails later than the settings are read, some in the first update alone
+    (["--tensorboard"], "--tensorboard: needs the extra"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+    (["--val_data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+    (["--image_root", "nowhere"], "nowhere: no such folder"),
+    (["--strength_low", "1", "--strength_high", "9999"], "--strength_high 9999.0: blur goes up to"),
+    (["--attn_layers", "7"], "--attn_layers 7: the model has 3 layers"),
+    (["--method", "valr", "--align_layer", "9"], "--align_layer 9: the model has 3 layers"),
+    (["--method", "valr", "--encoders", "./nowhere"], "nowhere"),
+    (["--model", "./nowhere"], "nowhere: no such directory"),
+    (["--latents", "1000"], "use fewer --latents"),
+    (["--max_pixels", "0"], "--max_pixels 0: areas in pixels"),
+    (["--method", "sft", "--tune", "rows"], "nothing is left to train"),
+    (["--device", "cuda:7"], "--device cuda:7"),
+    (["--data", "NOT_JSON"], "--on_bad_record skip leaves them out"),
+    (["--data", "NOT_JSON", "--on_bad_record", "skip"], "1 of 4 records are broken"),
+    (["--data", "NO_PICTURE"], "field 'image'"),
+    (["--data", "NO_PICTURE", "--on_bad_record", "skip"], "field 'image'"),
+    (["--method", "lavit"], "no 'lavit' in it"),
+    (["--method", "NAN"], "update 0: loss nan .* the last good checkpoint is none"),
+    (["--data", "INSIDE"], "--overwrite would delete --data .*inside.jsonl, which lies in .*kept"),
+    (["--val_data", "INSIDE"], "--overwrite would delete --val_data"),
+]
+
+
+@pytest.fixture
+def spoilt(started, records_file, tmp_path):
+    """{name: path} of inputs that cannot be trained on."""
+    folder = shutil.copytree(records_file.parent, tmp_path / "spoilt")
+    lines = records_file.read_text().splitlines()
+    (folder / "not_json.jsonl").write_text("\n".join([*lines, "{oops"]))
+    for picture in folder.glob("*.png"):
+        picture.write_text("not a picture")
+    (tmp_path / "nan.py").write_text(
+        "from crystal.methods import sft\n\n\nclass Method(sft.Method):\n"
+        "    def losses(self, model, batch, progress):\n"
+        "        return {'ce': super().losses(model, batch, progress)['ce'] * float('nan')}\n"
+    )
+    (started / "inside.jsonl").write_text("\n".join(lines))
+    return {
+        "NOT_JSON": str(folder / "not_json.jsonl"),
+        "NO_PICTURE": str(folder / "train.jsonl"),
+        "NAN": str(tmp_path / "nan.py"),
+        "INSIDE": str(started / "inside.jsonl"),
+    }
+
+
+def test_overwrite_deletes_nothing_for_a_run_that_fails_before_its_first_update(
+    flags, started, spoilt, records_file, monkeypatch
+):
+    """Whatever fails, in flags, in files or in the first batch itself, fails while the old run is whole."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where the package is missing
+    before = contents(started)
+    assert {"metrics.jsonl", "config.json"} <= {str(path) for path in before}
+    for more, told in LATE:
+        more = [spoilt.get(flag, flag) for flag in more]
+        root = ["--image_root", str(records_file.parent)] if str(started / "inside.jsonl") in more else []
+        with pytest.raises(UserError, match=told):
+            train.main(flags("kept", "--max_steps", "1", "--overwrite", *root, *more))
+        assert contents(started) == before, more
+
+
+def test_a_crash_in_the_first_update_leaves_the_old_run_whole(flags, started, monkeypatch):
+    """Not a user's mistake: a method that breaks, or too little memory."""
+
+    def crash(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    before = contents(started)
+    monkeypatch.setattr(methods.get("crystal"), "losses", crash)
+    for way in ("--overwrite", "--resume"):
+        shutil.rmtree(checkpoint.step_dir(started, 2), ignore_errors=True)
+        before = contents(started)
+        with pytest.raises(torch.OutOfMemoryError):
+            train.main(flags("kept", "--max_steps", "2", "--save_every", "1", way))
+        assert contents(started) == before
+
+
+def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
+    """Of the old run nothing stays; the new one's broken records are listed."""
+    with pytest.raises(UserError, match="kept: holds a run already"):
+        train.main(flags("kept", "--max_steps", "1"))
+    (started / "old.txt").write_text("old")
+    lines = records_file.read_text().splitlines()
+    bad = records_file.parent / "one_bad.jsonl"
+    bad.write_text("\n".join(lines * 40 + ["{oops"]))
+    run = train.main(
+        flags("kept", "--max_steps", "1", "--overwrite", "--data", str(bad), "--on_bad_record", "skip")
+    )
+    assert run == started
+    names = {path.name for path in run.iterdir()}
+    assert names == {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl"}
+    assert [x["step"] for x in metrics(run)] == [1]
+    assert [directory.name for directory in (run / "checkpoints").iterdir()] == ["step-1"]
+    assert json.loads((run / "config.json").read_text())["data"] == str(bad)
+    listed = [json.loads(line)["problem"] for line in (run / "bad_records.jsonl").read_text().splitlines()]
+    assert len(listed) == 1 and "one_bad.jsonl:121" in listed[0]
+    shutil.rmtree(run / "checkpoints")  # a log alone is a run too, and so are checkpoints alone
+    with pytest.raises(UserError, match="holds a run already"):
+        train.main(flags("kept", "--max_steps", "1"))
+    (run / "metrics.jsonl").unlink()
+    (run / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds a run already"):
+        train.main(flags("kept", "--max_steps", "1"))
+
+
+# ---- what is validated, saved, kept and printed when -------------------------------------------------------
+
+
+def scripted(monkeypatch, *measured):
+    """From now on every validation returns the next of these."""
+    turns = iter(measured)
+    monkeypatch.setattr(train, "validate", lambda *_: next(turns))
+
+
+def test_the_best_checkpoint_is_that_of_the_least_cross_entropy_and_a_resume_remembers_it(
+    flags, records_file, monkeypatch, capsys
+):
+    steps = "--max_steps 5 --save_every 4 --keep 9 --eval_every 1"
+    more = ("--method", "sft", "--val_data", str(records_file), *steps.split())
+    values = (0.5, 0.2, 0.2, 0.9, 0.4)  # the second is the best; its equal comes later
+    scripted(monkeypatch, *({"loss": -value, "ce": -1.0, "ce_int": value} for value in values))
+    run = train.main(flags("best", *more))
+    assert checkpoint.best(run) == {"step": 2, "value": 0.2, "metric": "val_ce"}
+    saved = {path.name for path in (run / "checkpoints").glob("step-*")}
+    assert saved == {"step-1", "step-2", "step-4", "step-5"}  # each best one so far, every fourth, the last
+    lines = [x for x in metrics(run) if "val_loss" in x]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4, 5] and [x["val_ce_int"] for x in lines] == list(values)
+    assert lines[0] == {"step": 1, "val_loss": -0.5, "val_ce": -1.0, "val_ce_int": 0.5}
+    out = capsys.readouterr().out
+    assert re.findall(r"step (\d)  validation  .*  \(best\)", out) == ["1", "2"]
+
+    # It was killed after the second update: what is no better than 0.2 is not the best.
+    for step in (4, 5):
+        shutil.rmtree(checkpoint.step_dir(run, step))
+    scripted(monkeypatch, *({"loss": 0.0, "ce_int": value} for value in (0.3, 0.25, 0.21)))
+    train.main(flags("best", *more, "--resume"))
+    assert checkpoint.best(run) == {"step": 2, "value": 0.2, "metric": "val_ce"}
+    assert [x["step"] for x in metrics(run) if "val_loss" in x] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "measured, best",
+    [([{"loss": 1.0, "ce": 3.0}, {"loss": 2.0, "ce": 2.5}], 2.5), ([{"loss": 2.0}, {"loss": 1.0}], 1.0)],
+)
+def test_the_best_of_a_method_without_an_intact_path(flags, records_file, monkeypatch, measured, best):
+    """Its cross-entropy; where it has none, its loss."""
+    scripted(monkeypatch, *measured)
+    more = "--method sft --max_steps 2 --eval_every 1"
+    run = train.main(flags("b", "--val_data", str(records_file), *more.split()))
+    assert checkpoint.best(run) == {"step": 2, "value": best, "metric": "val_ce"}
+
+
+def test_what_is_saved_validated_and_printed_when(flags, records_file, monkeypatch, capsys):
+    """Every so many updates, and at the end."""
+    scripted(monkeypatch, *({"loss": float(i)} for i in range(3)))
+    steps = "--max_steps 7 --eval_every 3 --save_every 2 --log_every 4 --keep 2"
+    run = train.main(flags("when", "--method", "sft", "--val_data", str(records_file), *steps.split()))
+    assert [x["step"] for x in metrics(run) if "val_loss" in x] == [3, 6, 7]
+    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {
+        "step-3",
+        "step-6",
+        "step-7",
+    }  # the best, the last two
+    out = capsys.readouterr().out
+    assert re.findall(r"^step (\d)/7  loss", out, re.M) == ["4", "7"]
+    assert re.findall(r"^step (\d)  validation", out, re.M) == ["3", "6", "7"]
+    more = "--method sft --max_steps 1 --eval_every 0"
+    never = train.main(flags("never", "--val_data", str(records_file), *more.split()))
+    assert [list(x)[:2] for x in metrics(never)] == [["step", "loss"]]
+
+
+def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
+    """After one update from zero, AdamW's moments are shares of the clipped gradient, and the step is 1."""
+    run = train.main(flags("one", *"--max_steps 1 --tune rows --lr 1e-3 --warmup 0 --clip 1e-3".split()))
+    files, state = checkpoint.load(checkpoint.step_dir(run, 1))
+    assert files.keys() == {"trainable.safetensors", "optimizer.safetensors"} and state.keys() == {
+        "step",
+        "settings",
+        "pairs",
+    }
+    assert files["trainable.safetensors"].keys() == {"model.rows.rows"}
+    moments = {
+        name.removeprefix("model.rows.rows."): value for name, value in files["optimizer.safetensors"].items()
+    }
+    assert moments.keys() == {"exp_avg", "exp_avg_sq", "step"} and float(moments["step"]) == 1
+    gradient = moments["exp_avg"] / 0.1
+    assert float(gradient.norm()) == pytest.approx(1e-3, rel=1e-4)  # clipped
+    assert torch.allclose(moments["exp_avg_sq"], 0.001 * gradient**2, rtol=1e-4, atol=1e-20)
+    assert state["step"] == 1 and state["pairs"] == 2
+    written = json.loads((run / "config.json").read_text())
+    assert written["world"] == 1 and set(written) - set(state["settings"]) == {"versions", "world"}
+    assert {name: written[name] for name in state["settings"]} == state["settings"]
+    assert (
+        state["settings"]["lr"] == 1e-3
+        and state["settings"]["tune"] == "rows"
+        and state["settings"]["dtype"] == "float32"
+    )
+    assert (
+        written["versions"]["python"] == sys.version.split()[0]
+        and written["versions"]["transformers"] == transformers.__version__
+    )
+
+
+def test_versions_and_memory_are_those_of_this_process():
+    root = Path(train.__file__).parents[1]
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert train.versions()["git"] == (git.stdout.strip() if git.returncode == 0 else None)
+    before, told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, train.peak_memory(torch.device("cpu"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert before * unit / 1e9 <= told <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+@pytest.mark.parametrize(
+    "more, trained", [(("--tune", "rows"), 7 * 32), (("--tune", "rows", "--latents", "5"), 9 * 32)]
+)
+def test_how_much_trains_is_told(flags, more, trained, capsys):
+    """Four tags and K latents, of 32 numbers each."""
+    run = train.main(flags("count", "--max_steps", "1", *more))
+    told = re.search(
+        r"([\d,]+) trainable of ([\d,]+) parameters, 1 process\(es\) on cpu, float32", capsys.readouterr().out
+    )
+    base = sum(
+        t.numel()
+        for t in load_file(
+            Path(json.loads((run / "config.json").read_text())["model"]) / "model.safetensors"
+        ).values()
+    )
+    assert [int(number.replace(",", "")) for number in told.groups()] == [trained, base + trained]
+
+
+# ---- resume ------------------------------------------------------------------------------------------------
+
+# A resume may set these anew, and nothing else.
+MAY_CHANGE = {
+    "output",
+    "batch_size",
+    "accumulation",
+    "device",
+    "checkpointing",
+    "workers",
+    "on_bad_record",
+    "eval_every",
+    "eval_records",
+    "save_every",
+    "keep",
+    "log_every",
+    "resume",
+    "overwrite",
+    "tensorboard",
+}
+
+
+def another(value, choices):
+    """A value that differs from this one."""
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, bool):
+        return not value
+    return f"{value}x" if isinstance(value, str) else (value or 0) + 1
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A checkpoint of two parameters by hand, after three updates -> what `restore` is given."""
+    settings = CrystalSettings(batch_size=2, accumulation=3, output=str(tmp_path))
+    saved = {"a": torch.full((2, 3), 0.5), "b": torch.full((4,), -2.0)}
+    moments = {
+        f"{name}.{key}": torch.full_like(value, number)
+        for name, value in saved.items()
+        for key, number in (("exp_avg", 0.25), ("exp_avg_sq", 4.0))
+    }
+    moments |= {f"{name}.step": torch.tensor(3.0) for name in saved}
+    directory = checkpoint.save(
+        tmp_path,
+        3,
+        {"trainable.safetensors": saved, "optimizer.safetensors": moments},
+        {"step": 3, "settings": asdict(settings), "pairs": 12},
+    )
+
+    def restore(settings, world=2):
+        named = [(name, torch.nn.Parameter(torch.zeros_like(value))) for name, value in saved.items()]
+        optimizer, updates = torch.optim.AdamW([p for _, p in named]), []
+        objective = SimpleNamespace(
+            model=SimpleNamespace(after_update=lambda: updates.append(named[0][1].tolist()[0][0]))
+        )
+        step = train.restore(directory, settings, objective, optimizer, named, Processes(world=world))
+        return SimpleNamespace(step=step, named=dict(named), optimizer=optimizer, updates=updates)
+
+    return SimpleNamespace(settings=settings, restore=restore)
+
+
+def test_restored_by_value(stored):
+    found = stored.restore(stored.settings)
+    assert found.step == 3 and found.updates == [0.5]  # the vocabulary follows, once the rows are back
+    assert torch.equal(found.named["a"], torch.full((2, 3), 0.5)) and torch.equal(
+        found.named["b"], torch.full((4,), -2.0)
+    )
+    for p in found.named.values():
+        state = found.optimizer.state[p]
+        assert (
+            float(state["step"]) == 3
+            and bool((state["exp_avg"] == 0.25).all())
+            and bool((state["exp_avg_sq"] == 4.0).all())
+        )
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(CrystalSettings)])
+def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
+    field = next(f for f in fields(CrystalSettings) if f.name == name)
+    now = copy.copy(stored.settings)
+    setattr(now, name, another(getattr(now, name), field.metadata["choices"]))
+    if name in ("batch_size", "accumulation"):  # the pairs of an update stay
+        now.batch_size, now.accumulation = 3, 2
+    if name in MAY_CHANGE:
+        assert stored.restore(now).step == 3
+    else:
+        with pytest.raises(UserError, match=f"was made with --{name} .*; a resume keeps it"):
+            stored.restore(now)
+
+
+@pytest.mark.parametrize(
+    "batch, accumulation, world, pairs",
+    [(2, 3, 2, 12), (1, 3, 4, 12), (12, 1, 1, 12), (2, 3, 1, 6), (2, 2, 2, 8), (1, 3, 2, 6)],
+)
+def test_a_resume_keeps_the_pairs_of_an_update(stored, batch, accumulation, world, pairs):
+    now = replace(stored.settings, batch_size=batch, accumulation=accumulation)
+    assert train.pairs(now, Processes(world=world)) == pairs
+    if pairs == 12:
+        assert stored.restore(now, world).step == 3
+    else:
+        with pytest.raises(UserError, match=f"an update had 12 pairs, not {pairs}"):
+            stored.restore(now, world)
+
+
+def test_a_resume_in_the_middle_of_a_stage_and_an_epoch_may_split_its_updates_anew(flags, tmp_path):
+    """Killed after two of five updates of four records; then one record at a time, all else as before."""
+    more = "--method livr --masked 0.6 --lora_dropout 0 --dtype float64 --max_steps 5 --save_every 2 --keep 9"
+    more = more.split()
+    whole = train.main(flags("whole", *more, "--batch_size", "2", "--accumulation", "2"))
+    shutil.copytree(whole, tmp_path / "split")
+    for step in (4, 5):
+        shutil.rmtree(checkpoint.step_dir(tmp_path / "split", step))
+    split = train.main(flags("split", *more, "--batch_size", "1", "--accumulation", "4", "--resume"))
+    a, b = metrics(whole), metrics(split)
+    assert [x["step"] for x in a] == [x["step"] for x in b] == [1, 2, 3, 4, 5]
+    for x, y in zip(a, b, strict=True):
+        assert all(
+            x[name] == pytest.approx(y[name], rel=1e-6) for name in ("loss", "ce", "mass", "lr", "grad_norm")
+        )
+    assert a[2]["loss"] != b[2]["loss"]  # it was computed anew
+    ours = weights(split, 5)
+    assert ours.keys() == weights(whole, 5).keys()
+    assert all(
+        torch.allclose(value, ours[name], rtol=0, atol=1e-6) for name, value in weights(whole, 5).items()
+    )
+
+
+# ---- data, validation, broken records ----------------------------------------------------------------------
+
+
+def test_what_a_run_reads(setup, records_file, capsys):
+    """Files, seeds, stages, shares: what each set of examples was made with."""
+    other = records_file.parent / "twice.jsonl"
+    other.write_text(records_file.read_text() * 2)
+    more = "--method livr --image_copies 2 --seed 7 --eval_records 4 --on_bad_record skip"
+    s = setup("--data", str(records_file), "--val_data", str(other), *more.split())
+    asked = []
+    s.method.layout = lambda fmt, record, tokens, stage: asked.append(
+        (fmt is s.fmt, record.id, tokens, stage)
+    )
+    sets, val, broken = train.open_data(s.settings, s.method, s.model, s.fmt, Processes())
+    assert [len(x) for x in sets] == [3, 3] and len(val) == 4 and broken == []
+    assert [(x.seed, x.skip, x.copies, x.corruption) for x in (*sets, val)] == [(7, True, 2, None)] * 2 + [
+        (8, False, 2, None)
+    ]
+    for examples in (*sets, val):
+        examples.layout(examples.records[1], [5, 6])
+    assert asked == [(True, "1", [5, 6], 0), (True, "1", [5, 6], 1), (True, "1", [5, 6], 1)]
+    assert f"train: 3 records of {records_file}\nval: 4 records of {other}\n" in capsys.readouterr().out
+
+    s = setup("--data", str(records_file), *"--corruption noise --strength_low 1 --strength_high 2".split())
+    (only,), val, _ = train.open_data(s.settings, s.method, s.model, s.fmt, Processes())
+    assert (
+        val is None
+        and only.corruption == ("noise", 1.0, 2.0)
+        and not only.skip
+        and only.extras == s.method.extras
+    )
+    assert only.image_processor is s.model.image_processor
+
+
+def test_turns_and_image_root_reach_the_reader(setup, records_file, tmp_path, capsys):
+    talk = [("human", "<image>\nWhat is it?"), ("gpt", "a cat"), ("human", "Where?"), ("gpt", "there")]
+    record = {"image": "0_0.png", "conversations": [{"from": who, "value": what} for who, what in talk]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(record))
+    where = ["--data", str(tmp_path / "talk.jsonl"), "--image_root", str(records_file.parent)]
+    for turns, answers, told in (
+        ("first", ["a cat"], "; 1 later turns left out"),
+        ("all", ["a cat", "there"], ""),
+    ):
+        s = setup("--method", "sft", *where, "--turns", turns)
+        (only,), _, _ = train.open_data(s.settings, s.method, s.model, s.fmt, Processes())
+        assert [r.answer for r in only.records] == answers
+        assert f"train: {len(answers)} records of {tmp_path / 'talk.jsonl'}{told}" in capsys.readouterr().out
+
+
+def test_without_data_the_toy_scenes_are_made_with_the_seed(setup, records_file, tmp_path, monkeypatch):
+    from data_prep import toy
+
+    made = []
+
+    def generate(root, seed):
+        made.append((root, seed))
+        for name, times in (("train", 2), ("val", 1)):
+            (tmp_path / root).mkdir(parents=True, exist_ok=True)
+            (tmp_path / root / f"{name}.jsonl").write_text(records_file.read_text() * times)
+
+    monkeypatch.setattr(toy, "generate", generate)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(records_file.parent, tmp_path / "runs" / "toy")
+    s = setup("--method", "sft", "--seed", "9")
+    (only,), val, _ = train.open_data(s.settings, s.method, s.model, s.fmt, Processes())
+    assert made == [("runs/toy", 9)] and len(only) == 6 and len(val) == 3
+
+
+def test_the_loader_is_told_how_to_make_batches(setup, monkeypatch):
+    """Which records (a run may begin in the middle of a stage), padding, and workers that ignore signals."""
+    more = "--method livr --max_steps 10 --masked 0.4 --batch_size 2 --accumulation 3 --workers 5 --seed 7"
+    s = setup(*more.split())
+    told = []
+    monkeypatch.setattr(data, "loader", lambda *arguments: told.append(arguments) or iter(["batch"]))
+    for stage, step in ((0, 0), (0, 3), (0, 4), (1, 0), (1, 6), (1, 10)):
+        told.append((stage, step))
+        list(train.stage_batches(stage, s.examples, step, s.settings, 11, Processes(rank=1, world=4)))
+    made = [x if len(x) == 2 else (x[1].start, x[1].stop) for x in told]
+    assert made == [(0, 0), (0, 4), (0, 3), (3, 4), (0, 4), (1, 0), (4, 10), (1, 6), (6, 10), (1, 10)]
+    examples, order, *rest = told[1]
+    assert examples is s.examples and rest == [11, 5, train.processes.ignore_signals]
+    assert (order.count, order.batch_size, order.accumulation, order.rank, order.world, order.seed) == (
+        3,
+        2,
+        3,
+        1,
+        4,
+        7,
+    )
+
+
+def test_workers_make_the_same_batches(flags):
+    a, b = (metrics(train.main(flags(f"w{n}", "--max_steps", "2", "--workers", n))) for n in ("0", "2"))
+    assert [x["loss"] for x in a] == [x["loss"] for x in b] and len(a) == 2
+
+
+class Pretended(Processes):
+    """One of several ranks whose reductions are its own values: what a rank does by itself."""
+
+    def sum(self, value):
+        return value
+
+    def gather(self, items):
+        return list(items)
+
+
+def test_validation_is_shared_by_batches_and_counts_every_record_once(setup):
+    """Seven records in batches of two: of two ranks, 0 has the first and the third batch, 1 the others."""
+    s = setup("--method", "sft", "--batch_size", "2", "--max_steps", "9")
+    s.examples.records = [
+        replace(s.records[0], answer=answer) for answer in ("a", "bb", "ccc", "dd", "e", "ff", "ggg ggg")
+    ]
+    sums = [float(data.collate([s.examples[0, i]], 0)["targets"].clamp(min=0).sum()) for i in range(7)]
+    asked = []
+
+    class Told(LabelSum):
+        def forward(self, batch, progress):
+            assert not self.training and not torch.is_grad_enabled()
+            asked.append((len(batch["input_ids"]), progress))
+            return super().forward(batch, progress)
+
+    def validated(procs):
+        asked.clear()
+        objective = Told()
+        found = train.validate(
+            objective, s.examples, s.settings, s.method, s.model.tokenizer.pad_token_id, procs, torch.float64
+        )
+        assert objective.training  # again
+        return found
+
+    whole = validated(Processes())
+    assert whole == {"loss": pytest.approx(sum(sums) / 7), "ce": pytest.approx(sum(sums) / 7)}
+    assert [size for size, _ in asked] == [2, 2, 2, 1] and {progress for _, progress in asked} == {
+        config.Progress(9, 0, 1.0, 1.0)
+    }
+    for rank, mine in ((0, (0, 1, 4, 5)), (1, (2, 3, 6))):
+        assert validated(Pretended(rank=rank, world=2))["ce"] == pytest.approx(
+            sum(sums[i] for i in mine) / len(mine)
+        )
+
+
+def test_the_loss_is_the_weighted_sum_of_what_trains():
+    """A term without a weight counts once, one of weight 0 not at all, a watched one neither."""
+    terms = {"a": 2.0, "b": 3.0, "c": 5.0, "seen": 100.0, "off": 7.0}
+    method, settings = (
+        SimpleNamespace(watched=("seen",)),
+        SimpleNamespace(weights={"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0}),
+    )
+    assert train.weighted(terms, method, settings) == 0.5 * 2 + 4 * 3 + 5
+
+
+def test_broken_records_in_a_batch(tmp_path):
+    """One is let pass, more up to 1 % of what all ranks have seen; one that was not skipped ends the run."""
+    settings = config.Settings(batch_size=4, accumulation=5, output=str(tmp_path / "run"))
+
+    def report(bad, count, step, world=10, **more):
+        return train.report_bad({"bad": bad, **more}, count, step, settings, Pretended(world=world))
+
+    assert report([], 7, 0) == [] and report(["x"], 0, 0) == ["x"]
+    assert report(["x"], 1, 0) == ["x"]  # 2 of 200
+    with pytest.raises(UserError, match="3 of 200 records were broken, more than 1 %; the last: z"):
+        report(["y", "z"], 1, 0)
+    assert report(["y", "z"], 1, 1) == ["y", "z"]  # 3 of 400
+    with pytest.raises(UserError, match="2 of 20 records"):
+        report(["y"], 1, 0, world=1)
+    with pytest.raises(UserError, match="^it is cut$"):
+        report([], 0, 0, error="it is cut")
+    assert not (tmp_path / "run").exists()
+    train.list_bad([], tmp_path / "run", Processes())
+    train.list_bad(["other"], tmp_path / "run", Processes(rank=1, world=2))
+    assert not (tmp_path / "run").exists()
+    for line in ("one", "two"):
+        train.list_bad([line], tmp_path / "run", Processes())
+    assert (tmp_path / "run" / "bad_records.jsonl").read_text() == '{"problem": "one"}\n{"problem": "two"}\n'
+
+
+def test_a_record_that_breaks_while_loading_is_listed_and_told_once(flags, records_file, tmp_path):
+    """One of three pictures cannot be opened: met once in three updates it passes, met twice it does not."""
+    folder = shutil.copytree(records_file.parent, tmp_path / "cut")
+    (folder / "1_0.png").write_text("not a picture")
+    more = ("--method", "sft", "--data", str(folder / "train.jsonl"), "--on_bad_record", "skip")
+    run = train.main(flags("cut", *more, "--batch_size", "1", "--max_steps", "3"))
+    listed = [json.loads(line)["problem"] for line in (run / "bad_records.jsonl").read_text().splitlines()]
+    assert len(listed) == 1 and "train.jsonl:2: field 'image'" in listed[0]
+    with pytest.raises(UserError, match="2 of 6 records were broken"):
+        train.main(flags("more", *more, "--batch_size", "3", "--max_steps", "2"))
+
+
+# ---- logs --------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_every_number_of_every_line(flags, records_file, monkeypatch):
+    written, folders = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            folders.append(folder)
+
+        def add_scalar(self, name, value, step):
+            written.append((step, name, value))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    more = "--method sft --max_steps 2 --tensorboard --eval_every 2"
+    run = train.main(flags("board", "--val_data", str(records_file), *more.split()))
+    lines = metrics(run)
+    assert folders == [run / "tensorboard"] and len(lines) == 3
+    assert written == [
+        (line["step"], name, value) for line in lines for name, value in line.items() if name != "step"
+    ]
+
+
+def test_a_log_without_its_last_line(tmp_path):
+    (tmp_path / "log").write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3')
+    assert train.logged_lines(tmp_path / "log") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_gradient_without_an_end_stops_before_the_update(flags, tmp_path):
+    """The loss is finite, its gradient is not; nothing was written."""
+    (tmp_path / "steep.py").write_text(
+        "from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n"
+        "    def losses(self, model, batch, progress):\n"
+        "        rows = model.rows.rows\n"
+        "        return {'ce': (rows - rows.detach()).abs().sum().sqrt()}\n"
+    )
+    told = "update 0: loss 0.0 or gradient norm (nan|inf) is not finite; .* the last good checkpoint is none"
+    with pytest.raises(UserError, match=told):
+        train.main(
+            flags("steep", "--method", str(tmp_path / "steep.py"), "--tune", "rows", "--max_steps", "1")
+        )
+    assert not (tmp_path / "steep").exists()
