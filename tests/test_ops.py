@@ -5,8 +5,8 @@
     gradcheck   against finite differences in float64
     opcheck     torch.library's own: schema, fake kernel, autograd registration, tracing
 
-A *place* is a device, on the CPU with the width of its vectors. What a machine has not is a visible skip; `pytest --require-cuda` makes
-a skip for want of a GPU a failure.
+A *place* is a device, on the CPU with the width of its vectors (places.py). tests/test_kernels.py compares the operators with formulas
+that know nothing of crystal, at the boundaries of the pieces in which the kernels work.
 """
 import fcntl
 import functools
@@ -22,7 +22,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import gradients
+from places import (ABSENT, EMULATED, ONE_WIDTH, PROBLEM, REFERENCE_ASKED, at_place, compiled, dtypes, each_cpu_place, each_device,
+                    each_place, forget_the_choice, skip_or_fail, versions)
 
 from crystal import attention, losses, ops
 from crystal.config import UserError
@@ -54,62 +57,41 @@ def normal(*shape, seed=0, scale=1.0, dtype=f64):
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
-EMULATED = os.environ.get("CRYSTAL_CUDA_ON_CPU")  # set by test_cuda_kernels_on_the_cpu: a library in which the CPU's operators are the CUDA kernels
-WIDE = os.environ.get("CRYSTAL_WIDE")  # set by test_wide_vectors_on_a_narrow_cpu: the folder of a _C.so with 512-bit vectors for any machine
-PLACES = ["emulated"] if EMULATED else ["cpu-512"] if WIDE else ["cpu-128", "cpu-256", "cpu-512", "cuda"]
-VERSIONS = ["emulated-1", "emulated-2", "emulated-3"] if EMULATED else PLACES if WIDE else [*PLACES[:3], "cuda-1", "cuda-2", "cuda-3"]  # of the CUDA kernels
+@pytest.mark.parametrize("place", ["cpu-128", "cpu-256", "cpu-512", "cuda"])
+@pytest.mark.skipif(bool(EMULATED), reason="the place is the emulated one")
+def test_place(compiled, place, request):
+    """What this machine has not is a visible skip here, once; what it has can be chosen, and is what runs."""
+    if ABSENT[place] and place == "cuda":
+        skip_or_fail(request, ABSENT[place])
+    if ABSENT[place]:
+        pytest.skip(ABSENT[place])
+    with at_place(place) as device:
+        assert device.type == place.partition("-")[0]
+        if place != "cuda":
+            assert torch.ops.crystal.vector_bits(0) == int(place[4:])
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """The compiled operators or an error, whatever the environment says; skips where they are not built."""
-    monkeypatch.setenv("CRYSTAL_OPS", "require")
-    if WIDE:
-        monkeypatch.setattr(ops, "HERE", Path(WIDE))
-    for cached in (ops.choice, ops._served):
-        cached.cache_clear()
-    try:
-        ops.choice()
-    except UserError as error:
-        pytest.skip(f"no compiled operators here: {error}")
-    if EMULATED:
-        torch.ops.load_library(EMULATED)
-        monkeypatch.setattr(ops, "SERVED", {name: {"cpu": served.get("cuda", ())} for name, served in ops.SERVED.items()})
-    yield
-    for cached in (ops.choice, ops._served):
-        cached.cache_clear()
+def test_operators_are_built(compiled):
+    """A build that is missing or does not load fails here by its own words; every other test of this file then has no place."""
+    assert PROBLEM is None and ONE_WIDTH
+
+
+def test_a_missing_build_fails(tmp_path):
+    """Without the extension the tests fail, unless plain PyTorch was asked for: a suite of skips would look like one that passed."""
+    code = "import sys; from pathlib import Path; from crystal import ops; ops.HERE = Path(sys.argv.pop(1)); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    test = ["-q", "-p", "no:cacheprovider", "tests/test_ops.py::test_operators_are_built", "tests/test_ops.py::test_combinations"]
+    for mode, passes in (("auto", False), ("require", False), ("reference", True)):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *test], cwd=ROOT, env=os.environ | {"CRYSTAL_OPS": mode}, capture_output=True, text=True)
+        assert (done.returncode == 0) == passes, done.stdout
+        assert ("_C.so is not built: make setup" in done.stdout) != passes and " passed" not in done.stdout
 
 
 @pytest.fixture
 def device(compiled, request):
     """Of the parameter `place`: its device, with the CPU's vectors set to its width, or a version of the operator's CUDA kernels."""
-    kind, _, bits = request.getfixturevalue("place").partition("-")
-    if kind == "emulated" or kind == "cuda" and torch.cuda.is_available() and "cuda" in ops.choice()[1]:
-        choose = getattr(torch.ops.crystal, f"{SAMPLES[request.getfixturevalue('index')].name}_version", None) if bits else None
-        try:
-            before = choose(0) if choose else 1
-            choose and choose(int(bits))
-        except RuntimeError:
-            pytest.skip(f"there is no version {bits}")
-        yield torch.device("cpu" if EMULATED else "cuda")
-        choose and choose(before)
-        return
-    if kind == "cuda":
-        skip_or_fail(request, "no GPU here" if not torch.cuda.is_available() else "crystal/_C_cuda.so is not built")
-    before = torch.ops.crystal.vector_bits(0)
-    try:
-        torch.ops.crystal.vector_bits(int(bits or 0))
-    except RuntimeError:
-        pytest.skip(f"this CPU has no {bits}-bit vectors")
-    yield torch.device("cpu")
-    torch.ops.crystal.vector_bits(before)
-
-
-def skip_or_fail(request, why):
-    (pytest.fail if request.config.getoption("--require-cuda") else pytest.skip)(why)
-
-
-each_place = pytest.mark.parametrize("place", PLACES)
+    index = request.getfixturevalue("index") if "index" in request.fixturenames else None
+    with at_place(request.getfixturevalue("place"), None if index is None else SAMPLES[index].name) as device:
+        yield device
 
 
 # ---- the four checks -------------------------------------------------------------------------------------------------
@@ -167,9 +149,8 @@ def references(index, dtype):
     return args, run(REFERENCE[sample.name], args, sample), run(REFERENCE[sample.name], args, sample, dtype=f64)
 
 
-@pytest.fixture
-def sample(request):
-    return SAMPLES[request.getfixturevalue("index")]
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def each_sample(keep=lambda sample: True):
@@ -177,10 +158,17 @@ def each_sample(keep=lambda sample: True):
     return pytest.mark.parametrize("index", chosen, ids=[str(SAMPLES[i]) for i in chosen])
 
 
+def each_sample_dtype_and_version(keep=lambda sample: True):
+    """Samples, in every type that is served and in every version of the kernels that this machine runs."""
+    chosen = []
+    for i, sample in enumerate(SAMPLES):
+        for place in versions(sample.name) if keep(sample) else []:
+            chosen += [pytest.param(i, dtype, place, id=f"{sample}-{name_of(dtype)}-{place}") for dtype in dtypes(sample.name, place)]
+    return pytest.mark.parametrize("index, dtype, place", chosen)
+
+
 def check_sample(index, dtype, device):
     sample = SAMPLES[index]
-    if dtype not in ops.SERVED[sample.name][device.type]:
-        pytest.skip(f"{sample.name} does not serve {dtype} on {device.type}: plain PyTorch does")
     args, plain, exact = references(index, dtype)
     got = run(getattr(ops, sample.name), args, sample, device)
     within(got[0], plain[0], exact[0], 2, wide(dtype), "output")
@@ -287,8 +275,8 @@ SAMPLES += [
 ]
 
 
-@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("place", PLACES[:3])
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=name_of)
+@each_cpu_place
 def test_tokens_that_cannot_be(place, device, dtype):
     """Logits of -inf, the first of a row, a whole tile, the label's own, and a NaN: as in plain PyTorch."""
     z = normal(5, 3000, scale=3.0, dtype=dtype)
@@ -501,7 +489,6 @@ WITH_SLICE = [(f"{case}{', eights' * (pad > 1)}", with_value(make, pad), {}) for
     (f"{kind} mask", with_value(heads([[3, 4, 8, -1], [8, 7, 4, 0]], [[0, 2, 3], [0, 7, 8]])), {"mask": square_mask(2, 9, kind)}) for kind in ("bool", "float")
 ] + [("own scale given", with_value(heads([[3, 5]], [[0, 2]], d=8)), {"scale": 0.3}),
      ("eights, not contiguous", with_value(heads([[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], d=8, contiguous=False)), {})]
-each_with_slice = pytest.mark.parametrize("case", WITH_SLICE, ids=[case[0] for case in WITH_SLICE])
 
 
 def flash(q, k, v, dropout, causal, *_, scale):
@@ -541,17 +528,27 @@ def at(request, monkeypatch):
     aten._destroy()
 
 
-each_device = pytest.mark.parametrize("place", ["emulated"] if EMULATED else ["cpu", "cuda"])
+def with_slice_cases(gpu_alone=("eights",)):
+    """(case, place) of each case that says something there: heads padded to a multiple of 8 are for a GPU's attention."""
+    return [(case, place) for case in WITH_SLICE for place in ONE_WIDTH if not (place.startswith("cpu") and any(word in case[0] for word in gpu_alone))]
 
 
-@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=lambda d: str(d)[6:])
-@each_device
-@each_with_slice
+def each_with_slice_and_dtype():
+    chosen = []
+    for case, place in with_slice_cases():
+        chosen += [pytest.param(case, place, dtype, id=f"{case[0]}-{place}-{name_of(dtype)}") for dtype in dtypes("attn_slice", place)]
+    return pytest.mark.parametrize("case, place, dtype", chosen)
+
+
+def each_dtype_and_device():
+    chosen = [pytest.param(place, dtype, id=f"{place}-{name_of(dtype)}") for place in ONE_WIDTH for dtype in dtypes("attn_slice", place)]
+    return pytest.mark.parametrize("place, dtype", chosen)
+
+
+@each_with_slice_and_dtype()
 def test_attention_with_slice(case, place, at, dtype):
     """Values and gradients, of both outputs and of each alone; in float64 every combination of wanted gradients."""
     _, make, keywords = case
-    if dtype not in ops.SERVED["attn_slice"][at.type]:
-        pytest.skip(f"attn_slice does not serve {dtype} on {at.type}: plain PyTorch does")
     sample, args = Sample("", "", None, keywords), make(dtype)
     for used in (None, [0], [1]):
         for wanted in ([None, (0,), (1,), (2,), (0, 1), (0, 2), (1, 2)] if dtype == f64 else [None]):
@@ -559,27 +556,26 @@ def test_attention_with_slice(case, place, at, dtype):
                 continue  # the slice does not hang on the values
             got = run(ops.attention_with_slice, args, sample, at, wanted=wanted, used=used)
             plain = run(attention.attention_with_slice, args, sample, wanted=wanted, used=used)
-            exact = run(attention.attention_with_slice, args, sample, dtype=f64, wanted=wanted, used=used)
+            exact = plain if dtype == f64 else run(attention.attention_with_slice, args, sample, dtype=f64, wanted=wanted, used=used)
             within(got[0], plain[0], exact[0], 2, dtype, f"used {used} wanted {wanted} output")
             within(got[1], plain[1], exact[1], 3, dtype, f"used {used} wanted {wanted} gradient")
 
 
+GRADCHECKED = ("plain", "ragged", "float mask", "plain, eights")  # values and gradients hold the others
+
+
 @pytest.mark.gradcheck
-@each_device
-@each_with_slice
+@pytest.mark.parametrize("case, place", [pytest.param(case, place, id=f"{case[0]}-{place}") for case, place in with_slice_cases() if case[0] in GRADCHECKED])
 def test_attention_with_slice_gradcheck(case, place, at):
     _, make, keywords = case
     args = [x.to(at).requires_grad_(x.is_floating_point()) for x in make(f64)]
     torch.autograd.gradcheck(functools.partial(ops.attention_with_slice, **{n: x.to(at) if isinstance(x, torch.Tensor) else x for n, x in keywords.items()}), args, fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=lambda d: str(d)[6:])
+@each_dtype_and_device()
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-17, 1e-12, 1e-6, 1e-3], ids=str)
-@each_device
 def test_attention_with_slice_where_nothing_reads_the_output(size, place, at, dtype):
     """Rows whose output has no gradient, or next to none, still get the slice's through the normaliser."""
-    if dtype not in ops.SERVED["attn_slice"][at.type]:
-        pytest.skip(f"attn_slice does not serve {dtype} on {at.type}: plain PyTorch does")
     args = with_value(heads([[3, 5, 8, 8], [4, 6, -1, 0]], [[0, 2, 3], [1, 2, 4]], d=8))(dtype)
     factor = torch.ones(2, 1, 9, 1, dtype=dtype)
     factor[:, :, [3, 8, 0]] = size
@@ -597,7 +593,7 @@ def test_attention_with_slice_where_nothing_reads_the_output(size, place, at, dt
 
 
 @each_device
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=name_of)
 def test_attention_with_slice_is_folded(place, at, dtype):
     """Where every chosen row's output is read, backward asks attn_backward_ for the chosen cells alone."""
     args = [x.to(at).requires_grad_(x.is_floating_point()) for x in with_value(heads([[3, 5]], [[0, 2]], d=8))(dtype)]
@@ -623,7 +619,7 @@ def test_attention_with_slice_of_a_gpu_fits_its_schema(compiled):
         assert (grad.shape, grad.dtype, grad.device.type) == (x.shape, bf16, "meta")
 
 
-@pytest.mark.parametrize("place", VERSIONS)
+@pytest.mark.parametrize("place", versions("attn_slice"))
 @each_sample(lambda sample: str(sample) == "attn_slice-several tiles")
 def test_backward_through_zeros_reads_no_lse(index, place, device):
     """Where no row has a gradient through its normaliser there is no pass over L: an lse of NaN does no harm."""
@@ -715,17 +711,11 @@ def test_align_what_is_refused(compiled):
 @pytest.mark.parametrize("checkpointing", [(), ("--checkpointing",)], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("flags", [(), ("--attn_loss", "frobenius", "--attn_layers", "all"), ("--attn_loss", "mse", "--attn_columns", "all"), ("--attn_heads", "mean", "--teacher_grad"),
                                    ("--realisation", "hidden")], ids=lambda flags: "-".join(flags).replace("--", "") or "kl")
-def test_training_step(setup, monkeypatch, flags, checkpointing):
+def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
     """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in float64."""
     def step(mode):
         monkeypatch.setenv("CRYSTAL_OPS", mode)
-        for cached in (ops.choice, ops._served):
-            cached.cache_clear()
-        if mode == "require":
-            try:
-                ops.choice()
-            except UserError as error:
-                pytest.skip(f"no compiled operators here: {error}")
+        forget_the_choice()
         s = setup("--lora_dropout", "0", *flags, *checkpointing)
         terms = s.objective(s.batch, 0.0)
         return terms, gradients(sum(value for name, value in terms.items() if name not in s.method.watched), s.named)
@@ -733,8 +723,7 @@ def test_training_step(setup, monkeypatch, flags, checkpointing):
     try:
         (got, got_grads), (want, want_grads) = step("require"), step("reference")
     finally:
-        for cached in (ops.choice, ops._served):
-            cached.cache_clear()
+        forget_the_choice()
     for a, b in ((got, want), (got_grads, want_grads)):
         assert a.keys() == b.keys()
         for name in a:
@@ -743,27 +732,28 @@ def test_training_step(setup, monkeypatch, flags, checkpointing):
 
 # ---- the checks of every sample (below the samples of all operators) -------------------------------------------------
 
-@pytest.mark.parametrize("place", VERSIONS)
-@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=lambda d: str(d)[6:])
-@each_sample()
+@each_sample_dtype_and_version()
 def test_values_and_gradients(index, dtype, place, device):
     check_sample(index, dtype, device)
 
 
-@each_place
+# What is asked for is settled before any vector is loaded, and float64 is compared with the reference to round-off: one width of
+# vectors will do for combinations, and some samples of each operator for finite differences.
+
+@each_device
 @each_sample()
 def test_combinations(index, place, device):
     check_combinations(index, device)
 
 
 @pytest.mark.gradcheck
-@each_place
-@each_sample(lambda sample: sample.gradcheck)
+@each_device
+@each_sample(lambda sample: sample.gradcheck and (sample.opcheck or "ragged" in sample.case))
 def test_gradcheck(index, place, device):
     check_gradients(index, device)
 
 
-@pytest.mark.parametrize("place", PLACES[::3])
+@each_device
 @each_sample(lambda sample: sample.opcheck)
 def test_opcheck(index, place, device):
     check_registration(index, device)
@@ -774,11 +764,8 @@ def test_opcheck(index, place, device):
 @pytest.fixture
 def fresh(monkeypatch, capsys):
     """fresh(mode): the module as at its first import under CRYSTAL_OPS=mode."""
-    caches = ops.choice, ops._served
-
     def forget():
-        for cached in caches:
-            cached.cache_clear()
+        forget_the_choice()
         ops._said.clear()
 
     def make(mode):
