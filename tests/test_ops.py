@@ -8,6 +8,7 @@
 A *place* is a device, on the CPU with the width of its vectors (places.py). tests/test_kernels.py compares the operators with formulas
 that know nothing of crystal, at the boundaries of the pieces in which the kernels work.
 """
+import faulthandler
 import fcntl
 import functools
 import itertools
@@ -78,12 +79,12 @@ def test_operators_are_built(compiled):
 
 def test_a_missing_build_fails(tmp_path):
     """Without the extension the tests fail, unless plain PyTorch was asked for: a suite of skips would look like one that passed."""
-    code = "import sys; from pathlib import Path; from crystal import ops; ops.HERE = Path(sys.argv.pop(1)); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    test = ["-q", "-p", "no:cacheprovider", "tests/test_ops.py::test_operators_are_built", "tests/test_ops.py::test_combinations"]
-    for mode, passes in (("auto", False), ("require", False), ("reference", True)):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *test], cwd=ROOT, env=os.environ | {"CRYSTAL_OPS": mode}, capture_output=True, text=True)
-        assert (done.returncode == 0) == passes, done.stdout
-        assert ("_C.so is not built: make setup" in done.stdout) != passes and " passed" not in done.stdout
+    (tmp_path / "test_some.py").write_text("from pathlib import Path\nfrom crystal import ops\nops.HERE = Path(__file__).parent\nfrom places import PLACES, compiled\n"
+                                           "def test_some(compiled):\n    pass\ndef test_no_place():\n    assert PLACES == []\n")
+    for mode, said in (("auto", "1 failed, 1 passed"), ("reference", "1 passed, 1 skipped")):
+        environment = os.environ | {"CRYSTAL_OPS": mode, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert said in done.stdout and ("_C.so is not built: make setup" in done.stdout) == (mode == "auto"), done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -451,11 +452,58 @@ def test_attention_what_is_refused(compiled):
             f(q, k, rows, cols, key_padding=torch.zeros(1, 9))
         with pytest.raises(TypeError, match="must be float"):
             f(q, k, rows, cols, bias=torch.zeros(1, 1, 2, 9, dtype=torch.bool))
-        for bad in (-2, 9):
-            with pytest.raises(RuntimeError, match=f"{bad} is not in"):
-                f(q, k, torch.tensor([[3, bad]]), cols)
         with pytest.raises(RuntimeError, match="agree in batch"):
             f(q, k[:, :, :8], rows, cols)
+
+
+OUT_OF_RANGE = [(operator, which, bad) for operator in ("attn_slice", "attn_scores", "kl", "frobenius") for which in ("rows", "cols") for bad in (9, -2)]
+OUT_OF_RANGE += [("attn_backward", "rows", 9), ("attn_backward", "rows", -2)]
+
+
+def call_out_of_range(operator, which, bad, device):
+    """Calls an operator with one row or column that lies outside the 9 positions, and waits for it."""
+    q, k, rows, cols = (x.to(device) for x in heads([[3, 5], [3, 5]], [[0, 2], [0, 2]])(f32))
+    (rows if which == "rows" else cols)[:, 1] = bad
+    if operator == "attn_backward":
+        torch.ops.crystal.attn_backward(q, k, rows, cols, 0.3, torch.ones(2, 4, 2, 2, device=device), None, None, None, None, True, True)
+    elif operator in ("kl", "frobenius"):
+        ops.attn_align(operator, "keep", q, k, rows[:1], cols[:1])
+    else:
+        getattr(ops, operator)(q, k, rows, cols)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def said_by_a_child(operator, which, bad):
+    """The same where a kernel stops the program -> (whether it ended well, what it said)."""
+    if not EMULATED:
+        code = f"import sys; sys.path.insert(0, 'tests'); import test_ops; test_ops.call_out_of_range({operator!r}, {which!r}, {bad}, 'cuda')"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"CRYSTAL_OPS": "require"}, capture_output=True, text=True)
+        return done.returncode == 0, done.stdout + done.stderr
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            os.dup2(said.fileno(), 2)
+            call_out_of_range(operator, which, bad, "cpu")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        said.seek(0)
+        return status == 0, said.read().decode()
+
+
+@pytest.mark.parametrize("operator, which, bad", OUT_OF_RANGE)
+@each_device
+def test_positions_outside_the_sequence(operator, which, bad, place, compiled):
+    """Row L of a head is row 0 of the next one, or lies behind the tensor: refused on a CPU, and a trap in a GPU's kernels."""
+    if place.startswith("cpu"):
+        with pytest.raises(RuntimeError, match=f"{which[:3]}.* {bad} is not in -1..8"):
+            call_out_of_range(operator, which, bad, "cpu")
+        return
+    if not EMULATED and bad == -2:
+        pytest.skip("a process each: 9 will do on a real GPU")
+    fine, said = said_by_a_child(operator, which, bad)
+    assert not fine and "a row or column is not in -1..L-1" in said
 
 
 def test_slice_second_derivative_raises(compiled):
@@ -870,8 +918,12 @@ def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
                           capture_output=True).returncode == 0
 
 
+ON_A_GPU = "test_values_and_gradients or attention_with_slice or reads_no_lse or outside_the_sequence or test_kernels"
+
+
 def test_cuda_kernels_on_the_cpu(compiled, tmp_path):
-    """The CUDA kernels' own source, compiled for the CPU and run there thread by thread, on every sample: values and gradients; and with PyTorch's attention for GPUs, by its formulas, beneath them."""
+    """The CUDA kernels' own source, compiled for the CPU and run there thread by thread: values and gradients of every sample, the boundaries of the pieces, what is trapped;
+    and with PyTorch's attention for GPUs, by its formulas, beneath them."""
     if not shutil.which("g++"):
         pytest.skip("no g++ here")
     torch_at, sources = Path(torch.__file__).parent, sorted([*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*_cuda.cpp")])
@@ -881,7 +933,7 @@ def test_cuda_kernels_on_the_cpu(compiled, tmp_path):
     assert [c.wait() for c in compilers] == [0] * len(sources)
     library = tmp_path / "emulated.so"
     subprocess.run(["g++", "-shared", *objects, "-o", library, f"-L{torch_at}/lib", "-ltorch_cpu"], check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", "test_values_and_gradients or attention_with_slice or reads_no_lse"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_kernels.py", "-k", ON_A_GPU], cwd=ROOT,
                           env=os.environ | {"CRYSTAL_CUDA_ON_CPU": str(library)}, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -901,6 +953,6 @@ def test_wide_vectors_on_a_narrow_cpu(compiled, tmp_path):
     replaced = {"ops.o"} | {f"{source.stem}.avx512.o" for source in sources}
     others = [str(x) for x in work.glob("*.o") if x.name not in replaced and ".cu." not in x.name and not x.name.endswith("_cuda.o")]
     subprocess.run(["g++", "-shared", *(str(tmp_path / f"{source.stem}.o") for source in sources), *others, "-o", tmp_path / "_C.so", f"-L{torch_at}/lib", "-ltorch_cpu"], check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", "test_values_and_gradients"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_kernels.py", "-k", "test_values_and_gradients or test_kernels"], cwd=ROOT,
                           env=os.environ | {"CRYSTAL_WIDE": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
