@@ -40,10 +40,10 @@ def values(x):
 
 
 def each_case(cases, operator):
-    """Names of the cases, in the types and versions in which each runs here; under the emulator, float64 and bfloat16 alone."""
+    """Names of the cases, in the types and places in which each runs here. The emulator is slow: there the last version, in float64 and bfloat16."""
     chosen = []
     for name in cases:
-        for place in versions(operator):
+        for place in versions(operator)[-1:] if EMULATED else versions(operator):
             for dtype in (f64, bf16) if EMULATED else (f64, f32, bf16):
                 chosen.append(pytest.param(name, dtype, place, id=f"{name}-{str(dtype)[6:]}-{place}"))
     return pytest.mark.parametrize("name, dtype, place", chosen)
@@ -185,6 +185,10 @@ SHAPES = {
     "odd head sizes": [Shape(75, 3, 3, d, H=3, B=2) for d in (1, 3, 15, 16, 17, 31, 33, 63, 65, 129)],
     "masked": [Shape(KEYS + 1, 6, 4, 8, H=4, G=2, B=2), Shape(2 * KEYS + 1, 33, 7, 8, H=7)],
 }
+
+
+if EMULATED:  # slow, and its tiles are of 64 and 32 rows
+    SHAPES["rows"] = [shape for shape in SHAPES["rows"] if shape.M < 200]
 
 
 class Inputs(NamedTuple):
@@ -409,7 +413,7 @@ def test_scores(name, dtype, place, compiled):
             check_scores(shape, dtype, device, name == "masked", scale=0.31)
 
 
-@pytest.mark.parametrize("kind", ["kl", "frobenius", "mse"])
+@pytest.mark.parametrize("kind", ["kl", "frobenius"] if EMULATED else ["kl", "frobenius", "mse"])  # mse is frobenius, divided in Python
 @each_case(SHAPES, "attn_align")
 def test_align(name, dtype, place, kind, compiled):
     with at_place(place, "attn_align") as device:
