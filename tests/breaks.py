@@ -139,7 +139,7 @@ OPERATORS = [
     Break("common-float-is-double", "csrc/common.h", """case ScalarType::BFloat16: return Float::bf16;""", """case ScalarType::BFloat16: return Float::f16;""",
           "bfloat16 is taken for half precision.", "tests/test_kernels.py::test_scores"),
     Break("widths-portable-everywhere", "csrc/widths.h", """== 256 ? avx2::__VA_ARGS__""", """== 256 ? portable::__VA_ARGS__""",
-          "AVX2 machines run the slow copy.", "tests/test_ops.py::test_library_has_every_width"),
+          "AVX2 machines run the slow copy.", "tests/test_ops.py::test_every_width_runs_its_own_kernels"),
     Break("ops_cpp-width-not-checked", "csrc/ops.cpp", """if (bits) chosen = bits;""", """if (bits) chosen = 128;""", "The width that was chosen is not the one that runs.", "tests/test_ops.py::test_place"),
     Break("attn_glue-row-not-checked", "csrc/attn_glue.h", """STD_TORCH_CHECK(a.rows[i] >= -1 && a.rows[i] < a.L,""", """STD_TORCH_CHECK(a.rows[i] >= -1 && a.rows[i] <= a.L,""",
           "Row L reads and writes behind its head.", "tests/test_ops.py::test_positions_outside_the_sequence"),
