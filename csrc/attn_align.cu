@@ -19,7 +19,7 @@ constexpr int MOST = 8;  // numbers of d that a lane holds at most: d <= 256
 // Both paths' scores of row i (of the intact half) and its c-th column; false where either path hides it.
 template <class In, class C> __device__ __forceinline__ bool both_scores(const Align& p, const Row& r, int64_t c, C* x, C* y) {
   const Attn& a = p.int_;
-  const int64_t j = a.cols[r.b * a.K + c];
+  const int64_t j = column(a, r.b, c);
   *x = score<C>(a, r.b, r.m, r.position, j, warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
   *y = score<C>(p.cor, r.b, r.m, r.position, j, warp_dot<In, C>(p.cor, query<In>(p.cor, r), key<In>(p.cor, r.b, r.g, j)));
   return *x != none<C>() && *y != none<C>();

@@ -7,6 +7,14 @@ namespace {
 
 template <class C> __device__ inline C none() { return -C(INFINITY); }
 
+// A chosen row's or column's position, -1 for padding. Any other that lies outside the sequence would be read, or written, beyond its
+// tensor: whoever reads a.rows or a.cols to find memory by it does so through here.
+__device__ __forceinline__ int64_t checked(const Attn& a, int64_t position) {
+  if (position < -1 || position >= a.L) stop_with("attention: a row or column is not in -1..L-1");
+  return position;
+}
+__device__ __forceinline__ int64_t column(const Attn& a, int64_t b, int64_t c) { return checked(a, a.cols[b * a.K + c]); }
+
 // Row i of [B,H,M]: its sequence, query head, key head and chosen row. There are fewer than 2^31: short divisions.
 struct Row {
   uint32_t b, h, g, m;
@@ -14,7 +22,7 @@ struct Row {
   __device__ __forceinline__ Row(const Attn& a, int64_t i) {
     const uint32_t n = uint32_t(i), H = uint32_t(a.H), M = uint32_t(a.M);
     b = n / (H * M), h = n / M % H, g = h / (H / uint32_t(a.G)), m = n % M;
-    position = a.rows[b * a.M + m];
+    position = checked(a, a.rows[b * a.M + m]);
   }
 };
 

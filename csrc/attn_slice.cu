@@ -138,7 +138,7 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) colum
   const C lse = lse_in ? lse_in[i] : own.lse();
   if (lse_out && threadIdx.x % 32 == 0) lse_out[i] = lse;
   for (int64_t c = 0; c < a.K; ++c) {
-    const int64_t j = a.cols[r.b * a.K + c];
+    const int64_t j = column(a, r.b, c);
     const C s = score<C>(a, r.b, r.m, r.position, j, warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
     if (threadIdx.x % 32 == 0) out[i * a.K + c] = !lse_out ? s : s == none<C>() ? C(0) : exp_of<C>(s - lse);
   }

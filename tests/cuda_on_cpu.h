@@ -3,6 +3,9 @@
 // The threads of a block are contexts that are switched at __syncthreads and at the warp's exchanges, where each waits for the others;
 // blocks run one after the other. It says nothing about speed, and finds no race between two such points. A block in which some threads
 // wait at a barrier that the others never reach ends the program.
+//
+// What a GPU does not promise is not given here either: half of the blocks, drawn by a fixed stream, run their warps and threads from the
+// last to the first, and shared memory holds NaN when a block begins. It is thread-local memory of this library, which is how it is found.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -10,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -22,7 +26,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __syncthreads() on_cpu::wait(on_cpu::BLOCK)
 #define UNWRAP(...) __VA_ARGS__
 #define LAUNCH(kernel, blocks, threads, stream, ...) (on_cpu::run(blocks, threads, [&] { UNWRAP kernel(__VA_ARGS__); }), 0)
@@ -51,6 +55,28 @@ inline std::vector<uint64_t> given, taken;  // a word of each thread: what it ha
 inline jmp_buf scheduler;
 inline unsigned current;
 inline std::function<void()> body;
+
+// All shared memory of all kernels: this library's thread-local variables.
+struct Shared { char* from = nullptr; size_t size = 0; };
+inline int find_shared(dl_phdr_info* library, size_t, void* found) {
+  bool ours = false;
+  for (int i = 0; i < library->dlpi_phnum; ++i) {
+    const auto& part = library->dlpi_phdr[i];
+    const uintptr_t begin = library->dlpi_addr + part.p_vaddr;
+    ours |= part.p_type == PT_LOAD && uintptr_t(&find_shared) >= begin && uintptr_t(&find_shared) < begin + part.p_memsz;
+  }
+  for (int i = 0; ours && i < library->dlpi_phnum; ++i)
+    if (library->dlpi_phdr[i].p_type == PT_TLS) *(Shared*)found = {(char*)library->dlpi_tls_data, library->dlpi_phdr[i].p_memsz};
+  return ours;
+}
+
+inline thread_local char anchor;  // read once, so that the thread has its memory
+
+inline bool reversed() {  // the next number of a fixed stream
+  static uint64_t state = 1;
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return state >> 63;
+}
 
 inline unsigned lane() { return current % 32; }
 
@@ -89,11 +115,14 @@ inline void run_block(unsigned count) {
     }
     return any;
   };
+  const bool backwards = reversed();
+  const unsigned warps = (count + 31) / 32;
   for (bool moved = true; moved;) {
     moved = false;
-    for (unsigned w = 0; w < count; w += 32) {
-      const unsigned end = std::min(w + 32, count);
-      for (unsigned i = w; i < end; ++i) {
+    for (unsigned turn = 0; turn < warps; ++turn) {
+      const unsigned w = 32 * (backwards ? warps - 1 - turn : turn), end = std::min(w + 32, count);
+      for (unsigned step = 0; step < end - w; ++step) {
+        const unsigned i = backwards ? end - 1 - step : w + step;
         if (threads[i].state != READY) continue;
         current = i;
         threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
@@ -123,10 +152,14 @@ inline void run(dim3 blocks, dim3 block, std::function<void()> kernel) {
   if (threads.size() < count) threads.resize(count), given.resize(count), taken.resize(count);
   body = std::move(kernel);
   gridDim = blocks, blockDim = block;
+  Shared shared;
+  *(volatile char*)&anchor = 0;
+  dl_iterate_phdr(find_shared, &shared);
   for (unsigned z = 0; z < blocks.z; ++z)
     for (unsigned y = 0; y < blocks.y; ++y)
       for (unsigned x = 0; x < blocks.x; ++x) {
         blockIdx = dim3(x, y, z);
+        if (shared.from) memset(shared.from, 0xff, shared.size);
         run_block(count);
       }
 }

@@ -5,9 +5,10 @@
     gradcheck   against finite differences in float64
     opcheck     torch.library's own: schema, fake kernel, autograd registration, tracing
 
-A *place* is a device, on the CPU with the width of its vectors. What a machine has not is a visible skip; `pytest --require-cuda` makes
-a skip for want of a GPU a failure.
+A *place* is a device, on the CPU with the width of its vectors (places.py). tests/test_kernels.py compares the operators with formulas
+that know nothing of crystal, at the boundaries of the pieces in which the kernels work.
 """
+import faulthandler
 import fcntl
 import functools
 import itertools
@@ -22,7 +23,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import gradients
+from places import (ABSENT, EMULATED, ON_CPU, ONE_WIDTH, PROBLEM, REFERENCE_ASKED, at_place, compiled, dtypes, each_cpu_place, each_device,
+                    each_place, forget_the_choice, skip_or_fail, versions)
 
 from crystal import attention, losses, ops
 from crystal.config import UserError
@@ -54,62 +58,41 @@ def normal(*shape, seed=0, scale=1.0, dtype=f64):
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
-EMULATED = os.environ.get("CRYSTAL_CUDA_ON_CPU")  # set by test_cuda_kernels_on_the_cpu: a library in which the CPU's operators are the CUDA kernels
-WIDE = os.environ.get("CRYSTAL_WIDE")  # set by test_wide_vectors_on_a_narrow_cpu: the folder of a _C.so with 512-bit vectors for any machine
-PLACES = ["emulated"] if EMULATED else ["cpu-512"] if WIDE else ["cpu-128", "cpu-256", "cpu-512", "cuda"]
-VERSIONS = ["emulated-1", "emulated-2", "emulated-3"] if EMULATED else PLACES if WIDE else [*PLACES[:3], "cuda-1", "cuda-2", "cuda-3"]  # of the CUDA kernels
+@pytest.mark.parametrize("place", ["cpu-128", "cpu-256", "cpu-512", "cuda"])
+@pytest.mark.skipif(bool(EMULATED), reason="the place is the emulated one")
+def test_place(compiled, place, request):
+    """What this machine has not is a visible skip here, once; what it has can be chosen, and is what runs."""
+    if ABSENT[place] and place == "cuda":
+        skip_or_fail(request, ABSENT[place])
+    if ABSENT[place]:
+        pytest.skip(ABSENT[place])
+    with at_place(place) as device:
+        assert device.type == place.partition("-")[0]
+        if place != "cuda":
+            assert torch.ops.crystal.vector_bits(0) == int(place[4:])
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """The compiled operators or an error, whatever the environment says; skips where they are not built."""
-    monkeypatch.setenv("CRYSTAL_OPS", "require")
-    if WIDE:
-        monkeypatch.setattr(ops, "HERE", Path(WIDE))
-    for cached in (ops.choice, ops._served):
-        cached.cache_clear()
-    try:
-        ops.choice()
-    except UserError as error:
-        pytest.skip(f"no compiled operators here: {error}")
-    if EMULATED:
-        torch.ops.load_library(EMULATED)
-        monkeypatch.setattr(ops, "SERVED", {name: {"cpu": served.get("cuda", ())} for name, served in ops.SERVED.items()})
-    yield
-    for cached in (ops.choice, ops._served):
-        cached.cache_clear()
+def test_operators_are_built(compiled):
+    """A build that is missing or does not load fails here by its own words; every other test of this file then has no place."""
+    assert PROBLEM is None and ONE_WIDTH
+
+
+def test_a_missing_build_fails(tmp_path):
+    """Without the extension the tests fail, unless plain PyTorch was asked for: a suite of skips would look like one that passed."""
+    (tmp_path / "test_some.py").write_text("from pathlib import Path\nfrom crystal import ops\nops.HERE = Path(__file__).parent\nfrom places import PLACES, compiled\n"
+                                           "def test_some(compiled):\n    pass\ndef test_no_place():\n    assert PLACES == []\n")
+    for mode, said in (("auto", "1 passed, 1 error"), ("reference", "1 passed, 1 skipped")):
+        environment = os.environ | {"CRYSTAL_OPS": mode, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert said in done.stdout and ("_C.so is not built: make setup" in done.stdout) == (mode == "auto"), done.stdout + done.stderr
 
 
 @pytest.fixture
 def device(compiled, request):
     """Of the parameter `place`: its device, with the CPU's vectors set to its width, or a version of the operator's CUDA kernels."""
-    kind, _, bits = request.getfixturevalue("place").partition("-")
-    if kind == "emulated" or kind == "cuda" and torch.cuda.is_available() and "cuda" in ops.choice()[1]:
-        choose = getattr(torch.ops.crystal, f"{SAMPLES[request.getfixturevalue('index')].name}_version", None) if bits else None
-        try:
-            before = choose(0) if choose else 1
-            choose and choose(int(bits))
-        except RuntimeError:
-            pytest.skip(f"there is no version {bits}")
-        yield torch.device("cpu" if EMULATED else "cuda")
-        choose and choose(before)
-        return
-    if kind == "cuda":
-        skip_or_fail(request, "no GPU here" if not torch.cuda.is_available() else "crystal/_C_cuda.so is not built")
-    before = torch.ops.crystal.vector_bits(0)
-    try:
-        torch.ops.crystal.vector_bits(int(bits or 0))
-    except RuntimeError:
-        pytest.skip(f"this CPU has no {bits}-bit vectors")
-    yield torch.device("cpu")
-    torch.ops.crystal.vector_bits(before)
-
-
-def skip_or_fail(request, why):
-    (pytest.fail if request.config.getoption("--require-cuda") else pytest.skip)(why)
-
-
-each_place = pytest.mark.parametrize("place", PLACES)
+    index = request.getfixturevalue("index") if "index" in request.fixturenames else None
+    with at_place(request.getfixturevalue("place"), None if index is None else SAMPLES[index].name) as device:
+        yield device
 
 
 # ---- the four checks -------------------------------------------------------------------------------------------------
@@ -167,9 +150,8 @@ def references(index, dtype):
     return args, run(REFERENCE[sample.name], args, sample), run(REFERENCE[sample.name], args, sample, dtype=f64)
 
 
-@pytest.fixture
-def sample(request):
-    return SAMPLES[request.getfixturevalue("index")]
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def each_sample(keep=lambda sample: True):
@@ -177,10 +159,24 @@ def each_sample(keep=lambda sample: True):
     return pytest.mark.parametrize("index", chosen, ids=[str(SAMPLES[i]) for i in chosen])
 
 
+def each_sample_dtype_and_version(keep=lambda sample: True):
+    """Samples, in every type that is served and in every version of the kernels that this machine runs.
+
+    Under the emulator, which is slow, float16 (bfloat16 with other roundings) and older versions take some of the samples.
+    """
+    chosen = []
+    for i, sample in enumerate(SAMPLES):
+        places = versions(sample.name) if keep(sample) else []
+        for place in places:
+            served = dtypes(sample.name, place)
+            if EMULATED and not sample.opcheck:
+                served = [dtype for dtype in served if dtype != f16 and (place == places[-1] or dtype == f64)]
+            chosen += [pytest.param(i, dtype, place, id=f"{sample}-{name_of(dtype)}-{place}") for dtype in served]
+    return pytest.mark.parametrize("index, dtype, place", chosen)
+
+
 def check_sample(index, dtype, device):
     sample = SAMPLES[index]
-    if dtype not in ops.SERVED[sample.name][device.type]:
-        pytest.skip(f"{sample.name} does not serve {dtype} on {device.type}: plain PyTorch does")
     args, plain, exact = references(index, dtype)
     got = run(getattr(ops, sample.name), args, sample, device)
     within(got[0], plain[0], exact[0], 2, wide(dtype), "output")
@@ -287,8 +283,8 @@ SAMPLES += [
 ]
 
 
-@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("place", PLACES[:3])
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=name_of)
+@each_cpu_place
 def test_tokens_that_cannot_be(place, device, dtype):
     """Logits of -inf, the first of a row, a whole tile, the label's own, and a NaN: as in plain PyTorch."""
     z = normal(5, 3000, scale=3.0, dtype=dtype)
@@ -463,11 +459,58 @@ def test_attention_what_is_refused(compiled):
             f(q, k, rows, cols, key_padding=torch.zeros(1, 9))
         with pytest.raises(TypeError, match="must be float"):
             f(q, k, rows, cols, bias=torch.zeros(1, 1, 2, 9, dtype=torch.bool))
-        for bad in (-2, 9):
-            with pytest.raises(RuntimeError, match=f"{bad} is not in"):
-                f(q, k, torch.tensor([[3, bad]]), cols)
         with pytest.raises(RuntimeError, match="agree in batch"):
             f(q, k[:, :, :8], rows, cols)
+
+
+OUT_OF_RANGE = [(operator, which, bad) for operator in ("attn_slice", "attn_scores", "kl", "frobenius") for which in ("rows", "cols") for bad in (9, -2)]
+OUT_OF_RANGE += [("attn_backward", "rows", 9), ("attn_backward", "rows", -2)]
+
+
+def call_out_of_range(operator, which, bad, device):
+    """Calls an operator with one row or column that lies outside the 9 positions, and waits for it."""
+    q, k, rows, cols = (x.to(device) for x in heads([[3, 5], [3, 5]], [[0, 2], [0, 2]])(f32))
+    (rows if which == "rows" else cols)[:, 1] = bad
+    if operator == "attn_backward":
+        torch.ops.crystal.attn_backward(q, k, rows, cols, 0.3, torch.ones(2, 4, 2, 2, device=device), None, None, None, None, True, True)
+    elif operator in ("kl", "frobenius"):
+        ops.attn_align(operator, "keep", q, k, rows[:1], cols[:1])
+    else:
+        getattr(ops, operator)(q, k, rows, cols)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def said_by_a_child(operator, which, bad):
+    """The same where a kernel stops the program -> (whether it ended well, what it said)."""
+    if not EMULATED:
+        code = f"import sys; sys.path.insert(0, 'tests'); import test_ops; test_ops.call_out_of_range({operator!r}, {which!r}, {bad}, 'cuda')"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"CRYSTAL_OPS": "require"}, capture_output=True, text=True)
+        return done.returncode == 0, done.stdout + done.stderr
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            os.dup2(said.fileno(), 2)
+            call_out_of_range(operator, which, bad, "cpu")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        said.seek(0)
+        return status == 0, said.read().decode()
+
+
+@pytest.mark.parametrize("operator, which, bad", OUT_OF_RANGE)
+@each_device
+def test_positions_outside_the_sequence(operator, which, bad, place, compiled):
+    """Row L of a head is row 0 of the next one, or lies behind the tensor: refused on a CPU, and a trap in a GPU's kernels."""
+    if place.startswith("cpu"):
+        with pytest.raises(RuntimeError, match=f"{which[:3]}.* {bad} is not in -1..8"):
+            call_out_of_range(operator, which, bad, "cpu")
+        return
+    if not EMULATED and bad == -2:
+        pytest.skip("a process each: 9 will do on a real GPU")
+    fine, said = said_by_a_child(operator, which, bad)
+    assert not fine and "a row or column is not in -1..L-1" in said
 
 
 def test_slice_second_derivative_raises(compiled):
@@ -501,7 +544,6 @@ WITH_SLICE = [(f"{case}{', eights' * (pad > 1)}", with_value(make, pad), {}) for
     (f"{kind} mask", with_value(heads([[3, 4, 8, -1], [8, 7, 4, 0]], [[0, 2, 3], [0, 7, 8]])), {"mask": square_mask(2, 9, kind)}) for kind in ("bool", "float")
 ] + [("own scale given", with_value(heads([[3, 5]], [[0, 2]], d=8)), {"scale": 0.3}),
      ("eights, not contiguous", with_value(heads([[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], d=8, contiguous=False)), {})]
-each_with_slice = pytest.mark.parametrize("case", WITH_SLICE, ids=[case[0] for case in WITH_SLICE])
 
 
 def flash(q, k, v, dropout, causal, *_, scale):
@@ -541,17 +583,27 @@ def at(request, monkeypatch):
     aten._destroy()
 
 
-each_device = pytest.mark.parametrize("place", ["emulated"] if EMULATED else ["cpu", "cuda"])
+def with_slice_cases(gpu_alone=("eights",)):
+    """(case, place) of each case that says something there: heads padded to a multiple of 8 are for a GPU's attention."""
+    return [(case, place) for case in WITH_SLICE for place in ONE_WIDTH if not (place.startswith("cpu") and any(word in case[0] for word in gpu_alone))]
 
 
-@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=lambda d: str(d)[6:])
-@each_device
-@each_with_slice
+def each_with_slice_and_dtype():
+    chosen = []
+    for case, place in with_slice_cases():
+        chosen += [pytest.param(case, place, dtype, id=f"{case[0]}-{place}-{name_of(dtype)}") for dtype in dtypes("attn_slice", place)]
+    return pytest.mark.parametrize("case, place, dtype", chosen)
+
+
+def each_dtype_and_device():
+    chosen = [pytest.param(place, dtype, id=f"{place}-{name_of(dtype)}") for place in ONE_WIDTH for dtype in dtypes("attn_slice", place)]
+    return pytest.mark.parametrize("place, dtype", chosen)
+
+
+@each_with_slice_and_dtype()
 def test_attention_with_slice(case, place, at, dtype):
     """Values and gradients, of both outputs and of each alone; in float64 every combination of wanted gradients."""
     _, make, keywords = case
-    if dtype not in ops.SERVED["attn_slice"][at.type]:
-        pytest.skip(f"attn_slice does not serve {dtype} on {at.type}: plain PyTorch does")
     sample, args = Sample("", "", None, keywords), make(dtype)
     for used in (None, [0], [1]):
         for wanted in ([None, (0,), (1,), (2,), (0, 1), (0, 2), (1, 2)] if dtype == f64 else [None]):
@@ -559,27 +611,26 @@ def test_attention_with_slice(case, place, at, dtype):
                 continue  # the slice does not hang on the values
             got = run(ops.attention_with_slice, args, sample, at, wanted=wanted, used=used)
             plain = run(attention.attention_with_slice, args, sample, wanted=wanted, used=used)
-            exact = run(attention.attention_with_slice, args, sample, dtype=f64, wanted=wanted, used=used)
+            exact = plain if dtype == f64 else run(attention.attention_with_slice, args, sample, dtype=f64, wanted=wanted, used=used)
             within(got[0], plain[0], exact[0], 2, dtype, f"used {used} wanted {wanted} output")
             within(got[1], plain[1], exact[1], 3, dtype, f"used {used} wanted {wanted} gradient")
 
 
+GRADCHECKED = ("plain", "ragged", "float mask", "plain, eights")  # values and gradients hold the others
+
+
 @pytest.mark.gradcheck
-@each_device
-@each_with_slice
+@pytest.mark.parametrize("case, place", [pytest.param(case, place, id=f"{case[0]}-{place}") for case, place in with_slice_cases() if case[0] in GRADCHECKED])
 def test_attention_with_slice_gradcheck(case, place, at):
     _, make, keywords = case
     args = [x.to(at).requires_grad_(x.is_floating_point()) for x in make(f64)]
     torch.autograd.gradcheck(functools.partial(ops.attention_with_slice, **{n: x.to(at) if isinstance(x, torch.Tensor) else x for n, x in keywords.items()}), args, fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=lambda d: str(d)[6:])
+@each_dtype_and_device()
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-17, 1e-12, 1e-6, 1e-3], ids=str)
-@each_device
 def test_attention_with_slice_where_nothing_reads_the_output(size, place, at, dtype):
     """Rows whose output has no gradient, or next to none, still get the slice's through the normaliser."""
-    if dtype not in ops.SERVED["attn_slice"][at.type]:
-        pytest.skip(f"attn_slice does not serve {dtype} on {at.type}: plain PyTorch does")
     args = with_value(heads([[3, 5, 8, 8], [4, 6, -1, 0]], [[0, 2, 3], [1, 2, 4]], d=8))(dtype)
     factor = torch.ones(2, 1, 9, 1, dtype=dtype)
     factor[:, :, [3, 8, 0]] = size
@@ -597,7 +648,7 @@ def test_attention_with_slice_where_nothing_reads_the_output(size, place, at, dt
 
 
 @each_device
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=name_of)
 def test_attention_with_slice_is_folded(place, at, dtype):
     """Where every chosen row's output is read, backward asks attn_backward_ for the chosen cells alone."""
     args = [x.to(at).requires_grad_(x.is_floating_point()) for x in with_value(heads([[3, 5]], [[0, 2]], d=8))(dtype)]
@@ -623,7 +674,7 @@ def test_attention_with_slice_of_a_gpu_fits_its_schema(compiled):
         assert (grad.shape, grad.dtype, grad.device.type) == (x.shape, bf16, "meta")
 
 
-@pytest.mark.parametrize("place", VERSIONS)
+@pytest.mark.parametrize("place", versions("attn_slice"))
 @each_sample(lambda sample: str(sample) == "attn_slice-several tiles")
 def test_backward_through_zeros_reads_no_lse(index, place, device):
     """Where no row has a gradient through its normaliser there is no pass over L: an lse of NaN does no harm."""
@@ -715,17 +766,11 @@ def test_align_what_is_refused(compiled):
 @pytest.mark.parametrize("checkpointing", [(), ("--checkpointing",)], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("flags", [(), ("--attn_loss", "frobenius", "--attn_layers", "all"), ("--attn_loss", "mse", "--attn_columns", "all"), ("--attn_heads", "mean", "--teacher_grad"),
                                    ("--realisation", "hidden")], ids=lambda flags: "-".join(flags).replace("--", "") or "kl")
-def test_training_step(setup, monkeypatch, flags, checkpointing):
+def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
     """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in float64."""
     def step(mode):
         monkeypatch.setenv("CRYSTAL_OPS", mode)
-        for cached in (ops.choice, ops._served):
-            cached.cache_clear()
-        if mode == "require":
-            try:
-                ops.choice()
-            except UserError as error:
-                pytest.skip(f"no compiled operators here: {error}")
+        forget_the_choice()
         s = setup("--lora_dropout", "0", *flags, *checkpointing)
         terms = s.objective(s.batch, 0.0)
         return terms, gradients(sum(value for name, value in terms.items() if name not in s.method.watched), s.named)
@@ -733,37 +778,60 @@ def test_training_step(setup, monkeypatch, flags, checkpointing):
     try:
         (got, got_grads), (want, want_grads) = step("require"), step("reference")
     finally:
-        for cached in (ops.choice, ops._served):
-            cached.cache_clear()
+        forget_the_choice()
     for a, b in ((got, want), (got_grads, want_grads)):
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")
 
 
+REACHED = [  # flags of a method -> what its forward and backward ask of the compiled operators, without the layers' repetition
+    ((), {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_align", "attn_align_backward"}),
+    (("--attn_loss", "frobenius"), {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_align", "attn_align_backward"}),
+    (("--attn_heads", "mean"), {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_slice", "attn_backward"}),
+    (("--method", "sft"), {"vocab_kl_ce", "vocab_kl_ce_backward"}),
+]
+
+
+@pytest.mark.parametrize("flags, wanted", REACHED, ids=lambda x: "-".join(x).replace("--", "") or "crystal" if isinstance(x, tuple) else "")
+def test_training_reaches_the_operators(compiled, setup, monkeypatch, flags, wanted):
+    """A step asks the compiled operators for its losses, with CRYSTAL_OPS unset or at auto; with CRYSTAL_OPS=reference it asks for none."""
+    s = setup(*flags, dtype=f32)
+    for mode, expected in ((None, wanted), ("auto", wanted), ("reference", set())):
+        monkeypatch.delenv("CRYSTAL_OPS") if mode is None else monkeypatch.setenv("CRYSTAL_OPS", mode)
+        forget_the_choice()
+        with Calls() as calls:
+            terms = s.objective(s.batch, 0.0)
+            torch.autograd.grad(sum(value for name, value in terms.items() if value.requires_grad), [p for _, p in s.named], allow_unused=True)
+        asked = {function.name().removeprefix("crystal::") for function, _ in calls.made}
+        assert wanted <= asked if expected else not asked, mode
+        monkeypatch.setenv("CRYSTAL_OPS", "auto")
+
+
 # ---- the checks of every sample (below the samples of all operators) -------------------------------------------------
 
-@pytest.mark.parametrize("place", VERSIONS)
-@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=lambda d: str(d)[6:])
-@each_sample()
+@each_sample_dtype_and_version()
 def test_values_and_gradients(index, dtype, place, device):
     check_sample(index, dtype, device)
 
 
-@each_place
+# What is asked for is settled before any vector is loaded, and float64 is compared with the reference to round-off: one width of
+# vectors will do for combinations, and some samples of each operator for finite differences.
+
+@each_device
 @each_sample()
 def test_combinations(index, place, device):
     check_combinations(index, device)
 
 
 @pytest.mark.gradcheck
-@each_place
-@each_sample(lambda sample: sample.gradcheck)
+@each_device
+@each_sample(lambda sample: sample.gradcheck and (sample.opcheck or "ragged" in sample.case))
 def test_gradcheck(index, place, device):
     check_gradients(index, device)
 
 
-@pytest.mark.parametrize("place", PLACES[::3])
+@each_device
 @each_sample(lambda sample: sample.opcheck)
 def test_opcheck(index, place, device):
     check_registration(index, device)
@@ -774,11 +842,8 @@ def test_opcheck(index, place, device):
 @pytest.fixture
 def fresh(monkeypatch, capsys):
     """fresh(mode): the module as at its first import under CRYSTAL_OPS=mode."""
-    caches = ops.choice, ops._served
-
     def forget():
-        for cached in caches:
-            cached.cache_clear()
+        forget_the_choice()
         ops._said.clear()
 
     def make(mode):
@@ -834,6 +899,15 @@ def test_what_is_not_served(compiled, fresh, capsys):
         ops.ce_rows(z, t)
 
 
+def test_served_types(compiled):
+    """On a CPU everything but half precision, on a GPU that too; on other devices nothing."""
+    for name in ("vocab_kl_ce", "attn_slice", "attn_scores", "attn_align"):
+        for device, types in (("cpu", {f64, f32, bf16}), ("cuda", {f64, f32, bf16, f16})):
+            assert EMULATED or ops.SERVED[name][device] == types
+        assert set(ops.SERVED[name]) == {"cpu", "cuda"}
+    assert len(ops.SERVED) == 4
+
+
 # ---- the build -------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -863,6 +937,67 @@ def test_build_says_what_it_builds(tmp_path):
         assert [p.name for p in (tmp_path / "crystal").iterdir()] == ["_C.so"]
 
 
+FAKE_COMPILER = """#!{python}
+import pathlib, sys
+with open("{log}", "a") as log:
+    log.write(" ".join(sys.argv) + "\\n")
+out = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
+out.write_text("")
+for at, argument in enumerate(sys.argv):
+    if argument == "-MF":
+        pathlib.Path(sys.argv[at + 1]).write_text(out.name + ":\\n")
+"""
+
+
+@pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "without ninja"])
+@pytest.mark.parametrize("cuda", ["1", "0"])
+def test_commands_of_the_build(tmp_path, cuda, ninja):
+    """What is compiled, with which flags: by compilers that only write down what they are asked for."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    programs = {}
+    for name in ("CXX", "NVCC"):
+        programs[name] = str(tmp_path / name)
+        Path(programs[name]).write_text(FAKE_COMPILER.format(python=sys.executable, log=tmp_path / "log"))
+        Path(programs[name]).chmod(0o755)
+    environment = os.environ | programs | {"CRYSTAL_CUDA": cuda} | ({} if ninja else {"NINJA": "no-such-ninja"})
+    done = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "out"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    asked = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    compiled_ones = {words[words.index("-o") + 1]: words for words in asked if "-c" in words}
+    widths = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]}
+    outputs = {f"build/csrc/{stem}.o": None for stem in ("attn_align", "attn_slice", "ops", "vocab_kl_ce")}
+    outputs |= {f"build/csrc/{stem}_simd.{width}.o": width for stem in ("attn_align", "attn_slice", "vocab_kl_ce") for width in widths}
+    gpu = {f"build/csrc/{stem}.o" for stem in ("attn_align.cu", "attn_frobenius.cu", "attn_slice.cu", "vocab_kl_ce.cu", "attn_align_cuda", "attn_slice_cuda", "vocab_kl_ce_cuda")}
+    assert set(compiled_ones) == set(outputs) | (gpu if cuda == "1" else set())
+    for output, words in compiled_ones.items():
+        assert {"-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"} <= set(words)
+        if output in gpu:
+            assert Path(words[1]).name == "NVCC" or Path(words[0]).name == "NVCC"
+            codes = [word.removeprefix("arch=") for word in words if word.startswith("arch=")]
+            assert codes == ["compute_80,code=sm_80", "compute_86,code=sm_86", "compute_90,code=sm_90", "compute_90,code=compute_90"]
+        else:
+            assert {"-fPIC", "-fvisibility=hidden"} <= set(words)
+            assert [word for word in words if word.startswith("-m")] == widths.get(outputs[output], [])
+            assert [word for word in words if word.startswith("-DWIDTH")] == ([f"-DWIDTH={outputs[output]}"] if outputs[output] else [])
+
+    linked = {words[words.index("-o") + 1]: {word for word in words if word.endswith(".o")} for words in asked if "-c" not in words}
+    assert linked == {"out/crystal/_C.so": set(outputs)} | ({"out/crystal/_C_cuda.so": gpu} if cuda == "1" else {})
+
+
+def test_every_width_runs_its_own_kernels(compiled):
+    """Vectors of another width add in another order, which the last bits of a row's sum show: as many sums as widths."""
+    z, t = normal(16, 5000, scale=3.0, dtype=f32), torch.arange(16)
+    found = []
+    for place in ON_CPU:
+        with at_place(place):
+            sums = torch.ops.crystal.vocab_kl_ce(z, z[:0], t, torch.full_like(t, -1), torch.zeros(16, dtype=torch.bool), True, False)[3]  # [16,5]
+        torch.testing.assert_close(sums[:, 1].log() + sums[:, 0], z.double().logsumexp(1), rtol=1e-6, atol=1e-6)
+        found.append(sums[:, 1])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+
+
 def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
     """nvcc's report on every kernel and every GPU, from the build that is there (brought up to date where it is not)."""
     if not any(map(shutil.which, [os.environ["NVCC"]] if "NVCC" in os.environ else ["nvcc", "/usr/local/cuda/bin/nvcc"])):
@@ -883,8 +1018,12 @@ def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
                           capture_output=True).returncode == 0
 
 
+ON_A_GPU = "test_values_and_gradients or attention_with_slice or reads_no_lse or outside_the_sequence or test_kernels"
+
+
 def test_cuda_kernels_on_the_cpu(compiled, tmp_path):
-    """The CUDA kernels' own source, compiled for the CPU and run there thread by thread, on every sample: values and gradients; and with PyTorch's attention for GPUs, by its formulas, beneath them."""
+    """The CUDA kernels' own source, compiled for the CPU and run there thread by thread: values and gradients of every sample, the boundaries of the pieces, what is trapped;
+    and with PyTorch's attention for GPUs, by its formulas, beneath them."""
     if not shutil.which("g++"):
         pytest.skip("no g++ here")
     torch_at, sources = Path(torch.__file__).parent, sorted([*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*_cuda.cpp")])
@@ -894,7 +1033,7 @@ def test_cuda_kernels_on_the_cpu(compiled, tmp_path):
     assert [c.wait() for c in compilers] == [0] * len(sources)
     library = tmp_path / "emulated.so"
     subprocess.run(["g++", "-shared", *objects, "-o", library, f"-L{torch_at}/lib", "-ltorch_cpu"], check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", "test_values_and_gradients or attention_with_slice or reads_no_lse"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_kernels.py", "-k", ON_A_GPU], cwd=ROOT,
                           env=os.environ | {"CRYSTAL_CUDA_ON_CPU": str(library)}, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -914,6 +1053,6 @@ def test_wide_vectors_on_a_narrow_cpu(compiled, tmp_path):
     replaced = {"ops.o"} | {f"{source.stem}.avx512.o" for source in sources}
     others = [str(x) for x in work.glob("*.o") if x.name not in replaced and ".cu." not in x.name and not x.name.endswith("_cuda.o")]
     subprocess.run(["g++", "-shared", *(str(tmp_path / f"{source.stem}.o") for source in sources), *others, "-o", tmp_path / "_C.so", f"-L{torch_at}/lib", "-ltorch_cpu"], check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", "test_values_and_gradients"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_kernels.py", "-k", "test_values_and_gradients or test_kernels"], cwd=ROOT,
                           env=os.environ | {"CRYSTAL_WIDE": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
