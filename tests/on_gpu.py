@@ -1,4 +1,4 @@
-"""What on_gpu.sh does in Python: looks at versions and the card, trains every method, compares curves, reads results.
+"""What on_gpu.sh does in Python: versions, the card, every method's training, their curves, reading results.
 
     python tests/on_gpu.py versions | card | train | curves | times | counted    (each with --help)
 
@@ -16,8 +16,8 @@ import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Every method on the shipped tiny model, as the demo trains it. Dropout would draw other masks on another device.
-# VaLR trains every weight (float32 weights, bfloat16 products), the others adapters on frozen weights.
+# Every method on the shipped tiny model, much as the demo trains it. Dropout would draw other masks on
+# another device. VaLR trains every weight (float32, with bfloat16 products), the others adapters.
 SHARED = ["--batch_size", "8", "--lr", "1e-3", "--lr_rows", "10", "--lora_dropout", "0",
           "--eval_every", "0", "--save_every", "1000"]
 METHODS = {
@@ -28,8 +28,8 @@ METHODS = {
     "valr": ["--lr_latents", "3e-4", "--latents", "4", "--encoders", "tiny"],
 }
 
-# How far a loss may lie from the CPU's in float32, |difference| / (1 + the CPU's): at the first update, whose weights
-# are the same, and on average over the updates, over which differences grow.
+# How far a loss may lie from the CPU's in float32, |difference| / (1 + the CPU's): at the first update, where
+# the weights are the same, and on average over the updates, in which differences grow.
 TOLERANCE = {"float32": (1e-3, 0.05), "bfloat16": (0.05, 0.3)}
 
 
@@ -38,7 +38,7 @@ def say(text):
     print(f">> {text}", flush=True)
 
 
-# ---- versions -------------------------------------------------------------------------------------------------
+# ---- versions ------------------------------------------------------------------------------------------
 
 NEEDED = "torch numpy transformers tokenizers safetensors pillow tqdm pytest setuptools".split()
 HELPFUL = "ninja pytest-xdist".split()  # without them it takes longer
@@ -53,9 +53,10 @@ def version_of(package):
 
 
 def versions(options):
-    """Prints the versions of what the other parts need; fails where something is missing or cannot be imported."""
+    """Prints the versions of what the other parts need; fails where something is missing or does not load."""
     found = {package: version_of(package) for package in NEEDED + HELPFUL}
-    say(f"Python {sys.version.split()[0]}, " + ", ".join(f"{p} {version or 'missing'}" for p, version in found.items()))
+    words = [f"{package} {version or 'missing'}" for package, version in found.items()]
+    say(f"Python {sys.version.split()[0]}, {', '.join(words)}")
     missing = [package for package in NEEDED if not found[package]]
     if missing:
         sys.exit(f"missing: {', '.join(missing)}; the head of tests/on_gpu.sh says how wheels bring them")
@@ -65,10 +66,11 @@ def versions(options):
     say(f"torch is built for CUDA {torch.version.cuda} and sees {torch.cuda.device_count()} GPU(s)")
 
 
-# ---- the card -------------------------------------------------------------------------------------------------
+# ---- the card ------------------------------------------------------------------------------------------
 
 FIELDS = ["name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.mem",
           "power.draw", "temperature.gpu"]
+CHANGING = {"clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"}  # with what the card does
 
 
 def ask_driver():
@@ -101,7 +103,7 @@ def median_seconds(f, cuda, runs=10):
 
 
 def card(options):
-    """Prints name, driver, clocks, bandwidth of a copy and products of random matrices; writes them as JSON."""
+    """Prints name, driver, clocks, bandwidth of a copy, speed of random products; writes them as JSON."""
     import torch
     cuda = options.device == "cuda"
     found = {"torch": torch.__version__}
@@ -112,9 +114,10 @@ def card(options):
             sys.exit("torch sees no GPU")
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                  "multiprocessors": properties.multi_processor_count, "memory_gb": properties.total_memory / 1e9}
-        say(f"{found['gpu']}, compute capability {found['capability']}, {found['multiprocessors']} multiprocessors, "
-            f"{found['memory_gb']:.1f} GB")
+                  "multiprocessors": properties.multi_processor_count,
+                  "memory_gb": properties.total_memory / 1e9}
+        say(f"{found['gpu']}, compute capability {found['capability']}, "
+            f"{found['multiprocessors']} multiprocessors, {found['memory_gb']:.1f} GB")
 
     source = torch.ones((1 << 31 if cuda else 1 << 26) // 4, device=options.device)
     target = torch.empty_like(source)
@@ -132,11 +135,12 @@ def card(options):
             a @ b
         found["at_work"] = ask_driver()
         torch.cuda.synchronize()
-        say("at work: " + ", ".join(f"{name} {found['at_work'].get(name, '?')}" for name in ("clocks.sm", "power.draw")))
+        changed = [f"{name} {value}" for name, value in found["at_work"].items() if name in CHANGING]
+        say(f"at work: {', '.join(changed)}")
     Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
 
 
-# ---- training -------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------
 
 def train_one(method, options):
     """Trains one method in a process of its own -> its exit code, its seconds."""
@@ -146,9 +150,10 @@ def train_one(method, options):
                "--device", options.device, "--dtype", options.dtype, *SHARED, *METHODS[method]]
     cores = os.cpu_count() or 1
     threads = max(1, cores // len(METHODS)) if options.device == "cpu" else 1
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     began = time.monotonic()
     with open(f"{options.out}/{method}.log", "w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        done = subprocess.run(command, stdout=log, stderr=log, env=environment)
     return done.returncode, time.monotonic() - began
 
 
@@ -166,7 +171,7 @@ def train(options):
     sys.exit(any(code for code, _ in ended.values()))
 
 
-# ---- curves ---------------------------------------------------------------------------------------------------
+# ---- curves --------------------------------------------------------------------------------------------
 
 def logged(folder, method):
     """The lines of a run's metrics.jsonl; none where there is no such file."""
@@ -175,28 +180,29 @@ def logged(folder, method):
 
 
 def curves(options):
-    """Compares the losses of each folder of runs with the CPU's; fails beyond TOLERANCE, or where a run is missing."""
+    """Compares each folder's losses with the CPU's; fails beyond TOLERANCE, or where a run is missing."""
     rows, wrong = [], []
     for folder in options.gpu:
         dtype = Path(folder).name
         first_limit, mean_limit = TOLERANCE[dtype]
-        say(f"{dtype} against the CPU's float32, |difference| / (1 + loss): at most {first_limit:g} at update 1, "
-            f"{mean_limit:g} on average")
-        say(f"{'':8} {'CPU, update 1':>14} {'middle':>8} {'last':>8} {'GPU, update 1':>14} {'middle':>8} {'last':>8} "
-            f"{'off at 1':>9} {'mean':>8} {'largest':>8} {'peak GB':>8}")
+        say(f"{dtype} against the CPU's float32, |difference| / (1 + loss): "
+            f"at most {first_limit:g} at update 1, {mean_limit:g} on average")
+        say(f"{'':7}{'CPU: first':>11}{'middle':>9}{'last':>9}{'here: first':>13}{'middle':>9}{'last':>9}"
+            f"{'off: first':>12}{'mean':>9}{'largest':>9}{'peak GB':>9}")
         for method in METHODS:
             here, cpu = logged(folder, method), logged(options.cpu, method)
             if not here or len(here) != len(cpu):
-                wrong.append(f"{method} in {dtype}: {len(here)} updates, and {len(cpu)} on the CPU")
+                wrong.append(f"{method}, {dtype}: {len(here)} updates, and {len(cpu)} on the CPU")
                 continue
             losses, wanted = [line["loss"] for line in here], [line["loss"] for line in cpu]
             off = [abs(a - b) / (1 + abs(b)) for a, b in zip(losses, wanted)]
             mean, peak = sum(off) / len(off), max(line["peak_memory_gb"] for line in here)
-            at = (0, len(off) // 2, -1)
-            numbers = [f"{curve[i]:{14 if i == 0 else 8}.4f}" for curve in (wanted, losses) for i in at]
-            say(f"{method:8} {' '.join(numbers)} {off[0]:9.1e} {mean:8.1e} {max(off):8.1e} {peak:8.3f}")
-            if not (off[0] <= first_limit and mean <= mean_limit):  # written so that a NaN is beyond any limit
-                wrong.append(f"{method} in {dtype}: off by {off[0]:.1e} at update 1, by {mean:.1e} on average")
+            middle = len(off) // 2
+            say(f"{method:7}{wanted[0]:11.4f}{wanted[middle]:9.4f}{wanted[-1]:9.4f}"
+                f"{losses[0]:13.4f}{losses[middle]:9.4f}{losses[-1]:9.4f}"
+                f"{off[0]:12.1e}{mean:9.1e}{max(off):9.1e}{peak:9.3f}")
+            if not (off[0] <= first_limit and mean <= mean_limit):  # in this form no NaN is within a limit
+                wrong.append(f"{method}, {dtype}: off by {off[0]:.1e} at update 1, by {mean:.1e} on average")
             speed = statistics.median(line["tokens_per_s"] for line in here)
             rows.append({"method": method, "dtype": dtype, "off_at_1": off[0], "off_on_average": mean,
                          "largest_off": max(off), "peak_memory_gb": peak, "tokens_per_s": speed,
@@ -205,7 +211,7 @@ def curves(options):
     sys.exit("\n".join(wrong))
 
 
-# ---- results of other programs --------------------------------------------------------------------------------
+# ---- results of other programs -------------------------------------------------------------------------
 
 def times(options):
     """Prints a line for each operator of bench's JSON; fails where one was not measured."""
@@ -218,7 +224,8 @@ def times(options):
         if "forward_ms" not in ours:
             missing.append(operator)
             continue
-        words = [f"{peer} {row['times_ours']:.2f}" if "times_ours" in row else f"{peer} -" for peer, row in peers.items()]
+        words = [f"{peer} {row['times_ours']:.2f}" for peer, row in peers.items() if "times_ours" in row]
+        words += [f"{peer} did not run" for peer, row in peers.items() if "cannot_run" in row]
         say(f"{operator:9} {ours['forward_ms']:.3f} + {ours['backward_ms']:.3f} ms, "
             f"{ours['share_of_floor']:.0%} of the floor, peak {ours['peak_bytes'] / 1e6:.1f} MB; "
             f"times ours: {', '.join(words)}")
@@ -232,8 +239,12 @@ def counted(options):
     names = {"passed": [], "failed": [], "skipped": []}
     for case in xml.etree.ElementTree.parse(options.xml).iter("testcase"):
         ends = {child.tag for child in case}
-        kind = "failed" if ends & {"failure", "error"} else "skipped" if "skipped" in ends else "passed"
-        names[kind].append(case.get("name"))
+        if ends & {"failure", "error"}:
+            names["failed"].append(case.get("name"))
+        elif "skipped" in ends:
+            names["skipped"].append(case.get("name"))
+        else:
+            names["passed"].append(case.get("name"))
     say(", ".join(f"{len(cases)} {kind}" for kind, cases in names.items()))
     for name in names["failed"][:10]:
         say(f"failed: {name}")
@@ -241,7 +252,7 @@ def counted(options):
         sys.exit("no test passed: a selection that selects nothing shows nothing")
 
 
-# ---- command line ---------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The parts of on_gpu.sh that are written in Python.")
@@ -256,9 +267,9 @@ def main(argv=None):
         arguments[command].add_argument("--out", required=True, help="where the result goes")
     arguments[train].add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     arguments[train].add_argument("--updates", type=int, required=True)
-    arguments[train].add_argument("--scenes", required=True, help="folder of train.jsonl and train.lavit.jsonl")
+    arguments[train].add_argument("--scenes", required=True, help="folder of what the part scenes made")
     arguments[curves].add_argument("--cpu", required=True, help="folder of the CPU's runs")
-    arguments[curves].add_argument("--gpu", nargs="+", required=True, help="folders of runs, named float32 or bfloat16")
+    arguments[curves].add_argument("--gpu", nargs="+", required=True, help="folders named float32, bfloat16")
     arguments[times].add_argument("json", help="what crystal.bench wrote")
     arguments[times].add_argument("operators", help="comma-separated")
     arguments[counted].add_argument("xml", help="what pytest --junitxml wrote")

@@ -7,8 +7,8 @@
 #     tests/on_gpu.sh FOLDER --only card,build  these parts alone
 #     PYTHON=python3.12 tests/on_gpu.sh ..      another Python than python3
 #
-# The machine has Linux, Python 3.11 or newer with torch and numpy, g++ and nvcc. What else crystal needs may come
-# as wheels. A connected machine makes them, in the repository's root, here for Python 3.12 (35 MB):
+# The machine has Linux, Python 3.11 or newer with torch and numpy, g++ and nvcc. What else crystal needs may
+# come as wheels. A connected machine makes them, in the repository's root, here for Python 3.12 (35 MB):
 #
 #     pip download --only-binary=:all: --python-version 3.12 --dest wheels \
 #         --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
@@ -43,14 +43,14 @@ declare -A LIMIT=(
 )
 BUDGET=470
 
-# Tests by words in their names (pytest's -k). The first are all that need a GPU, but for those that emulate one.
+# Tests by words in their names (pytest's -k). The first are all that need a GPU; others emulate one.
 CUDA_TESTS="cuda and not on_the_cpu"
 SANITIZED="test_values_and_gradients and cuda and (several or ragged) and (float32 or bfloat16)"
 DRY_TESTS="test_values_and_gradients and cpu and several and float32"
 
 OPERATORS=vocab,align,slice,frobenius,attention,layer
 
-# ---- what was asked for ---------------------------------------------------------------------------------------
+# ---- what was asked for --------------------------------------------------------------------------------
 
 refuse() {
     echo "on_gpu.sh: $1" >&2
@@ -61,7 +61,7 @@ FOLDER="" WHEELS="" DRY="" ONLY=$PARTS
 while [ $# -gt 0 ]; do
     case $1 in
         --wheels) WHEELS=${2:-}; [ -n "$WHEELS" ] || refuse "--wheels needs a folder"; shift ;;
-        --only) ONLY=${2:-}; ONLY=${ONLY//,/ }; [ -n "$ONLY" ] || refuse "--only needs parts: $PARTS"; shift ;;
+        --only) ONLY=${2:-}; [ -n "$ONLY" ] || refuse "--only needs parts: $PARTS"; shift ;;
         --dry) DRY=1 ;;
         -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
         -*) refuse "there is no option $1; --help lists them" ;;
@@ -71,6 +71,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$FOLDER" ] || refuse "say where logs and JSON go: tests/on_gpu.sh FOLDER"
 [ -z "$WHEELS" ] || compgen -G "$WHEELS/*.whl" >/dev/null || refuse "--wheels $WHEELS: no wheels there"
+ONLY=${ONLY//,/ }
 for name in $ONLY; do
     [[ " $PARTS " == *" $name "* ]] || refuse "--only $name: the parts are $PARTS"
 done
@@ -97,10 +98,10 @@ export PYTHONPATH="$WORK/site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 export TRITON_CACHE_DIR="$WORK/triton" TORCHINDUCTOR_CACHE_DIR="$WORK/inductor"
 
-# ---- the parts ------------------------------------------------------------------------------------------------
-# Each is a function that runs in a shell of its own and ends at the first command that fails. What it prints is its
-# log; lines that begin with ">> " are shown on the screen too. Exit code 77: it does not apply here, and the last
-# line says why.
+# ---- the parts -----------------------------------------------------------------------------------------
+# Each is a function that runs in a shell of its own and ends at the first command that fails. What it prints
+# is its log; lines that begin with ">> " are shown on the screen too. Exit code 77: it does not apply here,
+# and the last line says why.
 
 packages() {
     if [ -n "$WHEELS" ]; then
@@ -131,8 +132,8 @@ build() {
     echo ">> built in $SECONDS s on $CORES cores"
 }
 
-# Runs pytest with the arguments given, under the program in UNDER where there is one. A selection in which no test
-# passed is a failure.
+# Runs pytest with the arguments given, under the program in UNDER where there is one. A selection in which no
+# test passed is a failure.
 pytest_and_count() {
     local code=0
     OMP_NUM_THREADS=1 ${UNDER:-} "$PYTHON" -m pytest -p no:cacheprovider --tb=short --durations=3 \
@@ -155,7 +156,8 @@ tests() {
 }
 
 train() {
-    "$PYTHON" tests/on_gpu.py train --device "$1" --dtype "$2" --updates "$UPDATES" --scenes "$WORK/scenes" --out "$3"
+    "$PYTHON" tests/on_gpu.py train --device "$1" --dtype "$2" --out "$3" --updates "$UPDATES" \
+        --scenes "$WORK/scenes"
 }
 
 cpu_train() {
@@ -181,8 +183,8 @@ curves() {
 measure() {
     local operators=$1 out=$2 code=0
     shift 2
-    CRYSTAL_OPS=require "$PYTHON" -m crystal.bench --device "$DEVICE" --only "$operators" --out "$out" $SMALL "$@" \
-        || code=$?
+    CRYSTAL_OPS=require "$PYTHON" -m crystal.bench --device "$DEVICE" --only "$operators" --out "$out" \
+        $SMALL "$@" || code=$?
     "$PYTHON" tests/on_gpu.py times "$out" "$operators"
     return "$code"
 }
@@ -228,15 +230,15 @@ sanitize() {
     fi
     # torch keeps freed memory, in which an access beyond a tensor goes unseen; without that it is an error.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    UNDER="$program --tool $1 --kernel-name kns=crystal --error-exitcode 9 --print-limit 20 --report-api-errors no"
-    UNDER="$UNDER --show-backtrace device"
+    UNDER="$program --tool $1 --kernel-name kns=crystal --error-exitcode 9 --print-limit 20"
+    UNDER="$UNDER --report-api-errors no --show-backtrace device"
     pytest_and_count --require-cuda tests/test_ops.py -k "$SANITIZED"
 }
 
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 
-# ---- running them ---------------------------------------------------------------------------------------------
+# ---- running them --------------------------------------------------------------------------------------
 
 # Runs a part within its limit and the budget. Its log and its line of the table go to WORK.
 run() {
@@ -244,7 +246,7 @@ run() {
     if [[ " $ONLY " != *" $name "* ]]; then
         return
     fi
-    # The comparison of the curves takes a second or two, and much before it was for its sake: these are kept for it.
+    # The comparison of the curves is short, and much before it was for its sake: seconds are kept for it.
     if [ "$name" = curves ]; then
         reserve=0
     fi
@@ -256,7 +258,7 @@ run() {
     fi
     # In the background, because bash hears of a signal while it waits, and not while it runs a command.
     timeout --kill-after 3 "$limit" bash -uo pipefail -ec "$name" >"$WORK/$name.log" 2>&1 </dev/null &
-    echo $! >"$WORK/$name.process"
+    echo "$! $began" >"$WORK/$name.process"
     wait $! || code=$?
     rm -f "$WORK/$name.process"
     case $code in
@@ -324,13 +326,15 @@ finish() {
 # Stopped from outside: what still runs is ended, and what is known is told.
 stopped() {
     trap - TERM INT
-    local process name
-    for process in "$WORK"/*.process; do
-        [ -f "$process" ] || continue
-        kill "$(cat "$process")"
-        name=$(basename "$process" .process)
-        echo "failed $SECONDS stopped from outside" >"$WORK/$name.result"
-        tell "$name"
+    local name process began
+    kill $(jobs -pr) 2>/dev/null  # those first that would begin the next part
+    for name in $PARTS; do
+        if [ -f "$WORK/$name.process" ]; then
+            read -r process began <"$WORK/$name.process"
+            kill "$process" 2>/dev/null
+            echo "failed $((SECONDS - began)) stopped from outside" >"$WORK/$name.result"
+            tell "$name"
+        fi
     done
     finish
 }
@@ -341,9 +345,9 @@ if [ -n "${ON_GPU_STUBS:-}" ]; then
 fi
 export -f $PARTS pytest_and_count train measure find_sanitizer sanitize
 
-# ---- in what order --------------------------------------------------------------------------------------------
-# What is needed first comes first. The GPU has one part at a time, but for the sanitizers, which time nothing; what
-# runs on the CPU alone runs beside the parts before its result is needed.
+# ---- in what order -------------------------------------------------------------------------------------
+# What is needed first comes first. The GPU has one part at a time, but for the sanitizers, which time
+# nothing; what runs on the CPU alone runs beside the parts before its result is needed.
 
 trap stopped TERM INT
 for name in packages card; do
