@@ -198,12 +198,13 @@ peers() {
     measure "$OPERATORS" "$FOLDER/peers.json"
 }
 
-# Prints where compute-sanitizer is: on the path, beside nvcc, or in a toolkit's folder of its own.
+# Prints where compute-sanitizer is: on the path, beside nvcc, in a toolkit's own folder, or among the wheels.
 find_sanitizer() {
     local nvcc beside="" found
     nvcc=$(command -v nvcc) && beside=$(dirname "$(readlink -f "$nvcc")")
     for found in "$(command -v compute-sanitizer)" "$beside/compute-sanitizer" \
-            /usr/local/cuda/bin/compute-sanitizer /usr/local/cuda/compute-sanitizer/compute-sanitizer; do
+            /usr/local/cuda/bin/compute-sanitizer /usr/local/cuda/compute-sanitizer/compute-sanitizer \
+            "$WORK"/site/nvidia/*/bin/compute-sanitizer; do
         if [ -x "$found" ]; then
             echo "$found"
             return
@@ -231,7 +232,8 @@ sanitize() {
     # torch keeps freed memory, in which an access beyond a tensor goes unseen; without that it is an error.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     UNDER="$program --tool $1 --kernel-name kns=crystal --error-exitcode 9 --print-limit 20"
-    UNDER="$UNDER --report-api-errors no --show-backtrace device"
+    # It waits for a program's first use of CUDA, after seconds of Python; by default no more than ten.
+    UNDER="$UNDER --report-api-errors no --show-backtrace device --launch-timeout 0"
     pytest_and_count --require-cuda tests/test_ops.py -k "$SANITIZED"
 }
 
@@ -349,39 +351,43 @@ export -f $PARTS pytest_and_count train measure find_sanitizer sanitize
 # What is needed first comes first. The GPU has one part at a time, but for the sanitizers, which time
 # nothing; what runs on the CPU alone runs beside the parts before its result is needed.
 
-trap stopped TERM INT
-for name in packages card; do
-    run "$name"
-    tell "$name"
-done
-{
-    run scenes
-    touch "$WORK/scenes.ended"
-    run cpu_train
-} &
-beside=$!
-for name in build tests; do
-    run "$name"
-    tell "$name"
-done
-until [ -f "$WORK/scenes.ended" ]; do
-    sleep 0.2
-done
-tell scenes
-for name in gpu_train bench; do
-    run "$name"
-    tell "$name"
-done
-run memcheck &
-memcheck=$!
-run racecheck
-wait "$memcheck"
-tell memcheck
-tell racecheck
-wait "$beside"
-tell cpu_train
-for name in curves peers; do
-    run "$name"
-    tell "$name"
-done
-finish
+main() {
+    trap stopped TERM INT
+    for name in packages card; do
+        run "$name"
+        tell "$name"
+    done
+    {
+        run scenes
+        touch "$WORK/scenes.ended"
+        run cpu_train
+    } &
+    beside=$!
+    for name in build tests; do
+        run "$name"
+        tell "$name"
+    done
+    until [ -f "$WORK/scenes.ended" ]; do
+        sleep 0.2
+    done
+    tell scenes
+    for name in gpu_train bench; do
+        run "$name"
+        tell "$name"
+    done
+    run memcheck &
+    memcheck=$!
+    run racecheck
+    wait "$memcheck"
+    tell memcheck
+    tell racecheck
+    wait "$beside"
+    tell cpu_train
+    for name in curves peers; do
+        run "$name"
+        tell "$name"
+    done
+    finish
+}
+
+main  # read as a whole before it runs: who edits this file meanwhile does no harm
