@@ -263,7 +263,8 @@ def main(argv=None):
     local = is_loopback(address)
     if not local and not key:
         raise UserError(f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first")
-    model, fmt, _ = open_model(args.model, args.checkpoint, processes.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    model, fmt, _ = open_model(args.model, args.checkpoint, processes.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+                               method=args.method, trust_method=args.trust_method)
     name = args.name or Path(args.model).resolve().name
     server = Server(model, fmt, name, limits, args.latents, key, ("127.0.0.1", "localhost", "[::1]", args.host) if local else ())
     server.engine.start()

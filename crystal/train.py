@@ -122,7 +122,8 @@ def main(argv=None):
             shutil.rmtree(run)
     if procs.is_first:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(settings) | {"versions": versions(), "world": procs.world}, indent=1) + "\n")
+        (run / "config.json").write_text(json.dumps(asdict(settings) | methods.fingerprint(settings.method) | {"versions": versions(), "world": procs.world}, indent=1) + "\n")
+        methods.keep_copy(settings.method, run)
     procs.barrier()
 
     # ------------------------------------------------------------------------------------------------------ loop
@@ -319,7 +320,7 @@ def weighted(terms, method, settings):
 def store(run, step, settings, optimizer, named, procs, best):
     """Writes checkpoints/step-N: what trains, the optimiser's state, the settings; the older ones beyond --keep go."""
     files = {"trainable.safetensors": {n: p.detach() for n, p in named}, "optimizer.safetensors": checkpoint.optimizer_tensors(optimizer, named)}
-    checkpoint.save(run, step, files, {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)})
+    checkpoint.save(run, step, files, {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)} | methods.fingerprint(settings.method))
     if best:
         checkpoint.mark_best(run, **best)
     checkpoint.prune(run, settings.keep)
@@ -341,6 +342,9 @@ def restore(directory, settings, objective, optimizer, named, procs):
     files, state = checkpoint.load(directory)
     if state["pairs"] != pairs(settings, procs):
         raise UserError(f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; keep batch_size x accumulation x processes")
+    if (before := state["settings"]["method"]) != settings.method:  # before anything is done with it: what a run names is not run
+        raise UserError(f"{directory}: was made with --method {before!r}, not {settings.method!r}; a resume keeps it")
+    methods.of_run(state, directory, settings.method)  # tells where the file was edited since
     saved = methods.saved_settings(state["settings"], directory)
     for name in (f.name for f in fields(settings) if f.name not in MAY_CHANGE):  # the method's name comes first
         before, now = getattr(saved, name), getattr(settings, name)
