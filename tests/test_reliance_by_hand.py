@@ -4,6 +4,7 @@ The right tables are worked out from by_hand.py's rules: of eight questions, `se
 `both` needs the two, and `guess` is always wrong. Bootstrap intervals come from the exact distribution of a resample's sum,
 built term by term; Wilson's from scipy; attention from counting tokens.
 """
+import copy
 import math
 import threading
 from types import SimpleNamespace
@@ -281,7 +282,9 @@ def test_two_ranks_share_the_questions(hand, setup, monkeypatch):
     def work(rank):
         ranks.number = rank
         model = by_hand.model_by_hand(hand.real)  # layers of its own: hooks of one rank are not the other's
-        found[rank] = reliance.measure(model, hand.fmt, hand.records, WHOLE, batch_size=3, max_new_tokens=3, procs=Rank(rank, board, meet))
+        fmt = copy.deepcopy(hand.fmt)  # and a tokenizer, which keeps state while it encodes
+        model.tokenizer = fmt.tokenizer
+        found[rank] = reliance.measure(model, fmt, hand.records, WHOLE, batch_size=3, max_new_tokens=3, procs=Rank(rank, board, meet))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
