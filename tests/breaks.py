@@ -13,8 +13,10 @@ The whole table takes half an hour on two cores; it is no part of `make test`.
 """
 import argparse
 import fnmatch
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+# Every test runs in a process of its own, forked from one that has imported the slow libraries, and nothing of crystal.
+PROCESSES = multiprocessing.get_context("forkserver")
+SLOW = ["pytest", "numpy", "PIL.Image", "safetensors.torch", "torch", "transformers", "transformers.generation.utils",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"]
 LIMIT = 600  # seconds for one test; one that hangs has not noticed anything
 
 
@@ -91,13 +97,32 @@ def copy_of_the_repository(to, built):
 
 def run_test(test, where):
     """Runs pytest with the arguments `test` in a copy -> (its exit code, or None after LIMIT seconds; what it printed)."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *test.split()]
-    environment = os.environ | {"PYTHONPATH": str(where), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(command, cwd=where, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return None, "no answer"
-    return done.returncode, done.stdout
+    output = Path(f"{where}.txt")
+    process = PROCESSES.Process(target=inside, args=(test.split(), str(where), str(output)))
+    process.start()
+    process.join(LIMIT)
+    late = process.is_alive()
+    if late:
+        os.killpg(process.pid, signal.SIGKILL)  # with whatever the test has started
+        process.join()
+    printed = output.read_text(errors="replace")
+    output.unlink()
+    return None if late else process.exitcode, printed
+
+
+def inside(arguments, where, output):
+    """What the process of one test does: pytest in the folder `where`, all that it prints into a file."""
+    os.setsid()
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(where)
+    sys.path.insert(0, where)  # before an installed crystal
+    os.environ |= {"PYTHONPATH": where, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+
+    import pytest
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
 
 
 def rebuild(where):
@@ -152,6 +177,8 @@ def main():
         print("\n".join(f"{fault.name:50} {fault.file}" for fault in chosen))
         return
 
+    os.environ["OMP_NUM_THREADS"] = "1"
+    PROCESSES.set_forkserver_preload(SLOW)
     fine = tests_that_pass(list(dict.fromkeys(fault.test for fault in chosen)), options.jobs)
     missed = [fault for fault in chosen if fault.test not in fine]
     noticed = 0

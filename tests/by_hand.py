@@ -19,6 +19,9 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
+import crystal.model
+from crystal import methods
+
 LEVELS = {"black": 0, "dark": 60, "grey": 120, "light": 180, "white": 240}
 STEP = 60      # what each layer adds: a state put in at the wrong layer is one level off
 APART = 300    # between one latent and the next: latents exchanged are two levels and more off
@@ -28,6 +31,14 @@ WIDTH = 64     # D
 class Layer(torch.nn.Module):
     def forward(self, hidden_states):
         return hidden_states + STEP
+
+
+def ingredients(directory, *flags):
+    """A real model's tokenizer, image rules and family, and the sequences of a method, by default CrystaL's with three latents."""
+    settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(directory), *flags])
+    real = crystal.model.load(directory)
+    method, fmt = methods.attach(real, settings)
+    return SimpleNamespace(settings=settings, real=real, method=method, fmt=fmt)
 
 
 def model_by_hand(real):

@@ -21,13 +21,18 @@ from crystal.bottleneck import Bias
 WHOLE = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0, so that a corrupted picture is black
 
 
+@pytest.fixture(scope="module")
+def ingredients(model_dirs):
+    return by_hand.ingredients(model_dirs[True])
+
+
 @pytest.fixture
-def hand(setup, tmp_path, monkeypatch):
+def hand(ingredients, tmp_path, monkeypatch):
     """The model by hand, CrystaL's format with three latents, and the eight records."""
-    s = setup(dtype=torch.float32)
+    s = ingredients
     records, _ = data.read(by_hand.write_records(tmp_path))
     monkeypatch.setattr(reliance, "generate", by_hand.generate)
-    return SimpleNamespace(model=by_hand.model_by_hand(s.model), real=s.model, fmt=s.fmt, records=records)
+    return SimpleNamespace(model=by_hand.model_by_hand(s.real), real=s.real, fmt=s.fmt, records=records)
 
 
 def measured(hand, monkeypatch, **how):
@@ -266,7 +271,7 @@ class Rank:
         return first + second
 
 
-def test_two_ranks_share_the_questions(hand, setup, monkeypatch):
+def test_two_ranks_share_the_questions(hand, monkeypatch):
     """Each asks every second question, and both know what one process would."""
     asked = {0: [], 1: []}
     alone = reliance.measure(hand.model, hand.fmt, hand.records, WHOLE, batch_size=3, max_new_tokens=3)
