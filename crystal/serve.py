@@ -256,6 +256,8 @@ def main(argv=None):
     limits = Limits(**{name: getattr(args, name) for name in ("body", "images", "pixels", "tokens", "default_tokens", "queue", "batch")})
     if low := [name for name, value in vars(limits).items() if value < 1 and name != "images"]:
         raise UserError(f"--{low[0]} {getattr(limits, low[0])}: must be at least 1")
+    if limits.images < 0:
+        raise UserError(f"--images {limits.images}: must not be negative")
     limits.default_tokens = min(limits.default_tokens, limits.tokens)
     key = os.environ.get(KEY)
     sock = listen(args.host, args.port)  # before the model: a taken port should not cost its loading
