@@ -101,7 +101,7 @@ def test_paths_and_pictures_in_one_file(tmp_path):
     assert [shades(q) for q in read(path, str(root))] == [[11], [44], [33, 11]]
     with pytest.raises(RecordError, match="no such file"):
         read(path)  # the TSV's own folder has none
-    write(tmp_path / "x.tsv", ["index", "image_path", "question", "answer"], [0, "../x.tsv", "q", "a"])
+    write(tmp_path / "x.tsv", ["index", "image_path", "question", "answer"], [0, "../../../x.tsv", "q", "a"])  # it is there, outside
     with pytest.raises(RecordError, match="leaves"):
         read(path, str(root))
 
