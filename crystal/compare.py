@@ -107,7 +107,7 @@ def main(argv=None):
                 train.main([*flags, *where[method], "--output", str(run), going])
                 if not checkpoint.step_dir(run, args.max_steps).is_dir():
                     raise UserError(f"{run}: stopped before its end; the same command goes on from there")
-                model, fmt, _ = export.open_model(run, device=procs.device)
+                model, fmt, _ = export.open_model(run, device=procs.device, method=method)
                 results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec, procs=procs)
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}
                 if procs.is_first:

@@ -106,8 +106,8 @@ def main(argv=None):
     base.hf.load_state_dict(weights)
     found = {"blind": evaluate.answers(base, Format(base.tokenizer), records, grey=True, progress="blind", **how), "base": seeing}
     masses = ""
-    for name, directory in runs.items():
-        model, fmt, settings = export.open_model(directory, device=procs.device)
+    for (name, directory), method in zip(runs.items(), chosen):
+        model, fmt, settings = export.open_model(directory, device=procs.device, method=method)
         asked, mass = evaluate.diagnose(model, fmt, methods.get(settings.method)(settings), records, **how)
         found |= {name if column == "as trained" else f"{name}, {column}": results for column, results in asked.items()}
         if mass is not None:
@@ -116,25 +116,25 @@ def main(argv=None):
         text = evaluate.table({column: evaluate.by_family(results) for column, results in found.items()}) + "\n" + masses.rstrip()
         print(text)
         (out / "table.txt").write_text(text + "\n")
-        show(run, records[0], scenes, out, len(chosen) + 3, procs.device)
+        show(run, args.method, records[0], scenes, out, len(chosen) + 3, procs.device)
 
         say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
         print(f"""  tutorials/00_first_run.md                       read how it works, step by step
   .venv/bin/python crystal/train.py --help        every setting
   .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 {' '.join(recipe(args.method))} --eval_every 200
-  .venv/bin/python -m crystal.evaluate --model {run} --data {scenes}/test.jsonl
+  .venv/bin/python -m crystal.evaluate --model {run} --data {scenes}/test.jsonl{f' --method {args.method}' if args.method.endswith('.py') else ''}
   .venv/bin/python -m crystal.generate --model {run}/merged --image {records[0].images[0]} --question "What colour is the star?" """)
     procs.stop()
 
 
-def show(run, record, scenes, out, n, device):
-    """Pictures of a run, its export, and the export's answer to one record's question; the headings count from `n`."""
+def show(run, method, record, scenes, out, n, device):
+    """Pictures of a run of a method, its export, and the export's answer to one record's question; the headings count from `n`."""
     print(f"\n== {n}. Pictures", flush=True)
-    for path in visualize.pictures(run, scenes / "test.jsonl", out / "pictures", device=device):
+    for path in visualize.pictures(run, scenes / "test.jsonl", out / "pictures", device=device, method=method):
         print(path)
 
     print(f"\n== {n + 1}. Export and one question", flush=True)
-    export.main(["--run", str(run)])
+    export.main(["--run", str(run), "--method", method])
     question = record.turns[-1][1].removeprefix("<image>").strip()
     print(f"{record.images[0]}\n{question}")
     generate.main(["--model", str(run / "merged"), "--image", str(record.images[0]), "--question", question])

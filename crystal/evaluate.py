@@ -254,7 +254,8 @@ def main(argv=None):
     if dropped:
         procs.print(f"{dropped} later turns are not asked")
     records = records[: args.limit or None]
-    model, fmt, settings = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    model, fmt, settings = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+                                      method=args.method, trust_method=args.trust_method)
     method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
     if args.bottleneck and type(method).biases is SFT.biases:
         raise UserError(f"--bottleneck: {method.settings.method} has no mask")
@@ -290,6 +291,8 @@ def main(argv=None):
              "grey": args.grey,
              "pixels": pixels, "max_new_tokens": args.max_new_tokens, "suffix": args.suffix, "limit": args.limit, "seed": args.seed,
              "prompt": fmt.tokenizer.decode(fmt.question(records[0].turns, [1] * len(records[0].images), "none" if args.latents == "free" else args.latents)[0])}
+    if settings and settings.method.endswith(".py"):
+        asked["method"] = methods.fingerprint(settings.method)["method_sha256"]
     predictions = Predictions(out, asked, args.overwrite, procs) if out else None
     kept = {"done": predictions.done, "tell": predictions.tell} if predictions else {}
     results = answers(model, fmt, records, args.batch_size, args.latents, corruption, args.grey, args.seed, args.max_new_tokens,

@@ -28,32 +28,43 @@ from crystal.layout import Format
 MARK = "crystal.json"  # in a merged directory that stock tools use in part
 
 
+def method_flags(parser):
+    """Adds what every command that opens a run takes: whose code it may run, if the run's method is a file (see methods.of_run)."""
+    parser.add_argument("--method", default="", help="of a run whose method is a file of its own: the file to run, which you name because you know it")
+    parser.add_argument("--trust_method", action="store_true", help="of such a run: run the copy of the file that the run directory keeps")
+
+
 def model_flags(parser):
-    """Adds what every command that asks a model takes: --checkpoint, --device, --min_pixels and --max_pixels."""
+    """Adds what every command that asks a model takes: --checkpoint, --device, --min_pixels and --max_pixels, and `method_flags`."""
+    method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--min_pixels", type=int, help="images are scaled up to at least this area; default: the model's own")
     parser.add_argument("--max_pixels", type=int, help="images are scaled down to at most this area; default: the model's own")
 
 
-def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, max_pixels=None, weights=True):
+def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, max_pixels=None, weights=True, method="", trust_method=False):
     """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or None).
 
     which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's number.
     dtype: of what is no run; None takes bfloat16 on a GPU, float32 elsewhere; a run keeps its own. min_pixels, max_pixels:
     see model.load; of a run they default to what it was trained with. weights False: of a run, what it trained has values
-    and the frozen rest is shapes alone.
+    and the frozen rest is shapes alone. method, trust_method: what a run that was made by a file of its own needs, see
+    methods.of_run; the settings then name the file that was run.
     """
     run = Path(name)
     if not (run / "checkpoints").is_dir():
         if (run / "metrics.jsonl").exists():
             raise UserError(f"{run}: a run without checkpoints")
+        if method:
+            raise UserError(f"--method {method}: {name} is no run of train.py, and opens without")
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)  # as train.py's --dtype auto
         model = crystal.model.load(name, dtype, device, min_pixels, max_pixels)
         return model, exported_format(crystal.model.resolve(name), model.tokenizer), None
     directory = find(run, which)
     files, state = checkpoint.load(directory)
-    settings = methods.saved_settings(state["settings"], directory)
+    allowed = methods.of_run(state, directory, method, trust_method)
+    settings = methods.saved_settings(state["settings"] | {"method": allowed}, directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
     model = crystal.model.load(settings.model, dtype, device, min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, weights)
     settings.checkpointing = False
@@ -72,11 +83,11 @@ def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, ma
     return model.eval(), fmt, settings
 
 
-def open_run(run, which="best", device="cpu", weights=True):
+def open_run(run, which="best", device="cpu", weights=True, method="", trust_method=False):
     """open_model of a run directory and nothing else: a mistyped one is not asked of a hub."""
     if not (Path(run) / "checkpoints").is_dir():
         raise UserError(f"{run}: not a run directory of train.py (no checkpoints in it)")
-    return open_model(run, which, device, weights=weights)
+    return open_model(run, which, device, weights=weights, method=method, trust_method=trust_method)
 
 
 def exported_format(directory, tokenizer):
@@ -108,13 +119,13 @@ def find(run, which):
     return directory
 
 
-def export(run, which="best", merged=None, adapter=None):
+def export(run, which="best", merged=None, adapter=None, method="", trust_method=False):
     """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed.
 
     Returns the directories written: a run of `--tune full` has no adapter. The base's weights are never in memory
     together: beside what was trained, this needs three times the memory of the largest matrix that changes, the vocabulary.
     """
-    model, fmt, settings = open_run(run, which, weights=False)
+    model, fmt, settings = open_run(run, which, weights=False, method=method, trust_method=trust_method)
     written = []
     if merged:
         base = crystal.model.directory(settings.model)
@@ -229,11 +240,12 @@ class fresh:
 def main(argv=None):
     parser = config.OneLineParser(prog="export.py", description="Export a run as a PEFT adapter and a merged directory.")
     parser.add_argument("--run", required=True, help="run directory of train.py")
+    method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--out", default="", help="folder to write merged/ and adapter/ into; empty: the run directory")
     args = parser.parse_args(argv)
     out = Path(args.out or args.run)
-    written = export(args.run, args.checkpoint, out / "merged", out / "adapter")
+    written = export(args.run, args.checkpoint, out / "merged", out / "adapter", args.method, args.trust_method)
     print(f"wrote {' and '.join(map(str, written))}")
     if (out / "merged" / MARK).exists():
         print("Its latents are states that the model feeds back to itself: crystal.generate and crystal.evaluate decode them; transformers, vLLM and other\n"

@@ -134,7 +134,8 @@ def main(argv=None):
     if args.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     procs = processes.start(args.device)
-    model, fmt, _ = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    model, fmt, _ = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+                               method=args.method, trust_method=args.trust_method)
     record = data.Record("--image", "", [("user", [""] * len(args.image) + [args.question])], "", args.image)  # a list: what is typed stays text
     asked = data.Examples([record], lambda r, n: fmt.question(r.turns, n, "none" if args.latents == "free" else args.latents), model.image_processor,
                           copies=fmt.copies).build(0, 0)

@@ -256,6 +256,8 @@ def main(argv=None):
     limits = Limits(**{name: getattr(args, name) for name in ("body", "images", "pixels", "tokens", "default_tokens", "queue", "batch")})
     if low := [name for name, value in vars(limits).items() if value < 1 and name != "images"]:
         raise UserError(f"--{low[0]} {getattr(limits, low[0])}: must be at least 1")
+    if limits.images < 0:
+        raise UserError(f"--images {limits.images}: must not be negative")
     limits.default_tokens = min(limits.default_tokens, limits.tokens)
     key = os.environ.get(KEY)
     sock = listen(args.host, args.port)  # before the model: a taken port should not cost its loading
@@ -263,7 +265,8 @@ def main(argv=None):
     local = is_loopback(address)
     if not local and not key:
         raise UserError(f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first")
-    model, fmt, _ = open_model(args.model, args.checkpoint, processes.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    model, fmt, _ = open_model(args.model, args.checkpoint, processes.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+                               method=args.method, trust_method=args.trust_method)
     name = args.name or Path(args.model).resolve().name
     server = Server(model, fmt, name, limits, args.latents, key, ("127.0.0.1", "localhost", "[::1]", args.host) if local else ())
     server.engine.start()

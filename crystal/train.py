@@ -274,8 +274,9 @@ def begin(run, step, settings, procs):
     elif not settings.resume and holds_a_run(run):
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    saved = asdict(settings) | {"versions": versions(), "world": procs.world}
-    (run / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+    made_by = methods.fingerprint(settings.method) | {"versions": versions(), "world": procs.world}
+    (run / "config.json").write_text(json.dumps(asdict(settings) | made_by, indent=1) + "\n")
+    methods.keep_copy(settings.method, run)
     return open(path, "a"), summary_writer()(run / "tensorboard") if settings.tensorboard else None
 
 
@@ -359,7 +360,7 @@ def weighted(terms, method, settings):
 def store(run, step, settings, optimizer, named, procs, best):
     """Writes checkpoints/step-N: what trains, the optimiser's state, the settings; the older ones beyond --keep go."""
     files = {"trainable.safetensors": {n: p.detach() for n, p in named}, "optimizer.safetensors": checkpoint.optimizer_tensors(optimizer, named)}
-    checkpoint.save(run, step, files, {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)})
+    checkpoint.save(run, step, files, {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)} | methods.fingerprint(settings.method))
     if best:
         checkpoint.mark_best(run, **best)
     checkpoint.prune(run, settings.keep)
@@ -381,6 +382,9 @@ def restore(directory, settings, objective, optimizer, named, procs):
     files, state = checkpoint.load(directory)
     if state["pairs"] != pairs(settings, procs):
         raise UserError(f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; keep batch_size x accumulation x processes")
+    if (before := state["settings"]["method"]) != settings.method:  # before anything is done with it: what a run names is not run
+        raise UserError(f"{directory}: was made with --method {before!r}, not {settings.method!r}; a resume keeps it")
+    methods.of_run(state, directory, settings.method)  # tells where the file was edited since
     saved = methods.saved_settings(state["settings"], directory)
     for name in (f.name for f in fields(settings) if f.name not in MAY_CHANGE):  # the method's name comes first
         before, now = getattr(saved, name), getattr(settings, name)

@@ -25,7 +25,7 @@ from crystal import config, data, feedback, methods, processes
 from crystal.attention import AttentionTap
 from crystal.config import Settings, UserError, layers_of
 from crystal.corrupt import LEVELS, MODES, corrupt
-from crystal.export import open_model
+from crystal.export import method_flags, open_model
 from crystal.latent_copy import dual_forward
 from crystal.methods.crystal import Settings as CrystalSettings
 from crystal.methods.crystal import mask_of
@@ -285,11 +285,11 @@ def spread(records, count):
     return turns[:count]
 
 
-def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", attn_layers="all", device="cpu"):
+def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", attn_layers="all", device="cpu", method="", trust_method=False):
     """All pictures of a run -> [paths]: corruptions.png, losses.png, attention.png in out_dir.
 
     data_path: records, of which `count` spread over families are asked. which: the checkpoint, as in export.open_model.
-    attn_layers: all, last, or indices as in 12,18,24. device: what the model runs on. UserError: not a run, no metrics, broken or imageless records.
+    attn_layers: all, last, or indices as in 12,18,24. device: what the model runs on. method, trust_method: see methods.of_run. UserError: not a run, no metrics, broken or imageless records.
     """
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1")
@@ -302,7 +302,7 @@ def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", 
     if not chosen:
         raise UserError(f"{data_path}: no record with an image")
     paths.append(corruption_grid(data.load_image(chosen[0].images[0], chosen[0].where), out / "corruptions.png"))
-    model, fmt, settings = open_model(run_dir, which, device)
+    model, fmt, settings = open_model(run_dir, which, device, method=method, trust_method=trust_method)
     layers = layers_of(attn_layers, len(model.layers))
     paths.append(attention_maps(model, fmt, settings, chosen, out / "attention.png", layers))
     return paths
@@ -311,6 +311,7 @@ def pictures(run_dir, data_path, out_dir, count=4, which="best", image_root="", 
 def main(argv=None):
     parser = config.OneLineParser(prog="visualize.py", description="Pictures of a run: corruptions, losses, the answer's attention.")
     parser.add_argument("--run", required=True, help="run directory of train.py")
+    method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--data", required=True, help="records to ask, JSON or JSONL")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
@@ -320,7 +321,8 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     device = processes.start(args.device).device
-    for path in pictures(args.run, args.data, args.out or Path(args.run) / "pictures", args.count, args.checkpoint, args.image_root, args.attn_layers, device):
+    for path in pictures(args.run, args.data, args.out or Path(args.run) / "pictures", args.count, args.checkpoint, args.image_root, args.attn_layers, device,
+                         args.method, args.trust_method):
         print(path)
 
 

@@ -210,7 +210,8 @@ def main(argv=None):
     started, done = time.perf_counter(), 0
     if todo:
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        model, fmt, settings = open_model(args.teacher, args.checkpoint, procs.device, dtype=dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+        model, fmt, settings = open_model(args.teacher, args.checkpoint, procs.device, dtype=dtype, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+                                          method=args.method, trust_method=args.trust_method)
         method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
         if fmt.copies > 1:
             raise UserError(f"{args.teacher}: shows itself each image {fmt.copies} times; a gaze needs a teacher that sees it once")

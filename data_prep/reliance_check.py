@@ -40,9 +40,10 @@ def main(argv=None):
     wrong = 0
     for seed in args.seeds:
         for name in args.methods.split(","):
-            run = train.main(["--method", str(HERE / f"reliance_{name}.py"), "--data", str(out / "train.jsonl"), "--val_data", str(out / "val.jsonl"), "--image_root", "runs/toy",
+            file = str(HERE / f"reliance_{name}.py")
+            run = train.main(["--method", file, "--data", str(out / "train.jsonl"), "--val_data", str(out / "val.jsonl"), "--image_root", "runs/toy",
                               "--output", str(out / f"{name}-{seed}"), "--seed", str(seed), "--max_steps", str(args.max_steps), *TRAINING])
-            model, fmt, settings = export.open_model(run, device=processes.start().device)
+            model, fmt, settings = export.open_model(run, device=processes.start().device, method=file)
             method = methods.get(settings.method)(settings)  # each is asked under the mask that it learned under
             result = reliance.measure(model, fmt, records[: args.questions], batch_size=50, max_new_tokens=4, seed=seed,
                                       biases=lambda batch: method.biases(model, batch))

@@ -239,7 +239,7 @@ def test_a_run_gives_three_pictures(model_dirs, records_file, tmp_path, capsys, 
                       "--latents", "3", "--lora_r", "2", "--device", "cpu"])
     capsys.readouterr()
     opened, open_model = [], visualize.open_model
-    monkeypatch.setattr(visualize, "open_model", lambda *args: opened.append(args[2]) or open_model(*args))
+    monkeypatch.setattr(visualize, "open_model", lambda *args, **how: opened.append(args[2]) or open_model(*args, **how))
     visualize.main(["--run", str(run), "--data", str(records_file), "--count", "2", "--attn_layers", "last", "--device", "cpu:0"])
     assert opened == [torch.device("cpu:0")]
     paths = capsys.readouterr().out.split()

@@ -14,6 +14,7 @@ from sft's (or another's) what it does not change:
     losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress: config.Progress
     watched           names among them that are logged and not trained
 """
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -23,6 +24,9 @@ from pathlib import Path
 from crystal import config
 from crystal.config import UserError
 from crystal.model import prepare
+
+COPY = "method.py"  # in a run directory: the file of a method that is not built in, as it was when it ran
+_sources = {}       # path of such a file -> its bytes as they were run
 
 
 def get(name):
@@ -34,6 +38,7 @@ def get(name):
         if key not in sys.modules:  # a file is run once, so that its classes are the same for all who ask
             spec = importlib.util.spec_from_file_location(key, name)
             module = sys.modules[key] = importlib.util.module_from_spec(spec)
+            _sources[key] = Path(name).read_bytes()
             try:
                 spec.loader.exec_module(module)
             except BaseException as error:
@@ -60,6 +65,60 @@ def parse(argv=None):
     if settings.method.endswith(".py"):
         settings.method = str(Path(settings.method).resolve())
     return settings
+
+
+def fingerprint(name):
+    """What a run and its checkpoints say of the file that made them -> {"method_sha256": digest}; {} of a built-in method."""
+    if not name.endswith(".py"):
+        return {}
+    get(name)
+    # Of what was run: the file may have been edited since, or be gone with an older run directory.
+    return {"method_sha256": hashlib.sha256(_sources[str(Path(name).resolve())]).hexdigest()}
+
+
+def keep_copy(name, run):
+    """Puts the file of a method that is not built in into the run directory, as it was run."""
+    if name.endswith(".py"):
+        get(name)
+        (Path(run) / COPY).write_bytes(_sources[str(Path(name).resolve())])
+
+
+def of_run(state, directory, method="", trust=False):
+    """A checkpoint's state and directory -> the method to open it by: a built-in name, or the path of a file that may be run.
+
+    A run directory may come from anywhere, so the file that it names is never run for that alone. `method` (--method FILE) is
+    a file of the user's choice; one that differs from the run's is told on stderr and used. `trust` (--trust_method) takes
+    the run's own copy, if it is still the one that the checkpoint was made by. UserError in every other case.
+    """
+    saved, digest = state["settings"]["method"], state.get("method_sha256")
+    if not isinstance(saved, str):
+        raise UserError(f"{directory}: its state names no method")
+    own = saved.endswith(".py")
+    if method and method.endswith(".py") != own or method and not own and method != saved:
+        raise UserError(f"{directory}: was made with --method {saved!r}, not {method!r}")
+    if not own:
+        return saved
+
+    copy = Path(directory).parent.parent / COPY
+    if method and trust:
+        raise UserError("--method and --trust_method are two answers to one question; give one of them")
+    if method:
+        file = Path(method)
+    elif trust:
+        file = copy
+    else:
+        raise UserError(f"{directory}: made by {saved}, a method of its own, and no file is run because a run names it; "
+                        f"--method FILE runs a file of yours, --trust_method the run's copy {copy}")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; --method FILE names the one that the run was made by")
+
+    if digest and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if not method:
+            raise UserError(f"{file}: not the file that {directory} was made by (SHA-256 differs); read it, and if it is right name it by --method")
+        print(f"note: {file} is not the file that {directory} was made by (SHA-256 differs); it is used all the same", file=sys.stderr)
+    elif not digest and not method:
+        raise UserError(f"{directory}: says no SHA-256 of its method; --method FILE runs a file of yours")
+    return str(file.resolve())
 
 
 def saved_settings(saved, where):

@@ -1,0 +1,458 @@
+"""The evaluation command on a model made by hand (by_hand.py): what each way of asking feeds, answers, prints and stores, by value.
+
+Right answers follow from by_hand.py's rules; intervals are scipy's; attention is counted; every printed table is written out.
+"""
+import copy
+import json
+from types import SimpleNamespace
+
+import by_hand
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from crystal import data, evaluate, methods, reliance
+from crystal.bottleneck import Bias
+from crystal.config import UserError
+from crystal.methods.sft import Method as SFT
+
+BLACK = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0
+
+AS_TRAINED = ["black", "white", "dark", "light", "light", "white.", "white", "grey"]
+DROPPED = ["nothing", "nothing", "dark", "light", "light", "pale", "nothing", "nothing"]
+BLIND = ["nothing"] * 8
+CORRUPTED = ["black", "black", "black", "black", "black", "white.", "black", "black"]
+GREY = ["grey", "grey", "grey", "grey", "grey", "white.", "grey", "grey"]  # 128 of 255 is nearest to grey's 120
+BOTTLENECK = ["black", "white", "nothing", "nothing", "nothing", "white.", "nothing", "grey"]
+RIGHT = [True, True, True, True, True, False, True, True]  # of the first
+
+
+class Masked(SFT):
+    """A method with LIVR's kind of mask: rows that are neither image nor latent do not see the image. Its sequences are CrystaL's."""
+
+    def biases(self, model, batch):
+        latents = torch.isin(batch["input_ids"], torch.tensor(self.latents))
+        picture = batch["input_ids"] == self.image
+        return [Bias(~latents & ~picture, picture)]
+
+
+@pytest.fixture(scope="module")
+def ingredients(model_dirs):
+    return by_hand.ingredients(model_dirs[True])
+
+
+@pytest.fixture
+def hand(ingredients, tmp_path, monkeypatch):
+    """The model by hand in the place of whatever --model names, CrystaL's format with three latents, the eight records."""
+    s, file = ingredients, by_hand.write_records(tmp_path)
+    hand = SimpleNamespace(model=by_hand.model_by_hand(s.real), fmt=s.fmt, file=file, records=data.read(file)[0], settings=copy.copy(s.settings),
+                           opened=[], fed=[])
+    monkeypatch.setattr(Masked, "latents", s.fmt.latents, raising=False)
+    monkeypatch.setattr(Masked, "image", s.fmt.image, raising=False)
+
+    def generate(model, prompts, fmt, n, biases=None, latents="keep"):
+        hand.fed.append((len(prompts), n, latents))
+        return by_hand.generate(model, prompts, fmt, n, biases)
+
+    def open_model(name, which, device, **how):
+        hand.opened.append((name, which, str(device), how))
+        return hand.model, hand.fmt, hand.settings
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "open_model", open_model)
+    monkeypatch.chdir(tmp_path)
+    return hand
+
+
+def said(results):
+    return [r["prediction"] for r in results]
+
+
+# --- one way of asking after the other ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("how, expected", [({}, AS_TRAINED), ({"latents": "drop"}, DROPPED), ({"latents": "mask"}, DROPPED), ({"grey": True}, GREY), ({"corruption": BLACK}, CORRUPTED),
+                                           ({"corruption": ("mask", 0.0, 0.0)}, AS_TRAINED), ({"latents": "drop", "grey": True}, ["nothing", "nothing", "grey", "grey", "grey", "pale", "nothing", "nothing"])],
+                         ids=["keep", "drop", "mask", "grey", "corrupted", "corrupted by nothing", "drop and grey"])
+def test_what_each_way_of_asking_is_answered(hand, how, expected):
+    results = evaluate.answers(hand.model, hand.fmt, hand.records, batch_size=3, max_new_tokens=5, **how)
+    assert said(results) == expected
+    assert [r["index"] for r in results] == list(range(8)) and [r["id"] for r in results] == [f"q{i}" for i in range(8)]
+    latents = how.get("latents", "keep")
+    assert hand.fed == [(3, 5, "keep" if latents == "mask" else latents)] * 2 + [(2, 5, "keep" if latents == "mask" else latents)]
+
+
+def test_a_result_in_full(hand):
+    """Case and a final full stop do not count; a family's absence is "all"; the question is the last turn's last part."""
+    hand.records[6].family = ""
+    hand.records[7].turns = [("user", ["", "not this see", "see five"])]
+    hand.records[7].images *= 2
+    results = evaluate.answers(hand.model, hand.fmt, hand.records)
+    assert results[6] == {"index": 6, "id": "q6", "family": "all", "question": "<image>\nboth four", "answer": "White.", "prediction": "white", "extracted": "white", "correct": True}
+    assert results[5] == {"index": 5, "id": "q5", "family": "b", "question": "<image>\nguess three", "answer": "grey", "prediction": "white.", "extracted": "white", "correct": False}
+    assert results[7]["question"] == "see five" and [r["correct"] for r in results] == RIGHT
+
+
+def test_masks_add_up(hand):
+    """--bottleneck alone closes the picture to the answer; with the latents masked too nothing is left."""
+    mask = lambda batch: Masked(None).biases(hand.model, batch)
+    assert said(evaluate.answers(hand.model, hand.fmt, hand.records, biases=mask)) == BOTTLENECK
+    both = said(evaluate.answers(hand.model, hand.fmt, hand.records, latents="mask", biases=mask))
+    assert both == ["nothing"] * 5 + ["pale"] + ["nothing"] * 2
+
+
+def test_the_mask_that_hides_latents(hand):
+    """Every token but a latent is blind to the latents, the latents are not, and nothing else is hidden."""
+    ids = torch.tensor([[1, hand.fmt.latents[0], 2, hand.fmt.latents[2]]])
+    bias, = evaluate.hide_latents(hand.fmt)({"input_ids": ids})
+    assert bias.queries.tolist() == [[True, False, True, False]] and bias.keys.tolist() == [[False, True, False, True]] and bias.value == float("-inf")
+    own = Bias(bias.keys, bias.keys)
+    assert evaluate.hide_latents(hand.fmt, lambda batch: [own])({"input_ids": ids})[0] is own
+
+
+def test_corruption_depends_on_the_seed(hand):
+    fed = []
+    for seed in (0, 0, 1):
+        hand.fed.clear()
+        examples = []
+        original = by_hand.generate
+
+        def keep(model, prompts, fmt, n, biases=None, latents="keep"):
+            examples.extend(pixels for _, pixels, _ in prompts)
+            return original(model, prompts, fmt, n, biases)
+
+        evaluate.generate = keep
+        evaluate.answers(hand.model, hand.fmt, hand.records[:2], corruption=("noise", 50.0, 50.0), seed=seed)
+        fed.append(torch.cat(examples))
+    assert torch.equal(fed[0], fed[1]) and not torch.equal(fed[0], fed[2])
+    deviation = (fed[0] - fed[2]).std()
+    assert 0.2 < float(deviation) < 1.2  # two noises of 50 of 255 apart, in units of the processor's
+
+
+@pytest.mark.parametrize("rank, done, mine", [(0, [], [0, 2, 4, 6]), (1, [], [1, 3, 5, 7]), (0, [0, 3], [1, 4, 6]), (1, [0, 3], [2, 5, 7])])
+def test_the_shares_of_ranks(hand, rank, done, mine):
+    """What is left to ask is dealt out one by one; what an earlier run answered is not asked again and stands in its place."""
+    told = []
+    procs = SimpleNamespace(rank=rank, world=2, is_first=rank == 0, device=torch.device("cpu"), gather=lambda items: [*items, {"index": 99}])
+    before = {i: {"index": i, "prediction": "earlier"} for i in done}
+    results = evaluate.answers(hand.model, hand.fmt, hand.records, batch_size=3, procs=procs, done=before, tell=told.append)
+    assert [r["index"] for r in told] == mine
+    assert [r["index"] for r in results] == sorted([*mine, *done]) + [99]
+    assert [r["prediction"] for r in results if r["index"] in done] == ["earlier"] * len(done)
+    assert [r["prediction"] for r in told] == [AS_TRAINED[i] for i in mine]
+
+
+def test_free_asks_the_bare_question_with_room_for_the_thought(hand, monkeypatch):
+    asked = []
+
+    def write(model, prompts, fmt, n, biases):
+        asked.append((n, biases, [any(token in ids for token in (fmt.think, *fmt.latents)) for ids, _, _ in prompts]))
+        return [fmt.thinking()[0] + [fmt.open] + fmt.text("black") + [fmt.close, fmt.end] for _ in prompts]
+
+    monkeypatch.setattr(evaluate, "write", write)
+    results = evaluate.answers(hand.model, hand.fmt, hand.records[:2], latents="free", max_new_tokens=7)
+    thought = len(hand.fmt.thinking()[0])  # <think>, words, three latents, a full stop, </think>
+    assert asked == [(7 + thought + 2, None, [False, False])]  # and <answer> and one to spare
+    assert said(results) == ["black", "black"] and [r["latents"] for r in results] == [3, 3]
+
+
+def test_written_text_by_number():
+    line, shares = evaluate.written_text([{"latents": n} for n in (4, 4, 5, 1, 0, 3, 3, 0)], 4)
+    assert line == "latents that the model wrote itself: all 4 in 37.5 % of the answers, some in 37.5 %, none in 25.0 %"
+    assert shares == {"all": 0.375, "some": 0.375, "none": 0.25}
+
+
+# --- diagnosis --------------------------------------------------------------------------------------------------------
+
+def counted_mass(hand):
+    """Attention of the rows from <answer> to the one before the end: see by_hand.weigh."""
+    total = 0.0
+    for record in hand.records:
+        grid = data.Examples([record], None, hand.model.image_processor).pixels([data.load_image(record.images[0], "")])["image_grid_thw"]
+        ids, image, _ = hand.fmt.question(record.turns, hand.model.image_processor.tokens(grid))
+        R, K, N = len(hand.fmt.text(record.answer)), 3, len(image)
+        rows = range(len(ids) - 1, len(ids) + R + 1)  # <answer>, R's tokens, </answer>
+        plain = sum(K / (t + 1) for t in rows) / len(rows)
+        heavy = sum(2 * K / (t + 1 + K + 2 * N) for t in rows) / len(rows)
+        total += (plain + (plain + heavy) / 2) / 2
+    return total / len(hand.records)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_attention_on_latents_by_counting(hand, size):
+    method = methods.get("crystal")(hand.settings)
+    hand.model.hidden = None
+    method.hidden = lambda model, batch, tap: by_hand.weigh(batch, tap)
+    assert evaluate.attention_on_latents(hand.model, hand.fmt, method, hand.records, size) == pytest.approx(counted_mass(hand), abs=1e-6)
+
+
+def test_attention_on_latents_of_two_ranks(hand):
+    method = methods.get("crystal")(hand.settings)
+    method.hidden = lambda model, batch, tap: by_hand.weigh(batch, tap)
+    parts = []
+    for rank in (0, 1):
+        procs = SimpleNamespace(rank=rank, world=2, device=torch.device("cpu"), sum=lambda x: parts.append(x) or x)
+        evaluate.attention_on_latents(hand.model, hand.fmt, method, hand.records, 3, procs)
+    assert sum(parts) / 8 == pytest.approx(counted_mass(hand), abs=1e-6) and parts[0] != parts[1]
+
+
+def test_diagnosis_has_four_columns(hand):
+    crystal = methods.get("crystal")(hand.settings)
+    masked = Masked(hand.settings)
+    for method in (crystal, masked):
+        method.layout = crystal.layout
+        method.hidden = lambda model, batch, tap: by_hand.weigh(batch, tap)
+    found, mass = evaluate.diagnose(hand.model, hand.fmt, masked, hand.records, batch_size=3)
+    assert {name: said(results) for name, results in found.items()} == {
+        "as trained": AS_TRAINED, "latents dropped": DROPPED, "bottleneck": BOTTLENECK, "bottleneck, dropped": ["nothing"] * 5 + ["pale"] + ["nothing"] * 2}
+    assert mass == pytest.approx(counted_mass(hand), abs=1e-6)
+    assert list(evaluate.diagnose(hand.model, hand.fmt, crystal, hand.records)[0]) == ["as trained", "latents dropped"]  # it has no mask
+
+
+def test_diagnosis_of_a_model_without_latents(hand, model_dirs):
+    s = by_hand.ingredients(model_dirs[True], "--method", "sft")
+    s.fmt.latents = []
+    found, mass = evaluate.diagnose(hand.model, s.fmt, s.method, hand.records)
+    assert list(found) == ["as trained"] and mass is None and said(found["as trained"]) == DROPPED
+    masked = Masked(s.settings)
+    masked.latents = []
+    assert list(evaluate.diagnose(hand.model, s.fmt, masked, hand.records)[0]) == ["as trained", "bottleneck"]
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------------
+
+def half(hits, n):
+    """Half width of Wilson's 95 % interval in points, by scipy."""
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return f"{100 * (interval.high - interval.low) / 2:.1f}"
+
+
+def test_the_table_by_hand():
+    """A half width is half of the interval: of 3 of 4 Wilson's goes from 30.1 to 95.4 percent."""
+    assert half(3, 4) == "32.7"
+    columns = {"base": {"count": (3, 4), "all": (4, 7), "depth": (1, 3)}, "a longer name": {"count": (0, 4), "all": (3, 7), "depth": (3, 3)}}
+    assert evaluate.table(columns).splitlines() == [
+        "family       questions        base  a longer name",
+        f"count                4  75.0 ±{half(3, 4)}      0.0 ±{half(0, 4)}",
+        f"depth                3  33.3 ±{half(1, 3)}    100.0 ±{half(3, 3)}",
+        f"all                  7  57.1 ±{half(4, 7)}     42.9 ±{half(3, 7)}"]
+
+
+def test_families_in_order_of_appearance():
+    results = [{"family": f, "correct": c} for f, c in (("z", True), ("all", False), ("a", True), ("z", False), ("all", True))]
+    found = evaluate.by_family(results)
+    assert found == {"z": (1, 2), "a": (1, 1), "all": (3, 5)} and list(found) == ["z", "a", "all"]
+
+
+def test_a_benchmarks_text_by_hand():
+    rows = [("A", True, "cats"), ("B", False, "cats"), (None, False, "dogs"), ("A", True, "dogs"), ("B", True, "dogs")]
+    records = [SimpleNamespace(rule="exact" if i == 4 else "choice", row={"category": c}) for i, (_, _, c) in enumerate(rows)]
+    results = [{"index": i, "id": str(i), "answer": "A", "extracted": e, "correct": right} for i, (e, right, _) in enumerate(rows)]
+    text, told = evaluate.benchmark_text("BLINK", records, list(reversed(results)))
+    interval = binomtest(3, 5).proportion_ci(0.95, method="wilson")
+    assert text.splitlines()[:3] == ["BLINK: 5 questions", "                rows    score     95 % interval",
+                                     "Overall            5    60.00" + f"{100 * interval.low:.1f} to {100 * interval.high:.1f}".rjust(18)]
+    assert [line.split()[:3] for line in text.splitlines()[3:5]] == [["cats", "2", "50.00"], ["dogs", "3", "66.67"]]
+    assert text.splitlines()[5:] == ["read by: choice: option letter or text, VLMEvalKit e8e78f0 exact_matching",
+                                     "read by: exact: exact match, case and a final full stop aside", "answers that could not be read, counted as wrong: 20.0 %"]
+    assert told["unread"] == 0.2 and told["benchmark"] == "BLINK" and list(told["extraction"]) == ["choice", "exact"]
+    assert told["scores"]["dogs"]["score"] == pytest.approx(2 / 3) and told["scores"]["cats"]["rows"] == 2
+    assert told["scores"]["Overall"]["interval"] == pytest.approx((interval.low, interval.high), abs=1e-4)
+    assert evaluate.benchmark_text("", records, results)[0].startswith("a benchmark of its own: 5 questions")
+
+
+def test_progress_in_lines(monkeypatch, capsys):
+    """Without a terminal a line each half minute: after 40 of 200 s with 10 of 50 questions done, 160 s or 3 minutes are left."""
+    now = [1000.0]
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: now[0])
+    bar = evaluate.Bar(50, "asked", SimpleNamespace(is_first=True))
+    for second, n in ((20, 4), (40, 6), (60, 5), (71, 5)):
+        now[0] = 1000.0 + second
+        bar.update(n)
+    assert capsys.readouterr().out.splitlines() == ["asked: 10 of 50 questions, about 3 min left", "asked: 20 of 50 questions, about 2 min left"]
+    for procs, name in ((SimpleNamespace(is_first=False), "asked"), (SimpleNamespace(is_first=True), "")):
+        bar = evaluate.Bar(50, name, procs)
+        now[0] += 100
+        bar.update(10)
+    assert capsys.readouterr().out == ""
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+def run(hand, *flags):
+    evaluate.main(["--data", str(hand.file), "--device", "cpu", *flags])
+
+
+def told(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_command_from_records_to_intervals(hand, tmp_path, capsys):
+    hand.file.write_text(hand.file.read_text().replace('"family": "c"', '"family": ""'))
+    run(hand, "--model", "here/mine", "--out", "p/x.jsonl")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[:5] == [
+        "family       questions        mine",
+        f"a                    5 100.0 ±{half(5, 5)}",
+        f"b                    2  50.0 ±{half(1, 2)}",
+        f"all                  8  87.5 ±{half(7, 8)}",
+        next(line for line in printed.splitlines() if line.startswith("8 questions in "))]
+    assert "wrote p/x.jsonl and x.json" in printed
+    assert said(told(tmp_path / "p" / "x.jsonl")) == AS_TRAINED
+    about = json.loads((tmp_path / "p" / "x.json").read_text())
+    assert about["families"]["all"]["right"] == 7 / 8 and about["families"]["b"]["rows"] == 2
+    assert about["families"]["a"]["interval"] == pytest.approx([binomtest(5, 5).proportion_ci(0.95, method="wilson").low, 1.0], abs=1e-4)
+    # The first prompt, as the model gets it (its picture cut to one token).
+    prompt = about["settings"]["prompt"]
+    assert prompt.count("<|image_pad|>") == 1 and "see one" in prompt and prompt.endswith("<|latent_0|><|latent_1|><|latent_2|>. </think><answer>")
+
+
+def test_nothing_is_stored_of_records_unless_asked(hand, tmp_path):
+    before = {p.name for p in tmp_path.rglob("*")}
+    run(hand)
+    assert {p.name for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ((), {}), (("--batch_size", "5"), {"batch_size": 5}), (("--max_new_tokens", "9"), {"max_new_tokens": 9}), (("--seed", "4"), {"seed": 4}), (("--grey",), {"grey": True}),
+    (("--latents", "drop"), {"latents": "drop"}), (("--latents", "mask"), {"latents": "mask"}), (("--corruption", "blur=7"), {"corruption": ("blur", 7.0, 7.0)}),
+    (("--corruption", "blur"), {"corruption": ("blur", 2.0, 5.0)}), (("--corruption", "mask=0"), {"corruption": ("mask", 0.0, 0.0)}), (("--corruption", "mask=1"), {"corruption": ("mask", 1.0, 1.0)}),
+    (("--limit", "3"), {"count": 3}), (("--limit", "9"), {"count": 8})])
+def test_each_flag_reaches_the_questions(hand, monkeypatch, flags, expected):
+    kept, real = {}, evaluate.answers
+
+    def spy(model, fmt, records, batch_size, latents, corruption, grey, seed, max_new_tokens, **more):
+        kept.update(count=len(records), batch_size=batch_size, latents=latents, corruption=corruption, grey=grey, seed=seed, max_new_tokens=max_new_tokens, biases=more["biases"])
+        return real(model, fmt, records[:1], 1, procs=more["procs"])
+
+    monkeypatch.setattr(evaluate, "answers", spy)
+    run(hand, *flags)
+    assert kept == {"count": 8, "batch_size": 32, "latents": "keep", "corruption": None, "grey": False, "seed": 0, "max_new_tokens": 32, "biases": None} | expected
+
+
+def test_each_flag_reaches_the_model(hand):
+    run(hand, "--limit", "1")
+    run(hand, "--limit", "1", "--model", "x/y", "--checkpoint", "12", "--min_pixels", "4000", "--max_pixels", "5000", "--method", "m.py", "--trust_method")
+    nothing = {"min_pixels": None, "max_pixels": None, "method": "", "trust_method": False}
+    assert hand.opened == [("tiny", "best", "cpu", nothing), ("x/y", "12", "cpu", {"min_pixels": 4000, "max_pixels": 5000, "method": "m.py", "trust_method": True})]
+
+
+def test_bottleneck_is_the_methods_mask(hand, monkeypatch, capsys):
+    with pytest.raises(UserError, match="--bottleneck: crystal has no mask"):
+        run(hand, "--bottleneck")
+    monkeypatch.setattr(evaluate.methods, "get", lambda name: Masked)
+    run(hand, "--bottleneck", "--out", "p.jsonl")
+    assert said(told(hand.file.parent / "p.jsonl")) == BOTTLENECK
+
+
+def test_an_image_root_of_its_own(hand, tmp_path):
+    """The same names, other pictures: all are light there."""
+    (tmp_path / "root").mkdir()
+    for i in range(8):
+        Image.new("RGB", (56, 56), (180, 180, 180)).save(tmp_path / "root" / f"{i}.png")
+    run(hand, "--image_root", str(tmp_path / "root"), "--out", "p.jsonl")
+    assert said(told(tmp_path / "p.jsonl")) == ["light"] * 5 + ["white."] + ["light"] * 2
+
+
+def test_later_turns_are_told(hand, capsys):
+    record = json.loads(hand.file.read_text().splitlines()[0])
+    record["conversations"] += [{"from": "human", "value": "and?"}, {"from": "gpt", "value": "more"}]
+    hand.file.write_text(json.dumps(record) + "\n")
+    run(hand)
+    assert capsys.readouterr().out.startswith("1 later turns are not asked\n")
+
+
+def test_diagnosis_is_printed_and_stored(hand, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(methods.get("crystal"), "hidden", lambda self, model, batch, tap=None: by_hand.weigh(batch, tap))
+    run(hand, "--diagnose", "--out", "d/x.jsonl", "--batch_size", "5", "--max_new_tokens", "4")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "family       questions  as trained  latents dropped"
+    assert lines[4] == f"all                  8  87.5 ±{half(7, 8)}       37.5 ±{half(3, 8)}"
+    assert lines[5] == f"mean attention from answers to latents, over layers, heads and rows: {counted_mass(hand):.4f}"
+    stored = told(tmp_path / "d" / "x.jsonl")
+    assert [(r["asked"], r["prediction"]) for r in stored] == [("as trained", x) for x in AS_TRAINED] + [("latents dropped", x) for x in DROPPED]
+    assert hand.fed == [(5, 4, "keep"), (3, 4, "keep"), (5, 4, "drop"), (3, 4, "drop")]
+
+
+def test_diagnosis_takes_grey_and_corruption(hand, monkeypatch):
+    kept = []
+    monkeypatch.setattr(evaluate, "diagnose", lambda *args, **how: kept.append(how) or ({"as trained": [{"family": "a", "correct": True}]}, None))
+    run(hand, "--diagnose", "--grey", "--seed", "3")
+    run(hand, "--diagnose", "--corruption", "mask=1", "--batch_size", "2", "--max_new_tokens", "7")
+    for how in kept:
+        how.pop("procs")
+    assert kept == [{"batch_size": 32, "corruption": None, "grey": True, "seed": 3, "max_new_tokens": 32},
+                    {"batch_size": 2, "corruption": ("mask", 1.0, 1.0), "grey": False, "seed": 0, "max_new_tokens": 7}]
+
+
+def test_reliance_is_handed_what_was_asked(hand, monkeypatch, tmp_path):
+    """The corruption is the flag's, else what the run trained with; the folder is the model's, by the data's name."""
+    kept = []
+    monkeypatch.setattr(reliance, "run", lambda model, fmt, records, out, about, **how: kept.append((len(records), str(out), about, how)))
+    hand.settings.corruption, hand.settings.strength_low, hand.settings.strength_high = "noise", 11.0, 13.0
+    run(hand, "--reliance", "--seed", "5", "--batch_size", "4", "--max_new_tokens", "6", "--limit", "7")
+    run(hand, "--reliance", "--corruption", "blur=9", "--out", "elsewhere", "--checkpoint", "last")
+    (tmp_path / "a_run").mkdir()
+    monkeypatch.setattr(evaluate.methods, "get", lambda name: Masked)
+    run(hand, "--reliance", "--model", "a_run", "--bottleneck")
+    for count, out, about, how in kept:
+        how.pop("procs")
+        mask = how.pop("biases")
+        assert (mask is not None) == about["bottleneck"]
+    name = str(hand.file)
+    assert kept[0] == (7, "runs/tiny/reliance/hand", {"model": "tiny", "checkpoint": "best", "data": name, "bottleneck": False},
+                       {"corruption": ("noise", 11.0, 13.0), "batch_size": 4, "max_new_tokens": 6, "seed": 5})
+    assert kept[1] == (8, "elsewhere", {"model": "tiny", "checkpoint": "last", "data": name, "bottleneck": False},
+                       {"corruption": ("blur", 9.0, 9.0), "batch_size": 32, "max_new_tokens": 32, "seed": 0})
+    assert kept[2][1:3] == ("a_run/reliance/hand", {"model": "a_run", "checkpoint": "best", "data": name, "bottleneck": True})
+    hand.settings = None  # no run: the paper's blur
+    run(hand, "--reliance")
+    assert kept[3][3]["corruption"] == ("blur", 2.0, 5.0)
+
+
+# --- stored predictions --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, flags", [("checkpoint", ("--checkpoint", "last")), ("corruption", ("--corruption", "blur")), ("grey", ("--grey",)), ("latents", ("--latents", "mask")),
+                                         ("limit", ("--limit", "8")), ("max_new_tokens", ("--max_new_tokens", "31")), ("model", ("--model", "other")), ("seed", ("--seed", "1"))])
+def test_answers_to_another_question_are_not_taken(hand, name, flags):
+    """Each flag that may change an answer makes the stored ones another's; the batch's size does not."""
+    run(hand, "--out", "p.jsonl")
+    asked = len(hand.fed)
+    run(hand, "--out", "p.jsonl", "--batch_size", "2")
+    assert len(hand.fed) == asked  # all are known
+    with pytest.raises(UserError, match=rf"made otherwise \({name}\)"):
+        run(hand, "--out", "p.jsonl", *flags)
+
+
+def test_pixels_data_and_mask_make_answers_others(hand, monkeypatch, tmp_path):
+    run(hand, "--out", "p.jsonl")
+    other = tmp_path / "other.jsonl"
+    other.write_text(hand.file.read_text())
+    with pytest.raises(UserError, match=r"made otherwise \(data\)"):
+        evaluate.main(["--data", str(other), "--device", "cpu", "--out", "p.jsonl"])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.methods, "get", lambda name: Masked)
+        with pytest.raises(UserError, match=r"made otherwise \(bottleneck\)"):
+            run(hand, "--out", "p.jsonl", "--bottleneck")
+    edges = {"shortest_edge": 1, "longest_edge": 99999, "height": None}
+    monkeypatch.setattr(type(hand.model.image_processor), "size", edges, raising=False)
+    with pytest.raises(UserError, match=r"made otherwise \(pixels\)"):
+        run(hand, "--out", "p.jsonl")
+    hand.file.write_text(hand.file.read_text().replace("see one", "see won", 1))
+    with pytest.raises(UserError, match=r"made otherwise \(pixels, prompt\)"):
+        run(hand, "--out", "p.jsonl")
+
+
+def test_predictions_by_another_file_of_a_method_are_others(hand, tmp_path):
+    """A method of one's own counts by what its file says."""
+    file = tmp_path / "mine.py"
+    file.write_text("from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    pass\n")
+    hand.settings.method = str(file)
+    run(hand, "--out", "p.jsonl")
+    stored = json.loads((tmp_path / "p.json").read_text())
+    assert len(stored["settings"]["method"]) == 64
+    stored["settings"]["method"] = "0" * 64
+    (tmp_path / "p.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"made otherwise \(method\)"):
+        run(hand, "--out", "p.jsonl")
+
