@@ -52,6 +52,10 @@ TESTS = ROOT / "tests"
 OPENS = "test_what_opens_a_model_is_told_what_was_asked"
 MODEL = {"--checkpoint": OPENS, "--device": OPENS, "--min_pixels": OPENS, "--max_pixels": OPENS}
 
+# Whose code a command may run that opens a run: one test takes every such command, another gives it both answers.
+TRUST = dict.fromkeys(["--method", "--trust_method"], "test_methods.py::test_every_command_takes_both_answers")
+MODEL = MODEL | TRUST
+
 # {command: {flag: test}}; a test without a file stands in this one.
 TABLE = {
     "crystal.generate": MODEL
@@ -62,12 +66,14 @@ TABLE = {
         "--max_new_tokens": "test_generate_asks_what_was_typed",
         "--latents": "test_generate_asks_what_was_typed",
     },
-    "crystal.export": {
+    "crystal.export": TRUST
+    | {
         "--run": "test_export_writes_the_checkpoint_that_was_named",
         "--checkpoint": "test_export_writes_the_checkpoint_that_was_named",
         "--out": "test_export_writes_the_checkpoint_that_was_named",
     },
-    "crystal.visualize": {
+    "crystal.visualize": TRUST
+    | {
         "--run": "test_visualize_draws_what_was_asked",
         "--checkpoint": "test_visualize_draws_what_was_asked",
         "--data": "test_visualize_draws_what_was_asked",
@@ -195,7 +201,8 @@ TABLE = {
         "--dtype": "test_lavit_teacher.py::test_the_command_passes_its_flags_on",
         "--overwrite": "test_lavit_teacher.py::test_files_resume_and_the_student_learns_from_them",
     },
-    "data_prep.feedback_check": {
+    "data_prep.feedback_check": TRUST
+    | {
         "--run": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
         "--data": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
         "--image_root": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
@@ -1410,9 +1417,10 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         f"{name}: mean attention from answers to latents, over layers, heads and rows: 0.2500"
         for name in ("sft", "mine")
     ]
-    run, record, scenes, out, n, device = shown_last[0]
-    assert (run, record.id, scenes, out, n, device) == (
+    run, method, record, scenes, out, n, device = shown_last[0]
+    assert (run, Path(method).name, record.id, scenes, out, n, device) == (
         Path("to/mine"),
+        "mine.py",
         "test-000001",
         Path("runs/toy"),
         Path("to"),

@@ -774,7 +774,7 @@ def opened(tokenizer, stock, *flags):
     settings = methods.parse(["--latents", "2", *flags])
     method = methods.get(settings.method)(settings)
     fmt = method.format(tokenizer)
-    stages, validation = train.open_data(settings, method, SimpleNamespace(image_processor=stock), fmt,
+    stages, validation, _ = train.open_data(settings, method, SimpleNamespace(image_processor=stock), fmt,
                                          Processes())
     return stages[0], validation
 

@@ -124,10 +124,10 @@ def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo.generate, "main", lambda argv: told.append(("generate", argv)))
     record = data.Record("", "", [("user", "<image>\nWhat colour is the star?")], "red", ["/x/1.png"])
     run, scenes, out = tmp_path / "run", tmp_path / "toy", tmp_path / "out"
-    demo.show(run, record, scenes, out, 5, "cpu")
+    demo.show(run, "livr", record, scenes, out, 5, "cpu")
     assert told == [
-        ("pictures", (run, scenes / "test.jsonl", out / "pictures"), {"device": "cpu"}),
-        ("export", ["--run", str(run)]),
+        ("pictures", (run, scenes / "test.jsonl", out / "pictures"), {"device": "cpu", "method": "livr"}),
+        ("export", ["--run", str(run), "--method", "livr"]),
         (
             "generate",
             ["--model", str(run / "merged"), "--image", "/x/1.png", "--question", "What colour is the star?"],

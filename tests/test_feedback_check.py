@@ -37,7 +37,9 @@ def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_pat
 
     monkeypatch.setattr(feedback_check, "measure", measure)
     monkeypatch.setattr(
-        feedback_check.export, "open_model", lambda *args: opened.append(args) or (s.model, s.fmt, s.settings)
+        feedback_check.export,
+        "open_model",
+        lambda *args, **how: opened.append((*args, how)) or (s.model, s.fmt, s.settings),
     )
     (tmp_path / "elsewhere.jsonl").write_text(records_file.read_text())
     feedback_check.main(
@@ -58,7 +60,7 @@ def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_pat
     )
     model, batch, latents, updates, repeats, trains = told[0]
     assert (
-        opened == [("some/run", "last")]
+        opened == [("some/run", "last", {"method": "", "trust_method": False})]
         and model is s.model
         and (updates, repeats, trains) == ([0, 3], 5, True)
     )
@@ -131,6 +133,6 @@ def test_it_measures_errors_cross_entropy_and_time(setup, monkeypatch):
 
 def test_the_run_must_feed_latents_back(setup, records_file, monkeypatch):
     s = setup(dtype=torch.float32)
-    monkeypatch.setattr(feedback_check.export, "open_model", lambda *_: (s.model, s.fmt, s.settings))
+    monkeypatch.setattr(feedback_check.export, "open_model", lambda *_, **__: (s.model, s.fmt, s.settings))
     with pytest.raises(feedback_check.config.UserError, match="does not feed latents back"):
         feedback_check.main(["--run", "some/run", "--data", str(records_file)])

@@ -27,12 +27,13 @@ def forget(*paths):
 
 @pytest.fixture(scope="module")
 def original(model_dirs, records_file, tmp_path_factory):
-    """A run of one update by a file of its own -> (run directory, the file)."""
+    """A run by a file of its own, stopped after the first of two updates -> (run directory, the file)."""
     root = tmp_path_factory.mktemp("own")
     file = root / "mine.py"
     file.write_text(GOOD)
     run = train.main(["--method", str(file), "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
-                      "--max_steps", "1", "--eval_every", "0", "--output", str(root / "run")])
+                      "--max_steps", "2", "--save_every", "1", "--keep", "2", "--eval_every", "0", "--output", str(root / "run")])
+    shutil.rmtree(run / "checkpoints" / "step-2")
     return run, file
 
 
@@ -148,7 +149,7 @@ def test_an_edited_file_is_told_and_a_resume_keeps_the_new_one(original, model_d
     capsys.readouterr()
     try:
         train.main(["--method", str(file), "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
-                    "--max_steps", "1", "--eval_every", "0", "--output", str(moved), "--resume"])
+                    "--max_steps", "2", "--save_every", "1", "--keep", "2", "--eval_every", "0", "--output", str(moved), "--resume"])
     finally:
         file.write_text(GOOD)
         forget(file)

@@ -306,7 +306,7 @@ def built(row, world):
     model.after_update()
 
     one_process = SimpleNamespace(first=nullcontext, is_first=True, print=lambda *_: None)
-    train_sets, val_set = train.open_data(settings, method, model, fmt, one_process)
+    train_sets, val_set, _ = train.open_data(settings, method, model, fmt, one_process)
     examples = val_set if row.split == "val" else train_sets[settings.progress(row.step).stage]
     return SimpleNamespace(settings=settings, model=model, method=method, objective=objective, named=named,
                            examples=examples)
@@ -403,7 +403,7 @@ def oracles_terms(row, world, s, pixels):
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     for (name, leaf), g in zip(leaves.items(), found):
         grads[name] = torch.zeros_like(leaf) if g is None else g
-    return {name: float(term) for name, term in terms.items()}, float(total), grads
+    return {name: float(term.detach()) for name, term in terms.items()}, float(total.detach()), grads
 
 
 def checked_pixels(net, record, number, given, place, found, world):

@@ -60,7 +60,7 @@ def test_the_flags_choose_runs_and_questions(setup, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(
         reliance_check.export,
         "open_model",
-        lambda run, device: (
+        lambda run, device, method: (
             s.model,
             s.fmt,
             SimpleNamespace(method=trained[-1][1], latents=3, latent_kind="diverse"),

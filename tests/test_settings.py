@@ -113,10 +113,10 @@ def built(model_dirs, twelve, tmp_path):
         model = crystal.model.load(settings.model, dtype, "cpu", settings.min_pixels, settings.max_pixels)
         method, fmt = methods.attach(model, settings)
         objective = train.Objective(model, method).train()
-        train_sets, val_set = train.open_data(settings, method, model, fmt, Processes())
+        train_sets, val_set, broken = train.open_data(settings, method, model, fmt, Processes())
         return SimpleNamespace(
             settings=settings, model=model, method=method, fmt=fmt, objective=objective,
-            records=train_sets[0].records, train_sets=train_sets, val_set=val_set,
+            records=train_sets[0].records, train_sets=train_sets, val_set=val_set, broken=broken,
         )
 
     return make
@@ -479,10 +479,7 @@ def test_a_bad_record_stops_or_is_skipped_and_listed(built, tmp_path, twelve):
             built("--method", "sft", name, str(tmp_path / "bad.jsonl"))
     s = built("--method", "sft", "--data", str(tmp_path / "bad.jsonl"), "--on_bad_record", "skip")
     assert len(s.records) == 100 and all(r.answer == "red" for r in s.records) and s.train_sets[0].skip
-    listed = [
-        json.loads(x)["problem"] for x in (s.settings.run_dir / "bad_records.jsonl").read_text().splitlines()
-    ]
-    assert len(listed) == 1 and "bad.jsonl:51" in listed[0]
+    assert len(s.broken) == 1 and "bad.jsonl:51" in s.broken[0]
     assert not built("--method", "sft").train_sets[0].skip
 
 
