@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from test_evaluate import tsv
 
+from crystal import config, evaluate, train
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [str(ROOT / "crystal" / "train.py")]
 
@@ -26,8 +28,11 @@ def run(launcher, flags, **env):
 def test_several_processes_equal_one(model_dirs, records_file, tmp_path, method, world):
     flags = ["--method", method, "--model", str(model_dirs[True]), "--data", str(records_file), "--val_data", str(records_file), "--latents", "3", "--lora_r", "2",
              "--lora_dropout", "0", "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64", "--device", "cpu", "--eval_every", "3"]
-    one = ["-m", "crystal.train"] if method == "sft" else SCRIPT
-    run(one, flags + ["--batch_size", "4", "--output", str(tmp_path / "one")])
+    alone = flags + ["--batch_size", "4", "--output", str(tmp_path / "one")]
+    if method == "sft":
+        run(["-m", "crystal.train"], alone)
+    else:
+        train.main(alone)  # the same in a second, since nothing has to be imported
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *SCRIPT]
     out = run(many, flags + ["--batch_size", "1", "--accumulation", str(4 // world), "--output", str(tmp_path / "many")])
     assert out.count("trainable of") == 1 and f"{world} process(es)" in out  # one rank prints
@@ -42,21 +47,21 @@ def test_several_processes_equal_one(model_dirs, records_file, tmp_path, method,
 
 def test_evaluation_is_shared_by_ranks(records_file, tmp_path):
     flags = ["--model", "tiny", "--data", str(records_file), "--max_new_tokens", "3", "--device", "cpu", "--out"]
-    run([str(ROOT / "crystal" / "evaluate.py")], flags + [str(tmp_path / "one.jsonl")])
+    evaluate.main(flags + [str(tmp_path / "one.jsonl")])
     run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "crystal" / "evaluate.py")], flags + [str(tmp_path / "two.jsonl")])
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
 
 
 def test_interventions_and_a_benchmark_are_shared_by_ranks(model_dirs, records_file, tmp_path):
     """--reliance: the same report of a run, picture aside; a TSV: the same predictions and scores."""
-    evaluate, many = str(ROOT / "crystal" / "evaluate.py"), ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--device", "cpu", "--max_new_tokens", "3"]
     trained = tmp_path / "run"
-    run(SCRIPT, ["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--max_steps", "1", "--eval_every", "0", "--device", "cpu",
-                 "--dtype", "float64", "--output", str(trained)])
-    for name, launcher in (("one", [evaluate]), ("two", [*many, evaluate])):
-        run(launcher, [*flags, "--model", str(trained), "--data", str(records_file), "--reliance", "--out", str(tmp_path / name)])
-        run(launcher, [*flags, "--model", "tiny", "--benchmark", str(tsv(tmp_path / "cats.tsv")), "--out", str(tmp_path / f"{name}.jsonl")])
+    train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--max_steps", "1", "--eval_every", "0", "--device", "cpu",
+                "--dtype", "float64", "--output", str(trained)])
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "crystal" / "evaluate.py")]
+    for name, command in (("one", evaluate.main), ("two", lambda flags: run(many, flags))):
+        command([*flags, "--model", str(trained), "--data", str(records_file), "--reliance", "--out", str(tmp_path / name)])
+        command([*flags, "--model", "tiny", "--benchmark", str(tsv(tmp_path / "cats.tsv")), "--out", str(tmp_path / f"{name}.jsonl")])
     one, two = (json.loads((tmp_path / name / "reliance.json").read_text()) for name in ("one", "two"))
     assert one["conditions"] == two["conditions"] and len(one["conditions"]) > 5
     assert (tmp_path / "one" / "reliance.txt").read_text() == (tmp_path / "two" / "reliance.txt").read_text()
@@ -64,10 +69,24 @@ def test_interventions_and_a_benchmark_are_shared_by_ranks(model_dirs, records_f
     assert json.loads((tmp_path / "one.json").read_text())["scores"] == json.loads((tmp_path / "two.json").read_text())["scores"]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--methd", "sft"], "--methd"), (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"), (["--model", "./nowhere"], "nowhere: no such directory"), (["--model", "runs/nowhere"], "runs/nowhere: no such directory"),
-    (["--device", "cuda:7"], "--device cuda:7"), (["--min_pixels", "x"], "--min_pixels")])
-def test_a_users_mistake_is_one_line_and_exit_code_2(flags, message, tmp_path):
+MISTAKES = [
+    (["--methd", "sft"], "--methd"), (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+    (["--model", "./nowhere"], "nowhere: no such directory"), (["--model", "runs/nowhere"], "runs/nowhere: no such directory"),
+    (["--device", "cuda:7"], "--device cuda:7"), (["--min_pixels", "x"], "--min_pixels"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES)
+def test_a_users_mistake_is_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as ended:
+        config.run_cli(train.main)
+    told = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and len(told.splitlines()) == 1 and message in told
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES[1:2])
+def test_a_users_mistake_ends_the_command_so_too(flags, message, tmp_path):
     done = subprocess.run([sys.executable, *SCRIPT, "--output", str(tmp_path), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and message in done.stderr, done.stderr
 
