@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from crystal import attention, losses, ops
-from crystal.config import OneLineParser, UserError, run_cli
+from crystal import attention, losses
+from crystal.runtime import ops
+from crystal.runtime.config import OneLineParser, UserError, run_cli
 
 SLOW = 1.0  # a peer whose run takes n times so many seconds takes part in every n-th round alone
 

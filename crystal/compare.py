@@ -20,8 +20,9 @@ from statistics import mean, stdev
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crystal import checkpoint, config, data, demo, evaluate, export, processes, train
-from crystal.config import UserError
+from crystal import demo, evaluate, export, train
+from crystal.runtime import checkpoint, config, data, distributed
+from crystal.runtime.config import UserError
 
 # 97.5 % quantiles of Student's t for 1, 2, .. degrees of freedom.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
@@ -79,9 +80,9 @@ def main(argv=None):
     args, more = parser.parse_known_args(argv)
     if min(args.seeds, args.questions, args.max_new_tokens) < 1 or bool(args.data) != bool(args.test):
         raise UserError("--seeds, --questions and --max_new_tokens must be at least 1, and --data goes with --test")
-    procs, out = processes.start(), Path(args.output)
+    procs, out = distributed.start(), Path(args.output)
     if not args.data:
-        from data_prep import toy
+        from crystal.runtime import toy
         with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(out / "toy")
     records, _ = data.read(args.test or out / "toy" / "test.jsonl")

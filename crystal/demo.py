@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import crystal.model
-from crystal import checkpoint, config, data, evaluate, export, generate, methods, processes, train, visualize
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import evaluate, export, generate, methods, train, visualize
+from crystal.runtime import checkpoint, config, data, distributed
+from crystal.runtime.config import UserError
 from crystal.layout import Format
-from data_prep import toy
+from crystal.runtime import toy
 
 # Two minutes at most each on two cores; the paper's own settings are train.py's defaults. A model this small forgets how to see
 # while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows learn faster than the rest.
@@ -68,8 +69,8 @@ def main(argv=None):
     if args.questions < 1:
         raise UserError(f"--questions {args.questions}: must be at least 1")
     recipe(args.method)  # a wrong name is told before anything starts
-    processes.launch(args.processes, "crystal.demo", sys.argv[1:] if argv is None else argv)
-    procs, out, started = processes.start(), Path(args.output), time.perf_counter()
+    distributed.launch(args.processes, "crystal.demo", sys.argv[1:] if argv is None else argv)
+    procs, out, started = distributed.start(), Path(args.output), time.perf_counter()
 
     def say(text):
         procs.print(f"\n== {text}")
@@ -97,10 +98,10 @@ def main(argv=None):
 
     say(f"{len(chosen) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of the 95 % interval")
     how = dict(batch_size=100, max_new_tokens=8, procs=procs)
-    base = crystal.model.load("tiny", device=procs.device)
+    base = crystal.backbone.model.load("tiny", device=procs.device)
     seeing = evaluate.answers(base, Format(base.tokenizer), records, progress="base", **how)
-    twin = load_file(crystal.model.TINY.parent / "blind" / "model.safetensors")  # under a hub's names, the tied head left out
-    names = crystal.model.parameter_names(base.hf, twin)
+    twin = load_file(crystal.backbone.model.TINY.parent / "blind" / "model.safetensors")  # under a hub's names, the tied head left out
+    names = crystal.backbone.model.parameter_names(base.hf, twin)
     weights = {names[name]: tensor for name, tensor in twin.items()}
     weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
     base.hf.load_state_dict(weights)

@@ -24,16 +24,18 @@ if not __package__:
 import torch
 from tqdm import tqdm
 
-from crystal import benchmarks, config, data, methods, ops, processes, reliance
+from crystal import methods
+from crystal.evaluation import benchmarks, reliance
+from crystal.runtime import config, data, distributed, ops
 from crystal.attention import AttentionTap
-from crystal.benchmarks import score, wilson
-from crystal.bottleneck import Bias
-from crystal.config import UserError
+from crystal.evaluation.benchmarks import score, wilson
+from crystal.attention_bias import Bias
+from crystal.runtime.config import UserError
 from crystal.corrupt import LIMIT
 from crystal.export import model_flags, open_model
 from crystal.generate import answer_text, generate, thought_length, write
 from crystal.methods.sft import Method as SFT
-from crystal.predictions import Predictions
+from crystal.evaluation.predictions import Predictions
 
 
 class Bar:
@@ -68,7 +70,7 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
     all return the whole list. done: results of an earlier run by index, which are not asked again; tell is called with each
     new result.
     """
-    procs = procs or processes.Processes(device=model.device)
+    procs = procs or distributed.Processes(device=model.device)
     if latents == "mask":
         latents, biases = "keep", hide_latents(fmt, biases)
     prompt = "none" if latents == "free" else latents  # the plain chat prompt: thought and latents are the model's to write
@@ -134,7 +136,7 @@ def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None)
 
     Mean over all layers, heads and answer rows of a record, then over records.
     """
-    procs = procs or processes.Processes(device=model.device)
+    procs = procs or distributed.Processes(device=model.device)
     examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, copies=fmt.copies)
     total, mine = 0.0, list(range(procs.rank, len(records), procs.world))
     for at in range(0, len(mine), batch_size):
@@ -243,7 +245,7 @@ def main(argv=None):
             raise UserError(f"--corruption {args.corruption}: {strength!r} is not a number") from None
         if not 0 <= corruption[1] <= LIMIT[mode]:
             raise UserError(f"--corruption {args.corruption}: {mode} goes from 0 to {LIMIT[mode]:g}")
-    procs = processes.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last answer
+    procs = distributed.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last answer
     ops.announce(procs.print)
     if tsv:
         records, dropped = benchmarks.read(args.data, args.image_root, args.suffix), 0

@@ -20,9 +20,10 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 
-import crystal.model
-from crystal import checkpoint, config, lora, methods
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import lora, methods
+from crystal.runtime import checkpoint, config
+from crystal.runtime.config import UserError
 from crystal.layout import Format
 
 MARK = "crystal.json"  # in a merged directory that stock tools use in part
@@ -59,14 +60,14 @@ def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, ma
         if method:
             raise UserError(f"--method {method}: {name} is no run of train.py, and opens without")
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)  # as train.py's --dtype auto
-        model = crystal.model.load(name, dtype, device, min_pixels, max_pixels)
-        return model, exported_format(crystal.model.resolve(name), model.tokenizer), None
+        model = crystal.backbone.model.load(name, dtype, device, min_pixels, max_pixels)
+        return model, exported_format(crystal.backbone.model.resolve(name), model.tokenizer), None
     directory = find(run, which)
     files, state = checkpoint.load(directory)
     allowed = methods.of_run(state, directory, method, trust_method)
     settings = methods.saved_settings(state["settings"] | {"method": allowed}, directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
-    model = crystal.model.load(settings.model, dtype, device, min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, weights)
+    model = crystal.backbone.model.load(settings.model, dtype, device, min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, weights)
     settings.checkpointing = False
     _, fmt = methods.attach(model, settings)
     named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
@@ -128,7 +129,7 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
     model, fmt, settings = open_run(run, which, weights=False, method=method, trust_method=trust_method)
     written = []
     if merged:
-        base = crystal.model.directory(settings.model)
+        base = crystal.backbone.model.directory(settings.model)
         with fresh(merged) as out:
             merge(base, out, model, changes(model, settings))
             for name in ("config.json", "generation_config.json", "video_preprocessor_config.json"):
@@ -147,7 +148,7 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
         written.append(Path(merged))
     if adapter and settings.tune == "lora":
         with fresh(adapter) as out:
-            lora.save_adapter(out, model.hf, model.rows, crystal.model.resolve(settings.model))
+            lora.save_adapter(out, model.hf, model.rows, crystal.backbone.model.resolve(settings.model))
             save_tokenizer(model, fmt, out)
         written.append(Path(adapter))
     return written
@@ -186,15 +187,15 @@ def merge(base, out, model, changes):
         with open(base / name, "rb") as file:  # the format: the header's length in 8 bytes, the header in JSON, the tensors
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
-        own_names = {crystal.model.unwrapped(key): entry for key, entry in header.items()}
-        renamed = any(crystal.model.unwrapped(key) != key for key in header)
+        own_names = {crystal.backbone.model.unwrapped(key): entry for key, entry in header.items()}
+        renamed = any(crystal.backbone.model.unwrapped(key) != key for key in header)
         with safe_open(base / name, "pt") as tensors, open(out / name, "r+b") as file:
             if renamed:
                 # Shorter names leave room, which spaces fill as the format allows: the tensors stay where they are.
                 text = json.dumps(own_names, separators=(",", ":"), ensure_ascii=False)
                 file.seek(8)
                 file.write(text.encode().ljust(start - 8))
-            for key, parameter in crystal.model.parameter_names(model.hf, tensors.keys()).items():
+            for key, parameter in crystal.backbone.model.parameter_names(model.hf, tensors.keys()).items():
                 if (change := changes.get(parameter)) is not None:
                     W = tensors.get_tensor(key)
                     new = change(W)
@@ -207,7 +208,7 @@ def merge(base, out, model, changes):
         raise UserError(f"{base}: {sorted(left)[0]} was trained, but no safetensors file there has it")
     if index.exists():
         shards = json.loads(index.read_text())
-        shards["weight_map"] = {crystal.model.unwrapped(key): name for key, name in shards["weight_map"].items()}
+        shards["weight_map"] = {crystal.backbone.model.unwrapped(key): name for key, name in shards["weight_map"].items()}
         (out / index.name).write_text(json.dumps(shards, indent=2) + "\n")
 
 

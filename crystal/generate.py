@@ -13,9 +13,9 @@ if not __package__:
 
 import torch
 
-from crystal import config, data, processes
-from crystal.bottleneck import additive_mask
-from crystal.config import UserError
+from crystal.runtime import config, data, distributed
+from crystal.attention_bias import additive_mask
+from crystal.runtime.config import UserError
 from crystal.export import model_flags, open_model
 from crystal.feedback import Stream
 
@@ -133,7 +133,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
-    procs = processes.start(args.device)
+    procs = distributed.start(args.device)
     model, fmt, _ = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
                                method=args.method, trust_method=args.trust_method)
     record = data.Record("--image", "", [("user", [""] * len(args.image) + [args.question])], "", args.image)  # a list: what is typed stays text

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crystal.bottleneck import Bias
+from crystal.attention_bias import Bias
 
 
 class LatentCopy:

@@ -33,16 +33,16 @@ try:
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
-    from crystal.chat import Limits, Refusal, image_of, parse, turns_of
+    from crystal.serving.chat import Limits, Refusal, image_of, parse, turns_of
 except ImportError as error:
     if __name__ != "__main__":
         raise
     print(f"error: serve.py needs the extra `serve`: pip install starlette uvicorn pydantic ({error})", file=sys.stderr)
     sys.exit(2)
 
-from crystal import config, processes
-from crystal.config import UserError
-from crystal.engine import Engine, Job
+from crystal.runtime import config, distributed
+from crystal.runtime.config import UserError
+from crystal.serving.engine import Engine, Job
 from crystal.export import model_flags, open_model
 
 KEY = "CRYSTAL_API_KEY"  # of the environment: a flag would stand in the list of processes
@@ -265,7 +265,7 @@ def main(argv=None):
     local = is_loopback(address)
     if not local and not key:
         raise UserError(f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first")
-    model, fmt, _ = open_model(args.model, args.checkpoint, processes.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+    model, fmt, _ = open_model(args.model, args.checkpoint, distributed.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
                                method=args.method, trust_method=args.trust_method)
     name = args.name or Path(args.model).resolve().name
     server = Server(model, fmt, name, limits, args.latents, key, ("127.0.0.1", "localhost", "[::1]", args.host) if local else ())

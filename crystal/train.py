@@ -29,9 +29,10 @@ import torch.nn as nn
 import transformers
 from tqdm import tqdm
 
-import crystal.model
-from crystal import checkpoint, config, data, methods, ops, processes
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import methods
+from crystal.runtime import checkpoint, config, data, distributed, ops
+from crystal.runtime.config import UserError
 from crystal.losses import total
 
 
@@ -70,7 +71,7 @@ def main(argv=None):
         summary_writer()  # whether there is one
 
     # ------------------------------------------------------------------------------------------------ processes
-    procs = processes.start(settings.device)
+    procs = distributed.start(settings.device)
     device = procs.device
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
     settings.dtype = str(dtype).removeprefix("torch.")  # what `auto` came to, for those who open the run later
@@ -81,7 +82,7 @@ def main(argv=None):
     # ----------------------------------------------------------------------------------------------------- model
     ops.announce(procs.print)
     with procs.first():  # a hub name is downloaded once
-        model = crystal.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
+        model = crystal.backbone.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
     method, fmt = methods.attach(model, settings)
     objective = Objective(model, method, autocast).to(device).train()
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
@@ -125,7 +126,7 @@ def main(argv=None):
     log, board, begun = None, None, False
     bad_count, last_saved = 0, step if settings.resume else None
     best = checkpoint.best(run) if settings.resume else None
-    stop, stopping = processes.StopSignal(), False
+    stop, stopping = distributed.StopSignal(), False
     terms = loss = None
 
     while step < settings.max_steps and not stopping:
@@ -216,7 +217,7 @@ def open_data(settings, method, model, fmt, procs):
     stages, root = settings.stages, settings.image_root
     train, val = [stage.data or settings.data for stage in stages], settings.val_data
     if not all(train):
-        from data_prep import toy
+        from crystal.runtime import toy
         root = "runs/toy"
         with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(root, seed=settings.seed)
@@ -285,7 +286,7 @@ def stage_batches(stage, examples, step, settings, pad, procs):
     start, stop = settings.span(stage)
     order = data.Order(len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, max(start, step), stop)
     if step < stop:
-        yield from data.loader(examples, order, pad, settings.workers, processes.ignore_signals)
+        yield from data.loader(examples, order, pad, settings.workers, distributed.ignore_signals)
 
 
 def report_bad(batch, count, step, settings, procs):

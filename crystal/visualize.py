@@ -21,15 +21,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from crystal import config, data, feedback, methods, processes
+from crystal import feedback, methods
+from crystal.runtime import config, data, distributed
 from crystal.attention import AttentionTap
-from crystal.config import Settings, UserError, layers_of
+from crystal.runtime.config import Settings, UserError, layers_of
 from crystal.corrupt import LEVELS, MODES, corrupt
 from crystal.export import method_flags, open_model
 from crystal.latent_copy import dual_forward
 from crystal.methods.crystal import Settings as CrystalSettings
 from crystal.methods.crystal import mask_of
-from crystal.ops import attn_slice
+from crystal.runtime.ops import attn_slice
 
 UNITS = {"blur": "r = {:g} px", "mask": "s = {:g}", "crop": "s = {:g}", "jigsaw": "ρ = {:g}", "color": "s = {:g}", "noise": "σ = {:g}", "impulse": "s = {:g}"}
 PATHS = ("intact", "corrupted")
@@ -320,7 +321,7 @@ def main(argv=None):
     parser.add_argument("--attn_layers", default="all", help="layers whose attention is averaged: all, last, or indices as in 12,18,24")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    device = processes.start(args.device).device
+    device = distributed.start(args.device).device
     for path in pictures(args.run, args.data, args.out or Path(args.run) / "pictures", args.count, args.checkpoint, args.image_root, args.attn_layers, device,
                          args.method, args.trust_method):
         print(path)

@@ -1,5 +1,5 @@
 // The library `crystal` of operators. Each operator adds itself in a file of its own: name.cpp (schema, checks, the work of the CPU),
-// name_cuda.cpp and name.cu (the work of the GPU). Gradients and fake kernels are registered in crystal/ops.py.
+// name_cuda.cpp and name.cu (the work of the GPU). Gradients and fake kernels are registered in crystal/runtime/ops.py.
 #include "common.h"
 
 namespace crystal {

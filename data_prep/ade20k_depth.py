@@ -26,8 +26,8 @@ import numpy as np
 from PIL import ImageDraw, ImageFont
 from tqdm import tqdm
 
-from crystal import config, data
-from crystal.config import UserError
+from crystal.runtime import config, data
+from crystal.runtime.config import UserError
 from data_prep.broken import leave_out
 
 LETTERS = "ABCDE"

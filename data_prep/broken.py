@@ -1,5 +1,5 @@
 """What a conversion leaves out: one rule for all of them."""
-from crystal.config import UserError
+from crystal.runtime.config import UserError
 
 MOST = 0.01  # share of what is read that may be broken
 

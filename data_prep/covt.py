@@ -32,8 +32,8 @@ if not __package__:
 from PIL import Image
 from tqdm import tqdm
 
-from crystal import config, data
-from crystal.config import UserError
+from crystal.runtime import config, data
+from crystal.runtime.config import UserError
 from data_prep.broken import leave_out
 
 COLUMNS = ("id", "image", "image_relpath", "conversations")

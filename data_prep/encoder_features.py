@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from crystal import config, data, encoders, processes
-from crystal.config import UserError
+from crystal.backbone import encoders
+from crystal.runtime import config, data, distributed
+from crystal.runtime.config import UserError
 from data_prep.broken import leave_out
 from data_prep.features import replace_file, usable, write_records
 
@@ -56,7 +57,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: must be at least 1")
-    procs, skip = processes.start(args.device, timeout=86400.0), args.on_bad_record == "skip"  # ranks wait for the slowest one's last file
+    procs, skip = distributed.start(args.device, timeout=86400.0), args.on_bad_record == "skip"  # ranks wait for the slowest one's last file
     source, root = Path(args.data), Path(args.image_root or Path(args.data).parent)
     records, bad, _ = usable(source, root, skip)
     total, seen = len(records) + len(bad), list(bad)

@@ -3,8 +3,8 @@ import json
 import os
 from pathlib import Path
 
-from crystal import data
-from crystal.config import UserError
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from data_prep.broken import leave_out
 
 

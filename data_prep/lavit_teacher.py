@@ -31,13 +31,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from crystal import config, data, evaluate, methods, processes
-from crystal.checkpoint import MANIFEST
-from crystal.config import UserError
+from crystal import evaluate, methods
+from crystal.runtime import config, data, distributed
+from crystal.runtime.checkpoint import MANIFEST
+from crystal.runtime.config import UserError
 from crystal.export import find, model_flags, open_model
 from crystal.methods.lavit import entropy, focus, inside, normalise, salient
 from crystal.methods.sft import Method as SFT
-from crystal.ops import attn_slice
+from crystal.runtime.ops import attn_slice
 from data_prep.broken import leave_out
 from data_prep.features import replace_file, usable, write_records
 
@@ -183,7 +184,7 @@ def main(argv=None):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: must not be negative")
-    procs, skip = processes.start(args.device, timeout=86400.0), args.on_bad_record == "skip"  # ranks wait for the slowest one's last shard
+    procs, skip = distributed.start(args.device, timeout=86400.0), args.on_bad_record == "skip"  # ranks wait for the slowest one's last shard
     source, root = Path(args.data), Path(args.image_root or Path(args.data).parent)
     records, bad, dropped = usable(source, root, skip, args.limit)
     total, seen = len(records) + len(bad), list(bad)

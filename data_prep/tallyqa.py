@@ -16,8 +16,8 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crystal import config, data
-from crystal.config import UserError
+from crystal.runtime import config, data
+from crystal.runtime.config import UserError
 from data_prep.broken import leave_out
 
 FIELDS = ("image", "question", "answer", "issimple", "question_id")

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-import crystal.model
+import crystal.backbone.model
 from crystal import methods
 
 LEVELS = {"black": 0, "dark": 60, "grey": 120, "light": 180, "white": 240}
@@ -36,7 +36,7 @@ class Layer(torch.nn.Module):
 def ingredients(directory, *flags):
     """A real model's tokenizer, image rules and family, and the sequences of a method, by default CrystaL's with three latents."""
     settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(directory), *flags])
-    real = crystal.model.load(directory)
+    real = crystal.backbone.model.load(directory)
     method, fmt = methods.attach(real, settings)
     return SimpleNamespace(settings=settings, real=real, method=method, fmt=fmt)
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import crystal.model
-from crystal import data, methods
-from crystal.bottleneck import additive_mask
+import crystal.backbone.model
+from crystal import methods
+from crystal.runtime import data
+from crystal.attention_bias import additive_mask
 from crystal.train import Objective
 
 
@@ -73,7 +74,7 @@ def write_model(path, tied=True, family=None, **text):
 
     family: what makes of it another than Qwen2.5-VL, a function (directory, contents of config.json).
     """
-    shutil.copytree(crystal.model.TINY, path)
+    shutil.copytree(crystal.backbone.model.TINY, path)
     settings = json.loads((path / "config.json").read_text())
     settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = tied
     settings["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -154,7 +155,7 @@ def setup(model_dirs, family_dirs, records_file):
     def make(*flags, tied=True, dtype=torch.float64, which=None, family=None):
         directory = family_dirs(family, tied) if family else model_dirs[tied]
         settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(directory), *flags])
-        model = crystal.model.load(settings.model, dtype)
+        model = crystal.backbone.model.load(settings.model, dtype)
         method, fmt = methods.attach(model, settings)
         objective = Objective(model, method).train()
         g = torch.Generator().manual_seed(1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crystal import ops
+from crystal.runtime import ops
 
 EMULATED = os.environ.get("CRYSTAL_CUDA_ON_CPU")  # set by test_cuda_kernels_on_the_cpu: a library in which the CPU's operators are the CUDA kernels
 WIDE = os.environ.get("CRYSTAL_WIDE")  # set by test_wide_vectors_on_a_narrow_cpu: the folder of a _C.so with 512-bit vectors for any machine

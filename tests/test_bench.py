@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from crystal import bench, ops
-from crystal.config import UserError
+from crystal import bench
+from crystal.runtime import ops
+from crystal.runtime.config import UserError
 
 SMALL = ["--device", "cpu", "--rows", "3", "--vocab", "500", "--slice", "2,40,6,3,4,2,8", "--repeats", "3", "--no-compile"]
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import crystal.model
-from crystal import benchmarks, data
-from crystal.benchmarks import Question, known_as, option, read, score, scores, tidy, wilson, yes_no
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal.evaluation import benchmarks
+from crystal.runtime import data
+from crystal.evaluation.benchmarks import Question, known_as, option, read, score, scores, tidy, wilson, yes_no
+from crystal.runtime.config import UserError
 from crystal.layout import Format
 
 ANIMALS = {"A": "cat", "B": "dog", "C": "car", "D": "tree"}
@@ -99,7 +100,7 @@ def test_rows_become_questions(tmp_path):
 
 def test_a_question_reaches_the_prompt_with_its_images(tmp_path):
     path = write(tmp_path / "x.tsv", ["index", "image", "question", "answer"], [0, f'["{picture(1)}", "{picture(2)}"]', "How many <image> <|image_pad|>?", "2"])
-    model = crystal.model.load("tiny")
+    model = crystal.backbone.model.load("tiny")
     fmt = Format(model.tokenizer)
     examples = data.Examples(read(path), lambda r, n: fmt.question(r.turns, n), model.image_processor)
     ids, image, _ = examples.build(0, 0)["layout"]

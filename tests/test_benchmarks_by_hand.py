@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 from test_benchmarks import pixels, result, write
 
-from crystal import benchmarks, data, evaluate
-from crystal.benchmarks import known_as, option, read, scores, yes_no
-from crystal.config import UserError
-from crystal.data import RecordError
+from crystal import evaluate
+from crystal.evaluation import benchmarks
+from crystal.runtime import data
+from crystal.evaluation.benchmarks import known_as, option, read, scores, yes_no
+from crystal.runtime.config import UserError
+from crystal.runtime.data import RecordError
 
 
 def cell(shade):

@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip("pydantic", reason="needs the extra `serve`")
 
-from crystal.chat import Limits, Refusal, image_of, parse, turns_of
+from crystal.serving.chat import Limits, Refusal, image_of, parse, turns_of
 
 
 def url(image, kind="PNG"):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crystal import checkpoint
-from crystal.checkpoint import (CheckpointError, best, load, load_optimizer, load_parameters, mark_best, newest, optimizer_hyper, optimizer_tensors, prune, save,
+from crystal.runtime import checkpoint
+from crystal.runtime.checkpoint import (CheckpointError, best, load, load_optimizer, load_parameters, mark_best, newest, optimizer_hyper, optimizer_tensors, prune, save,
                                 step_dir, verify)
 
 MANIFEST = "manifest.json"
@@ -133,7 +133,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
 KILL = """
 import os, sys, torch
 from pathlib import Path
-from crystal import checkpoint
+from crystal.runtime import checkpoint
 for owner, name in ((checkpoint, "_sha256"), (checkpoint, "_sync"), (Path, "rename")):
     run_dir, real = Path(sys.argv[1]) / name, getattr(owner, name)
     checkpoint.save(run_dir, 1, {"w.safetensors": {"w": torch.ones(3)}}, {"step": 1})

@@ -27,22 +27,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_benchmarks import picture
 
-from crystal import (
-    bench,
-    checkpoint,
-    compare,
-    config,
-    data,
-    demo,
-    evaluate,
-    export,
-    generate,
-    serve,
-    train,
-    visualize,
-)
-from crystal.config import UserError
-from data_prep import toy
+from crystal import bench, compare, demo, evaluate, export, generate, serve, train, visualize
+from crystal.runtime import checkpoint, config, data
+from crystal.runtime.config import UserError
+from crystal.runtime import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
@@ -201,7 +189,7 @@ TABLE = {
         "--dtype": "test_lavit_teacher.py::test_the_command_passes_its_flags_on",
         "--overwrite": "test_lavit_teacher.py::test_files_resume_and_the_student_learns_from_them",
     },
-    "data_prep.feedback_check": TRUST
+    "data_prep.checks.feedback": TRUST
     | {
         "--run": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
         "--data": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
@@ -210,7 +198,7 @@ TABLE = {
         "--repeats": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
         "--updates": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
     },
-    "data_prep.reliance_check": {
+    "data_prep.checks.reliance": {
         "--methods": "test_reliance_check.py::test_the_flags_choose_runs_and_questions",
         "--seeds": "test_reliance_check.py::test_the_flags_choose_runs_and_questions",
         "--max_steps": "test_reliance_check.py::test_the_flags_choose_runs_and_questions",
@@ -218,7 +206,7 @@ TABLE = {
         "--questions": "test_reliance_check.py::test_the_flags_choose_runs_and_questions",
         "--output": "test_reliance_check.py::test_the_flags_choose_runs_and_questions",
     },
-    "data_prep.tiny_base": {
+    "data_prep.tiny.base": {
         "--out": "test_tiny_base.py::test_the_command_trains_what_was_asked",
         "--work": "test_tiny_base.py::test_the_command_trains_what_was_asked",
         "--only": "test_tiny_base.py::test_the_command_trains_what_was_asked",
@@ -231,13 +219,13 @@ TABLE = {
         "--seed": "test_tiny_base.py::test_the_command_trains_what_was_asked",
         "--compile": "test_tiny_base.py::test_the_command_trains_what_was_asked",
     },
-    "data_prep.tiny_check": {
+    "data_prep.tiny.check": {
         "--base": "test_tiny_base.py::test_the_check_measures_what_was_asked",
         "--blind": "test_tiny_base.py::test_the_check_measures_what_was_asked",
         "--per_family": "test_tiny_base.py::test_the_check_measures_what_was_asked",
         "--seed": "test_tiny_base.py::test_the_check_measures_what_was_asked",
     },
-    "data_prep.toy": {
+    "crystal.runtime.toy": {
         "--out": "test_toy.py::test_the_command_draws_what_was_asked",
         "--seed": "test_toy.py::test_the_command_draws_what_was_asked",
         "--train": "test_toy.py::test_the_command_draws_what_was_asked",

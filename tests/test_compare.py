@@ -6,8 +6,9 @@ import signal
 
 import pytest
 
-from crystal import checkpoint, compare, train
-from crystal.config import UserError
+from crystal import compare, train
+from crystal.runtime import checkpoint
+from crystal.runtime.config import UserError
 from crystal.methods import livr
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from crystal import config, methods
-from crystal.config import UserError, layers_of
+from crystal import methods
+from crystal.runtime import config
+from crystal.runtime.config import UserError, layers_of
 from crystal.methods import parse
 from crystal.methods.crystal import PRESETS, Settings
 
@@ -43,7 +44,7 @@ def test_a_method_has_its_own_settings(capsys):
 
 MINE = """from __future__ import annotations
 from dataclasses import dataclass
-from crystal.config import setting
+from crystal.runtime.config import setting
 from crystal.methods import livr
 
 @dataclass

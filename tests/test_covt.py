@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crystal import data
-from crystal.config import UserError
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from data_prep import covt
 
 pa = pytest.importorskip("pyarrow")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from crystal import data
-from crystal.config import UserError
-from crystal.data import Order, RecordError, read, seed_of
+from crystal.runtime import data
+from crystal.runtime.config import UserError
+from crystal.runtime.data import Order, RecordError, read, seed_of
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_a_picture_is_turned_as_its_exif_says(orientation):
 def test_the_server_sees_what_training_sees():
     """A picture in a request, of every kind that may be sent."""
     pytest.importorskip("pydantic", reason="needs the extra `serve`")
-    from crystal.chat import FORMATS, Limits, image_of
+    from crystal.serving.chat import FORMATS, Limits, image_of
 
     exif = Image.Exif()
     exif[274] = 6

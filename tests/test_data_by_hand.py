@@ -17,13 +17,15 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from transformers import AutoImageProcessor, AutoTokenizer
 
-import crystal.model
-from crystal import data, families, methods, train
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import methods, train
+from crystal.backbone import families
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from crystal.corrupt import MODES
-from crystal.data import Examples, Order, Record, RecordError
+from crystal.runtime.data import Examples, Order, Record, RecordError
 from crystal.layout import Format, Layout, new_tokens
-from crystal.processes import Processes
+from crystal.runtime.distributed import Processes
 
 # --- the file -----------------------------------------------------------------------------------------------
 
@@ -397,7 +399,7 @@ def test_a_picture_that_the_processor_refuses_is_the_records_fault(folder, stock
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    found = AutoTokenizer.from_pretrained(crystal.model.TINY)
+    found = AutoTokenizer.from_pretrained(crystal.backbone.model.TINY)
     found.add_special_tokens({"additional_special_tokens": new_tokens(2, "diverse")})
     return found
 
@@ -405,7 +407,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def processor():
     """transformers' own, as the tiny model's directory configures it."""
-    return AutoImageProcessor.from_pretrained(crystal.model.TINY)
+    return AutoImageProcessor.from_pretrained(crystal.backbone.model.TINY)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from test_evaluate import tsv
 
-from crystal import config, evaluate, train
+from crystal import evaluate, train
+from crystal.runtime import config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [str(ROOT / "crystal" / "train.py")]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from crystal import data, demo, methods
-from crystal.config import UserError
-from data_prep import toy
+from crystal import demo, methods
+from crystal.runtime import data
+from crystal.runtime.config import UserError
+from crystal.runtime import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("sft", "crystal", "livr", "lavit", "valr")
@@ -143,7 +144,7 @@ def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
 SMALL = """
 import functools
 from crystal import demo
-from data_prep import toy
+from crystal.runtime import toy
 toy.generate = functools.partial(toy.generate, train=40, val=10, test=10)
 demo.main(["--method", "sft", "--max_steps", "1", "--questions", "4", "--processes", "2"])
 """

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from crystal import encoders
+from crystal.backbone import encoders
 from data_prep import encoder_features
 
 

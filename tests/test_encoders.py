@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from test_ddp import ROOT, run
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
-from crystal import data, encoders
-from crystal.config import UserError
+from crystal.backbone import encoders
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 
 
 @pytest.fixture(scope="module")

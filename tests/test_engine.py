@@ -4,8 +4,10 @@ import asyncio
 import pytest
 import torch
 
-from crystal import data, engine, export, generate, train
-from crystal.engine import Engine, Job, Steps
+from crystal import export, generate, train
+from crystal.runtime import data
+from crystal.serving import engine
+from crystal.serving.engine import Engine, Job, Steps
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ import json
 import pytest
 from test_benchmarks import picture
 
-import crystal.model
-from crystal import benchmarks, data, evaluate
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import evaluate
+from crystal.evaluation import benchmarks
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from crystal.evaluate import by_family, table
 from crystal.layout import Format
 
@@ -21,7 +23,7 @@ def test_table_by_family():
 
 def test_answers_from_what_is_shown(records_file):
     """Each way of asking feeds the model what it says."""
-    model = crystal.model.load("tiny")
+    model = crystal.backbone.model.load("tiny")
     records, _ = data.read(records_file)
     fed, fmt = [], Format(model.tokenizer)
 

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from crystal import data, evaluate, methods, reliance
-from crystal.bottleneck import Bias
-from crystal.config import UserError
+from crystal import evaluate, methods
+from crystal.evaluation import reliance
+from crystal.runtime import data
+from crystal.attention_bias import Bias
+from crystal.runtime.config import UserError
 from crystal.methods.sft import Method as SFT
 
 BLACK = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0

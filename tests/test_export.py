@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import crystal.model
-from crystal import data, export, lora, train
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import export, lora, train
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from crystal.generate import generate
 
 STOCK = """
@@ -160,7 +161,7 @@ def test_every_kind_of_base(model_dirs, records_file, tmp_path):
         stored = {}
         for file in (run / "merged").glob("*.safetensors"):
             stored |= load_file(file)
-        for key, parameter in crystal.model.parameter_names(model.hf, stored).items():
+        for key, parameter in crystal.backbone.model.parameter_names(model.hf, stored).items():
             assert torch.equal(stored[key], ours[parameter]), key
         first = ours["model.language_model.layers.0.mlp.up_proj.weight"]
         expected.append([str(dtype), float(model.hf.lm_head.weight.double().sum()), float(first.double().sum())])
@@ -171,7 +172,7 @@ def test_every_kind_of_base(model_dirs, records_file, tmp_path):
 
 def test_a_base_that_lacks_what_was_trained_is_named(runs, tmp_path, monkeypatch, model_dirs):
     base = shutil.copytree(model_dirs[True], tmp_path / "base")
-    monkeypatch.setattr(crystal.model, "directory", lambda name: base)
+    monkeypatch.setattr(crystal.backbone.model, "directory", lambda name: base)
     state = load_file(base / "model.safetensors")
     lost = "model.language_model.layers.1.mlp.up_proj.weight"
     save_file({n: t for n, t in state.items() if n != lost}, base / "model.safetensors")
@@ -187,7 +188,7 @@ def test_a_base_that_lacks_what_was_trained_is_named(runs, tmp_path, monkeypatch
 def test_the_adapter_alone_needs_no_weights(runs, monkeypatch, tmp_path):
     """What is exported from names and shapes is what the run holds."""
     run = runs["untied"]
-    monkeypatch.setattr(crystal.model.AutoModelForImageTextToText, "from_pretrained", None)
+    monkeypatch.setattr(crystal.backbone.model.AutoModelForImageTextToText, "from_pretrained", None)
     export.export(run, adapter=tmp_path / "adapter", merged=tmp_path / "merged")
     monkeypatch.undo()
     model, _, _ = export.open_model(run)

@@ -17,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import select_best_resolution
 
-import crystal.model
-from crystal import data, export, families, feedback, layout, methods, train, visualize
+import crystal.backbone.model
+from crystal import export, feedback, layout, methods, train, visualize
+from crystal.backbone import families
+from crystal.runtime import data
 from crystal import generate as generate_module
-from crystal.config import Progress, UserError
+from crystal.runtime.config import Progress, UserError
 from crystal.generate import decode_feedback, generate
 from crystal.losses import ce_rows
 from crystal.methods.lavit import align, top
@@ -85,7 +87,7 @@ def test_every_linear_of_a_part_is_found(setup, family):
 @each
 def test_tokens_that_the_vocabulary_has_keep_their_rows(setup, family_dirs, family):
     """Qwen3's <think> has a learned row: training starts from it, and new tokens take rows behind the tokenizer's."""
-    before = crystal.model.load(str(family_dirs(family, True)))
+    before = crystal.backbone.model.load(str(family_dirs(family, True)))
     vocabulary, weight = before.tokenizer.get_vocab(), before.hf.get_input_embeddings().weight
     s = setup(family=family, dtype=torch.float32)
     now, after = s.model.tokenizer.convert_tokens_to_ids(s.method.tokens), s.model.hf.get_input_embeddings().weight
@@ -102,7 +104,7 @@ def test_tokens_that_the_vocabulary_has_keep_their_rows(setup, family_dirs, fami
 def test_pixel_bounds_reach_qwen3s_processor(family_dirs):
     """Its rule is in `size`, its sides are multiples of 32."""
     low, high = 32 * 32 * 4, 32 * 32 * 9
-    model = crystal.model.load(str(family_dirs("qwen3_vl", True)), min_pixels=low, max_pixels=high)
+    model = crystal.backbone.model.load(str(family_dirs("qwen3_vl", True)), min_pixels=low, max_pixels=high)
     for size in ((300, 200), (20, 30), (70, 90)):
         grid = model.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"]
         area = int(grid.prod()) * 16 * 16
@@ -174,7 +176,7 @@ def test_real_configurations(name):
         hf = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     hf.requires_grad_(False)
     row = families.FAMILIES[family]
-    model = crystal.model.Model(hf, AutoTokenizer.from_pretrained(crystal.model.TINY), row.images(None, config), row, name)
+    model = crystal.backbone.model.Model(hf, AutoTokenizer.from_pretrained(crystal.backbone.model.TINY), row.images(None, config), row, name)
     settings = methods.parse(["--lora_on", "language,vision,merger"])
     names = model.add_adapters(settings)
     blocks, D, r, d = 3, text["hidden_size"], 16, text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
@@ -192,13 +194,13 @@ def test_real_configurations(name):
 
 def test_what_is_not_supported_is_told_in_one_line(family_dirs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="^[^\n]*--max_pixels mean nothing to llava_onevision: its image_grid_pinpoints[^\n]*$"):
-        crystal.model.load(str(family_dirs("llava_onevision", True)), max_pixels=10**5)
+        crystal.backbone.model.load(str(family_dirs("llava_onevision", True)), max_pixels=10**5)
     (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
     with pytest.raises(UserError, match="^[^\n]*'mllama' has no row in families.py .known: qwen2_5_vl, qwen3_vl, llava_onevision.; tutorials/10_backbones.md[^\n]*$"):
-        crystal.model.load(str(tmp_path))
+        crystal.backbone.model.load(str(tmp_path))
     wrong = replace(families.FAMILIES["qwen3_vl"], merger=r"model\.visual\.merger\.mlp\.\d+")
     monkeypatch.setitem(families.FAMILIES, "qwen3_vl", wrong)
-    model = crystal.model.load(str(family_dirs("qwen3_vl", True)))
+    model = crystal.backbone.model.load(str(family_dirs("qwen3_vl", True)))
     with pytest.raises(UserError, match="--lora_on language,merger: no Linear of it matches .* in its row"):
         model.add_adapters(methods.parse(["--lora_on", "language,merger"]))
 

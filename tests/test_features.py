@@ -10,7 +10,7 @@ import json
 import pytest
 from PIL import Image
 
-from crystal.config import UserError
+from crystal.runtime.config import UserError
 from data_prep import broken, features
 
 

@@ -186,8 +186,8 @@ def test_misplaced_latents_are_refused(ragged):
 
 def test_the_command_prints_error_and_time(records_file, capsys):
     """On the shipped model the errors fall with T."""
-    from crystal.config import UserError
-    from data_prep import feedback_check
+    from crystal.runtime.config import UserError
+    from data_prep.checks import feedback as feedback_check
     feedback_check.main(["--data", str(records_file), "--records", "1", "--updates", "0,3", "--repeats", "1"])
     head, _, *table = capsys.readouterr().out.splitlines()
     assert "16 latents a segment, up to 32 a record" in head

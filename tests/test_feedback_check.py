@@ -12,7 +12,7 @@ import torch
 
 from crystal import feedback
 from crystal.methods.crystal import mask_of
-from data_prep import feedback_check
+from data_prep.checks import feedback as feedback_check
 
 
 def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_path, monkeypatch, capsys):

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crystal import data, feedback, generate
-from crystal.bottleneck import Bias
-from crystal.config import UserError
+from crystal import feedback, generate
+from crystal.runtime import data
+from crystal.attention_bias import Bias
+from crystal.runtime.config import UserError
 
 
 def prompts(s, latents="keep"):

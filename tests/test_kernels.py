@@ -17,7 +17,7 @@ import pytest
 import torch
 from places import EMULATED, ON_CPU, PLACES, at_place, compiled, each_place, versions
 
-from crystal import ops
+from crystal.runtime import ops
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 

@@ -4,7 +4,7 @@ import torch
 from conftest import gradients
 
 from crystal import latent_copy
-from crystal.bottleneck import additive_mask
+from crystal.attention_bias import additive_mask
 from crystal.latent_copy import LatentCopy, dual_forward, pack
 
 PRESETS = {"paper": [], "released": ["--preset", "released", "--lora_dropout", "0"], "all layers, frobenius": ["--attn_layers", "all", "--attn_loss", "frobenius"],

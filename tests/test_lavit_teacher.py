@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from test_ddp import ROOT, run
 
-from crystal import data, train
-from crystal.config import UserError
+from crystal import train
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from data_prep import lavit_teacher
 from data_prep.lavit_teacher import Looks, look, passes, report, text_rows
 

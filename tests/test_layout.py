@@ -3,7 +3,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from crystal.layout import IGNORE, THOUGHT, Format, new_tokens
-from crystal.model import TINY
+from crystal.backbone.model import TINY
 
 TURNS = [("user", "<image>\nWhat colour is the small star?")]
 

@@ -6,9 +6,10 @@ import torch
 from conftest import eager_mass, gradients
 from PIL import Image
 
-from crystal import data, evaluate, export, generate, methods, train
-from crystal.bottleneck import additive_mask
-from crystal.config import UserError
+from crystal import evaluate, export, generate, methods, train
+from crystal.runtime import data
+from crystal.attention_bias import additive_mask
+from crystal.runtime.config import UserError
 from crystal.latent_copy import LatentCopy
 from crystal.layout import IGNORE
 from crystal.methods.sft import cross_entropy
@@ -270,7 +271,7 @@ def test_resume_before_on_and_after_the_boundary_equals_not_having_stopped(run, 
 
     from safetensors.torch import load_file
 
-    from crystal import checkpoint
+    from crystal.runtime import checkpoint
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
     for step in range(at + 1, 6):

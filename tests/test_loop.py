@@ -26,9 +26,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import crystal.model
-from crystal import data, methods, processes, train
-from crystal.config import Progress
+import crystal.backbone.model
+from crystal import methods, train
+from crystal.runtime import data, distributed
+from crystal.runtime.config import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATES = 6
@@ -139,7 +140,7 @@ def rate(step, stage, line):
 def plain_loop(case, argv, files):
     """The run of a case -> its log (a dict for each update), its trained weights by name, and its model."""
     settings = methods.parse(argv)  # for the method's terms; the loop reads the case
-    model = crystal.model.load(settings.model, case.dtype)
+    model = crystal.backbone.model.load(settings.model, case.dtype)
     method, fmt = methods.attach(model, settings)
     whole = torch.nn.ModuleDict({"model": model, "heads": method.modules(model)}).train()
     trained = {name: p for name, p in whole.named_parameters() if p.requires_grad}
@@ -222,8 +223,8 @@ def validation(case, whole, method, examples, pad):
 # ---- the runs ----------------------------------------------------------------------------------------------
 
 OWN = """from dataclasses import dataclass
-from crystal import config
-from crystal.config import Stage, setting
+from crystal.runtime import config
+from crystal.runtime.config import Stage, setting
 from crystal.methods import crystal
 
 @dataclass
@@ -342,13 +343,13 @@ def same_log(lines, wanted, **tolerance):
 
 @pytest.mark.parametrize("name", CASES)
 def test_six_updates_equal_the_plain_loop_to_the_bit(name, arguments, files, tmp_path, monkeypatch):
-    case, models, load = CASES[name], [], crystal.model.load
+    case, models, load = CASES[name], [], crystal.backbone.model.load
 
     def kept(*arguments, **named):
         models.append(load(*arguments, **named))
         return models[-1]
 
-    monkeypatch.setattr(crystal.model, "load", kept)
+    monkeypatch.setattr(crystal.backbone.model, "load", kept)
     monkeypatch.setattr(train, "time", one_second_each())
     run = train.main(arguments(case))
     log, trained, model = plain_loop(case, arguments(case), files)
@@ -411,7 +412,7 @@ def test_two_processes_equal_the_plain_loop(arguments, files, tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    group = processes.start("cpu", timeout=120)
+    group = distributed.start("cpu", timeout=120)
     train.time = one_second_each()
     for flags in json.loads(sys.argv[1]):
         train.main(flags)  # a guest of the group above

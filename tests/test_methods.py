@@ -12,8 +12,9 @@ import sys
 import pytest
 
 from crystal import evaluate, export, generate, methods, serve, train, visualize
-from crystal.config import UserError
-from data_prep import feedback_check, lavit_teacher
+from crystal.runtime.config import UserError
+from data_prep import lavit_teacher
+from data_prep.checks import feedback as feedback_check
 
 GOOD = "from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    said = 'good'\n"
 EVIL = "from pathlib import Path\nPath({trace!r}).write_text('I was here')\n" + GOOD

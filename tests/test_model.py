@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-import crystal.model
-from crystal import config, data
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal.runtime import config, data
+from crystal.runtime.config import UserError
 from crystal.layout import new_tokens
 
 
@@ -41,7 +41,7 @@ def test_logits_equal_the_stock_eager_model(setup, model_dirs, tied):
 def test_no_row_is_blind_under_the_mask_of_a_padded_batch():
     """Rows of left padding see something: what attention makes of a row that sees nothing differs among its kernels, NaN included."""
     padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    mask = crystal.model.attention_mask(batch_size=2, q_length=5, kv_length=5, q_offset=0, kv_offset=0, attention_mask=padded, allow_is_causal_skip=False)
+    mask = crystal.backbone.model.attention_mask(batch_size=2, q_length=5, kv_length=5, q_offset=0, kv_offset=0, attention_mask=padded, allow_is_causal_skip=False)
     assert mask[0, 0, 2:].tolist() == (torch.ones(5, 5, dtype=torch.bool).tril() & padded[0])[2:].tolist() and mask.any(-1).all()
     assert torch.equal(mask[1, 0], torch.ones(5, 5, dtype=torch.bool).tril())
 
@@ -71,7 +71,7 @@ def test_new_tokens_take_spare_rows(setup, model_dirs):
 
 
 def test_too_few_spare_rows(model_dirs):
-    model = crystal.model.load(str(model_dirs[True]))
+    model = crystal.backbone.model.load(str(model_dirs[True]))
     with pytest.raises(UserError, match="use fewer --latents"):
         model.add_tokens(new_tokens(61, "diverse"))
 
@@ -102,19 +102,19 @@ def test_every_linear_of_a_part_is_found(setup):
 
 def test_wrong_models(tmp_path, model_dirs):
     with pytest.raises(UserError, match="no such directory"):
-        crystal.model.load(str(tmp_path / "none"))
+        crystal.backbone.model.load(str(tmp_path / "none"))
     with pytest.raises(UserError, match="no config.json"):
-        crystal.model.load(str(tmp_path))
+        crystal.backbone.model.load(str(tmp_path))
     bert = tmp_path / "bert"
     bert.mkdir()
     (bert / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="model type 'bert' has no row in families.py"):
-        crystal.model.load(str(bert))
+        crystal.backbone.model.load(str(bert))
     cut = tmp_path / "cut"
     shutil.copytree(model_dirs[True], cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
-        crystal.model.load(str(cut))
+        crystal.backbone.model.load(str(cut))
 
 
 def with_weights(source, path, change):
@@ -153,7 +153,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, model_dirs, logged_by_trans
     """Without this a model whose weights stayed random would train and answer, and end with 0."""
     path = with_weights(model_dirs[False], tmp_path / "model", change)
     with pytest.raises(UserError, match=rf"^{path}: cannot be loaded as a model: its weights are not this model's: {told}$"):
-        crystal.model.load(str(path))
+        crystal.backbone.model.load(str(path))
     assert not logged_by_transformers  # the one line says it, and a page of its report would hide it
 
 
@@ -169,7 +169,7 @@ def test_one_line_reaches_the_terminal(tmp_path, model_dirs, capsys):
 @pytest.mark.parametrize("before", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
 def test_names_that_a_wrapper_left_are_read_as_meant(tmp_path, model_dirs, before):
     path = with_weights(model_dirs[False], tmp_path / "model", lambda state: {before + n: t for n, t in state.items()})
-    wanted, found = (crystal.model.load(str(d)).hf.state_dict() for d in (model_dirs[False], path))
+    wanted, found = (crystal.backbone.model.load(str(d)).hf.state_dict() for d in (model_dirs[False], path))
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)
 
 
@@ -179,20 +179,20 @@ def test_names_within_a_compiled_part_are_read_as_meant(tmp_path, model_dirs):
         state = {n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in state.items()}
         return {n.replace("layers.1.", "layers.1._orig_mod."): t for n, t in state.items()}
     path = with_weights(model_dirs[False], tmp_path / "model", compiled)
-    wanted, found = (crystal.model.load(str(d)).hf.state_dict() for d in (model_dirs[False], path))
+    wanted, found = (crystal.backbone.model.load(str(d)).hf.state_dict() for d in (model_dirs[False], path))
     assert all(torch.equal(wanted[n], found[n]) for n in wanted)
 
 
 def test_loading_leaves_the_verbosity_as_it_was(model_dirs):
     before = transformers_logging.get_verbosity()
-    crystal.model.load(str(model_dirs[True]))
+    crystal.backbone.model.load(str(model_dirs[True]))
     assert transformers_logging.get_verbosity() == before != transformers_logging.ERROR
 
 
 def test_a_tied_head_may_stand_in_the_files(tmp_path, model_dirs):
     def both(state):
         return state | {"lm_head.weight": state["model.language_model.embed_tokens.weight"].clone()}
-    model = crystal.model.load(str(with_weights(model_dirs[True], tmp_path / "model", both)))
+    model = crystal.backbone.model.load(str(with_weights(model_dirs[True], tmp_path / "model", both)))
     assert model.tied
 
 
@@ -202,17 +202,17 @@ def test_pickled_weights_are_refused(tmp_path, model_dirs):
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     with pytest.raises(UserError, match=f"^{pickled}: cannot be loaded as a model: [^\n]*from safetensors alone: a pickle can run code[^\n]*$"):
-        crystal.model.load(str(pickled))
+        crystal.backbone.model.load(str(pickled))
 
 
 def test_pixel_bounds_reach_the_processor(model_dirs):
     from PIL import Image
-    model = crystal.model.load(str(model_dirs[True]), min_pixels=28 * 28, max_pixels=56 * 56)
+    model = crystal.backbone.model.load(str(model_dirs[True]), min_pixels=28 * 28, max_pixels=56 * 56)
     grid = model.image_processor(images=[Image.new("RGB", (300, 200))], return_tensors="pt")["image_grid_thw"]
     assert model.image_tokens(grid) == [int(grid.prod()) // 4] and int(grid.prod()) * 14 * 14 <= 56 * 56
     for low, high in ((0, 10), (None, 0), (-3, None), (11, 10)):
         with pytest.raises(UserError, match=f"^--min_pixels {low} --max_pixels {high}: areas in pixels, at least 1, the first not above the second$"):
-            crystal.model.load(str(model_dirs[True]), min_pixels=low, max_pixels=high)
+            crystal.backbone.model.load(str(model_dirs[True]), min_pixels=low, max_pixels=high)
 
 
 def test_layers_of_the_attention_loss_must_exist(setup):
@@ -222,7 +222,7 @@ def test_layers_of_the_attention_loss_must_exist(setup):
 
 
 def test_generated_names_of_the_shipped_model():
-    model = crystal.model.load("tiny")
+    model = crystal.backbone.model.load("tiny")
     assert model.tied and len(model.tokenizer) + 64 == model.hf.get_input_embeddings().num_embeddings
     assert config.parse([]).model == "tiny"
 
@@ -253,7 +253,7 @@ def test_the_decoders_attention_is_causal_scaled_and_grouped():
     """
     layer = SimpleNamespace(layer_idx=1)
     q, k, v = drawn(2, 4, 5, 6), drawn(2, 2, 5, 6, seed=1), drawn(2, 2, 5, 6, seed=2)
-    out, weights = crystal.model.attention(layer, q, k, v, None, scaling=0.7)
+    out, weights = crystal.backbone.model.attention(layer, q, k, v, None, scaling=0.7)
     assert weights is None and out.shape == (2, 5, 4, 6) and out.is_contiguous()
     for b in range(2):
         for head in range(4):
@@ -261,7 +261,7 @@ def test_the_decoders_attention_is_causal_scaled_and_grouped():
                 q[b, head], k[b, head // 2], v[b, head // 2], 0.7, lambda t, c: c <= t
             )
             assert torch.allclose(out[b, :, head], expected, atol=1e-12)
-    out, _ = crystal.model.attention(layer, q[:, :, :1], k, v, None, scaling=0.7)
+    out, _ = crystal.backbone.model.attention(layer, q[:, :, :1], k, v, None, scaling=0.7)
     expected = softmax_attention(q[1, 3, :1], k[1, 1], v[1, 1], 0.7, lambda t, c: True)
     assert torch.allclose(out[1, :, 3], expected, atol=1e-12)
 
@@ -271,17 +271,17 @@ def test_the_decoders_attention_takes_both_kinds_of_masks():
     layer = SimpleNamespace(layer_idx=0)
     q, k, v = drawn(1, 2, 4, 6), drawn(1, 2, 4, 6, seed=1), drawn(1, 2, 4, 6, seed=2)
     sees = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
-    out, _ = crystal.model.attention(layer, q, k, v, sees[None, None], scaling=0.5)
+    out, _ = crystal.backbone.model.attention(layer, q, k, v, sees[None, None], scaling=0.5)
     expected = softmax_attention(q[0, 1], k[0, 1], v[0, 1], 0.5, lambda t, c: bool(sees[t, c]))
     assert torch.allclose(out[0, :, 1], expected, atol=1e-12)
 
     added = torch.zeros(1, 1, 4, 4).masked_fill(~sees, float("-inf"))
     added[0, 0, 3, 0] = -2.5
-    out, _ = crystal.model.attention(layer, q, k, v, added, scaling=0.5)
+    out, _ = crystal.backbone.model.attention(layer, q, k, v, added, scaling=0.5)
     weights = (0.5 * q[0, 1] @ k[0, 1].T + added[0, 0].double()).softmax(-1)
     assert torch.allclose(out[0, :, 1], weights @ v[0, 1], atol=1e-12)
     small = [x.bfloat16() for x in (q, k, v)]
-    assert crystal.model.attention(layer, *small, added, scaling=0.5)[0].dtype == torch.bfloat16
+    assert crystal.backbone.model.attention(layer, *small, added, scaling=0.5)[0].dtype == torch.bfloat16
 
 
 def test_the_doors_of_attention_open_in_their_order():
@@ -307,7 +307,7 @@ def test_the_doors_of_attention_open_in_their_order():
 
     mask = torch.zeros(2, 1, 3, 5, dtype=torch.float64)
     doors = {"kv_cache": cache, "latent_copy": Copy(), "tap": tap}
-    out, _ = crystal.model.attention(
+    out, _ = crystal.backbone.model.attention(
         SimpleNamespace(layer_idx=7), q, k, v, mask, scaling=0.3, unknown=1, **doors
     )
     assert asked == [("cache", 7, True), ("copy", 5), ("tap", 7, True, True, 0.3)]
@@ -325,7 +325,7 @@ def test_the_vision_towers_attention_stays_inside_its_windows(lengths):
     total, ends = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     q, k, v = drawn(1, 3, total, 4), drawn(1, 3, total, 4, seed=1), drawn(1, 3, total, 4, seed=2)
     bounds = torch.tensor(ends, dtype=torch.int32)
-    out, weights = crystal.model.vision_attention(
+    out, weights = crystal.backbone.model.vision_attention(
         None, q, k, v, scaling=0.6, cu_seq_lens_q=bounds, is_causal=False
     )
     assert weights is None and out.shape == (1, total, 3, 4)
@@ -344,10 +344,10 @@ def test_states_are_copied_however_a_layer_is_called():
             return h * 10
 
     h, copy = torch.ones(2), Copy()
-    assert crystal.model.copy_states(None, (h, "mask"), {"latent_copy": None}) is None
-    args, kwargs = crystal.model.copy_states(None, (h, "mask"), {"latent_copy": copy, "x": 1})
+    assert crystal.backbone.model.copy_states(None, (h, "mask"), {"latent_copy": None}) is None
+    args, kwargs = crystal.backbone.model.copy_states(None, (h, "mask"), {"latent_copy": copy, "x": 1})
     assert torch.equal(args[0], 10 * h) and args[1:] == ("mask",) and kwargs == {"latent_copy": copy, "x": 1}
-    args, kwargs = crystal.model.copy_states(None, (), {"hidden_states": h, "latent_copy": copy, "x": 1})
+    args, kwargs = crystal.backbone.model.copy_states(None, (), {"hidden_states": h, "latent_copy": copy, "x": 1})
     assert (
         args == ()
         and torch.equal(kwargs["hidden_states"], 10 * h)
@@ -460,27 +460,27 @@ def test_what_a_model_may_be_named(tmp_path, monkeypatch, model_dirs):
     (tmp_path / "owner").mkdir()
     (tmp_path / "file").write_text("")
     assert (
-        crystal.model.resolve("tiny") == str(crystal.model.TINY)
-        and (crystal.model.TINY / "config.json").is_file()
+        crystal.backbone.model.resolve("tiny") == str(crystal.backbone.model.TINY)
+        and (crystal.backbone.model.TINY / "config.json").is_file()
     )
-    assert crystal.model.resolve(str(model_dirs[True])) == str(model_dirs[True])
-    assert crystal.model.resolve("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
-    assert crystal.model.resolve("gpt2") == "gpt2"
+    assert crystal.backbone.model.resolve(str(model_dirs[True])) == str(model_dirs[True])
+    assert crystal.backbone.model.resolve("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert crystal.backbone.model.resolve("gpt2") == "gpt2"
     for name in ("./gone", "/gone", "~/gone", "runs/gone", "a/b/c", "owner/gone", "file"):
         with pytest.raises(
             UserError, match="no such directory; --model wants tiny, a directory .*, or a hub name"
         ):
-            crystal.model.resolve(name)
+            crystal.backbone.model.resolve(name)
     with pytest.raises(UserError, match="owner: no config.json"):
-        crystal.model.resolve("owner")
-    assert crystal.model.directory(str(model_dirs[True])) == model_dirs[True]
+        crystal.backbone.model.resolve("owner")
+    assert crystal.backbone.model.directory(str(model_dirs[True])) == model_dirs[True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_loaded_model_is_frozen_in_evaluation_mode_and_of_its_dtype(model_dirs, dtype):
     from safetensors.torch import load_file
 
-    model = crystal.model.load(str(model_dirs[False]), dtype)
+    model = crystal.backbone.model.load(str(model_dirs[False]), dtype)
     stored = load_file(model_dirs[False] / "model.safetensors")
     assert not any(p.requires_grad for p in model.parameters()) and not any(
         m.training for m in model.hf.modules()
@@ -499,8 +499,8 @@ def test_a_loaded_model_is_frozen_in_evaluation_mode_and_of_its_dtype(model_dirs
 
 
 def test_shapes_alone_hold_no_values(model_dirs):
-    model = crystal.model.load(str(model_dirs[True]), weights=False)
-    whole = crystal.model.load(str(model_dirs[True]))
+    model = crystal.backbone.model.load(str(model_dirs[True]), weights=False)
+    whole = crystal.backbone.model.load(str(model_dirs[True]))
     assert {p.device.type for p in model.parameters()} == {"meta"}
     shapes = [{n: p.shape for n, p in m.hf.named_parameters()} for m in (model, whole)]
     assert shapes[0] == shapes[1] and model.tied == whole.tied
@@ -511,7 +511,7 @@ def test_names_of_older_checkpoints_find_their_parameters(model_dirs):
 
     Qwen2.5-VL's first files have `visual.` and `model.` where the model now has both below `model.`.
     """
-    model = crystal.model.load(str(model_dirs[False]), weights=False)
+    model = crystal.backbone.model.load(str(model_dirs[False]), weights=False)
     names = {
         "visual.blocks.1.attn.qkv.weight": "model.visual.blocks.1.attn.qkv.weight",
         "model.layers.2.mlp.up_proj.weight": "model.language_model.layers.2.mlp.up_proj.weight",
@@ -519,7 +519,7 @@ def test_names_of_older_checkpoints_find_their_parameters(model_dirs):
         "lm_head.weight": "lm_head.weight",
         "model.language_model.norm.weight": "model.language_model.norm.weight",
     }
-    assert crystal.model.parameter_names(model.hf, list(names)) == names
+    assert crystal.backbone.model.parameter_names(model.hf, list(names)) == names
     assert set(names.values()) <= {n for n, _ in model.hf.named_parameters()}
 
 
@@ -528,10 +528,10 @@ def test_as_many_new_tokens_as_there_are_spare_rows(model_dirs):
 
     Four tags and 60 latents fit, one more does not, and says which row it would need.
     """
-    model = crystal.model.load(str(model_dirs[True]))
+    model = crystal.backbone.model.load(str(model_dirs[True]))
     rows = model.hf.get_input_embeddings().num_embeddings
     assert model.add_tokens(new_tokens(60, "diverse")) == list(range(rows - 64, rows))
-    model = crystal.model.load(str(model_dirs[True]))
+    model = crystal.backbone.model.load(str(model_dirs[True]))
     with pytest.raises(UserError, match=f"65 new tokens need row {rows}, the vocabulary has {rows} rows"):
         model.add_tokens(new_tokens(61, "diverse"))
 
@@ -549,7 +549,7 @@ def test_as_many_new_tokens_as_there_are_spare_rows(model_dirs):
 def test_pixel_bounds_by_hand(model_dirs, bounds, grid):
     from PIL import Image
 
-    model = crystal.model.load(str(model_dirs[True]), **bounds)
+    model = crystal.backbone.model.load(str(model_dirs[True]), **bounds)
     made = model.image_processor(images=[Image.new("RGB", (200, 100))], return_tensors="pt")
     assert made["image_grid_thw"].tolist() == [grid]
     assert model.image_tokens(made["image_grid_thw"]) == [grid[1] * grid[2] // 4]

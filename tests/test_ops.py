@@ -28,8 +28,9 @@ from conftest import gradients
 from places import (ABSENT, EMULATED, ON_CPU, ONE_WIDTH, PROBLEM, REFERENCE_ASKED, at_place, compiled, dtypes, each_cpu_place, each_device,
                     each_place, forget_the_choice, skip_or_fail, versions)
 
-from crystal import attention, losses, ops
-from crystal.config import UserError
+from crystal import attention, losses
+from crystal.runtime import ops
+from crystal.runtime.config import UserError
 
 INF = float("inf")
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

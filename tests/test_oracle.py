@@ -23,8 +23,9 @@ from conftest import write_model
 from PIL import Image
 from safetensors.torch import save_file
 
-import crystal.model
-from crystal import data, methods, ops, train
+import crystal.backbone.model
+from crystal import methods, train
+from crystal.runtime import data, ops
 
 TOLERANCE = 1e-10  # float64 from the pixels to the loss
 
@@ -292,7 +293,7 @@ def flags_of(row, world):
 def built(row, world):
     """A row's run as `train.main` builds it, less the loop."""
     settings = methods.parse(flags_of(row, world))
-    model = crystal.model.load(settings.model, torch.float64, "cpu", settings.min_pixels, settings.max_pixels)
+    model = crystal.backbone.model.load(settings.model, torch.float64, "cpu", settings.min_pixels, settings.max_pixels)
     method, fmt = methods.attach(model, settings)
     objective = train.Objective(model, method).train()
 

@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from crystal.config import UserError
-from crystal.predictions import Predictions
-from crystal.processes import Processes
+from crystal.runtime.config import UserError
+from crystal.evaluation.predictions import Predictions
+from crystal.runtime.distributed import Processes
 
 
 def part(out, rank, *results, cut=""):

@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import crystal.model
-from crystal import checkpoint, data, train
+import crystal.backbone.model
+from crystal import train
+from crystal.runtime import checkpoint, data
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "motorcycle_left.png", "retina.jpg")
 
 
 def write_real(path, layers=1, blocks=2):
     """Qwen2.5-VL-7B-Instruct's configuration with `layers` of its 28 decoder layers and `blocks` of its 32 vision blocks."""
-    shutil.copytree(crystal.model.TINY, path)
+    shutil.copytree(crystal.backbone.model.TINY, path)
     config = json.loads((path / "config.json").read_text())
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
     config["text_config"] |= {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": layers, "num_attention_heads": 28, "num_key_value_heads": 4,
@@ -97,7 +98,7 @@ def area_rule(w, h, low, high, unit=28):
 @pytest.mark.parametrize("low, high", [(3136, 12845056), (3136, 200704), (1003520, 12845056)])
 def test_pixel_rules(photographs, low, high):
     """Every image's grid and token count at the 7B's own bounds, as released (448 x 448), and as VLMEvalKit asks."""
-    model = crystal.model.load("tiny", min_pixels=low, max_pixels=high)
+    model = crystal.backbone.model.load("tiny", min_pixels=low, max_pixels=high)
     for record in data.read(photographs)[0]:
         image = data.load_image(record.images[0], record.where)
         if low < 1e6 or image.width * image.height < 1e6:  # no need to patch twelve megapixels more than once

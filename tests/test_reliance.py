@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from crystal import evaluate, reliance, train
-from crystal.bottleneck import Bias, additive_mask
-from crystal.config import UserError
+from crystal import evaluate, train
+from crystal.evaluation import reliance
+from crystal.attention_bias import Bias, additive_mask
+from crystal.runtime.config import UserError
 from crystal.generate import generate
 from crystal.layout import Format
-from crystal.reliance import CONDITIONS, asked, donors, hidden_image, measure, paired_bootstrap, questions, recorded, replaced, verdict
+from crystal.evaluation.reliance import CONDITIONS, asked, donors, hidden_image, measure, paired_bootstrap, questions, recorded, replaced, verdict
 
 
 def ask(s, which=(0, 1, 2), latents="keep"):

@@ -15,8 +15,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from crystal import data, processes, reliance
-from crystal.bottleneck import Bias
+from crystal.evaluation import reliance
+from crystal.runtime import data, distributed
+from crystal.attention_bias import Bias
 
 WHOLE = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0, so that a corrupted picture is black
 
@@ -306,7 +307,7 @@ def test_two_ranks_share_the_questions(hand, monkeypatch):
 
 def test_too_few_questions_for_the_ranks(hand):
     two = SimpleNamespace(rank=0, world=2, is_first=True, device=torch.device("cpu"))
-    for records, procs in ((hand.records[:1], processes.Processes()), (hand.records[:1], two)):
+    for records, procs in ((hand.records[:1], distributed.Processes()), (hand.records[:1], two)):
         with pytest.raises(reliance.UserError, match=f"1 questions for {procs.world} process"):
             reliance.measure(hand.model, hand.fmt, records, WHOLE, procs=procs)
     with pytest.raises(reliance.UserError, match="2 questions for 3 process"):

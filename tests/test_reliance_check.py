@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from crystal import methods
-from crystal.model import Model
-from data_prep import reliance_check, toy
+from crystal.backbone.model import Model
+from crystal.runtime import toy
+from data_prep.checks import reliance as reliance_check
 
 FILES = Path(reliance_check.__file__).parent
 

@@ -21,8 +21,9 @@ from PIL import Image
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from crystal import data, export, generate, serve, train
-from crystal.config import UserError
+from crystal import export, generate, serve, train
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 WAIT = 120  # seconds that a test waits for anything at most

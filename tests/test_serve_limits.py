@@ -15,9 +15,10 @@ from PIL import Image
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from crystal import chat, engine, export, generate, serve
-from crystal.chat import Limits, Refusal, image_of, parse, turns_of
-from crystal.config import UserError
+from crystal import export, generate, serve
+from crystal.serving import chat, engine
+from crystal.serving.chat import Limits, Refusal, image_of, parse, turns_of
+from crystal.runtime.config import UserError
 from crystal.layout import Format
 
 JSON = {"content-type": "application/json", "host": "127.0.0.1:8000"}

@@ -28,11 +28,12 @@ from safetensors.torch import load_file, save_file
 
 import crystal.latent_copy
 import crystal.methods.crystal
-import crystal.model
-from crystal import checkpoint, config, data, feedback, lora, methods, train
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import feedback, lora, methods, train
+from crystal.runtime import checkpoint, config, data
+from crystal.runtime.config import UserError
 from crystal.layout import IGNORE
-from crystal.processes import Processes
+from crystal.runtime.distributed import Processes
 
 METHODS = ("sft", "crystal", "livr", "lavit", "valr")
 HELD = defaultdict(list)  # (method, flag): tests that set it
@@ -110,7 +111,7 @@ def built(model_dirs, twelve, tmp_path):
             "--latents", "3", "--lora_r", "2", *flags,
         ]
         settings = methods.parse(given)
-        model = crystal.model.load(settings.model, dtype, "cpu", settings.min_pixels, settings.max_pixels)
+        model = crystal.backbone.model.load(settings.model, dtype, "cpu", settings.min_pixels, settings.max_pixels)
         method, fmt = methods.attach(model, settings)
         objective = train.Objective(model, method).train()
         train_sets, val_set, broken = train.open_data(settings, method, model, fmt, Processes())
@@ -432,7 +433,7 @@ def test_records_come_from_the_files_that_are_named(built, twelve, tmp_path):
 
 
 def test_without_data_the_toy_scenes_of_the_seed_are_made(built, twelve, tmp_path, monkeypatch):
-    from data_prep import toy
+    from crystal.runtime import toy
 
     asked = []
 
@@ -1055,9 +1056,9 @@ def test_device_is_where_it_runs(run, monkeypatch):
 )
 def test_dtype_is_that_of_weights_and_products(run, monkeypatch, tune, dtype, frozen, trained, computed):
     """Adapters stay wide on small weights; whole training keeps its weights wide and computes small."""
-    logits, heads = [], crystal.model.Model.logits
+    logits, heads = [], crystal.backbone.model.Model.logits
     monkeypatch.setattr(
-        crystal.model.Model, "logits", lambda self, h: logits.append(heads(self, h)) or logits[-1]
+        crystal.backbone.model.Model, "logits", lambda self, h: logits.append(heads(self, h)) or logits[-1]
     )
     seen = run("kinds", "--method", "lavit", "--tune", tune, "--dtype", dtype)
     parameters = dict(seen.objective.named_parameters())
@@ -1084,13 +1085,13 @@ def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
     """Each decoder layer's own attention runs a second time in the backward pass, and losses and gradients
     are equal to the bit.
     """
-    calls, attention = Counter(), crystal.model.attention
+    calls, attention = Counter(), crystal.backbone.model.attention
 
     def counted(module, *args, **kwargs):
         calls["decoder"] += 1
         return attention(module, *args, **kwargs)
 
-    monkeypatch.setitem(crystal.model.AttentionInterface._global_mapping, "crystal", counted)
+    monkeypatch.setitem(crystal.backbone.model.AttentionInterface._global_mapping, "crystal", counted)
     more = [
         "--method", method, "--tune", "full", "--lora_dropout", "0",
         *{"valr": ["--encoders", "own", "--first_share", "0"]}.get(method, []),
@@ -1405,12 +1406,12 @@ def test_realisation_is_how_the_two_paths_run(built, monkeypatch):
     a pair and copies nothing.
     """
     done = []
-    share, run_model = crystal.latent_copy._share, crystal.model.Model.hidden
+    share, run_model = crystal.latent_copy._share, crystal.backbone.model.Model.hidden
     monkeypatch.setattr(
         crystal.latent_copy, "_share", lambda x, mask: done.append((x.ndim, mask.ndim)) or share(x, mask)
     )
     monkeypatch.setattr(
-        crystal.model.Model, "hidden",
+        crystal.backbone.model.Model, "hidden",
         lambda self, inputs, *a, **k: (
             done.append(len(inputs["input_ids"])) or run_model(self, inputs, *a, **k)
         ),

@@ -26,7 +26,7 @@ def test_every_adapter_learns_and_nothing_else(setup):
 def test_text_alone_trains_too(setup, tmp_path):
     """A record without an image: the plain method does not need one."""
     import json
-    from crystal import data
+    from crystal.runtime import data
     (tmp_path / "t.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "What colour is grass?"}, {"role": "assistant", "content": "green"}]}))
     s = setup("--method", "sft")
     s.examples.records, _ = data.read(tmp_path / "t.jsonl")

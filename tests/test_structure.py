@@ -95,7 +95,7 @@ def test_only_processes_knows_torch_distributed():
     for path in SOURCES:
         if path != MODULES["processes"]:
             found = re.search(r"torch\.distributed|torch import distributed|DistributedDataParallel|nn\.parallel", path.read_text())
-            assert not found, f"{name(path)} says {found[0]!r}: that belongs in crystal/processes.py"
+            assert not found, f"{name(path)} says {found[0]!r}: that belongs in crystal/runtime/distributed.py"
 
 
 def test_imports_are_absolute_and_the_package_is_empty():

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from crystal import data
-from crystal.config import UserError
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from data_prep import tallyqa
 
 

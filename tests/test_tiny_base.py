@@ -18,11 +18,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-import crystal.model
-from crystal import data, evaluate
-from crystal.config import UserError
+import crystal.backbone.model
+from crystal import evaluate
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from crystal.layout import Format
-from data_prep import tiny_base, tiny_batches, tiny_check, tiny_files, toy
+from crystal.runtime import toy
+from data_prep.tiny import (
+    base as tiny_base,
+    batches as tiny_batches,
+    check as tiny_check,
+    files as tiny_files,
+)
 
 TINY = Path(__file__).resolve().parent.parent / "crystal" / "assets" / "tiny"
 
@@ -655,7 +662,7 @@ def test_the_twins_weights_are_the_twins():
         tiny_check.load(TINY),
     )
     for of, file in ((model, twin), (seeing, base)):
-        names = crystal.model.parameter_names(of, file)
+        names = crystal.backbone.model.parameter_names(of, file)
         parameters = dict(of.named_parameters())
         assert (
             all(torch.equal(parameters[names[name]], tensor.float()) for name, tensor in file.items())
@@ -668,7 +675,7 @@ def test_right_is_what_greedy_decoding_answers(tmp_path, tokenizer):
     """Of fifteen questions those that crystal.generate answers exactly."""
     toy.generate(tmp_path, 3, 15, 0, 0)
     records, _ = data.read(tmp_path / "train.jsonl")
-    ours = crystal.model.load("tiny")
+    ours = crystal.backbone.model.load("tiny")
     expected = [
         r["correct"] for r in evaluate.answers(ours, Format(ours.tokenizer), records, max_new_tokens=8)
     ]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from crystal.config import UserError
-from data_prep import toy
+from crystal.runtime.config import UserError
+from crystal.runtime import toy
 
 SIZES = {"train": 200, "val": 40, "test": 40}
 

@@ -20,10 +20,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from crystal import checkpoint, config, data, methods, train
-from crystal.config import UserError
+from crystal import methods, train
+from crystal.runtime import checkpoint, config, data
+from crystal.runtime.config import UserError
 from crystal.methods.crystal import Settings as CrystalSettings
-from crystal.processes import Processes
+from crystal.runtime.distributed import Processes
 
 
 @pytest.fixture
@@ -314,8 +315,8 @@ def test_tuning_a_file_of_ones_own(flags, tmp_path):
 
 
 STAGED = """from dataclasses import dataclass
-from crystal import config
-from crystal.config import Stage, setting
+from crystal.runtime import config
+from crystal.runtime.config import Stage, setting
 from crystal.methods import sft
 
 @dataclass
@@ -772,7 +773,7 @@ def test_turns_and_image_root_reach_the_reader(setup, records_file, tmp_path, ca
 
 
 def test_without_data_the_toy_scenes_are_made_with_the_seed(setup, records_file, tmp_path, monkeypatch):
-    from data_prep import toy
+    from crystal.runtime import toy
 
     made = []
 

@@ -8,8 +8,9 @@ import torch.nn.functional as nnF
 from conftest import gradients
 from safetensors.torch import load_file
 
-from crystal import checkpoint, data, methods, train
-from crystal.config import UserError
+from crystal import methods, train
+from crystal.runtime import checkpoint, data
+from crystal.runtime.config import UserError
 from crystal.layout import IGNORE
 from crystal.methods import valr
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from crystal import corrupt, data, feedback, train, visualize
-from crystal.config import UserError
+from crystal import corrupt, feedback, train, visualize
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 from crystal.latent_copy import LatentCopy
 
 

@@ -18,10 +18,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-import crystal.model
-from crystal import data, methods
+import crystal.backbone.model
+from crystal import methods
+from crystal.runtime import data
 from crystal.losses import total
-from data_prep import toy
+from crystal.runtime import toy
 
 REALISATIONS = ("hidden", "kv", "packed")
 
@@ -39,7 +40,7 @@ def main(argv=None):
 
     pixels = ["--min_pixels", str(args.min_pixels), "--max_pixels", str(args.min_pixels)] if args.min_pixels else []
     settings = methods.parse(["--model", args.model, "--copied", args.copied, *pixels])
-    model = crystal.model.load(settings.model, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels)
+    model = crystal.backbone.model.load(settings.model, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels)
     method, fmt = methods.attach(model, settings)
     with tempfile.TemporaryDirectory() as scenes:
         toy.generate(scenes, train=args.batch_size, val=1, test=1)

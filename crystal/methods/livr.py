@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from crystal import config, layout
-from crystal.bottleneck import Bias
-from crystal.config import Stage, UserError, setting
+from crystal import layout
+from crystal.runtime import config
+from crystal.attention_bias import Bias
+from crystal.runtime.config import Stage, UserError, setting
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy, mass_tap, mass_term
 

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from crystal import config, data, encoders, feedback
-from crystal.config import Stage, UserError, setting
+from crystal import feedback
+from crystal.backbone import encoders
+from crystal.runtime import config, data
+from crystal.runtime.config import Stage, UserError, setting
 from crystal.layout import IGNORE, Format, Layout, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
 from crystal.methods.crystal import mask_of

@@ -29,14 +29,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crystal import data, processes, visualize
+from crystal import visualize
+from crystal.runtime import data, distributed
 from crystal.attention import AttentionTap
-from crystal.benchmarks import score, tidy, wilson
-from crystal.bottleneck import Bias
-from crystal.config import UserError
+from crystal.evaluation.benchmarks import score, tidy, wilson
+from crystal.attention_bias import Bias
+from crystal.runtime.config import UserError
 from crystal.generate import generate
 from crystal.layout import IGNORE, Layout
-from crystal.ops import attn_slice
+from crystal.runtime.ops import attn_slice
 
 RULE = "used if the paired 95 % interval of (as trained - swapped) lies above 0"
 
@@ -214,7 +215,7 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
 
     The rows are those that predict the reference answer's tokens, with the answer given; the weights are the true softmax's.
     """
-    procs = procs or processes.Processes(device=model.device)
+    procs = procs or distributed.Processes(device=model.device)
     examples = questions(model, fmt, records)
     ask, layers = examples.layout, range(len(model.layers))
 
@@ -247,7 +248,7 @@ def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, m
 
     corruption: (mode, low, high). biases: function (batch) -> [bottleneck.Bias], a mask under which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
     """
-    procs = procs or processes.Processes(device=model.device)
+    procs = procs or distributed.Processes(device=model.device)
     kept, dropped = questions(model, fmt, records, "keep", corruption, seed), questions(model, fmt, records, "drop", corruption, seed)
     if len(records) < max(2, procs.world):
         raise UserError(f"--reliance: {len(records)} questions for {procs.world} process(es) are too few")

@@ -6,9 +6,9 @@ question's rows, does not relearn that in minutes. `evaluate --bottleneck` and `
 """
 import torch
 
-from crystal.bottleneck import Bias
+from crystal.attention_bias import Bias
 from crystal.layout import latent_tokens
-from data_prep.reliance_open import Method as Open
+from data_prep.checks.reliance_open import Method as Open
 
 
 class Method(Open):

@@ -6,7 +6,7 @@ import torch
 from conftest import gradients
 
 from crystal.attention import row_bias
-from crystal.bottleneck import Bias, additive_mask, row_biases
+from crystal.attention_bias import Bias, additive_mask, row_biases
 
 
 def spans(L, *positions):
@@ -83,7 +83,7 @@ def test_a_dimmed_image_by_hand(setup, checkpointing):
     h, grads = step([bias])
     assert not torch.allclose(h, step([])[0])
     from transformers import AttentionInterface
-    from crystal.model import attention
+    from crystal.backbone.model import attention
     AttentionInterface.register("crystal", by_hand)
     try:
         expected, theirs = step([])

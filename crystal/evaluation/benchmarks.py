@@ -16,8 +16,8 @@ import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crystal.config import UserError
-from crystal.data import Record, RecordError
+from crystal.runtime.config import UserError
+from crystal.runtime.data import Record, RecordError
 
 EXTRACTION = {"choice": "option letter or text, VLMEvalKit e8e78f0 exact_matching", "yes/no": "the word yes or no alone, VLMEvalKit e8e78f0",
               "exact": "exact match, case and a final full stop aside"}

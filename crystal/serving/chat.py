@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.responses import JSONResponse
 
-from crystal.data import rgb
+from crystal.runtime.data import rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may open; of an animation the first picture counts
 

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from crystal.config import UserError
+from crystal.runtime.config import UserError
 
 
 class Predictions:

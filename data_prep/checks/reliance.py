@@ -3,7 +3,7 @@
 `open` may read the image and pass its latents by (reliance_open.py); `bottleneck` may not (reliance_bottleneck.py). Both start from the tiny base
 with the same tokens, data, order, updates and rates; the mask is the only difference, and each is asked under its own. Exit code 1 if a verdict is not the expected one. What a run said stands in reliance_check.log.
 
-    python data_prep/reliance_check.py                  # three seeds each; about 12 minutes on two cores
+    python data_prep/checks/reliance.py                  # three seeds each; about 12 minutes on two cores
 """
 import json
 import sys
@@ -12,8 +12,10 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from crystal import config, data, export, methods, processes, reliance, train
-from data_prep import toy
+from crystal import export, methods, train
+from crystal.evaluation import reliance
+from crystal.runtime import config, data, distributed
+from crystal.runtime import toy
 
 HERE = Path(__file__).resolve().parent
 TRAINING = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "4", "--labels", "answer", "--eval_every", "40", "--eval_records", "96", "--log_every", "40",
@@ -43,7 +45,7 @@ def main(argv=None):
             file = str(HERE / f"reliance_{name}.py")
             run = train.main(["--method", file, "--data", str(out / "train.jsonl"), "--val_data", str(out / "val.jsonl"), "--image_root", "runs/toy",
                               "--output", str(out / f"{name}-{seed}"), "--seed", str(seed), "--max_steps", str(args.max_steps), *TRAINING])
-            model, fmt, settings = export.open_model(run, device=processes.start().device, method=file)
+            model, fmt, settings = export.open_model(run, device=distributed.start().device, method=file)
             method = methods.get(settings.method)(settings)  # each is asked under the mask that it learned under
             result = reliance.measure(model, fmt, records[: args.questions], batch_size=50, max_new_tokens=4, seed=seed,
                                       biases=lambda batch: method.biases(model, batch))

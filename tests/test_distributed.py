@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from crystal import processes
-from crystal.config import UserError
-from crystal.processes import Processes, RankFailed, StopSignal, cpu_threads, start
+from crystal.runtime import distributed
+from crystal.runtime.config import UserError
+from crystal.runtime.distributed import Processes, RankFailed, StopSignal, cpu_threads, start
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -305,12 +305,12 @@ def test_launch_is_torchrun_once(monkeypatch):
     monkeypatch.setattr(os, "execv", lambda program, argv: told.append([program, *argv]))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice stays
-    processes.launch(1, "crystal.demo", [])
-    processes.launch(2, "crystal.demo", ["--seed", "5"])
+    distributed.launch(1, "crystal.demo", [])
+    distributed.launch(2, "crystal.demo", ["--seed", "5"])
     assert told == [[sys.executable, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "crystal.demo", "--seed", "5"]]
     assert os.environ["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    processes.launch(2, "crystal.demo", [])
+    distributed.launch(2, "crystal.demo", [])
     assert len(told) == 1
 
 
@@ -320,7 +320,7 @@ def test_a_launch_from_a_shell_takes_one_thread_each(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "x")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    processes.launch(2, "crystal.demo", [])
+    distributed.launch(2, "crystal.demo", [])
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
@@ -395,7 +395,7 @@ def test_a_module_is_wrapped_for_its_device_without_sending_buffers(monkeypatch)
         def no_sync(self):
             return "unsynced"
 
-    monkeypatch.setattr(processes, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", Wrapped)
     many = Processes(1, 2, 1, torch.device("cuda", 1))
     wrapped = many.wrap("module")
     Processes(1, 2, 1).wrap("other")
@@ -418,7 +418,7 @@ def test_the_first_prints_at_once(monkeypatch, capsys):
 def test_a_worker_ignores_what_ends_a_run():
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        processes.ignore_signals()
+        distributed.ignore_signals()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert all(signal.getsignal(number) == signal.SIG_IGN for number in former)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from crystal import generate
 
-log = logging.getLogger("crystal.engine")
+log = logging.getLogger("crystal.serving.engine")
 
 
 @dataclass(eq=False)

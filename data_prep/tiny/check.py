@@ -7,7 +7,7 @@ and gets one here. An answer counts if greedy decoding gives exactly it, and the
 The bar: in at least four families, relation among them, the base is at least 15 points above the blind model at the lower end of
 the 95 % interval and at most 85 % right; and in at least three, blur removes at least half of that margin.
 
-    python data_prep/tiny_check.py                      # 1,000 questions a family, 3 to 6 minutes on two cores
+    python data_prep/tiny/check.py                      # 1,000 questions a family, 3 to 6 minutes on two cores
 """
 import sys
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from crystal import config
-from data_prep import toy
+from crystal.runtime import config
+from crystal.runtime import toy
 
 ASSETS = Path(__file__).resolve().parent.parent / "crystal" / "assets"
 GREY = Image.new("RGB", (toy.SIDE, toy.SIDE), (128, 128, 128))

@@ -22,9 +22,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from crystal.attention import attend
-from crystal.bottleneck import additive_mask
-from crystal.config import UserError
-from crystal.families import FAMILIES
+from crystal.attention_bias import additive_mask
+from crystal.runtime.config import UserError
+from crystal.backbone.families import FAMILIES
 from crystal.lora import TokenRows, add_lora
 
 TINY = Path(__file__).parent / "assets" / "tiny"

@@ -1,7 +1,7 @@
 """How soon is the parallel iteration of fed-back latents as good as the exact recurrence, and what does it save?
 
-    python data_prep/feedback_check.py --run runs/valr --data runs/toy/val.jsonl
-    python data_prep/feedback_check.py                          # the shipped tiny model before any training
+    python data_prep/checks/feedback.py --run runs/valr --data runs/toy/val.jsonl
+    python data_prep/checks/feedback.py                          # the shipped tiny model before any training
 
 A line per number T of updates: relative error of the states of the latents, and of the text behind them (feedback.parallel_error);
 how much the cross entropy is off; time of forward and backward, and the recurrence's as a multiple of it (medians of interleaved runs).
@@ -15,8 +15,9 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import crystal.model
-from crystal import config, data, export, feedback, methods
+import crystal.backbone.model
+from crystal import export, feedback, methods
+from crystal.runtime import config, data
 from crystal.methods.crystal import mask_of
 from crystal.methods.sft import cross_entropy
 
@@ -61,10 +62,10 @@ def main(argv=None):
         model.hf.model.language_model.requires_grad_(True)
     else:
         settings = methods.parse(["--method", "valr", "--encoders", "none"])
-        model = crystal.model.load("tiny")
+        model = crystal.backbone.model.load("tiny")
         method, fmt = methods.attach(model, settings)
     if not args.data:
-        from data_prep import toy
+        from crystal.runtime import toy
         toy.generate("runs/toy")
     records, _ = data.read(args.data or "runs/toy/val.jsonl", args.image_root)
     if broken := [r for r in records if isinstance(r, data.RecordError)]:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from crystal.config import UserError
+from crystal.runtime.config import UserError
 
 MANIFEST, STATE = "manifest.json", "state.json"
 

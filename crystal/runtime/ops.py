@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from crystal import attention, losses
-from crystal.config import UserError
+from crystal.runtime.config import UserError
 
 HERE = Path(__file__).parent
 CPU = {torch.float64, torch.float32, torch.bfloat16}

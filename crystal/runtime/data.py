@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
-from crystal.config import UserError
+from crystal.runtime.config import UserError
 from crystal.corrupt import LIMIT, PRIOR, corrupt
 from crystal.layout import IGNORE
 

@@ -1,7 +1,7 @@
 """Train the tiny base model and its blind twin on endless toy scenes, and write crystal/assets.
 
-    torchrun --nproc_per_node=2 data_prep/tiny_base.py        # one process a core; `python data_prep/tiny_base.py` is one process
-    python data_prep/tiny_base.py --only blind                # one of the two models, to train both side by side
+    torchrun --nproc_per_node=2 data_prep/tiny/base.py        # one process a core; `python data_prep/tiny/base.py` is one process
+    python data_prep/tiny/base.py --only blind                # one of the two models, to train both side by side
 
 Both commands continue from the last checkpoint in --work. Two processes on two cores (AVX-512, AMX) need 0.1 s a step for the
 dense lesson and 0.45 s after it, a minute more for compiling each stage: by that about 16 minutes a model. The shipped runs, on
@@ -41,10 +41,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from crystal import config
-from data_prep import tiny_batches as batches
-from data_prep import tiny_check, tiny_files, toy
-from data_prep.tiny_batches import IGNORE, KINDS, N
+from crystal.runtime import config
+from data_prep.tiny import batches
+from crystal.runtime import toy
+from data_prep.tiny import check as tiny_check, files as tiny_files
+from data_prep.tiny.batches import IGNORE, KINDS, N
 
 AttentionInterface.register("flash_images", batches.image_attention)  # "flash": the vision tower then makes one call for all images
 AttentionInterface.register("slots", batches.slot_attention)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data_prep import tiny_files, toy
+from crystal.runtime import toy
+from data_prep.tiny import files as tiny_files
 
 N = toy.CELLS**2
 SLOTS, SLOT = 8, 21

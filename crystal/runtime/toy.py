@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from crystal import config
+from crystal.runtime import config
 
 SIDE, CELLS = 112, 4
 CELL = SIDE // CELLS  # pixels; one image token

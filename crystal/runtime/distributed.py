@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from crystal.config import UserError
+from crystal.runtime.config import UserError
 
 
 class RankFailed(UserError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer
 
-from data_prep import toy
+from crystal.runtime import toy
 
 SPARE_ROWS = 64  # rows of the embedding after the last token: room for the tokens that a method adds
 
