@@ -155,7 +155,10 @@ setup(
     description="The readable, tested reference of visual latent reasoning: CrystaL and its relatives",
     license="MIT",
     python_requires=">=3.11",
-    packages=["crystal", "crystal.methods", "data_prep"],
+    packages=[
+        "crystal", "crystal.runtime", "crystal.backbone", "crystal.methods", "crystal.evaluation", "crystal.serving",
+        "data_prep", "data_prep.tiny", "data_prep.checks",
+    ],
     package_data={"crystal": ["assets/*/*"]},
     ext_modules=[Extension("crystal._C", sources=[])],
     cmdclass={"build_ext": Build},

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crystal import demo, evaluate, export, train
+from crystal import demo, evaluate, opening, train
 from crystal.runtime import checkpoint, config, data, distributed
 from crystal.runtime.config import UserError
 
@@ -103,12 +103,12 @@ def main(argv=None):
             procs.barrier()  # all ranks have looked
             if percent is None:
                 if method not in where:  # LaViT's teacher looks once
-                    where[method] = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0")
+                    where[method] = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0", procs)
                 going = "--resume" if checkpoint.newest(run) else "--overwrite"
                 train.main([*flags, *where[method], "--output", str(run), going])
                 if not checkpoint.step_dir(run, args.max_steps).is_dir():
                     raise UserError(f"{run}: stopped before its end; the same command goes on from there")
-                model, fmt, _ = export.open_model(run, device=procs.device, method=method)
+                model, fmt, _ = opening.open_model(run, device=procs.device, method=method)
                 results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec, procs=procs)
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}
                 if procs.is_first:

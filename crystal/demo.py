@@ -17,15 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 import crystal.backbone.model
-from crystal import evaluate, export, generate, methods, train, visualize
-from crystal.runtime import checkpoint, config, data, distributed
-from crystal.runtime.config import UserError
+from crystal import evaluate, export, generate, methods, opening, train, visualize
 from crystal.layout import Format
-from crystal.runtime import toy
+from crystal.runtime import checkpoint, config, data, distributed, toy
+from crystal.runtime.config import UserError
 
 # Two minutes at most each on two cores; the paper's own settings are train.py's defaults. A model this small forgets how to see
 # while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows learn faster than the rest.
 BATCH = 16
+# Run as a program: crystal imports nothing from data_prep.
+TEACHER = Path(__file__).resolve().parents[1] / "data_prep" / "lavit_teacher.py"
 TRAINING = ["--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
 OWN = {
     "crystal": ["--labels", "answer"],
@@ -42,16 +43,18 @@ def recipe(method, world=1):
     return ["--batch_size", str(BATCH // world), *TRAINING, *next(flags for name, flags in OWN.items() if issubclass(kind, methods.get(name)))]
 
 
-def data_of(method, scenes, teacher):
+def data_of(method, scenes, teacher, procs):
     """Flags that name a method's data below `scenes`; LaViT's is what the run `teacher` saw in it, made here."""
     files = {"--data": scenes / "train.jsonl", "--val_data": scenes / "val.jsonl"}
     if issubclass(methods.get(method), methods.get("lavit")):
-        from data_prep import lavit_teacher
         if not (teacher / "checkpoints").is_dir():
             raise UserError(f"--method {method}: its teacher {teacher} is not there; sft has to be trained first")
         for flag, limit in (("--data", 0), ("--val_data", 64)):
-            lavit_teacher.main(["--teacher", str(teacher), "--data", str(files[flag]), "--limit", str(limit), "--keep", "all", "--batch_size", "64",
-                                "--max_new_tokens", "8", "--overwrite"])
+            with procs.first():
+                if procs.is_first:
+                    distributed.run_program(procs.world, TEACHER, [
+                        "--teacher", teacher, "--data", files[flag], "--limit", limit, "--keep", "all",
+                        "--batch_size", 64, "--max_new_tokens", 8, "--overwrite"])
             files[flag] = files[flag].with_suffix(".lavit.jsonl")
     return [str(word) for flag in files.items() for word in flag]
 
@@ -89,7 +92,7 @@ def main(argv=None):
         say(f"{n + 2}. Training {name}: {args.max_steps} updates of {BATCH} from the same base")
         if "--encoders" in recipe(method):
             procs.print("its encoder is small and has random weights: it shows that everything runs, and teaches little")
-        flags = [*data_of(method, scenes, out / "sft"), "--max_steps", str(args.max_steps), "--seed", str(args.seed), "--save_every", "1000",
+        flags = [*data_of(method, scenes, out / "sft", procs), "--max_steps", str(args.max_steps), "--seed", str(args.seed), "--save_every", "1000",
                  "--eval_every", "60", "--log_every", "30", "--overwrite"]
         runs[name] = train.main(["--method", method, "--output", str(out / name), *recipe(method, procs.world), *flags])
         if not checkpoint.step_dir(runs[name], args.max_steps).is_dir():
@@ -108,7 +111,7 @@ def main(argv=None):
     found = {"blind": evaluate.answers(base, Format(base.tokenizer), records, grey=True, progress="blind", **how), "base": seeing}
     masses = ""
     for (name, directory), method in zip(runs.items(), chosen):
-        model, fmt, settings = export.open_model(directory, device=procs.device, method=method)
+        model, fmt, settings = opening.open_model(directory, device=procs.device, method=method)
         asked, mass = evaluate.diagnose(model, fmt, methods.get(settings.method)(settings), records, **how)
         found |= {name if column == "as trained" else f"{name}, {column}": results for column, results in asked.items()}
         if mass is not None:

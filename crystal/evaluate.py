@@ -25,17 +25,17 @@ import torch
 from tqdm import tqdm
 
 from crystal import methods
-from crystal.evaluation import benchmarks, reliance
-from crystal.runtime import config, data, distributed, ops
 from crystal.attention import AttentionTap
-from crystal.evaluation.benchmarks import score, wilson
 from crystal.attention_bias import Bias
-from crystal.runtime.config import UserError
 from crystal.corrupt import LIMIT
-from crystal.export import model_flags, open_model
+from crystal.evaluation import benchmarks, reliance
+from crystal.evaluation.benchmarks import score, wilson
+from crystal.evaluation.predictions import Predictions
 from crystal.generate import answer_text, generate, thought_length, write
 from crystal.methods.sft import Method as SFT
-from crystal.evaluation.predictions import Predictions
+from crystal.opening import model_flags, open_model
+from crystal.runtime import config, data, distributed, ops
+from crystal.runtime.config import UserError
 
 
 class Bar:

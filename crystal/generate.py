@@ -13,11 +13,11 @@ if not __package__:
 
 import torch
 
-from crystal.runtime import config, data, distributed
 from crystal.attention_bias import additive_mask
-from crystal.runtime.config import UserError
-from crystal.export import model_flags, open_model
 from crystal.feedback import Stream
+from crystal.opening import model_flags, open_model
+from crystal.runtime import config, data, distributed
+from crystal.runtime.config import UserError
 
 
 def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):

@@ -14,7 +14,6 @@ import torch
 
 from crystal.attention import attn_scores, attn_slice
 
-
 # ---- rows of logits: cross entropy and eq. 4 -------------------------------------------------------------------------
 
 def ce_rows(logits, targets):

@@ -40,10 +40,10 @@ except ImportError as error:
     print(f"error: serve.py needs the extra `serve`: pip install starlette uvicorn pydantic ({error})", file=sys.stderr)
     sys.exit(2)
 
+from crystal.opening import model_flags, open_model
 from crystal.runtime import config, distributed
 from crystal.runtime.config import UserError
 from crystal.serving.engine import Engine, Job
-from crystal.export import model_flags, open_model
 
 KEY = "CRYSTAL_API_KEY"  # of the environment: a flag would stand in the list of processes
 

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import crystal.backbone.model
 from crystal import methods
+from crystal.losses import total
 from crystal.runtime import checkpoint, config, data, distributed, ops
 from crystal.runtime.config import UserError
-from crystal.losses import total
 
 
 class Objective(nn.Module):

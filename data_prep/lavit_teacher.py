@@ -32,12 +32,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from crystal import evaluate, methods
+from crystal.methods.lavit import entropy, focus, inside, normalise, salient
+from crystal.methods.sft import Method as SFT
+from crystal.opening import find, model_flags, open_model
 from crystal.runtime import config, data, distributed
 from crystal.runtime.checkpoint import MANIFEST
 from crystal.runtime.config import UserError
-from crystal.export import find, model_flags, open_model
-from crystal.methods.lavit import entropy, focus, inside, normalise, salient
-from crystal.methods.sft import Method as SFT
 from crystal.runtime.ops import attn_slice
 from data_prep.broken import leave_out
 from data_prep.features import replace_file, usable, write_records

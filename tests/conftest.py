@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 
 import crystal.backbone.model
 from crystal import methods
-from crystal.runtime import data
 from crystal.attention_bias import additive_mask
+from crystal.runtime import data
 from crystal.train import Objective
-
 
 torch.set_num_threads(1)  # these models are too small to share
 

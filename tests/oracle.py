@@ -26,8 +26,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers import (
+    AttentionInterface,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 
 INF = float("inf")
 

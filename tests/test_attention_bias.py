@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from conftest import gradients
 
+from conftest import gradients
 from crystal.attention import row_bias
 from crystal.attention_bias import Bias, additive_mask, row_biases
 
@@ -83,6 +83,7 @@ def test_a_dimmed_image_by_hand(setup, checkpointing):
     h, grads = step([bias])
     assert not torch.allclose(h, step([])[0])
     from transformers import AttentionInterface
+
     from crystal.backbone.model import attention
     AttentionInterface.register("crystal", by_hand)
     try:

@@ -11,10 +11,20 @@ from PIL import Image
 
 import crystal.backbone.model
 from crystal.evaluation import benchmarks
-from crystal.runtime import data
-from crystal.evaluation.benchmarks import Question, known_as, option, read, score, scores, tidy, wilson, yes_no
-from crystal.runtime.config import UserError
+from crystal.evaluation.benchmarks import (
+    Question,
+    known_as,
+    option,
+    read,
+    score,
+    scores,
+    tidy,
+    wilson,
+    yes_no,
+)
 from crystal.layout import Format
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 
 ANIMALS = {"A": "cat", "B": "dog", "C": "car", "D": "tree"}
 # What VLMEvalKit e8e78f0 reads out of an answer with the judge exact_matching: run on these strings, not reasoned about.

@@ -8,17 +8,17 @@ import io
 import json
 from types import SimpleNamespace
 
-import by_hand
 import pytest
 from PIL import Image
-from test_benchmarks import pixels, result, write
 
+import by_hand
 from crystal import evaluate
 from crystal.evaluation import benchmarks
-from crystal.runtime import data
 from crystal.evaluation.benchmarks import known_as, option, read, scores, yes_no
+from crystal.runtime import data
 from crystal.runtime.config import UserError
 from crystal.runtime.data import RecordError
+from test_benchmarks import pixels, result, write
 
 
 def cell(shade):

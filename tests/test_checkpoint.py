@@ -13,8 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 from crystal.runtime import checkpoint
-from crystal.runtime.checkpoint import (CheckpointError, best, load, load_optimizer, load_parameters, mark_best, newest, optimizer_hyper, optimizer_tensors, prune, save,
-                                step_dir, verify)
+from crystal.runtime.checkpoint import (
+    CheckpointError,
+    best,
+    load,
+    load_optimizer,
+    load_parameters,
+    mark_best,
+    newest,
+    optimizer_hyper,
+    optimizer_tensors,
+    prune,
+    save,
+    step_dir,
+    verify,
+)
 
 MANIFEST = "manifest.json"
 STATE = {"step": 7, "seed": 3, "lr": 1e-4 / 3, "best": float("inf"), "epoch": [1, 2], "name": "é", "none": None}

@@ -25,12 +25,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_benchmarks import picture
 
-from crystal import bench, compare, demo, evaluate, export, generate, serve, train, visualize
-from crystal.runtime import checkpoint, config, data
-from crystal.runtime.config import UserError
-from crystal.runtime import toy
+from crystal import bench, compare, demo, evaluate, export, generate, opening, serve, train, visualize
+from crystal.runtime import checkpoint, config, toy
+from test_benchmarks import picture
+from test_opening import run, saved  # noqa: F401  a fixture, and what reads its files
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
@@ -225,7 +224,7 @@ TABLE = {
         "--per_family": "test_tiny_base.py::test_the_check_measures_what_was_asked",
         "--seed": "test_tiny_base.py::test_the_check_measures_what_was_asked",
     },
-    "crystal.runtime.toy": {
+    "data_prep.toy": {
         "--out": "test_toy.py::test_the_command_draws_what_was_asked",
         "--seed": "test_toy.py::test_the_command_draws_what_was_asked",
         "--train": "test_toy.py::test_the_command_draws_what_was_asked",
@@ -253,7 +252,7 @@ def commands():
     return sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in own
-        if path != ROOT / "crystal" / "config.py"
+        if path != ROOT / "crystal" / "runtime" / "config.py"
     )
 
 
@@ -316,57 +315,13 @@ def test_each_named_test_exists_and_gives_the_flag(command):
 # ---- what several commands share ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run(model_dirs, records_file, tmp_path_factory):
-    """A run of three updates, a checkpoint after each; the second is the best."""
-    run = train.main(
-        [
-            "--model",
-            str(model_dirs[True]),
-            "--data",
-            str(records_file),
-            "--latents",
-            "3",
-            "--lora_r",
-            "2",
-            "--lora_alpha",
-            "6",
-            "--lr",
-            "1e-2",
-            "--max_steps",
-            "3",
-            "--save_every",
-            "1",
-            "--keep",
-            "3",
-            "--eval_every",
-            "0",
-            "--log_every",
-            "1",
-            "--max_pixels",
-            "6272",
-            "--device",
-            "cpu",
-            "--output",
-            str(tmp_path_factory.mktemp("commands") / "run"),
-        ]
-    )
-    checkpoint.mark_best(run, 2, 1.0, "loss")
-    return run
-
-
-def saved(run, step):
-    """{parameter: tensor} of a checkpoint, from its file."""
-    return load_file(run / "checkpoints" / f"step-{step}" / "trainable.safetensors")
-
-
 class Opened(Exception):
     """Raised in the place of opening a model, with what it was asked for."""
 
 
-def opening(monkeypatch, module):
+def stop_at_opening(monkeypatch, module):
     """Lets `open_model` of a module raise Opened with its arguments by name."""
-    signature = inspect.signature(export.open_model)
+    signature = inspect.signature(opening.open_model)
 
     def stop(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
@@ -390,7 +345,7 @@ def test_what_opens_a_model_is_told_what_was_asked(command, records_file, monkey
     flag, rest = REST[command]
     rest = [str(tmp_path / "d" / "train.jsonl") if word == "RECORDS" else word for word in rest]
     module = importlib.import_module(command)
-    opening(monkeypatch, module)
+    stop_at_opening(monkeypatch, module)
     monkeypatch.setattr(
         module, "weights", lambda args: "", raising=False
     )  # lavit_teacher's look at a run's manifest
@@ -413,42 +368,6 @@ def test_what_opens_a_model_is_told_what_was_asked(command, records_file, monkey
     asked = opened.value.args[0]
     assert (asked["name"], asked["which"], asked["device"]) == ("some/run", "2", torch.device("cpu:0"))
     assert (asked["min_pixels"], asked["max_pixels"]) == (3136, 6272)
-
-
-def test_a_model_is_opened_as_asked(run, model_dirs):
-    """The tensors of the checkpoint that is named; its own bounds on pixels unless others are given; dtype
-    and device of the weights.
-    """
-    assert not torch.equal(*(saved(run, step)["model.rows.rows"] for step in (1, 2)))
-    for which, step in (("1", 1), ("best", 2), ("last", 3)):
-        model, fmt, settings = export.open_model(run, which)
-        ours = {f"model.{name}": p for name, p in model.named_parameters()}
-        assert all(torch.equal(ours[name], tensor) for name, tensor in saved(run, step).items())
-        assert settings.latents == fmt.count == 3 and not model.training
-        embedding = (
-            model.hf.get_input_embeddings().weight
-        )  # the rows that the forward reads follow what was trained
-        assert torch.equal(embedding[model.rows.ids], saved(run, step)["model.rows.rows"])
-    assert dict(model.image_processor.size)["longest_edge"] == 6272
-
-    model, _, _ = export.open_model(run, min_pixels=4704, max_pixels=9408)
-    assert (
-        dict(model.image_processor.size)["shortest_edge"],
-        dict(model.image_processor.size)["longest_edge"],
-    ) == (4704, 9408)
-    model, fmt, settings = export.open_model(
-        str(model_dirs[True]),
-        dtype=torch.bfloat16,
-        device=torch.device("meta"),
-        min_pixels=3136,
-        max_pixels=6272,
-    )
-    assert (model.hf.dtype, model.device.type, settings, fmt.count) == (torch.bfloat16, "meta", None, 0)
-    assert (
-        dict(model.image_processor.size)["shortest_edge"],
-        dict(model.image_processor.size)["longest_edge"],
-    ) == (3136, 6272)
-    assert export.open_model(str(model_dirs[True]))[0].hf.dtype == torch.float32
 
 
 @pytest.fixture
@@ -600,7 +519,7 @@ def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path
     records = tmp_path / "elsewhere.jsonl"
     records.write_text(records_file.read_text())
     drawn, opened = {}, []
-    signature, open_model = inspect.signature(export.open_model), export.open_model
+    signature, open_model = inspect.signature(opening.open_model), opening.open_model
 
     def opening_model(*args, **kwargs):
         opened.append(signature.bind(*args, **kwargs).arguments)
@@ -1138,7 +1057,7 @@ def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypa
         return answered(right[model.name], len(records))
 
     monkeypatch.setattr(train, "main", learn)
-    monkeypatch.setattr(export, "open_model", lambda run, **_: (Path(run), None, None))
+    monkeypatch.setattr(opening, "open_model", lambda run, **_: (Path(run), None, None))
     monkeypatch.setattr(evaluate, "answers", answers)
     shutil.copytree(records_file.parent, tmp_path / "d")
     train_file, test_file, out = (str(tmp_path / "d" / name) for name in ("train.jsonl", "test.jsonl", "out"))
@@ -1200,7 +1119,7 @@ def test_compare_percents_are_of_each_family(records_file, tmp_path, monkeypatch
         "main",
         lambda argv: checkpoint.step_dir(argv[argv.index("--output") + 1], 7).mkdir(parents=True),
     )
-    monkeypatch.setattr(export, "open_model", lambda *_, **__: (None, None, None))
+    monkeypatch.setattr(opening, "open_model", lambda *_, **__: (None, None, None))
     monkeypatch.setattr(evaluate, "answers", lambda *_, **__: answered(1, 2, "x") + answered(3, 3, "y"))
     compare.main(
         [
@@ -1248,14 +1167,14 @@ def test_compare_on_the_tiny_base_uses_the_demos_flags_and_scenes(tmp_path, monk
         toy, "generate", lambda out, **how: (drawn.append((out, how)), generate_scenes(out, 0, 2, 1, 3))
     )
     monkeypatch.setattr(train, "main", learn)
-    monkeypatch.setattr(export, "open_model", lambda run, **_: (Path(run), None, None))
+    monkeypatch.setattr(opening, "open_model", lambda run, **_: (Path(run), None, None))
     monkeypatch.setattr(
         evaluate,
         "answers",
         lambda model, fmt, records, **how: questions.append(len(records)) or answered(1, len(records)),
     )
     monkeypatch.setattr(
-        demo, "data_of", lambda method, scenes, teacher: ["DATA", method, str(scenes), str(teacher)]
+        demo, "data_of", lambda method, scenes, teacher, procs: ["DATA", method, str(scenes), str(teacher)]
     )
     out = tmp_path / "out"
     compare.main(
@@ -1320,7 +1239,7 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         diagnosed.append((model, len(records)))
         return {"as trained": answered(2, len(records)), "latents dropped": answered(0, len(records))}, 0.25
 
-    monkeypatch.setattr(demo.processes, "launch", lambda *args: launched.append(args))
+    monkeypatch.setattr(demo.distributed, "launch", lambda *args: launched.append(args))
     monkeypatch.setattr(
         toy, "generate", lambda out, seed=0: (drawn.append((out, seed)), generate_scenes(out, seed, 3, 2, 5))
     )
@@ -1328,7 +1247,7 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "answers", answers)
     monkeypatch.setattr(evaluate, "diagnose", diagnose)
     monkeypatch.setattr(
-        export, "open_model", lambda run, **_: (str(run), None, SimpleNamespace(method="sft"))
+        opening, "open_model", lambda run, **_: (str(run), None, SimpleNamespace(method="sft"))
     )
     monkeypatch.setattr(demo, "show", lambda *args: shown_last.append(args))
     argv = [

@@ -7,9 +7,10 @@ import signal
 import pytest
 
 from crystal import compare, train
+from crystal.methods import livr
 from crystal.runtime import checkpoint
 from crystal.runtime.config import UserError
-from crystal.methods import livr
+from crystal.runtime.distributed import Processes
 
 
 def test_interval_is_students():
@@ -68,6 +69,6 @@ def test_runs_are_made_once_and_go_on_where_they_stopped(model_dirs, records_fil
 def test_lavit_needs_its_teacher_first(tmp_path):
     from crystal import demo
     with pytest.raises(UserError, match="sft has to be trained first"):
-        demo.data_of("lavit", tmp_path, tmp_path / "sft-0")
-    assert demo.data_of("livr", tmp_path, tmp_path / "sft-0") == ["--data", str(tmp_path / "train.jsonl"), "--val_data", str(tmp_path / "val.jsonl")]
+        demo.data_of("lavit", tmp_path, tmp_path / "sft-0", Processes())
+    assert demo.data_of("livr", tmp_path, tmp_path / "sft-0", Processes()) == ["--data", str(tmp_path / "train.jsonl"), "--val_data", str(tmp_path / "val.jsonl")]
     assert demo.recipe("crystal")[-2:] == ["--labels", "answer"]

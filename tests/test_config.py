@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from crystal import methods
-from crystal.runtime import config
-from crystal.runtime.config import UserError, layers_of
 from crystal.methods import parse
 from crystal.methods.crystal import PRESETS, Settings
+from crystal.runtime import config
+from crystal.runtime.config import UserError, layers_of
 
 NAMES = ("sft", "crystal", "livr", "lavit", "valr")
 

@@ -1,8 +1,8 @@
 """CrystaL's step: every term alive and equal to finite differences; pairs independent of padding and batch; nothing leaks."""
 import pytest
 import torch
-from conftest import gradients
 
+from conftest import gradients
 from crystal import methods
 from crystal.layout import IGNORE
 from crystal.methods.crystal import mask_of, positions

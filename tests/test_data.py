@@ -279,12 +279,12 @@ def test_the_server_sees_what_training_sees():
 
 
 def test_the_corruptions_pictures_begin_with_what_training_sees(tmp_path, monkeypatch):
-    visualize = pytest.importorskip("crystal.visualize", reason="needs matplotlib")
+    figures = pytest.importorskip("crystal.evaluation.figures", reason="needs matplotlib")
     shown = []
-    monkeypatch.setattr(visualize, "show", lambda ax, image: shown.append(np.asarray(image, float)))
-    monkeypatch.setattr(visualize, "save", lambda fig, path: path)  # the file would cost seconds
+    monkeypatch.setattr(figures, "show", lambda ax, image: shown.append(np.asarray(image, float)))
+    monkeypatch.setattr(figures, "save", lambda fig, path: path)  # the file would cost seconds
     large = RGBA.resize((60, 40), Image.Resampling.NEAREST)
-    visualize.corruption_grid(large, tmp_path / "grid.png")
+    figures.corruption_grid(large, tmp_path / "grid.png")
     want = np.kron(on_white(COLOURS, ALPHA), np.ones((20, 20, 1)))
     assert len(shown) == 28 and all(np.abs(x - want).max() <= 0.51 for x in shown[::4])
 

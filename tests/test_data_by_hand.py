@@ -20,11 +20,11 @@ from transformers import AutoImageProcessor, AutoTokenizer
 import crystal.backbone.model
 from crystal import methods, train
 from crystal.backbone import families
+from crystal.corrupt import MODES
+from crystal.layout import Format, Layout, new_tokens
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from crystal.corrupt import MODES
 from crystal.runtime.data import Examples, Order, Record, RecordError
-from crystal.layout import Format, Layout, new_tokens
 from crystal.runtime.distributed import Processes
 
 # --- the file -----------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from crystal import demo, methods
-from crystal.runtime import data
+from crystal.runtime import data, distributed, toy
 from crystal.runtime.config import UserError
-from crystal.runtime import toy
+from crystal.runtime.distributed import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("sft", "crystal", "livr", "lavit", "valr")
@@ -20,7 +20,7 @@ NAMES = ("sft", "crystal", "livr", "lavit", "valr")
                                             (["--questions", "0"], "--questions 0")])
 def test_a_mistake_is_told_before_anything_starts(flags, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.processes, "launch", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(demo.distributed, "launch", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(UserError, match=message) as error:
         demo.main(flags)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
@@ -83,11 +83,10 @@ def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):
     """All of the training scenes and 64 for validation, each kept; the files that it writes are the ones to
     train on.
     """
-    from data_prep import lavit_teacher
     (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
     told = []
-    monkeypatch.setattr(lavit_teacher, "main", told.append)
-    flags = demo.data_of("lavit", tmp_path / "toy", tmp_path / "sft")
+    monkeypatch.setattr(distributed, "run_program", lambda count, script, argv: told.append([count, script, *map(str, argv)]))
+    flags = demo.data_of("lavit", tmp_path / "toy", tmp_path / "sft", Processes())
     assert flags == [
         "--data",
         str(tmp_path / "toy" / "train.lavit.jsonl"),
@@ -96,6 +95,8 @@ def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):
     ]
     assert told == [
         [
+            1,
+            Path(__file__).resolve().parents[1] / "data_prep" / "lavit_teacher.py",
             "--teacher",
             str(tmp_path / "sft"),
             "--data",

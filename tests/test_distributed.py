@@ -314,6 +314,23 @@ def test_launch_is_torchrun_once(monkeypatch):
     assert len(told) == 1
 
 
+def test_a_program_is_run_beside_with_ranks_of_its_own(monkeypatch, tmp_path, capfd):
+    """One of two ranks starts it: it gets its flags, in two processes that know nothing of the first two."""
+    script = tmp_path / "told.py"
+    script.write_text("import os, sys\n"
+                      "told = [sys.argv[1:], *map(os.environ.get, ['RANK', 'WORLD_SIZE', 'OWN'])]\n"
+                      "os.write(1, (' '.join(map(str, told)) + chr(10)).encode())  # in one piece, since two write\n"
+                      "sys.exit(sys.argv[1] == 'fail')\n")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "MASTER_PORT": "1", "OWN": "stays"}.items():
+        monkeypatch.setenv(name, value)
+    distributed.run_program(1, script, ["--limit", 3])
+    assert capfd.readouterr().out == "['--limit', '3'] None None stays\n"
+    distributed.run_program(2, script, ["--limit", 3])
+    assert sorted(capfd.readouterr().out.splitlines()) == [f"['--limit', '3'] {rank} 2 stays" for rank in (0, 1)]
+    with pytest.raises(UserError, match="told.py ended with exit code 1; its own lines above say why"):
+        distributed.run_program(1, script, ["fail"])
+
+
 def test_a_launch_from_a_shell_takes_one_thread_each(monkeypatch):
     """As torchrun would say itself, with three lines of warning."""
     monkeypatch.setattr(os, "execv", lambda program, argv: None)

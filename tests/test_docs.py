@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from test_structure import ORDER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,10 +192,10 @@ def flags_of(module, capsys, monkeypatch, *method):
     return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", HELP[key]))
 
 
-ENTRIES = [p for folder in ("crystal", "data_prep") for p in sorted((ROOT / folder).glob("*.py")) if 'if __name__ == "__main__"' in p.read_text()]
+ENTRIES = [p for folder in ("crystal", "data_prep") for p in sorted((ROOT / folder).rglob("*.py")) if 'if __name__ == "__main__"' in p.read_text()]
 
 
-@pytest.mark.parametrize("module", [f"{p.parent.name}.{p.stem}" for p in ENTRIES])
+@pytest.mark.parametrize("module", [name(p).removesuffix(".py").replace("/", ".") for p in ENTRIES])
 def test_help_is_readable(module, capsys, monkeypatch):
     """argparse takes a % in a help text for a format, and may print its own insides."""
     assert flags_of(module, capsys, monkeypatch)
@@ -229,15 +230,15 @@ def test_tree_lists_what_is_there():
     listed = tree()
     for path, number in listed.items():
         assert (ROOT / path).exists(), f"README.md:{number}: no such file: {path}"
-    there = [p for folder, kind in (("crystal", "*.py"), ("crystal/methods", "*.py"), ("data_prep", "*.py"), ("tutorials", "*.md"))
+    there = [p for folder, kind in (("crystal", "**/*.py"), ("data_prep", "**/*.py"), ("tutorials", "*.md"))
              for p in sorted((ROOT / folder).glob(kind)) if p.stem != "__init__"]
     missing = [name(p) for p in there if name(p) not in listed]
     assert not missing, f"README.md: the tree leaves out {', '.join(missing)}"
 
 
 def test_tree_is_in_the_order_of_reading():
-    at = [Path(path).stem for path in tree() if re.fullmatch(r"crystal/\w+(\.py)?", path)]
-    assert at == [module for module in ORDER if module in at], "README.md: the tree's order is not tests/test_structure.py's ORDER"
+    listed = [path for path in tree() if path.startswith("crystal/") and path.endswith(".py")]
+    assert listed == [name(path) for path in ORDER], "README.md: the tree's order is not tests/test_structure.py's HOUSE"
 
 
 # --- the checks themselves ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import asyncio
 import pytest
 import torch
 
-from crystal import export, generate, train
+from crystal import generate, opening, train
 from crystal.runtime import data
 from crystal.serving import engine
 from crystal.serving.engine import Engine, Job, Steps
@@ -15,7 +15,7 @@ def opened(model_dirs, records_file, tmp_path_factory):
     """A run with latents."""
     run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "1",
                       "--eval_every", "0", "--output", str(tmp_path_factory.mktemp("engine") / "run")])
-    return export.open_model(run)
+    return opening.open_model(run)
 
 
 def test_jobs_that_wait_together_are_one_call(opened, records_file, monkeypatch):

@@ -3,15 +3,15 @@ import csv
 import json
 
 import pytest
-from test_benchmarks import picture
 
 import crystal.backbone.model
 from crystal import evaluate
+from crystal.evaluate import by_family, table
 from crystal.evaluation import benchmarks
+from crystal.layout import Format
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from crystal.evaluate import by_family, table
-from crystal.layout import Format
+from test_benchmarks import picture
 
 
 def test_table_by_family():

@@ -6,18 +6,18 @@ import copy
 import json
 from types import SimpleNamespace
 
-import by_hand
 import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
 
+import by_hand
 from crystal import evaluate, methods
-from crystal.evaluation import reliance
-from crystal.runtime import data
 from crystal.attention_bias import Bias
-from crystal.runtime.config import UserError
+from crystal.evaluation import reliance
 from crystal.methods.sft import Method as SFT
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 
 BLACK = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0
 

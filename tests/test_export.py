@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import crystal.backbone.model
-from crystal import export, lora, train
+from crystal import export, lora, opening, train
+from crystal.generate import generate
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from crystal.generate import generate
 
 STOCK = """
 import json, sys
@@ -68,7 +68,7 @@ def theirs(runs, records_file, tmp_path_factory):
 def test_merged_directory_answers_as_we_do_in_transformers_alone(runs, theirs, name, records_file, model_dirs):
     run = runs[name]
     records, _ = data.read(records_file)
-    model, fmt, _ = export.open_model(run)
+    model, fmt, _ = opening.open_model(run)
     ours = []
     for r in records:
         images = model.image_processor(images=[Image.open(p) for p in r.images], return_tensors="pt")
@@ -155,7 +155,7 @@ def test_every_kind_of_base(model_dirs, records_file, tmp_path):
         touched = {n for n in before if before[n] != after[n]}
         assert touched and all(TOUCHED["crystal"](n) for n in touched)
 
-        model, fmt, _ = export.open_model(run)  # the run itself, in memory
+        model, fmt, _ = opening.open_model(run)  # the run itself, in memory
         lora.merge(model.hf)
         ours = dict(model.hf.named_parameters())
         stored = {}
@@ -191,7 +191,7 @@ def test_the_adapter_alone_needs_no_weights(runs, monkeypatch, tmp_path):
     monkeypatch.setattr(crystal.backbone.model.AutoModelForImageTextToText, "from_pretrained", None)
     export.export(run, adapter=tmp_path / "adapter", merged=tmp_path / "merged")
     monkeypatch.undo()
-    model, _, _ = export.open_model(run)
+    model, _, _ = opening.open_model(run)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     ours = lora.adapter_state(model.hf, model.rows)
     assert stored.keys() == ours.keys() and all(torch.equal(stored[n], ours[n]) for n in ours)
@@ -204,7 +204,7 @@ def test_adapter_loads_in_peft_with_equal_logits(runs, name, setup):
     from transformers import AutoModelForImageTextToText
     run = runs[name]
     export.export(run, adapter=run / "adapter")
-    model, fmt, settings = export.open_model(run)
+    model, fmt, settings = opening.open_model(run)
     stock = AutoModelForImageTextToText.from_pretrained(json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"], dtype=torch.float32)
     peft = PeftModel.from_pretrained(stock, run / "adapter").eval()
     b = setup(tied=name == "crystal", dtype=torch.float32).batch
@@ -225,16 +225,6 @@ def test_the_generation_prompt_opens_the_answer(runs):
     assert text.endswith("<|im_start|>assistant\n<think> Because the feature of the image is<|latent_0|><|latent_1|><|latent_2|>. </think><answer>")
     assert "<think>" not in tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert not list(run.glob("*.part"))
-
-
-def test_checkpoints_are_found_or_named(runs, tmp_path):
-    run = runs["sft"]
-    assert export.find(run, "best") == export.find(run, "last") == export.find(run, "3")
-    for which, message in (("4", "no checkpoint '4'"), ("newest", "best, last or a step")):
-        with pytest.raises(UserError, match=message):
-            export.find(run, which)
-    with pytest.raises(UserError, match="not a run directory"):
-        export.export("tiny", merged=tmp_path / "m")
 
 
 def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_file, tmp_path, capsys):
@@ -269,7 +259,7 @@ def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_fi
     )
     export.main(["--run", str(run)])
     assert "Its latents are states that the model feeds back to itself" in capsys.readouterr().out
-    model, fmt, _ = export.open_model(run)
+    model, fmt, _ = opening.open_model(run)
     assert json.loads((run / "merged" / "crystal.json").read_text()) == {"method": "valr", "latents": 5}
     base, merged = (
         json.loads((folder / "generation_config.json").read_text())
@@ -277,11 +267,11 @@ def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_fi
     )
     begin = model.tokenizer.convert_tokens_to_ids("<latent>")
     assert merged == base | {"suppress_tokens": [begin]}
-    found = export.exported_format(run / "merged", model.tokenizer)
+    found = opening.exported_format(run / "merged", model.tokenizer)
     assert (type(found), found.count, found.begin) == (type(fmt), 5, begin)
     assert (
         not (model_dirs[True] / "crystal.json").exists()
-        and export.exported_format(model_dirs[True], model.tokenizer).count == 0
+        and opening.exported_format(model_dirs[True], model.tokenizer).count == 0
     )
     for text, message in (
         ('{"method": "/x/mine.py", "latents": 5}', "a method of its own"),
@@ -290,7 +280,7 @@ def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_fi
     ):
         (run / "merged" / "crystal.json").write_text(text)
         with pytest.raises(UserError, match=message):
-            export.exported_format(run / "merged", model.tokenizer)
+            opening.exported_format(run / "merged", model.tokenizer)
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

@@ -12,20 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, gradients
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import select_best_resolution
 
 import crystal.backbone.model
-from crystal import export, feedback, layout, methods, train, visualize
-from crystal.backbone import families
-from crystal.runtime import data
+from conftest import FAMILIES, gradients
+from crystal import export, feedback, layout, methods, opening, train
 from crystal import generate as generate_module
-from crystal.runtime.config import Progress, UserError
+from crystal.backbone import families
+from crystal.evaluation import figures
 from crystal.generate import decode_feedback, generate
 from crystal.losses import ce_rows
 from crystal.methods.lavit import align, top
+from crystal.runtime import data
+from crystal.runtime.config import Progress, UserError
 from data_prep import lavit_teacher
 
 each = pytest.mark.parametrize("family", FAMILIES)
@@ -296,7 +297,7 @@ def test_a_teacher_looks_and_a_student_learns_its_gaze(setup, family):
 @each
 def test_pictures_know_the_first_images_grid(setup, family):
     s = setup(family=family, which=[0])
-    seen = visualize.answer_attention(s.model, s.batch, s.settings, {0, 2}, s.method.copied(s.batch))
+    seen = figures.answer_attention(s.model, s.batch, s.settings, {0, 2}, s.method.copied(s.batch))
     assert tuple(seen.image.shape[1:]) == s.model.image_processor.grids(s.batch["image_grid_thw"])[0][0]
     total = seen.image.sum((1, 2)) + seen.latents.sum(1) + seen.rest
     assert torch.allclose(total, torch.ones(2), atol=1e-5) and seen.image.min() > 0
@@ -441,7 +442,7 @@ def test_merged_directories_answer_as_we_do_in_transformers_alone(runs, records_
     asked = [(r.turns[-1][1].replace("<image>", "").strip(), [str(p) for p in r.images]) for r in records]
     ours = []
     for run in runs.values():
-        model, fmt, _ = export.open_model(run)
+        model, fmt, _ = opening.open_model(run)
         for r in records:
             images = model.image_processor(images=[Image.open(p) for p in r.images], return_tensors="pt")
             ids, _, _ = fmt.question(r.turns, model.image_tokens(images["image_grid_thw"]))
@@ -482,7 +483,7 @@ def test_adapter_loads_in_peft_with_equal_logits(runs, family_dirs, family, kind
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
     run = runs[family, kind]
-    model, _, _ = export.open_model(run)
+    model, _, _ = opening.open_model(run)
     stock = AutoModelForImageTextToText.from_pretrained(family_dirs(family, kind == "tied"), dtype=torch.float32)
     peft = PeftModel.from_pretrained(stock, run / "adapter").eval()
     s = setup(tied=kind == "tied", dtype=torch.float32, family=family)

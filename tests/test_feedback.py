@@ -1,8 +1,8 @@
 """Feedback latents: the recurrence equals a loop without cache, the parallel iteration becomes exact, checkpointing changes nothing."""
 import pytest
 import torch
-from conftest import gradients
 
+from conftest import gradients
 from crystal import feedback
 from crystal.losses import ce_rows
 

@@ -37,7 +37,7 @@ def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_pat
 
     monkeypatch.setattr(feedback_check, "measure", measure)
     monkeypatch.setattr(
-        feedback_check.export,
+        feedback_check.opening,
         "open_model",
         lambda *args, **how: opened.append((*args, how)) or (s.model, s.fmt, s.settings),
     )
@@ -133,6 +133,6 @@ def test_it_measures_errors_cross_entropy_and_time(setup, monkeypatch):
 
 def test_the_run_must_feed_latents_back(setup, records_file, monkeypatch):
     s = setup(dtype=torch.float32)
-    monkeypatch.setattr(feedback_check.export, "open_model", lambda *_, **__: (s.model, s.fmt, s.settings))
+    monkeypatch.setattr(feedback_check.opening, "open_model", lambda *_, **__: (s.model, s.fmt, s.settings))
     with pytest.raises(feedback_check.config.UserError, match="does not feed latents back"):
         feedback_check.main(["--run", "some/run", "--data", str(records_file)])

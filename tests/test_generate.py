@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from crystal import feedback, generate
-from crystal.runtime import data
 from crystal.attention_bias import Bias
+from crystal.runtime import data
 from crystal.runtime.config import UserError
 
 

@@ -1,8 +1,8 @@
 """The realisations of the copy are one thing: equal logits, losses and gradients; without the copy all of them change."""
 import pytest
 import torch
-from conftest import gradients
 
+from conftest import gradients
 from crystal import latent_copy
 from crystal.attention_bias import additive_mask
 from crystal.latent_copy import LatentCopy, dual_forward, pack

@@ -5,19 +5,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import eager_mass, gradients
 from safetensors.torch import load_file, save_file
-from test_ddp import SCRIPT, run
 
+from conftest import eager_mass, gradients
 from crystal import evaluate, layout, losses, methods, train
-from crystal.runtime import checkpoint
 from crystal.attention_bias import additive_mask
-from crystal.runtime.config import Progress, UserError
-from crystal.runtime.data import RecordError
 from crystal.latent_copy import LatentCopy
 from crystal.methods.crystal import mask_of
 from crystal.methods.lavit import align, entropy, focus, inside, normalise, salient, top
 from crystal.methods.sft import cross_entropy
+from crystal.runtime import checkpoint
+from crystal.runtime.config import Progress, UserError
+from crystal.runtime.data import RecordError
+from test_ddp import SCRIPT, run
 
 TERMS = ("ce", "semantics", "gaze")
 LORA = ("--method", "lavit", "--tune", "lora")

@@ -2,8 +2,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from crystal.layout import IGNORE, THOUGHT, Format, new_tokens
 from crystal.backbone.model import TINY
+from crystal.layout import IGNORE, THOUGHT, Format, new_tokens
 
 TURNS = [("user", "<image>\nWhat colour is the small star?")]
 

@@ -3,16 +3,16 @@ import json
 
 import pytest
 import torch
-from conftest import eager_mass, gradients
 from PIL import Image
 
-from crystal import evaluate, export, generate, methods, train
-from crystal.runtime import data
+from conftest import eager_mass, gradients
+from crystal import evaluate, generate, methods, opening, train
 from crystal.attention_bias import additive_mask
-from crystal.runtime.config import UserError
 from crystal.latent_copy import LatentCopy
 from crystal.layout import IGNORE
 from crystal.methods.sft import cross_entropy
+from crystal.runtime import data
+from crystal.runtime.config import UserError
 
 MASKED, OPEN = (methods.parse(["--method", "livr"]).progress(step) for step in (0, 4000))
 LIVR = ("--method", "livr", "--lora_dropout", "0")
@@ -255,7 +255,7 @@ def flags_of(model_dirs, records_file, out):
 def test_a_run_has_two_stages_and_validates_the_open_model(run, records_file):
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     assert [x["lr"] for x in lines if "loss" in x] == pytest.approx([1e-3, 1e-3, 0.5e-3, 1e-3, 1e-3])  # warm up 1, decay; again
-    model, fmt, settings = export.open_model(run, "3")
+    model, fmt, settings = opening.open_model(run, "3")
     method = methods.get("livr")(settings)
     records, _ = data.read(records_file)
     examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor)

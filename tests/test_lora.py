@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from crystal.lora import LoRALinear, TokenRows, adapter_config, adapter_state, adapters, add_lora, load_adapter, merge, save_adapter
+from crystal.lora import (
+    LoRALinear,
+    TokenRows,
+    adapter_config,
+    adapter_state,
+    adapters,
+    add_lora,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 
 V, IMAGE, IDS = 96, 90, [80, 3, 77]  # ids out of order on purpose
 LANGUAGE = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"

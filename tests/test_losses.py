@@ -5,8 +5,20 @@ from fractions import Fraction
 import pytest
 import torch
 
-from crystal.losses import (attn_frobenius, attn_kl, attn_kl_heads_mean, attn_loss, attn_mse, ce_rows, kl_rows,
-                            mean_per_pair, patch_alignment, slice_kind, total, upsample_latents)
+from crystal.losses import (
+    attn_frobenius,
+    attn_kl,
+    attn_kl_heads_mean,
+    attn_loss,
+    attn_mse,
+    ce_rows,
+    kl_rows,
+    mean_per_pair,
+    patch_alignment,
+    slice_kind,
+    total,
+    upsample_latents,
+)
 
 INF = float("inf")
 f64 = torch.float64

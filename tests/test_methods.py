@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from crystal import evaluate, export, generate, methods, serve, train, visualize
+from crystal import evaluate, export, generate, methods, opening, serve, train, visualize
 from crystal.runtime.config import UserError
 from data_prep import lavit_teacher
 from data_prep.checks import feedback as feedback_check
@@ -104,7 +104,7 @@ def test_what_the_user_names_or_trusts_is_run(evil, chosen, capsys):
     """The method that answers is the chosen file's, the settings name it, and the evil one stays unread."""
     run, good, trace, _ = evil
     how = {"trust_method": True} if chosen == "copy" else {"method": str(good)}
-    _, fmt, settings = export.open_model(run, **how)
+    _, fmt, settings = opening.open_model(run, **how)
     assert settings.method == str(run / "method.py" if chosen == "copy" else good) and fmt.count == 3
     assert methods.get(settings.method).said == "good" and not trace.exists()
     assert capsys.readouterr().err == ""  # the user's file is the run's to the byte: nothing to tell
@@ -211,7 +211,7 @@ def test_what_is_no_run_takes_no_method(model_dirs, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(EVIL.format(trace=str(tmp_path / "trace")))
     with pytest.raises(UserError, match="--method .*mine.py: .* is no run of train.py"):
-        export.open_model(str(model_dirs[True]), method=str(mine))
+        opening.open_model(str(model_dirs[True]), method=str(mine))
     assert not (tmp_path / "trace").exists()
 
 
@@ -219,4 +219,4 @@ def test_a_built_in_run_keeps_no_file(model_dirs, records_file, tmp_path):
     run = train.main(["--method", "sft", "--model", str(model_dirs[True]), "--data", str(records_file), "--lora_r", "2", "--max_steps", "1",
                       "--eval_every", "0", "--output", str(tmp_path / "run")])
     assert not (run / "method.py").exists() and "method_sha256" not in json.loads((run / "config.json").read_text())
-    assert export.open_model(run)[2].method == "sft"
+    assert opening.open_model(run)[2].method == "sft"

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 import crystal.backbone.model
+from crystal.layout import new_tokens
 from crystal.runtime import config, data
 from crystal.runtime.config import UserError
-from crystal.layout import new_tokens
 
 
 def stock(directory, dtype, how):

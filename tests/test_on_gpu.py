@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import on_gpu
 import pytest
+
+import on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "on_gpu.sh"

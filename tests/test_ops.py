@@ -24,13 +24,28 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import gradients
-from places import (ABSENT, EMULATED, ON_CPU, ONE_WIDTH, PROBLEM, REFERENCE_ASKED, at_place, compiled, dtypes, each_cpu_place, each_device,
-                    each_place, forget_the_choice, skip_or_fail, versions)
 
+from conftest import gradients
 from crystal import attention, losses
 from crystal.runtime import ops
 from crystal.runtime.config import UserError
+from places import (
+    ABSENT,
+    EMULATED,
+    ON_CPU,
+    ONE_WIDTH,
+    PROBLEM,
+    REFERENCE_ASKED,
+    at_place,
+    compiled,
+    dtypes,
+    each_cpu_place,
+    each_device,
+    each_place,
+    forget_the_choice,
+    skip_or_fail,
+    versions,
+)
 
 INF = float("inf")
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

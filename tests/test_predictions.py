@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from crystal.runtime.config import UserError
 from crystal.evaluation.predictions import Predictions
+from crystal.runtime.config import UserError
 from crystal.runtime.distributed import Processes
 
 

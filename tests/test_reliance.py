@@ -10,12 +10,23 @@ import pytest
 import torch
 
 from crystal import evaluate, train
-from crystal.evaluation import reliance
 from crystal.attention_bias import Bias, additive_mask
-from crystal.runtime.config import UserError
+from crystal.evaluation import reliance
+from crystal.evaluation.reliance import (
+    CONDITIONS,
+    asked,
+    donors,
+    hidden_image,
+    measure,
+    paired_bootstrap,
+    questions,
+    recorded,
+    replaced,
+    verdict,
+)
 from crystal.generate import generate
 from crystal.layout import Format
-from crystal.evaluation.reliance import CONDITIONS, asked, donors, hidden_image, measure, paired_bootstrap, questions, recorded, replaced, verdict
+from crystal.runtime.config import UserError
 
 
 def ask(s, which=(0, 1, 2), latents="keep"):

@@ -9,15 +9,15 @@ import math
 import threading
 from types import SimpleNamespace
 
-import by_hand
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
 
+import by_hand
+from crystal.attention_bias import Bias
 from crystal.evaluation import reliance
 from crystal.runtime import data, distributed
-from crystal.attention_bias import Bias
 
 WHOLE = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0, so that a corrupted picture is black
 
@@ -343,7 +343,7 @@ def test_the_text_by_hand():
 
 def test_the_picture_by_hand(tmp_path, monkeypatch):
     kept = {}
-    monkeypatch.setattr(reliance.visualize, "save", lambda fig, path: kept.update(fig=fig, path=path))
+    monkeypatch.setattr(reliance.figures, "save", lambda fig, path: kept.update(fig=fig, path=path))
     reliance.picture(RESULT | {"used": True}, tmp_path / "a.png")
     axes, = kept["fig"].axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}

@@ -59,7 +59,7 @@ def test_the_flags_choose_runs_and_questions(setup, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(toy, "generate", lambda out, seed: scenes(out, seed, 10, 10, 15))
     monkeypatch.setattr(reliance_check.train, "main", learn)
     monkeypatch.setattr(
-        reliance_check.export,
+        reliance_check.opening,
         "open_model",
         lambda run, device, method: (
             s.model,

@@ -21,7 +21,7 @@ from PIL import Image
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from crystal import export, generate, serve, train
+from crystal import generate, opening, serve, train
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 
@@ -34,7 +34,7 @@ def opened(model_dirs, records_file, tmp_path_factory):
     """A run with latents, and what generate.py answers to the records."""
     run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "1",
                       "--eval_every", "0", "--output", str(tmp_path_factory.mktemp("served") / "run")])
-    return export.open_model(run)
+    return opening.open_model(run)
 
 
 @contextlib.contextmanager

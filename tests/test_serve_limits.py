@@ -15,18 +15,18 @@ from PIL import Image
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from crystal import export, generate, serve
+from crystal import generate, opening, serve
+from crystal.layout import Format
+from crystal.runtime.config import UserError
 from crystal.serving import chat, engine
 from crystal.serving.chat import Limits, Refusal, image_of, parse, turns_of
-from crystal.runtime.config import UserError
-from crystal.layout import Format
 
 JSON = {"content-type": "application/json", "host": "127.0.0.1:8000"}
 
 
 @pytest.fixture(scope="module")
 def opened(model_dirs):
-    model, fmt, _ = export.open_model(str(model_dirs[True]))
+    model, fmt, _ = opening.open_model(str(model_dirs[True]))
     return model, fmt
 
 

@@ -26,13 +26,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import crystal.backbone.model
 import crystal.latent_copy
 import crystal.methods.crystal
-import crystal.backbone.model
 from crystal import feedback, lora, methods, train
+from crystal.layout import IGNORE
 from crystal.runtime import checkpoint, config, data
 from crystal.runtime.config import UserError
-from crystal.layout import IGNORE
 from crystal.runtime.distributed import Processes
 
 METHODS = ("sft", "crystal", "livr", "lavit", "valr")

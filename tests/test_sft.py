@@ -1,7 +1,7 @@
 """Plain fine-tuning: the answer's cross-entropy, equal to what transformers computes from labels."""
 import torch
-from conftest import gradients
 
+from conftest import gradients
 from crystal.layout import IGNORE
 
 
@@ -26,6 +26,7 @@ def test_every_adapter_learns_and_nothing_else(setup):
 def test_text_alone_trains_too(setup, tmp_path):
     """A record without an image: the plain method does not need one."""
     import json
+
     from crystal.runtime import data
     (tmp_path / "t.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "What colour is grass?"}, {"role": "assistant", "content": "green"}]}))
     s = setup("--method", "sft")

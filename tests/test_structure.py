@@ -1,6 +1,7 @@
-"""The house stays as DESIGN.md says: imports point up the list, one file per concept, each with its test.
+"""The house stays as it is drawn: layers whose imports point up, one concept a file, each file with its test.
 
-ORDER is the order in which a reader goes through the files. A module may import from crystal only what stands before it.
+HOUSE lists the files of crystal/ in the order in which a reader goes through them. A file may import from its own layer,
+without a circle, and from the layers above it.
 """
 import ast
 import re
@@ -11,13 +12,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SPECIFICATION = "config corrupt layout bottleneck attention losses lora".split()  # torch and the standard library alone
-ORDER = SPECIFICATION + ("ops latent_copy feedback families model encoders data processes predictions methods checkpoint export generate benchmarks visualize "
-                         "reliance evaluate train chat engine serve bench demo compare").split()
-METHODS = "sft crystal livr lavit valr".split()  # one may build on those before it
-MODULES = {p.stem: p for p in (ROOT / "crystal").glob("*.py") if p.stem != "__init__"}
-METHOD_FILES = {p.stem: p for p in (ROOT / "crystal" / "methods").glob("*.py") if p.stem != "__init__"}
-SOURCES = sorted((ROOT / "crystal").rglob("*.py"))
+HOUSE = [  # one layer a line: folder (the top level has none), then its files
+    [("", "corrupt layout attention_bias attention losses latent_copy feedback lora")],
+    [("runtime", "config ops distributed data toy checkpoint")],
+    [("backbone", "families model encoders")],
+    [("methods", "sft crystal livr lavit valr")],
+    [("", "opening generate")],
+    [("evaluation", "benchmarks predictions figures reliance"), ("serving", "chat engine")],
+    [("", "train evaluate export visualize serve compare demo bench")],
+]
+CRYSTAL = ROOT / "crystal"
+LAYERS = [[CRYSTAL / folder / f"{stem}.py" for folder, stems in layer for stem in stems.split()] for layer in HOUSE]
+ORDER = [path for layer in LAYERS for path in layer]
+SPECIFICATION = LAYERS[0]  # the paper: torch and the standard library alone
+SOURCES = sorted(CRYSTAL.rglob("*.py"))
 
 
 def name(path):
@@ -36,8 +44,26 @@ def imports(path):
 
 
 def own(path):
-    """[(line, parts after `crystal`)] of a file's imports from crystal: `from crystal.methods.sft import Method` -> [methods, sft, Method]."""
-    return [(line, what.split(".")[1:]) for line, what in imports(path) if what.split(".")[0] == "crystal"]
+    """[(line, file)] of what a file imports from crystal: `from crystal.methods.sft import Method` -> crystal/methods/sft.py."""
+    found = []
+    for line, what in imports(path):
+        parts = what.split(".")
+        if parts[0] != "crystal":
+            continue
+        # The longest beginning that is a file: what follows it is a name in that file.
+        for n in range(len(parts), 0, -1):
+            places = [ROOT.joinpath(*parts[:n]).with_suffix(".py"), ROOT.joinpath(*parts[:n]) / "__init__.py"]
+            if there := [place for place in places if place.is_file()]:
+                found.append((line, there[0]))
+                break
+    return found
+
+
+def layer_of(path):
+    """The number of a file's layer, from 0; a package's own file belongs to the folder's."""
+    if path.name == "__init__.py":
+        path = next(p for p in ORDER if p.parent == path.parent)
+    return next(number for number, layer in enumerate(LAYERS) if path in layer)
 
 
 def foreign(path):
@@ -46,54 +72,68 @@ def foreign(path):
     return [(line, package) for line, package in packages if package not in sys.stdlib_module_names and package != "crystal"]
 
 
-def test_every_module_has_its_place():
-    unknown = set(MODULES) - set(ORDER)
-    assert not unknown, f"crystal/: give {sorted(unknown)} a place in ORDER (and in the README's tree)"
-    unknown = set(METHOD_FILES) - set(METHODS)
-    assert not unknown, f"crystal/methods/: give {sorted(unknown)} a place in METHODS"
-    assert not [p for p in (ROOT / "crystal").rglob("*.py") if p.parent not in (ROOT / "crystal", ROOT / "crystal" / "methods")]
+def test_every_file_has_its_place():
+    unplaced = [name(path) for path in SOURCES if path not in ORDER and path.name != "__init__.py"]
+    assert not unplaced, f"give {unplaced} a place in HOUSE (and in the README's tree)"
+    assert [name(path) for path in ORDER if not path.is_file()] == []
 
 
-@pytest.mark.parametrize("module", [m for m in ORDER if m in MODULES])
-def test_imports_point_up(module):
-    allowed = set(ORDER[: ORDER.index(module)])
-    for line, parts in own(MODULES[module]):
-        assert parts and parts[0] in allowed, f"crystal/{module}.py:{line} imports crystal.{'.'.join(parts)}, which does not stand before it"
+@pytest.mark.parametrize("path", [path for path in SOURCES if path != CRYSTAL / "__init__.py"], ids=name)
+def test_imports_point_up(path):
+    for line, used in own(path):
+        assert used != CRYSTAL / "__init__.py", f"{name(path)}:{line} imports crystal itself"
+        assert layer_of(used) <= layer_of(path), f"{name(path)}:{line} imports {name(used)}, which stands in a layer below"
 
 
-@pytest.mark.parametrize("method", ["__init__", *METHOD_FILES])
-def test_methods_build_on_concepts_and_on_earlier_methods(method):
-    allowed = set(ORDER[: ORDER.index("methods")])
-    siblings = set(METHODS[: METHODS.index(method)]) if method in METHODS else set()
-    for line, parts in own(ROOT / "crystal" / "methods" / f"{method}.py"):
-        fine = parts and (parts[0] in allowed or (parts[0] == "methods" and len(parts) > 1 and parts[1] in siblings))
-        assert fine, f"crystal/methods/{method}.py:{line} imports crystal.{'.'.join(parts)}, which does not stand before it"
+def test_no_layer_has_a_circle():
+    seen, done = [], set()
 
+    def visit(path):
+        assert path not in seen, " -> ".join(name(p) for p in [*seen[seen.index(path):], path])
+        if path not in done:
+            seen.append(path)
+            for _, used in own(path):
+                if used != path:
+                    visit(used)
+            seen.remove(path)
+            done.add(path)
 
-@pytest.mark.parametrize("module", SPECIFICATION)
-def test_the_specification_needs_torch_alone(module):
-    """safetensors in lora.py is the one exception: the format in which PEFT keeps adapters on disk."""
-    allowed = {"torch"} | ({"safetensors"} if module == "lora" else set())
-    wrong = [(line, package) for line, package in foreign(MODULES[module]) if package not in allowed]
-    assert not wrong, f"crystal/{module}.py: (line, package) {wrong}"
-
-
-def test_only_model_knows_transformers_modelling():
-    """families.py asks a family's own code; encoders.py loads vision encoders, the one other kind of model; train.py may ask for transformers' version."""
     for path in SOURCES:
-        if path in (MODULES["families"], MODULES["model"], MODULES["encoders"]):
+        visit(path)
+
+
+def test_crystal_imports_nothing_from_what_stands_beside_it():
+    for path in SOURCES:
+        wrong = [(line, what) for line, what in imports(path) if what.split(".")[0] in ("data_prep", "tests")]
+        assert not wrong, f"{name(path)}: {wrong}"
+
+
+@pytest.mark.parametrize("path", SPECIFICATION, ids=name)
+def test_the_specification_needs_torch_alone(path):
+    """safetensors in lora.py is the one exception: the format in which PEFT keeps adapters on disk."""
+    allowed = {"torch"} | ({"safetensors"} if path.stem == "lora" else set())
+    wrong = [(line, package) for line, package in foreign(path) if package not in allowed]
+    assert not wrong, f"{name(path)}: (line, package) {wrong}"
+
+
+def test_only_the_backbone_knows_transformers_modelling():
+    """train.py may ask for transformers' version."""
+    for path in SOURCES:
+        if path.parent == CRYSTAL / "backbone":
             continue
         used = [(line, what) for line, what in imports(path) if what.split(".")[0] == "transformers"]
-        assert not used or path == MODULES["train"], f"{name(path)}: {used}"
+        assert not used or path == CRYSTAL / "train.py", f"{name(path)}: {used}"
         assert all(what == "transformers" for _, what in used), f"{name(path)}: {used}"
-        attributes = {node.attr for node in ast.walk(ast.parse(path.read_text()))
-                      if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "transformers"}
+        attributes = {
+            node.attr for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "transformers"
+        }
         assert attributes <= {"__version__"}, f"{name(path)} uses transformers.{attributes - {'__version__'}}"
 
 
-def test_only_processes_knows_torch_distributed():
+def test_only_one_file_knows_torch_distributed():
     for path in SOURCES:
-        if path != MODULES["processes"]:
+        if path != CRYSTAL / "runtime" / "distributed.py":
             found = re.search(r"torch\.distributed|torch import distributed|DistributedDataParallel|nn\.parallel", path.read_text())
             assert not found, f"{name(path)} says {found[0]!r}: that belongs in crystal/runtime/distributed.py"
 
@@ -102,18 +142,18 @@ def test_imports_are_absolute_and_the_package_is_empty():
     for path in SOURCES:
         relative = [(line, what) for line, what in imports(path) if what.startswith(".")]
         assert not relative, f"{name(path)}: relative imports {relative}"
-    assert not (ROOT / "crystal" / "__init__.py").read_text().strip(), "crystal/__init__.py: importing one file must not import others"
+    assert not (CRYSTAL / "__init__.py").read_text().strip(), "crystal/__init__.py: importing one file must not import others"
 
 
 def test_no_module_shadows_the_standard_library():
     """`python crystal/x.py` puts crystal/ first on the path: crystal/copy.py would be found instead of copy."""
-    names = {p.stem for p in (ROOT / "crystal").iterdir() if p.is_dir() or p.suffix == ".py"}
+    names = {p.stem for p in CRYSTAL.iterdir() if p.is_dir() or p.suffix == ".py"}
     assert not names & sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_test(module):
-    assert (ROOT / "tests" / f"test_{module}.py").is_file(), f"crystal/{module}.py has no tests/test_{module}.py"
+@pytest.mark.parametrize("path", ORDER, ids=name)
+def test_every_file_has_a_test(path):
+    assert (ROOT / "tests" / f"test_{path.stem}.py").is_file(), f"{name(path)} has no tests/test_{path.stem}.py"
 
 
 def test_no_file_names_a_machine():

@@ -20,14 +20,19 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 import crystal.backbone.model
 from crystal import evaluate
-from crystal.runtime import data
-from crystal.runtime.config import UserError
 from crystal.layout import Format
-from crystal.runtime import toy
+from crystal.runtime import data, toy
+from crystal.runtime.config import UserError
 from data_prep.tiny import (
     base as tiny_base,
+)
+from data_prep.tiny import (
     batches as tiny_batches,
+)
+from data_prep.tiny import (
     check as tiny_check,
+)
+from data_prep.tiny import (
     files as tiny_files,
 )
 

@@ -9,14 +9,14 @@ import json
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from crystal.runtime.config import UserError
 from crystal.runtime import toy
+from crystal.runtime.config import UserError
+from data_prep import toy as command
 
 SIZES = {"train": 200, "val": 40, "test": 40}
 
@@ -209,7 +209,7 @@ def test_the_command_draws_what_was_asked(tmp_path, monkeypatch, capsys):
             "2",
         ]
         monkeypatch.setattr("sys.argv", ["toy.py", *flags])
-        toy.main()
+        command.main()
         assert "train 7/7" in capsys.readouterr().out
         for split, size in sizes.items():
             records = read(tmp_path / str(seed), split)
@@ -479,5 +479,5 @@ def test_interrupted_run_is_not_taken_as_complete(tmp_path, monkeypatch):
 def test_no_split_has_a_negative_size(tmp_path, monkeypatch, split):
     monkeypatch.setattr("sys.argv", ["toy.py", "--out", str(tmp_path / "new"), f"--{split}", "-1"])
     with pytest.raises(UserError, match=f"--{split} -1"):
-        toy.main()
+        command.main()
     assert not (tmp_path / "new").exists()

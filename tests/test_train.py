@@ -21,9 +21,9 @@ import transformers
 from safetensors.torch import load_file
 
 from crystal import methods, train
+from crystal.methods.crystal import Settings as CrystalSettings
 from crystal.runtime import checkpoint, config, data
 from crystal.runtime.config import UserError
-from crystal.methods.crystal import Settings as CrystalSettings
 from crystal.runtime.distributed import Processes
 
 
@@ -96,8 +96,8 @@ def test_run_directory(flags, method, records_file, capsys):
 def test_no_other_vocabulary_row_moves(flags, tune, tied, model_dirs):
     """After updates with weight decay every row but the new tokens' is identical to the bit, and all of those have moved."""
     run = train.main(flags("rows", "--max_steps", "3", "--weight_decay", "0.5", "--tune", tune, tied=tied))
-    from crystal import export
-    model, fmt, _ = export.open_model(run, "last")
+    from crystal import opening
+    model, fmt, _ = opening.open_model(run, "last")
     base = load_file(model_dirs[tied] / "model.safetensors")
     new = model.rows.ids if hasattr(model.rows, "ids") else None
     ids = sorted({fmt.think, fmt.unthink, fmt.open, fmt.close, *fmt.latents})
@@ -290,6 +290,7 @@ def test_output_must_be_a_directory(flags, tmp_path, name):
 def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
     import os
     import signal
+
     from crystal.methods import crystal as method
     losses, calls = method.Method.losses, []
 

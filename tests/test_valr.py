@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as nnF
-from conftest import gradients
 from safetensors.torch import load_file
 
-from crystal import methods, train
-from crystal.runtime import checkpoint, data
-from crystal.runtime.config import UserError
+from conftest import gradients
+from crystal import methods, opening, train
 from crystal.layout import IGNORE
 from crystal.methods import valr
+from crystal.runtime import checkpoint, data
+from crystal.runtime.config import UserError
 
 TERMS = ("ce", "repa")
 
@@ -204,21 +204,21 @@ def test_what_looks_at_attention_sees_the_recurrence(made):
 
 def test_attention_is_drawn_of_fed_back_latents(made, tmp_path):
     """Both paths' last states are the recurrence's; a bar for each latent of each segment; the picture is drawn."""
-    from crystal import visualize
+    from crystal.evaluation import figures
     s = made(dtype=torch.float32, which=[0])
     s.model.eval()
     examples = data.Examples(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), 0)
     batch = data.to_device(data.collate([examples[0, 0]], 0), torch.device("cpu"), torch.float32)
     fed = valr.mask_of(batch["latents"], batch["input_ids"].shape[1])
-    found = visualize.answer_attention(s.model, batch, s.settings, {0, 2}, None, fed)
+    found = figures.answer_attention(s.model, batch, s.settings, {0, 2}, None, fed)
     assert found.latents.shape == (2, 6) and torch.allclose(found.image.sum((1, 2)) + found.latents.sum(1) + found.rest, torch.ones(2), atol=1e-5)
     for path, pixels in enumerate(("pixel_values", "pixel_values_cor")):
         with torch.no_grad():
             h, _ = valr.feedback.recurrence(s.model, batch | {"pixel_values": batch[pixels]}, fed)
         assert torch.allclose(found.logits[path], s.model.logits(h[0, batch["rows"][0, 0]]), atol=1e-3)
-    plain = visualize.answer_attention(s.model, batch, s.settings, {0, 2})
+    plain = figures.answer_attention(s.model, batch, s.settings, {0, 2})
     assert (plain.latents - found.latents).abs().max() > 1e-4
-    assert visualize.attention_maps(s.model, s.fmt, s.settings, s.records, tmp_path / "a.png").stat().st_size > 10000
+    assert figures.attention_maps(s.model, s.fmt, s.settings, s.records, tmp_path / "a.png").stat().st_size > 10000
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -265,8 +265,8 @@ def test_encoders_are_frozen_and_stay_outside(run, monkeypatch):
     assert len(kept) == 1 and all(torch.equal(fresh[n], t) for n, t in kept[0].state_dict().items())
     assert {n.split(".")[0] for n in weights(path, 2)} == {"model", "heads"} and len([n for n in weights(path, 2) if n.startswith("heads.")]) == 4
     monkeypatch.setattr(valr.encoders, "load", lambda *a: pytest.fail("an encoder was loaded"))
-    from crystal import export
-    model, fmt, _ = export.open_model(path, "last")
+    from crystal import opening
+    model, fmt, _ = opening.open_model(path, "last")
     assert fmt.begin is not None and not any("heads" in n for n, _ in model.named_parameters())
 
 
@@ -294,7 +294,7 @@ def test_export_drops_the_encoders_and_stock_tools_answer_without_latents(run, r
     assert "crystal.generate and crystal.evaluate decode them" in capsys.readouterr().out
     names = set(load_file(path / "merged" / "model.safetensors"))
     assert not any("heads" in n or "encoder" in n for n in names)
-    model, fmt, settings = export.open_model(path / "merged")
+    model, fmt, settings = opening.open_model(path / "merged")
     assert settings is None and fmt.count == 3 and fmt.begin == model.tokenizer.convert_tokens_to_ids("<latent>")
     stock = AutoModelForImageTextToText.from_pretrained(path / "merged").eval()
     assert stock.generation_config.suppress_tokens == [fmt.begin]
@@ -306,10 +306,10 @@ def test_export_drops_the_encoders_and_stock_tools_answer_without_latents(run, r
     theirs = stock.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=fmt.end)[0, len(ids):].tolist()
     ours = generate.decode_feedback(model, batch, fmt, 8, "drop", max_thought=8)[0]
     assert theirs == ours
-    run_model, run_fmt, _ = export.open_model(path, "last")
+    run_model, run_fmt, _ = opening.open_model(path, "last")
     for how in ("keep", "drop"):
         said = [evaluate.answers(m, f, records, latents=how, max_new_tokens=4) for m, f in ((model, fmt), (run_model, run_fmt))]
         assert said[0] == said[1]
     (path / "merged" / "crystal.json").write_text("{}")
     with pytest.raises(UserError, match="crystal.json: not what crystal.export wrote"):
-        export.open_model(path / "merged")
+        opening.open_model(path / "merged")

@@ -20,9 +20,8 @@ import torch
 
 import crystal.backbone.model
 from crystal import methods
-from crystal.runtime import data
 from crystal.losses import total
-from crystal.runtime import toy
+from crystal.runtime import data, toy
 
 REALISATIONS = ("hidden", "kv", "packed")
 

@@ -10,11 +10,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers import AutoConfig, DINOv3ViTConfig, ImageProcessingMixin
-from transformers import Dinov2Model, DINOv3ViTModel, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ImageProcessingMixin,
+    SiglipVisionModel,
+)
 
-from crystal.runtime.config import UserError
 from crystal.backbone.model import load_weights, why
+from crystal.runtime.config import UserError
 
 KINDS = {"dinov3_vit": DINOv3ViTModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14, image_size=112, initializer_range=0.1)

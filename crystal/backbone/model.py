@@ -16,18 +16,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from crystal.attention import attend
 from crystal.attention_bias import additive_mask
-from crystal.runtime.config import UserError
 from crystal.backbone.families import FAMILIES
 from crystal.lora import TokenRows, add_lora
+from crystal.runtime.config import UserError
 
-TINY = Path(__file__).parent / "assets" / "tiny"
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
 # What wrappers put before (torch.compile also amid) the names of the weights that they save: DataParallel, torch.compile, PEFT.
 WRAPPERS = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": "", r"(?<=\.)_orig_mod\.": ""}

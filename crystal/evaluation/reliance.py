@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crystal import visualize
-from crystal.runtime import data, distributed
 from crystal.attention import AttentionTap
-from crystal.evaluation.benchmarks import score, tidy, wilson
 from crystal.attention_bias import Bias
-from crystal.runtime.config import UserError
+from crystal.evaluation import figures
+from crystal.evaluation.benchmarks import score, tidy, wilson
 from crystal.generate import generate
 from crystal.layout import IGNORE, Layout
+from crystal.runtime import data, distributed
+from crystal.runtime.config import UserError
 from crystal.runtime.ops import attn_slice
 
 RULE = "used if the paired 95 % interval of (as trained - swapped) lies above 0"
@@ -356,15 +356,15 @@ def text(result):
 
 def picture(result, path):
     """Attention mass by layer, latents and image -> path of the PNG. UserError without matplotlib."""
-    fig = visualize.figure(5, 3.2)
+    fig = figures.figure(5, 3.2)
     ax = fig.subplots()
     layers = range(len(result["attention"]["image"]))
-    for (name, mass), colour in zip(result["attention"].items(), visualize.COLOURS):
+    for (name, mass), colour in zip(result["attention"].items(), figures.COLOURS):
         ax.plot(layers, [100 * m for m in mass], "o-", color=colour, markersize=3, label=f"{result['latents']} latents" if name == "latents" else name)
     ax.set(xlabel="decoder layer", ylabel="attention of the answer rows, %", ylim=(0, None), xticks=list(layers) if len(layers) < 13 else None)
     ax.legend(frameon=False)
     ax.set_title("used" if result["used"] else "no use shown", fontsize=10)
-    return visualize.save(fig, path)
+    return figures.save(fig, path)
 
 
 def run(model, fmt, records, out, about, **how):

@@ -21,9 +21,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from crystal.backbone.model import prepare
 from crystal.runtime import config
 from crystal.runtime.config import UserError
-from crystal.backbone.model import prepare
 
 COPY = "method.py"  # in a run directory: the file of a method that is not built in, as it was when it ran
 _sources = {}       # path of such a file -> its bytes as they were run

@@ -11,14 +11,14 @@ from functools import partial
 
 import torch
 
-from crystal.runtime import config
 from crystal.attention import AttentionTap
-from crystal.runtime.config import UserError, setting
 from crystal.latent_copy import dual_forward
 from crystal.layout import IGNORE, Format, new_tokens
 from crystal.losses import mean_per_pair
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import latent_mass
+from crystal.runtime import config
+from crystal.runtime.config import UserError, setting
 from crystal.runtime.ops import attn_align, vocab_kl_ce
 
 # The authors' released code (github yangzhangok/crystal, bc08a90) where it differs from the paper.

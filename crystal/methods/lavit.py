@@ -19,15 +19,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from crystal.runtime import config, data
 from crystal.attention import AttentionTap
 from crystal.attention_bias import Bias
-from crystal.runtime.config import UserError, setting
 from crystal.layout import TAGS, Format, latent_tokens
 from crystal.losses import gaze, semantics
 from crystal.methods.crystal import mask_of
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy, mass_tap, mass_term
+from crystal.runtime import config, data
+from crystal.runtime.config import UserError, setting
 from crystal.runtime.ops import attn_slice
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from crystal import layout
-from crystal.runtime import config
 from crystal.attention_bias import Bias
-from crystal.runtime.config import Stage, UserError, setting
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy, mass_tap, mass_term
+from crystal.runtime import config
+from crystal.runtime.config import Stage, UserError, setting
 
 
 @dataclass

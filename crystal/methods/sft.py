@@ -5,11 +5,11 @@ B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H head
 import torch
 import torch.nn as nn
 
-from crystal.runtime import config
 from crystal.attention import AttentionTap
 from crystal.attention_bias import row_biases
 from crystal.layout import IGNORE, Format
 from crystal.losses import mean_per_pair
+from crystal.runtime import config
 from crystal.runtime.ops import attn_slice, ce_rows
 
 

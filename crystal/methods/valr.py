@@ -19,13 +19,13 @@ import torch.nn as nn
 
 from crystal import feedback
 from crystal.backbone import encoders
-from crystal.runtime import config, data
-from crystal.runtime.config import Stage, UserError, setting
 from crystal.layout import IGNORE, Format, Layout, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
 from crystal.methods.crystal import mask_of
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
+from crystal.runtime import config, data
+from crystal.runtime.config import Stage, UserError, setting
 
 TOKENS = ("<latent>", "</latent>", "<answer>", "</answer>")
 

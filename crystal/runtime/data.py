@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
-from crystal.runtime.config import UserError
 from crystal.corrupt import LIMIT, PRIOR, corrupt
 from crystal.layout import IGNORE
+from crystal.runtime.config import UserError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 

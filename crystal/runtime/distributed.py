@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -175,6 +176,25 @@ def launch(count, module, argv):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, without a warning to read
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", module, *argv])
+
+
+def run_program(count, script, argv):
+    """`torchrun --nproc_per_node=count script argv`, or plain python for one process; waits for its end.
+
+    For a program that another one needs the files of, and that shall not be imported for that. UserError if it fails, after
+    its own lines. Ranks that are under way start it on one of them.
+    """
+    # What torchrun told this process of its rank is not true of the new program's processes.
+    mine = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+    environment = {
+        name: value for name, value in os.environ.items() if name not in mine and not name.startswith(prefixes)
+    }
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+    sys.stdout.flush()
+    ended = subprocess.run([sys.executable, *torchrun, str(script), *map(str, argv)], env=environment)
+    if ended.returncode:
+        raise UserError(f"{script} ended with exit code {ended.returncode}; its own lines above say why")
 
 
 def cpu_threads(cores, local_world, environ):

@@ -19,7 +19,7 @@ import torch
 from crystal import attention, losses
 from crystal.runtime.config import UserError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # where setup.py puts what it built
 CPU = {torch.float64, torch.float32, torch.bfloat16}
 CUDA = CPU | {torch.float16}
 SERVED = {  # operator: {device: dtypes}

@@ -30,8 +30,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from crystal.runtime import config
-
 SIDE, CELLS = 112, 4
 CELL = SIDE // CELLS  # pixels; one image token
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
@@ -349,21 +347,3 @@ def record(name, image, question):
     turns = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]
     return {"id": name, "image": image, "conversations": turns, "family": question.family, "boxes": list(question.boxes),
             "cot": list(question.cot)}
-
-
-def main():
-    parser = config.OneLineParser(description="Draw the toy scenes.")
-    parser.add_argument("--out", required=True, help="directory to write to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=4000, help="records")
-    parser.add_argument("--val", type=int, default=500, help="records")
-    parser.add_argument("--test", type=int, default=2500, help="records")
-    args = parser.parse_args()
-    for name in ("train", "val", "test"):
-        if getattr(args, name) < 0:
-            raise config.UserError(f"--{name} {getattr(args, name)}: must not be negative")
-    generate(args.out, args.seed, args.train, args.val, args.test)
-
-
-if __name__ == "__main__":
-    config.run_cli(main)

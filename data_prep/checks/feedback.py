@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import crystal.backbone.model
-from crystal import export, feedback, methods
-from crystal.runtime import config, data
+from crystal import feedback, methods, opening
 from crystal.methods.crystal import mask_of
 from crystal.methods.sft import cross_entropy
+from crystal.runtime import config, data
 
 
 def measure(model, batch, latents, updates, repeats):
@@ -41,7 +41,7 @@ def measure(model, batch, latents, updates, repeats):
 def main(argv=None):
     parser = config.OneLineParser(prog="feedback_check.py", description="Error and time of the parallel iteration.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--run", default="", help="run directory of train.py --method valr; empty: the tiny model, untrained, with 16 latents a segment")
-    export.method_flags(parser)
+    opening.method_flags(parser)
     parser.add_argument("--data", default="", help="records, JSON or JSONL; empty: the toy scenes, made if they are not there")
     parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
     parser.add_argument("--records", type=int, default=16)
@@ -55,7 +55,7 @@ def main(argv=None):
     if min(updates) < 0 or min(args.records, args.repeats) < 1:
         raise config.UserError(f"--updates {args.updates} --records {args.records} --repeats {args.repeats}: numbers as in 1,2,4 of at least 0, the others at least 1")
     if args.run:
-        model, fmt, settings = export.open_model(args.run, "last", method=args.method, trust_method=args.trust_method)
+        model, fmt, settings = opening.open_model(args.run, "last", method=args.method, trust_method=args.trust_method)
         if fmt.begin is None:
             raise config.UserError(f"--run {args.run}: its method does not feed latents back")
         method = methods.get(settings.method)(settings)

@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from crystal import export, methods, train
+from crystal import methods, opening, train
 from crystal.evaluation import reliance
-from crystal.runtime import config, data, distributed
-from crystal.runtime import toy
+from crystal.runtime import config, data, distributed, toy
 
 HERE = Path(__file__).resolve().parent
 TRAINING = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "4", "--labels", "answer", "--eval_every", "40", "--eval_records", "96", "--log_every", "40",
@@ -45,7 +44,7 @@ def main(argv=None):
             file = str(HERE / f"reliance_{name}.py")
             run = train.main(["--method", file, "--data", str(out / "train.jsonl"), "--val_data", str(out / "val.jsonl"), "--image_root", "runs/toy",
                               "--output", str(out / f"{name}-{seed}"), "--seed", str(seed), "--max_steps", str(args.max_steps), *TRAINING])
-            model, fmt, settings = export.open_model(run, device=distributed.start().device, method=file)
+            model, fmt, settings = opening.open_model(run, device=distributed.start().device, method=file)
             method = methods.get(settings.method)(settings)  # each is asked under the mask that it learned under
             result = reliance.measure(model, fmt, records[: args.questions], batch_size=50, max_new_tokens=4, seed=seed,
                                       biases=lambda batch: method.biases(model, batch))

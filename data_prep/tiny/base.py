@@ -34,17 +34,22 @@ import time
 from pathlib import Path
 
 if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
-from crystal.runtime import config
+from crystal.runtime import config, toy
 from data_prep.tiny import batches
-from crystal.runtime import toy
-from data_prep.tiny import check as tiny_check, files as tiny_files
+from data_prep.tiny import check as tiny_check
+from data_prep.tiny import files as tiny_files
 from data_prep.tiny.batches import IGNORE, KINDS, N
 
 AttentionInterface.register("flash_images", batches.image_attention)  # "flash": the vision tower then makes one call for all images

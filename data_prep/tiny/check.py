@@ -14,17 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
-from crystal.runtime import config
-from crystal.runtime import toy
+from crystal.runtime import config, toy
 
-ASSETS = Path(__file__).resolve().parent.parent / "crystal" / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "crystal" / "assets"
 GREY = Image.new("RGB", (toy.SIDE, toy.SIDE), (128, 128, 128))
 BLUR = ImageFilter.GaussianBlur(5)
 

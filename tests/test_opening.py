@@ -1,0 +1,106 @@
+"""What --model takes is opened as asked: the checkpoint that was named, its own bounds on pixels, dtype and device."""
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crystal import opening, train
+from crystal.runtime import checkpoint
+from crystal.runtime.config import UserError
+
+
+@pytest.fixture(scope="module")
+def run(model_dirs, records_file, tmp_path_factory):
+    """A run of three updates, a checkpoint after each; the second is the best."""
+    run = train.main(
+        [
+            "--model",
+            str(model_dirs[True]),
+            "--data",
+            str(records_file),
+            "--latents",
+            "3",
+            "--lora_r",
+            "2",
+            "--lora_alpha",
+            "6",
+            "--lr",
+            "1e-2",
+            "--max_steps",
+            "3",
+            "--save_every",
+            "1",
+            "--keep",
+            "3",
+            "--eval_every",
+            "0",
+            "--log_every",
+            "1",
+            "--max_pixels",
+            "6272",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path_factory.mktemp("commands") / "run"),
+        ]
+    )
+    checkpoint.mark_best(run, 2, 1.0, "loss")
+    return run
+
+
+def saved(run, step):
+    """{parameter: tensor} of a checkpoint, from its file."""
+    return load_file(run / "checkpoints" / f"step-{step}" / "trainable.safetensors")
+
+
+def test_a_model_is_opened_as_asked(run, model_dirs):
+    """The tensors of the checkpoint that is named; its own bounds on pixels unless others are given; dtype
+    and device of the weights.
+    """
+    assert not torch.equal(*(saved(run, step)["model.rows.rows"] for step in (1, 2)))
+    for which, step in (("1", 1), ("best", 2), ("last", 3)):
+        model, fmt, settings = opening.open_model(run, which)
+        ours = {f"model.{name}": p for name, p in model.named_parameters()}
+        assert all(torch.equal(ours[name], tensor) for name, tensor in saved(run, step).items())
+        assert settings.latents == fmt.count == 3 and not model.training
+        embedding = (
+            model.hf.get_input_embeddings().weight
+        )  # the rows that the forward reads follow what was trained
+        assert torch.equal(embedding[model.rows.ids], saved(run, step)["model.rows.rows"])
+    assert dict(model.image_processor.size)["longest_edge"] == 6272
+
+    model, _, _ = opening.open_model(run, min_pixels=4704, max_pixels=9408)
+    assert (
+        dict(model.image_processor.size)["shortest_edge"],
+        dict(model.image_processor.size)["longest_edge"],
+    ) == (4704, 9408)
+    model, fmt, settings = opening.open_model(
+        str(model_dirs[True]),
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+        min_pixels=3136,
+        max_pixels=6272,
+    )
+    assert (model.hf.dtype, model.device.type, settings, fmt.count) == (torch.bfloat16, "meta", None, 0)
+    assert (
+        dict(model.image_processor.size)["shortest_edge"],
+        dict(model.image_processor.size)["longest_edge"],
+    ) == (3136, 6272)
+    assert opening.open_model(str(model_dirs[True]))[0].hf.dtype == torch.float32
+
+
+def test_checkpoints_are_found_or_named(run):
+    folder = run / "checkpoints"
+    found = {which: opening.find(run, which) for which in ("best", "last", "1")}
+    assert found == {"best": folder / "step-2", "last": folder / "step-3", "1": folder / "step-1"}
+    for which, message in (("4", "no checkpoint '4'"), ("newest", "best, last or a step")):
+        with pytest.raises(UserError, match=message):
+            opening.find(run, which)
+    with pytest.raises(UserError, match="not a run directory"):
+        opening.open_run("tiny")
+
+
+def test_without_a_validation_the_best_is_the_last(run, tmp_path):
+    for step in ("step-1", "step-3"):
+        (tmp_path / "checkpoints" / step).parent.mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / step).symlink_to(run / "checkpoints" / step)
+    assert opening.find(tmp_path, "best") == tmp_path / "checkpoints" / "step-3"
