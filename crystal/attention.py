@@ -108,11 +108,11 @@ def row_bias(mask, rows):
     return mask.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
 
 
-class AttentionTap:
+class AttentionRecorder:
     """Reads the slice of chosen layers during one forward; make a new one for each forward.
 
-    It travels as a keyword of the model's forward to the attention function, which calls tap(layer, q, k, scale) with
-    the q and k that attention uses; the result lies in tap.slices once the forward is done.
+    It travels as a keyword of the model's forward to the attention function, which calls recorder(layer, q, k, scale) with
+    the q and k that attention uses; the result lies in recorder.slices once the forward is done.
 
     layers             set of decoder layers to read, counted from 0
     rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: the intact half first)
@@ -139,8 +139,8 @@ class AttentionTap:
     def slices(self):
         """dict layer -> [B,H,M,K], or what the function returned, in order of layers. Raises RuntimeError while a chosen layer is missing."""
         if missing := sorted(self.layers - self._slices.keys()):
-            raise RuntimeError(f"AttentionTap: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
-                               "run, does the model have these layers, and does its attention function call the tap?")
+            raise RuntimeError(f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
+                               "run, does the model have these layers, and does its attention function call the recorder?")
         return dict(sorted(self._slices.items()))
 
 

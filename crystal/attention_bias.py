@@ -10,7 +10,7 @@ import torch
 
 
 @dataclass
-class Bias:
+class AttentionBias:
     """queries, keys: bool [B,L]; value: added to the scores of every (query, key) pair of them, -inf to block."""
     queries: torch.Tensor
     keys: torch.Tensor
@@ -18,7 +18,7 @@ class Bias:
 
 
 def row_biases(biases, rows, dtype=torch.float32):
-    """What biases add to the scores of chosen rows [B,M], -1 pads -> [B,1,M,L] of `dtype`, for an AttentionTap, which knows causality; None without any."""
+    """What biases add to the scores of chosen rows [B,M], -1 pads -> [B,1,M,L] of `dtype`, for an AttentionRecorder, which knows causality; None without any."""
     at = rows.clamp(min=0)
     added = None
     for bias in biases:

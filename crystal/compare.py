@@ -83,7 +83,7 @@ def main(argv=None):
     procs, out = distributed.start(), Path(args.output)
     if not args.data:
         from crystal.runtime import toy
-        with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
+        with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(out / "toy")
     records, _ = data.read(args.test or out / "toy" / "test.jsonl")
     if broken := [r for r in records if isinstance(r, data.RecordError)]:

@@ -27,12 +27,12 @@ from crystal.runtime.config import UserError
 BATCH = 16
 # Run as a program: crystal imports nothing from data_prep.
 TEACHER = Path(__file__).resolve().parents[1] / "data_prep" / "lavit_teacher.py"
-TRAINING = ["--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
+TRAINING = ["--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
 OWN = {
     "crystal": ["--labels", "answer"],
     "livr": [],
     "lavit": ["--tune", "lora"],
-    "valr": ["--lr_latents", "3e-4", "--lr_rows", "5", "--first_share", "0.6", "--latents", "4", "--encoders", "tiny"],
+    "valr": ["--lr_latents", "3e-4", "--lr_tokens", "5", "--first_share", "0.6", "--latents", "4", "--encoders", "tiny"],
     "sft": [],
 }
 
@@ -50,7 +50,7 @@ def data_of(method, scenes, teacher, procs):
         if not (teacher / "checkpoints").is_dir():
             raise UserError(f"--method {method}: its teacher {teacher} is not there; sft has to be trained first")
         for flag, limit in (("--data", 0), ("--val_data", 64)):
-            with procs.first():
+            with procs.main_process_first():
                 if procs.is_first:
                     distributed.run_program(procs.world, TEACHER, [
                         "--teacher", teacher, "--data", files[flag], "--limit", limit, "--keep", "all",
@@ -80,7 +80,7 @@ def main(argv=None):
 
     say("1. Data: toy scenes, questions that need small details")
     scenes = Path("runs/toy")
-    with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
+    with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
         toy.generate(scenes, seed=args.seed)
     records, _ = data.read(scenes / "test.jsonl")
     records = records[: args.questions]

@@ -11,7 +11,7 @@ answers its share and writes each prediction as it comes, so that a run that was
 --reliance is the causal test (reliance.py). --diagnose is LIVR's section 4.4.1 for any method, quickly: without latents, under
 the method's own mask, and both.
 
-B questions, M answer rows, K latents, H heads.
+B questions, M answer positions, K latents, H heads.
 """
 import json
 import sys
@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from crystal import methods
-from crystal.attention import AttentionTap
-from crystal.attention_bias import Bias
+from crystal.attention import AttentionRecorder
+from crystal.attention_bias import AttentionBias
 from crystal.corrupt import LIMIT
 from crystal.evaluation import benchmarks, reliance
 from crystal.evaluation.benchmarks import score, wilson
@@ -66,7 +66,7 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
 
     latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them; "free" lets the model
     write them, each result then says how many it wrote. corruption: (mode, low, high) answers from corrupted images; grey
-    answers from grey ones. biases: function (batch) -> [bottleneck.Bias], a mask at test time. Ranks share the records and
+    answers from grey ones. biases: function (batch) -> [attention_bias.AttentionBias], a mask at test time. Ranks share the records and
     all return the whole list. done: results of an earlier run by index, which are not asked again; tell is called with each
     new result.
     """
@@ -74,7 +74,7 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
     if latents == "mask":
         latents, biases = "keep", hide_latents(fmt, biases)
     prompt = "none" if latents == "free" else latents  # the plain chat prompt: thought and latents are the model's to write
-    examples = data.Examples(records, lambda r, n: fmt.question(r.turns, n, prompt), model.image_processor, corruption, seed, grey=grey,
+    examples = data.RecordDataset(records, lambda r, n: fmt.question(r.turns, n, prompt), model.image_processor, corruption, seed, grey=grey,
                              copies=fmt.copies)
     done = done or {}
     left = [i for i in range(len(records)) if i not in done]
@@ -106,13 +106,13 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
 # --- diagnostics ----------------------------------------------------------------------------------------------------------
 
 def hide_latents(fmt, biases=None):
-    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function (batch) -> [bottleneck.Bias]."""
-    if not fmt.count or fmt.begin is not None or fmt.thought == "cot":
+    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function (batch) -> [attention_bias.AttentionBias]."""
+    if not fmt.count or fmt.feeds_back or fmt.writes_own_latents:
         raise UserError("--latents mask: the prompt holds no latents" + (" (the model makes them after it: --latents drop)" if fmt.count else ""))
 
     def both(batch):
         latents = torch.isin(batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device))  # [B,L]
-        return [*(biases(batch) if biases else []), Bias(~latents, latents)]
+        return [*(biases(batch) if biases else []), AttentionBias(~latents, latents)]
 
     return both
 
@@ -134,18 +134,18 @@ def diagnose(model, fmt, method, records, **how):
 def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None):
     """Share of attention that the rows which predict the reference answers give to the K latents together, no mask -> float.
 
-    Mean over all layers, heads and answer rows of a record, then over records.
+    Mean over all layers, heads and answer positions of a record, then over records.
     """
     procs = procs or distributed.Processes(device=model.device)
-    examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, copies=fmt.copies)
+    examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, copies=fmt.copies)
     total, mine = 0.0, list(range(procs.rank, len(records), procs.world))
     for at in range(0, len(mine), batch_size):
         batch = data.collate([examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        tap = AttentionTap(range(len(model.layers)), batch["rows"], batch["latents"], ops.attn_slice)
-        method.hidden(model, batch, tap)
-        mass = torch.stack([x.sum(-1).mean(1) for x in tap.slices.values()]).mean(0)   # [B,M]
-        total += float((mass.sum(1) / (batch["rows"] >= 0).sum(1)).sum())
+        recorder = AttentionRecorder(range(len(model.layers)), batch["answer_positions"], batch["latents"], ops.attn_slice)
+        method.hidden(model, batch, recorder)
+        mass = torch.stack([x.sum(-1).mean(1) for x in recorder.slices.values()]).mean(0)   # [B,M]
+        total += float((mass.sum(1) / (batch["answer_positions"] >= 0).sum(1)).sum())
     return procs.sum(total) / len(records)
 
 
@@ -189,7 +189,7 @@ def benchmark_text(name, records, results):
         out.append(line.ljust(width) + str(n).rjust(8) + f"{100 * value:.2f}".rjust(9) + (f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "").rjust(18))
     out += [f"read by: {rule}: {benchmarks.EXTRACTION[rule]}" for rule in rules]
     out.append(f"answers that could not be read, counted as wrong: {100 * unread:.1f} %")
-    return "\n".join(out), {"benchmark": name, "scores": {line: {"score": v, "rows": n, "interval": i} for line, (v, n, i) in lines.items()},
+    return "\n".join(out), {"benchmark": name, "scores": {line: {"score": v, "answer_positions": n, "interval": i} for line, (v, n, i) in lines.items()},
                             "extraction": {rule: benchmarks.EXTRACTION[rule] for rule in rules}, "unread": unread}
 
 
@@ -303,7 +303,7 @@ def main(argv=None):
         text, outcome = benchmark_text(name, records, results)
     else:
         families = by_family(results)
-        text, outcome = table({Path(args.model).name: families}), {"families": {f: {"right": h / n, "rows": n, "interval": wilson(h, n)} for f, (h, n) in families.items()}}
+        text, outcome = table({Path(args.model).name: families}), {"families": {f: {"right": h / n, "answer_positions": n, "interval": wilson(h, n)} for f, (h, n) in families.items()}}
     if args.latents == "free":
         line, shares = written_text(results, fmt.count)
         text, outcome = f"{text}\n{line}", outcome | {"written": shares}

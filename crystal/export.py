@@ -44,17 +44,17 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
             if (base / "processor_config.json").exists():  # less the image processor's settings: they are written below, and twice they could disagree
                 rules = json.loads((base / "processor_config.json").read_text())
                 (out / "processor_config.json").write_text(json.dumps({n: x for n, x in rules.items() if n != "image_processor"}, indent=2) + "\n")
-            if fmt.begin is not None:
+            if fmt.feeds_back:
                 (out / MARK).write_text(json.dumps({"method": settings.method, "latents": settings.latents}) + "\n")
                 file = out / "generation_config.json"
                 rules = json.loads(file.read_text()) if file.exists() else {}
-                file.write_text(json.dumps(rules | {"suppress_tokens": [fmt.begin]}, indent=2) + "\n")
+                file.write_text(json.dumps(rules | {"suppress_tokens": [fmt.latent_start_id]}, indent=2) + "\n")
             save_tokenizer(model, fmt, out)
             model.image_processor.save_pretrained(out)
         written.append(Path(merged))
     if adapter and settings.tune == "lora":
         with fresh(adapter) as out:
-            lora.save_adapter(out, model.hf, model.rows, crystal.backbone.model.resolve(settings.model))
+            lora.save_adapter(out, model.hf, model.new_tokens, crystal.backbone.model.resolve(settings.model))
             save_tokenizer(model, fmt, out)
         written.append(Path(adapter))
     return written
@@ -66,12 +66,12 @@ def changes(model, settings):
         found = {n: lambda W, p=p: p.to(W.dtype) for n, p in model.hf.named_parameters() if p.device.type != "meta"}
     else:
         found = {f"{n}.weight": layer.merged for n, layer in lora.adapters(model.hf).items()}
-    if model.rows is not None:
-        ids = torch.tensor(model.rows.ids)
+    if model.new_tokens is not None:
+        ids = torch.tensor(model.new_tokens.ids)
         names = {module: f"{n}.weight" for n, module in model.hf.named_modules()}
-        for module, P in model.rows.pairs():
+        for module, P in model.new_tokens.pairs():
             found[names[module]] = lambda W, P=P: W.index_copy(0, ids, P.to(W.dtype))
-        if model.rows.tied:  # some files hold the tied head too
+        if model.new_tokens.tied:  # some files hold the tied head too
             found["lm_head.weight"] = found[names[model.hf.get_input_embeddings()]]
     return found
 

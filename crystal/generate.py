@@ -29,7 +29,7 @@ def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep"
 def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):
     """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of the ids written after each.
 
-    biases: function (batch) -> [bottleneck.Bias] over the prompts, as a method's `biases`; what is generated sees of its
+    biases: function (batch) -> [attention_bias.AttentionBias] over the prompts, as a method's `biases`; what is generated sees of its
     prompt what the prompt's last row sees. latents: "drop" keeps a model that writes or opens its latents itself from doing so;
     other formats leave them out of the prompt. streamer: an object with put(tokens [B]) and end(), told each step's tokens as they
     come (first put: the prompts).
@@ -39,7 +39,7 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
     input_ids = torch.full((B, L), pad, dtype=torch.long)
     mask = torch.zeros(B, L, dtype=torch.long)
     for i, (ids, _, _) in enumerate(prompts):
-        place = slice(0, len(ids)) if fmt.begin is not None else slice(L - len(ids), L)
+        place = slice(0, len(ids)) if fmt.feeds_back else slice(L - len(ids), L)
         input_ids[i, place] = torch.tensor(ids)
         mask[i, place] = 1
     images = {}
@@ -48,11 +48,11 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
                   "image_grid_thw": torch.cat([g for _, _, g in prompts if g is not None]).to(model.device)}
     batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device), **images}
     kinds = (batch["input_ids"] == fmt.image).int()
-    if fmt.begin is not None:
+    if fmt.feeds_back:
         whole = {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}
         return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
-    blocked = biases(batch | {"rows": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
-    never = {"suppress_tokens": fmt.latents} if latents == "drop" and fmt.count and fmt.thought == "cot" else {}
+    blocked = biases(batch | {"answer_positions": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+    never = {"suppress_tokens": fmt.latents} if latents == "drop" and fmt.writes_own_latents else {}
     with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
         out = model.hf.generate(**model.keywords(batch | {"mm_token_type_ids": kinds}), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end,
                                 pad_token_id=pad, streamer=streamer, **never)
@@ -61,16 +61,16 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
 
 def answer_text(model, fmt, ids):
     """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all; no special tokens, trimmed."""
-    if fmt.open in ids:
-        ids = ids[ids.index(fmt.open) + 1 :]
-    if fmt.close in ids:
-        ids = ids[: ids.index(fmt.close)]
+    if fmt.answer_start_id in ids:
+        ids = ids[ids.index(fmt.answer_start_id) + 1 :]
+    if fmt.answer_end_id in ids:
+        ids = ids[: ids.index(fmt.answer_end_id)]
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def thought_length(fmt, name):
     """Tokens that a model needs for the thought, its latents and the tags, if it is to write them itself. UserError if it never learned to."""
-    if fmt.think is None:
+    if fmt.think_start_id is None:
         raise UserError(f"--latents free: {name} has no latents that it learned to write; a run directory of crystal is needed")
     return len(fmt.thinking()[0]) + 2
 
@@ -79,7 +79,7 @@ def thought_length(fmt, name):
 def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=None, max_thought=256):
     """Greedy decoding that switches modes at the tags of latents -> list of the ids each row says, pads for its latents.
 
-    After `fmt.begin` the next fmt.count inputs are the states before them (feedback.py), then `fmt.finish` is forced and tokens
+    After `fmt.latent_start_id` the next fmt.count inputs are the states before them (feedback.py), then `fmt.latent_end_id` is forced and tokens
     are inputs again; every row by its own clock, over one cache. batch: right-padded prompts. latents: "drop" never chooses `begin`.
     max_new_tokens: from `<answer>` on; before it a row may say max_thought tokens that are no latents.
     """
@@ -96,17 +96,17 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=
         stream.keep(piece)
         logits = model.logits(last)                                            # [B,V]
         if latents == "drop":
-            logits[:, fmt.begin] = float("-inf")
+            logits[:, fmt.latent_start_id] = float("-inf")
         tokens, fed = logits.argmax(-1).tolist(), [m > 0 and not d for m, d in zip(mode, done)]
         for b in range(len(last)):
             if done[b] or fed[b]:
                 tokens[b] = model.tokenizer.pad_token_id
                 mode[b] -= fed[b]
             elif mode[b] == finish:
-                tokens[b], mode[b] = fmt.finish, free
+                tokens[b], mode[b] = fmt.latent_end_id, free
             else:
-                mode[b] = fmt.count if tokens[b] == fmt.begin else free
-                budget[b] = max_new_tokens if tokens[b] == fmt.open else budget[b] - 1
+                mode[b] = fmt.count if tokens[b] == fmt.latent_start_id else free
+                budget[b] = max_new_tokens if tokens[b] == fmt.answer_start_id else budget[b] - 1
             if not done[b]:
                 said[b].append(tokens[b])
                 done[b] = tokens[b] == fmt.end or (budget[b] <= 0 and mode[b] == free)
@@ -137,7 +137,7 @@ def main(argv=None):
     model, fmt, _ = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
                                method=args.method, trust_method=args.trust_method)
     record = data.Record("--image", "", [("user", [""] * len(args.image) + [args.question])], "", args.image)  # a list: what is typed stays text
-    asked = data.Examples([record], lambda r, n: fmt.question(r.turns, n, "none" if args.latents == "free" else args.latents), model.image_processor,
+    asked = data.RecordDataset([record], lambda r, n: fmt.question(r.turns, n, "none" if args.latents == "free" else args.latents), model.image_processor,
                           copies=fmt.copies).build(0, 0)
     room = thought_length(fmt, args.model) if args.latents == "free" else 0
     procs.print(generate(model, [(asked["layout"][0], asked["pixel_values"], asked["image_grid_thw"])], fmt, args.max_new_tokens + room, latents=args.latents)[0])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crystal.attention_bias import Bias
+from crystal.attention_bias import AttentionBias
 
 
 class LatentCopy:
@@ -61,7 +61,7 @@ class Packed:
     source           [B,P], the position in the unpacked sequence that a packed row stands for; -1 pads
     at_int, at_cor   [B,L], where an unpacked position of a path stands in the packed sequence (the corrupted path's copied
                      ones: at the intact row); 0 at padding
-    blocks           bottleneck.Bias: who may not look at whom, beyond causality
+    blocks           attention_bias.AttentionBias: who may not look at whom, beyond causality
     """
     source: torch.Tensor
     at_int: torch.Tensor
@@ -100,20 +100,20 @@ def pack(attention_mask, image, copied):
     source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # [B,P]
     part = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)   # [B,P]
     lent = copied.gather(1, source.clamp(min=0)) & (part == 2)                          # [B,P], the rows that both paths see
-    blocks = [Bias((part == 2) | (part == 3), part == 1), Bias(part == 4, (part == 2) & ~lent | (part == 3))]
+    blocks = [AttentionBias((part == 2) | (part == 3), part == 1), AttentionBias(part == 4, (part == 2) & ~lent | (part == 3))]
     return Packed(source, at_int, torch.where(copied, at_int, at_cor), blocks)
 
 
-def dual_forward(model, batch, copied, realisation, tap=None):
+def dual_forward(model, batch, copied, realisation, recorder=None):
     """Both paths through the model -> last hidden states (h_int [B,L,D], h_cor [B,L,D]).
 
     batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for two paths that
-    share nothing. tap: an attention.AttentionTap whose rows and columns are those of both halves, [2B, ...].
+    share nothing. recorder: an attention.AttentionRecorder whose rows and columns are those of both halves, [2B, ...].
     Nobody may read a copied row of h_cor: there each realisation leaves something else.
     ValueError for an unknown realisation, and for `packed` where the copied rows are not one run of positions.
     """
     if realisation == "packed":
-        return packed_forward(model, batch, copied, tap)
+        return packed_forward(model, batch, copied, recorder)
     twice = dict(
         input_ids=batch["input_ids"].repeat(2, 1),
         attention_mask=batch["attention_mask"].repeat(2, 1),
@@ -122,10 +122,10 @@ def dual_forward(model, batch, copied, realisation, tap=None):
         position_ids=model.positions(batch).repeat(1, 2, 1),  # [3,2B,L]
     )
     copy = None if copied is None else LatentCopy(copied, realisation)
-    return model.hidden(twice, latent_copy=copy, tap=tap).chunk(2)
+    return model.hidden(twice, latent_copy=copy, recorder=recorder).chunk(2)
 
 
-def packed_forward(model, batch, copied, tap=None):
+def packed_forward(model, batch, copied, recorder=None):
     """dual_forward in its packed realisation: one sequence a pair, P < 2L rows, and no copy, for the row stands once."""
     image = batch["mm_token_type_ids"] == 1                                            # [B,L]
     p = pack(batch["attention_mask"], image, torch.zeros_like(image) if copied is None else copied)
@@ -144,7 +144,7 @@ def packed_forward(model, batch, copied, tap=None):
         image_grid_thw=torch.cat([g.repeat(2, 1) for g in grids]),
         position_ids=model.positions(batch).gather(2, at[None].expand(3, -1, -1)),     # [3,B,P], those of the unpacked sequence
     )
-    # Queries and keys go to the tap as the unpacked paths have them: there causality alone says who sees whom.
-    unpacked = tap and (lambda layer, q, k, scale: tap(layer, p.unpack(q), p.unpack(k), scale))
-    h = model.hidden(inputs, tap=unpacked, biases=p.blocks)                            # [B,P,D]
+    # Queries and keys go to the recorder as the unpacked paths have them: there causality alone says who sees whom.
+    unpacked = recorder and (lambda layer, q, k, scale: recorder(layer, p.unpack(q), p.unpack(k), scale))
+    h = model.hidden(inputs, recorder=unpacked, biases=p.blocks)                            # [B,P,D]
     return p.unpack(h[:, None])[:, 0].chunk(2)

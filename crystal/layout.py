@@ -2,9 +2,9 @@
 
     <prompt of the chat template> <think> {thought}{K latents}. </think><answer>R</answer><|im_end|>
 
-L sequence length, K latents, N image tokens, M answer rows. A *row* is a position seen as a query: row t predicts
-token t + 1, so `targets[t]` is ids[t + 1] where that token is a label and IGNORE elsewhere. All rows of a loss are
-given by position, none by shifting.
+L sequence length, K latents, N image tokens, M answer positions. Position t predicts token
+t + 1, so `targets[t]` is ids[t + 1] where that token is a label and IGNORE elsewhere. Whatever a loss reads is given
+by position, nothing by shifting.
 """
 import re
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ def latent_tokens(count, kind):
 
 
 def new_tokens(count, kind):
-    """The special tokens that a method with latents adds to the vocabulary, in the order of their rows."""
+    """The special tokens that a method with latents adds to the vocabulary, in the order of their ids."""
     return list(TAGS) + list(dict.fromkeys(latent_tokens(count, kind)))
 
 
@@ -31,12 +31,12 @@ def new_tokens(count, kind):
 class Layout:
     """One sequence. Spans are half-open (start, end) positions; an absent one is (0, 0)."""
     ids: list[int]
-    targets: list[int]                                  # row t predicts targets[t]
+    targets: list[int]                                  # position t predicts targets[t]
     image: list[int] = field(default_factory=list)      # positions of the N image tokens of all images
     thought: tuple[int, int] = (0, 0)                   # <think> to </think>, tags included
     latents: list[int] = field(default_factory=list)    # positions of the K latents
     answer: tuple[int, int] = (0, 0)                    # <answer> (or R's first token) to <|im_end|>
-    rows: list[int] = field(default_factory=list)       # answer rows: they predict R and what follows it
+    answer_positions: list[int] = field(default_factory=list)  # they predict R and what follows it
 
 
 class Format:
@@ -47,20 +47,32 @@ class Format:
     Without latents this is plain fine-tuning's format, with them CrystaL's; a method whose latents stand elsewhere has a
     subclass with a `question` and a `chat_template` of its own.
 
-    count: K of the latents in a sequence. copies: how often each image stands in it. open, close: ids of the tags around
-    an answer, think, unthink: of those around a thought that ends in latents, begin, finish: of those around latents that
-    the model feeds back to itself; None where there are none.
+    count: K of the latents in a sequence. copies: how often each image stands in it. The tags around an answer, around a
+    thought that ends in latents, and around latents that the model feeds back to itself are known by their ids:
+    answer_start_id, think_start_id, latent_start_id and their ends; None where there are none.
     """
     copies = 1
-    open = close = begin = finish = think = unthink = None
+    answer_start_id = answer_end_id = None
+    think_start_id = think_end_id = None
+    latent_start_id = latent_end_id = None
 
     def __init__(self, tokenizer, count=0, kind="diverse", thought="fixed"):
         self.tokenizer, self.count, self.thought = tokenizer, count, thought
         self.marks = getattr(tokenizer, "image_marks", IMAGE)  # another family's, see families.py
         self.end, self.image = tokenizer.convert_tokens_to_ids([END, self.marks[0]])
         if count:
-            self.think, self.unthink, self.open, self.close = tokenizer.convert_tokens_to_ids(list(TAGS))
+            self.think_start_id, self.think_end_id, self.answer_start_id, self.answer_end_id = tokenizer.convert_tokens_to_ids(list(TAGS))
             self.latents = tokenizer.convert_tokens_to_ids(latent_tokens(count, kind))
+
+    @property
+    def feeds_back(self):
+        """Whether its latents are states that the model feeds back to itself."""
+        return self.latent_start_id is not None
+
+    @property
+    def writes_own_latents(self):
+        """Whether the model writes its thought and latents itself; otherwise they stand in its prompt."""
+        return bool(self.count) and self.thought == "cot"
 
     def text(self, text):
         """Ids of a user's text; `<|image_pad|>` typed by a user is a dozen ordinary tokens here."""
@@ -102,16 +114,16 @@ class Format:
         drop leaves the latents out of the sequence, the test of whether they carry anything.
         """
         words = " ".join(steps) if self.thought == "cot" and steps else THOUGHT
-        head = [self.think] + self.text(" " + words)
+        head = [self.think_start_id] + self.text(" " + words)
         latents = [] if drop else self.latents
-        tail = self.tokenizer.encode(". ", add_special_tokens=False) + [self.unthink]
+        tail = self.tokenizer.encode(". ", add_special_tokens=False) + [self.think_end_id]
         return head + latents + tail, list(range(len(head), len(head) + len(latents)))
 
     def answered(self, ids, image, latents, answer):
         """A prompt to generate from, as `question` gives it, and R and <|im_end|> after it, which are the labels -> Layout."""
         start = len(ids)
         ids = ids + self.text(answer) + [self.end]
-        return Layout(ids, next_tokens(ids, start), image, latents=latents, answer=(start, len(ids)), rows=list(range(start - 1, len(ids) - 1)))
+        return Layout(ids, next_tokens(ids, start), image, latents=latents, answer=(start, len(ids)), answer_positions=list(range(start - 1, len(ids) - 1)))
 
     def plain(self, turns, image_tokens, answer):
         """The sequence of ordinary fine-tuning."""
@@ -120,7 +132,7 @@ class Format:
     def latent(self, turns, image_tokens, answer, steps=(), labels="all"):
         """The sequence of a method with latents. labels: "all" that the assistant says, or the "answer" and its end alone.
 
-        The first answer row is `<answer>` itself, which predicts R's first token: it sees the latents and is copied
+        The first answer position is `<answer>` itself, which predicts R's first token: it sees the latents and is copied
         from nowhere, so that a one-token answer still has a divergence to lose.
         """
         ids, image = self.prompt(turns, image_tokens)
@@ -128,7 +140,7 @@ class Format:
         thought, offsets = self.thinking(steps)
         ids = ids + thought
         answer_start = len(ids)
-        ids = ids + [self.open] + self.text(answer) + [self.close, self.end]
+        ids = ids + [self.answer_start_id] + self.text(answer) + [self.answer_end_id, self.end]
         first = start if labels == "all" else answer_start + 1
         return Layout(ids, next_tokens(ids, first), image, (start, answer_start), [start + i for i in offsets],
                       (answer_start, len(ids)), list(range(answer_start, len(ids) - 1)))
@@ -143,17 +155,17 @@ class Format:
         ids, image = self.prompt(turns, image_tokens)
         if latents == "none" or not self.count:
             return ids, image, []
-        if self.thought == "cot":
-            return ids + [self.think], image, []
+        if self.writes_own_latents:
+            return ids + [self.think_start_id], image, []
         thought, offsets = self.thinking(drop=latents == "drop")
-        return ids + thought + [self.open], image, [len(ids) + i for i in offsets]
+        return ids + thought + [self.answer_start_id], image, [len(ids) + i for i in offsets]
 
     def chat_template(self):
         """The tokenizer's chat template with the generation prompt of `question`, for tools that know nothing of crystal."""
         template = self.tokenizer.chat_template
         if not self.count:
             return template
-        if self.thought == "cot":  # the model writes its own thought and latents
+        if self.writes_own_latents:
             prompt = TAGS[0]
         else:
             latents = "".join(self.tokenizer.convert_ids_to_tokens(self.latents))
@@ -162,5 +174,5 @@ class Format:
 
 
 def next_tokens(ids, start):
-    """Targets by row: ids[t + 1] from the row before position `start` on, IGNORE before it and at the last row."""
+    """Targets by position: ids[t + 1] from the one before `start` on, IGNORE before it and at the last."""
     return [ids[t + 1] if start - 1 <= t < len(ids) - 1 else IGNORE for t in range(len(ids))]

@@ -1,4 +1,4 @@
-"""Low-rank adapters and trainable token rows, kept on disk in PEFT's format.
+"""Low-rank adapters and trainable tokens, kept on disk in PEFT's format.
 
 r rank, `in` and `out` features of a Linear, V vocabulary rows, n of them trainable, D hidden size, `*` any leading shape.
 
@@ -106,14 +106,14 @@ def _replace(model, name, module):
 
 # --- trainable rows of the vocabulary ----------------------------------------------------------------------------
 
-class TokenRows(nn.Module):
+class TrainableTokens(nn.Module):
     """Trains n rows of the vocabulary and leaves all others exactly where they are.
 
     embed: the nn.Embedding [V,D]. head: the output nn.Linear [V,D], tied or not; None only where there is none, since
     without it the rows would miss the head's gradient (it warns). ids: n different rows, list of int.
 
-    Parameters, in float32 (float64 if the weights are), starting as copies of the weights' rows: `rows` [n,D] and,
-    if the head is untied, `head_rows` [n,D]. If tied, `rows` gets both gradients. W is frozen and stays in the model:
+    Parameters, in float32 (float64 if the weights are), starting as copies of the weights' rows: `embedding` [n,D] and,
+    if the head is untied, `head` [n,D]. If tied, `embedding` gets both gradients. W is frozen and stays in the model:
         embed   out + [id is ours] (P - P.detach())[id]
         head    logits[ids] + h (P - P.detach())^T
     so that values are W's to the bit and gradients reach P. After each optimiser update call `sync()`, which writes P
@@ -125,15 +125,15 @@ class TokenRows(nn.Module):
         super().__init__()
         ids = [int(i) for i in ids]
         if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= embed.num_embeddings:
-            raise ValueError(f"token rows {ids}: need different ids from 0 to {embed.num_embeddings - 1}")
+            raise ValueError(f"trainable tokens {ids}: need different ids from 0 to {embed.num_embeddings - 1}")
         if head is None:
-            warnings.warn("TokenRows without an output head: pass a tied head too, or its gradient never reaches the rows", stacklevel=2)
+            warnings.warn("TrainableTokens without an output head: pass a tied head too, or its gradient never reaches the rows", stacklevel=2)
         self.ids, self.tied = ids, head is None or head.weight is embed.weight
         self.owners = (embed, head)  # in a tuple: as submodules their weights would be counted as ours
         self.register_buffer("index", torch.tensor(ids, device=embed.weight.device), persistent=False)
-        self.rows = self._copy(embed)
+        self.embedding = self._copy(embed)
         if not self.tied:
-            self.head_rows = self._copy(head)
+            self.head = self._copy(head)
         self.hooks = [embed.register_forward_hook(self._after_embed)]
         if head is not None:
             self.hooks.append(head.register_forward_hook(self._after_head))
@@ -144,19 +144,19 @@ class TokenRows(nn.Module):
     def pairs(self):
         """[(module, its parameter [n,D])]: one pair if tied, else embedding and head."""
         embed, head = self.owners
-        return [(embed, self.rows)] if self.tied else [(embed, self.rows), (head, self.head_rows)]
+        return [(embed, self.embedding)] if self.tied else [(embed, self.embedding), (head, self.head)]
 
     def _after_embed(self, module, args, out):
         if not torch.is_grad_enabled():
             return None
         # A product with the one-hot matches [*,n], not a gather of them: their number never has to reach the host.
         ours = (args[0][..., None] == self.index).to(out.dtype)
-        return out + ours @ _carrier(self.rows, out.dtype)  # [*,D]
+        return out + ours @ _carrier(self.embedding, out.dtype)  # [*,D]
 
     def _after_head(self, module, args, out):
         if not torch.is_grad_enabled():
             return None
-        P = self.rows if self.tied else self.head_rows
+        P = self.embedding if self.tied else self.head
         # In place: a second copy of the logits [*,V] would be the largest tensor of all.
         return out.index_add_(-1, self.index, args[0] @ _carrier(P, out.dtype).T)
 
@@ -182,34 +182,34 @@ def _carrier(P, dtype):
 
 # --- on disk -----------------------------------------------------------------------------------------------------
 
-def _tensors(model, rows):
+def _tensors(model, new_tokens):
     """{PEFT's key: the live parameter}: what an adapter's file holds."""
     found = {}
     for name, layer in adapters(model).items():
         found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    for name, (_, P) in _row_names(model, rows).items():
+    for name, (_, P) in _token_names(model, new_tokens).items():
         found[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = P
     return found
 
 
-def _row_names(model, rows):
-    """{module name: (module, parameter)} of the token rows."""
+def _token_names(model, new_tokens):
+    """{module name: (module, parameter)} of the trainable tokens."""
     names = {module: name for name, module in model.named_modules()}
-    return {names[module]: (module, P) for module, P in (rows.pairs() if rows is not None else [])}
+    return {names[module]: (module, P) for module, P in (new_tokens.pairs() if new_tokens is not None else [])}
 
 
-def adapter_state(model, rows):
+def adapter_state(model, new_tokens):
     """What trains beside the frozen weights, under PEFT's names -> {key: tensor}, detached copies on the CPU.
 
-    model: the transformers model itself, so that names are those PEFT will meet. rows: a TokenRows of it, or None.
+    model: the transformers model itself, so that names are those PEFT will meet. new_tokens: a TrainableTokens of it, or None.
     Keys: base_model.model.NAME.lora_A.weight [r,in], .lora_B.weight [out,r], and of embedding and untied head
     base_model.model.NAME.token_adapter.trainable_tokens_delta [n,D] (rows as they are; the name is PEFT's).
     """
-    return {key: P.detach().to("cpu", copy=True).contiguous() for key, P in _tensors(model, rows).items()}
+    return {key: P.detach().to("cpu", copy=True).contiguous() for key, P in _tensors(model, new_tokens).items()}
 
 
-def adapter_config(model, rows, base_name):
+def adapter_config(model, new_tokens, base_name):
     """The contents of PEFT's adapter_config.json -> dict. base_name: directory or hub name of the frozen model.
 
     target_modules lists full names: a suffix such as `proj` could match more modules than were wrapped.
@@ -224,28 +224,28 @@ def adapter_config(model, rows, base_name):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
         "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout,
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "target_modules": list(layers),
-        "trainable_token_indices": {name: rows.ids for name in _row_names(model, rows)} or None,
+        "trainable_token_indices": {name: new_tokens.ids for name in _token_names(model, new_tokens)} or None,
     }
 
 
-def save_adapter(directory, model, rows, base_name):
+def save_adapter(directory, model, new_tokens, base_name):
     """Writes adapter_model.safetensors and adapter_config.json into `directory`, made if absent. See adapter_config."""
     directory = Path(directory)
-    config = adapter_config(model, rows, base_name)
+    config = adapter_config(model, new_tokens, base_name)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(model, rows), directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(adapter_state(model, new_tokens), directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
-def load_adapter(directory, model, rows):
-    """Reads an adapter into a model that has the same adapters and token rows already (add_lora, TokenRows).
+def load_adapter(directory, model, new_tokens):
+    """Reads an adapter into a model that has the same adapters and trainable tokens already (add_lora, TrainableTokens).
 
     Raises ValueError naming the file and the key where anything differs: a key missing or unknown, a shape, the rank,
-    alpha, the ids of the rows. Nothing is changed then. Token rows are written into the vocabulary as well (sync).
+    alpha, the ids of the tokens. Nothing is changed then. Trainable tokens are written into the vocabulary as well (sync).
     """
     weights, config = Path(directory) / WEIGHTS, Path(directory) / CONFIG
-    here = adapter_config(model, rows, "")
+    here = adapter_config(model, new_tokens, "")
     try:
         there = dict(json.loads(config.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -257,7 +257,7 @@ def load_adapter(directory, model, rows):
         state = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{weights}: not a readable safetensors file: {error}") from error
-    wanted = _tensors(model, rows)
+    wanted = _tensors(model, new_tokens)
     for key in [*wanted, *state]:
         if key not in state:
             raise ValueError(f"{weights}: no key {key}, which the model has")
@@ -267,5 +267,5 @@ def load_adapter(directory, model, rows):
             raise ValueError(f"{weights}: {key} has shape {list(state[key].shape)}, the model's is {list(wanted[key].shape)}")
     for key, P in wanted.items():
         P.copy_(state[key])
-    if rows is not None:
-        rows.sync()
+    if new_tokens is not None:
+        new_tokens.sync()

@@ -1,6 +1,6 @@
 """The terms of CrystaL's objective, eq. 4 to 6, as pure functions of tensors.
 
-B pairs, N rows of logits of all pairs concatenated, V vocabulary, H heads, M answer rows, K columns. `int` and `cor` are
+B pairs, N rows of logits of all pairs concatenated, V vocabulary, H heads, M answer positions, K columns. `int` and `cor` are
 the intact and the corrupted path. All logarithms are natural: losses are in nats.
 
 Everything reduces to one number per pair, [B], and stops there: the caller averages over the pairs of the global batch,

@@ -81,7 +81,7 @@ def main(argv=None):
 
     # ----------------------------------------------------------------------------------------------------- model
     ops.announce(procs.print)
-    with procs.first():  # a hub name is downloaded once
+    with procs.main_process_first():  # a hub name is downloaded once
         model = crystal.backbone.model.load(settings.model, weights_dtype, device, settings.min_pixels, settings.max_pixels)
     method, fmt = methods.attach(model, settings)
     objective = Objective(model, method, autocast).to(device).train()
@@ -99,11 +99,12 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------- optimiser
     # Vocabulary rows are not decayed (decay pulls a latent towards 0, not towards a small map), nor are vectors.
-    rows = [p for n, p in named if ".rows." in n]
-    vectors = [p for n, p in named if ".rows." not in n and p.ndim < 2]
-    matrices = [p for n, p in named if ".rows." not in n and p.ndim >= 2]
+    tokens = [] if model.new_tokens is None else list(model.new_tokens.parameters())
+    others = [p for _, p in named if not any(p is token for token in tokens)]
+    vectors = [p for p in others if p.ndim < 2]
+    matrices = [p for p in others if p.ndim >= 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay, "lr_scale": 1.0}, {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-              {"params": rows, "weight_decay": 0.0, "lr_scale": settings.lr_rows}]
+              {"params": tokens, "weight_decay": 0.0, "lr_scale": settings.lr_tokens}]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
 
     # ---------------------------------------------------------------------------------------------------- resume
@@ -172,7 +173,7 @@ def main(argv=None):
             line = {"step": step, **means, "lr": rate, "grad_norm": float(norm),
                     "tokens_per_s": tokens / (time.perf_counter() - started), "peak_memory_gb": peak_memory(device)}
             write(log, board, line)
-            bar.set_postfix({n: f"{v:.3f}" for n, v in means.items() if n not in method.watched}, refresh=False)
+            bar.set_postfix({n: f"{v:.3f}" for n, v in means.items() if n not in method.monitored}, refresh=False)
             bar.update()
             if bar.disable and (step % settings.log_every == 0 or step == settings.max_steps):
                 print(f"step {step}/{settings.max_steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in means.items()) + f"  {line['tokens_per_s']:.0f} tokens/s", flush=True)
@@ -219,7 +220,7 @@ def open_data(settings, method, model, fmt, procs):
     if not all(train):
         from crystal.runtime import toy
         root = "runs/toy"
-        with procs.first(), nullcontext() if procs.is_first else redirect_stdout(None):
+        with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(root, seed=settings.seed)
         train, val = [path or f"{root}/train.jsonl" for path in train], val or f"{root}/val.jsonl"
     corruption = data.corruption_of(settings) if method.corrupts else None
@@ -241,7 +242,7 @@ def open_data(settings, method, model, fmt, procs):
         known[split, path] = records
 
     def examples(split, path, stage):
-        return data.Examples(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, corruption,
+        return data.RecordDataset(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, corruption,
                              settings.seed + (split == "val"), settings.on_bad_record == "skip" and split == "train", copies=fmt.copies, extras=method.extras)
 
     train_sets = [examples("train", path, i) for i, path in enumerate(train)]
@@ -284,7 +285,7 @@ def begin(run, step, settings, procs):
 def stage_batches(stage, examples, step, settings, pad, procs):
     """This rank's batches of a stage (from 0), from update `step` of the run on; a stage that lies behind has none."""
     start, stop = settings.span(stage)
-    order = data.Order(len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, max(start, step), stop)
+    order = data.BatchSampler(len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world, settings.seed, max(start, step), stop)
     if step < stop:
         yield from data.loader(examples, order, pad, settings.workers, distributed.ignore_signals)
 
@@ -353,8 +354,8 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
 
 
 def weighted(terms, method, settings):
-    """Eq. 6 over what trains: a term that the settings give no weight has weight 1, a watched one is left out."""
-    trained = {n: t for n, t in terms.items() if n not in method.watched}
+    """Eq. 6 over what trains: a term that the settings give no weight has weight 1, a monitored one is left out."""
+    trained = {n: t for n, t in terms.items() if n not in method.monitored}
     return total(trained, {n: settings.weights.get(n, 1.0) for n in trained})
 
 

@@ -48,7 +48,7 @@ TOP = 8  # section 4.1
 class Looks:
     """Eq. 2 in one forward: S [B,N], mean over layers, heads and text rows of the attention that image tokens get.
 
-    A tap (attention.py): layer by layer it adds up M x N weights, so no L x L matrix exists, and fused attention stays on.
+    A recorder (attention.py): layer by layer it adds up M x N weights, so no L x L matrix exists, and fused attention stays on.
     rows [B,M] text, cols [B,N] image, -1 padded.
     """
 
@@ -76,16 +76,16 @@ def text_rows(batch):
 def look(model, fmt, method, records, batch_size):
     """Records -> [(tensors of the record, its attention's statistics)]; tensors and statistics as the module's docstring says."""
     sizes = lambda record, images: {"sizes": torch.tensor([image.size for image in images])}
-    examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, extras=sizes)
+    examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, extras=sizes)
     found = []
     for at in range(0, len(records), batch_size):
         group = records[at : at + batch_size]
         batch = data.collate([examples.build(at + i, 0) | {"bad": []} for i in range(len(group))], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        tap = Looks(text_rows(batch), batch["image"])
-        h = method.hidden(model, batch, tap)                                                             # [B,L,E]
+        recorder = Looks(text_rows(batch), batch["image"])
+        h = method.hidden(model, batch, recorder)                                                             # [B,L,E]
         images = model.image_processor.grids(batch["image_grid_thw"])                                    # rows and columns of tokens of every image
-        for r, S, cols, states, sizes_of in zip(group, tap.S.cpu(), batch["image"], h, batch["sizes"].tolist()):
+        for r, S, cols, states, sizes_of in zip(group, recorder.S.cpu(), batch["image"], h, batch["sizes"].tolist()):
             seen, images = images[: len(r.images)], images[len(r.images) :]
             own = torch.tensor([grid for image in seen for grid in image])                               # [I,2], for some families more than one of an image
             cols = cols[cols >= 0]
@@ -107,7 +107,7 @@ def without_image(record):
 
 def shard(model, fmt, method, records, args, leave):
     """Records -> (tensors to store, a dict to log for each record). leave: told the RecordError of one that is broken, as its image may turn out to be."""
-    examples, broken = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor), {}
+    examples, broken = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor), {}
     for i, r in enumerate(records):
         try:
             examples.build(i, 0)

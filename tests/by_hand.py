@@ -47,11 +47,11 @@ def model_by_hand(real):
                             tokenizer=real.tokenizer, image_processor=real.image_processor, family=real.family)
     dark, bright = (float(real.image_processor(images=[Image.new("RGB", (56, 56), (v,) * 3)])["pixel_values"].mean()) for v in (0, 255))
     model.code = lambda pixels: 255 * (float(pixels.mean()) - dark) / (bright - dark)
-    model.hidden = lambda batch, tap=None, biases=(): weigh(batch, tap)
+    model.hidden = lambda batch, recorder=None, biases=(): weigh(batch, recorder)
     return model
 
 
-def weigh(batch, tap):
+def weigh(batch, recorder):
     """Attention whose weights are small whole numbers, two heads, two layers: 1 for every token, but 2 for latents and 3 for the
     image where the first head of the second layer looks. Any position may be read."""
     B, L = batch["input_ids"].shape
@@ -60,8 +60,8 @@ def weigh(batch, tap):
         keys[b, 0, batch["latents"][b][batch["latents"][b] >= 0]] = math.log(2)
         keys[b, 0, batch["image"][b][batch["image"][b] >= 0]] = math.log(3)
     look, idle = torch.ones(B, 1, L, 1, dtype=torch.float64), torch.zeros(B, 1, L, 1, dtype=torch.float64)
-    tap(0, torch.cat([idle, idle], 1), keys, 1.0)
-    tap(1, torch.cat([look, idle], 1), keys, 1.0)
+    recorder(0, torch.cat([idle, idle], 1), keys, 1.0)
+    recorder(1, torch.cat([look, idle], 1), keys, 1.0)
     return torch.zeros(B, L, WIDTH, dtype=torch.float64)
 
 

@@ -164,7 +164,7 @@ def setup(model_dirs, family_dirs, records_file):
                     p.copy_(torch.randn(p.shape, generator=g) * 0.1)
         records, _ = data.read(records_file)
         records = [records[i] for i in which] if which is not None else records
-        examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings) if method.corrupts else None,
+        examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings) if method.corrupts else None,
                                  copies=fmt.copies, extras=method.extras)
         batch = data.collate([examples[0, i] for i in range(len(records))], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, torch.device("cpu"), dtype)
@@ -196,14 +196,14 @@ def float64_modules(monkeypatch):
 
 
 def eager_mass(s, biases):
-    """The share of the answer rows' attention that the latents get at the last layer, by a softmax over L x L: mean over heads, rows and the pairs of s.batch."""
+    """The share of the answer positions' attention that the latents get at the last layer, by a softmax over L x L: mean over heads, rows and the pairs of s.batch."""
     kept, batch = {}, s.batch
     with torch.no_grad():
-        s.model.hidden(batch, tap=lambda layer, q, k, scale: kept.update(last=(q, k, scale)), biases=biases)
+        s.model.hidden(batch, recorder=lambda layer, q, k, scale: kept.update(last=(q, k, scale)), biases=biases)
     q, k, scale = kept["last"]
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale + additive_mask(biases, batch["attention_mask"])  # [B,H,L,L]
     masses = []
-    for A, rows, latents in zip(scores.softmax(-1), batch["rows"], batch["latents"]):
+    for A, rows, latents in zip(scores.softmax(-1), batch["answer_positions"], batch["latents"]):
         masses.append(A[:, rows[rows >= 0]][:, :, latents].sum(-1).mean())
     return float(sum(masses)) / len(masses)
 

@@ -49,7 +49,7 @@ DEFAULTS = {
     "crystal": {
         "latents": 8, "latent_kind": "diverse", "thought": "fixed", "labels": "all",
         "corruption": "blur", "strength_low": None, "strength_high": None,
-        "copied": "latents", "ce": "per_path", "kl_share": 1.0, "answer_rows": "predicting",
+        "copied": "latents", "ce": "per_path", "kl_share": 1.0, "answer_positions": "predicting",
         "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
         "teacher_grad": False, "w_ce_int": 1.0, "w_ce_cor": 1.0, "w_kl": 1.0, "w_attn": 1.0,
     },
@@ -68,7 +68,7 @@ DEFAULTS = {
 }
 
 # What the authors' released code of CrystaL does and the paper does not say.
-RELEASED = {"copied": "thought", "ce": "pooled", "kl_share": 0.1, "answer_rows": "span", "attn_heads": "mean",
+RELEASED = {"copied": "thought", "ce": "pooled", "kl_share": 0.1, "answer_positions": "span", "attn_heads": "mean",
             "attn_columns": "thought"}
 
 
@@ -514,7 +514,7 @@ def crystal(net, record, folder, s, place, number=0, pixels_cor=None):
 
     # Omega_A of eq. 4: the positions that predict R and what follows it, or (released) the answer's own.
     last = len(x) - 1
-    omega = list(range(x.answer, last if s.answer_rows == "predicting" else len(x)))
+    omega = list(range(x.answer, last if s.answer_positions == "predicting" else len(x)))
 
     # Section 3.4: the cross-entropies. No loss reads a copied position of the corrupted path.
     first = x.said - 1 if s.labels == "all" else x.answer

@@ -1,10 +1,10 @@
-"""attention.py against a full softmax, cell by cell in float64, and the tap against a forward without checkpointing."""
+"""attention.py against a full softmax, cell by cell in float64, and the recorder against a forward without checkpointing."""
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from crystal.attention import AttentionTap, attend, attn_lse, attn_scores, attn_slice
+from crystal.attention import AttentionRecorder, attend, attn_lse, attn_scores, attn_slice
 
 INF = float("inf")
 f64 = torch.float64
@@ -225,18 +225,18 @@ def test_what_is_refused():
         attn_slice(q, k[:, [0, 1, 1]], rows, cols)
 
 
-# ---- the tap ---------------------------------------------------------------------------------------------------------
+# ---- the recorder ---------------------------------------------------------------------------------------------------------
 
 class Layer(torch.nn.Module):
-    """A decoder layer as the tap sees one: attention with a residual, the tap a keyword of its forward."""
+    """A decoder layer as the recorder sees one: attention with a residual, the recorder a keyword of its forward."""
 
     def __init__(self, index):
         super().__init__()
         self.index, self.qk, self.v = index, torch.nn.Linear(8, 12), torch.nn.Linear(8, 8)
 
-    def forward(self, x, tap):
+    def forward(self, x, recorder):
         q, k = self.qk(x).view(*x.shape[:2], 6, 2).transpose(1, 2).split([4, 2], dim=1)  # [B,4,L,2], [B,2,L,2]
-        tap(self.index, q, k, 0.7)
+        recorder(self.index, q, k, 0.7)
         v = self.v(x).view(*x.shape[:2], 4, 2).transpose(1, 2)
         return x + F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7, enable_gqa=True).transpose(1, 2).flatten(2)
 
@@ -245,12 +245,12 @@ def tapped(read, layers, checkpointed, run=3):
     """Slices before and after backward, and the gradients of an attention loss plus the output's, of a stack of layers."""
     torch.manual_seed(0)
     stack, x = torch.nn.ModuleList(map(Layer, range(run))), torch.randn(2, 6, 8)
-    tap = AttentionTap(layers, torch.tensor([[3, 5], [4, -1]]), torch.tensor([[1, 2], [0, 3]]), read)
+    recorder = AttentionRecorder(layers, torch.tensor([[3, 5], [4, -1]]), torch.tensor([[1, 2], [0, 3]]), read)
     for layer in stack:
-        x = checkpoint(layer, x, tap, use_reentrant=False) if checkpointed else layer(x, tap)
-    before = tap.slices
+        x = checkpoint(layer, x, recorder, use_reentrant=False) if checkpointed else layer(x, recorder)
+    before = recorder.slices
     (x.square().mean() + sum(A[A > -INF].square().sum() for A in before.values())).backward()
-    return before, tap.slices, [p.grad for p in stack.parameters()]
+    return before, recorder.slices, [p.grad for p in stack.parameters()]
 
 
 @pytest.mark.parametrize("read", [attn_slice, attn_scores])
@@ -269,12 +269,12 @@ def test_tap_under_checkpointing(read, layers):
 def test_tap_reads_what_it_was_told():
     q, k, rows, cols, kw = sample(**SAMPLES["bias and padding"])
     for read in (attn_slice, attn_scores):
-        tap = AttentionTap([1], rows, cols, read, bias=kw["bias"], key_padding=kw["key_padding"])
-        tap(0, q, k, 0.5)
-        tap(1, q, k, 0.3)
-        tap(1, q, k, 0.9)  # a later write is dropped
-        assert list(tap.slices) == [1]
-        assert torch.equal(tap.slices[1], read(q, k, rows, cols, **{**kw, "scale": 0.3}))
+        recorder = AttentionRecorder([1], rows, cols, read, bias=kw["bias"], key_padding=kw["key_padding"])
+        recorder(0, q, k, 0.5)
+        recorder(1, q, k, 0.3)
+        recorder(1, q, k, 0.9)  # a later write is dropped
+        assert list(recorder.slices) == [1]
+        assert torch.equal(recorder.slices[1], read(q, k, rows, cols, **{**kw, "scale": 0.3}))
 
 
 def test_tap_names_the_missing_layer():

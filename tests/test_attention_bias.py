@@ -6,7 +6,7 @@ import torch
 
 from conftest import gradients
 from crystal.attention import row_bias
-from crystal.attention_bias import Bias, additive_mask, row_biases
+from crystal.attention_bias import AttentionBias, additive_mask, row_biases
 
 
 def spans(L, *positions):
@@ -17,7 +17,7 @@ def spans(L, *positions):
 
 def test_mask_is_causal_padded_and_biased():
     attention_mask = torch.tensor([[1, 1, 1, 1, 0]])
-    mask = additive_mask([Bias(spans(5, 2, 3), spans(5, 0)), Bias(spans(5, 3), spans(5, 1), math.log(0.5))], attention_mask)[0, 0]
+    mask = additive_mask([AttentionBias(spans(5, 2, 3), spans(5, 0)), AttentionBias(spans(5, 3), spans(5, 1), math.log(0.5))], attention_mask)[0, 0]
     inf = float("inf")
     half = math.log(0.5)
     assert torch.allclose(mask, torch.tensor([[0, -inf, -inf, -inf, -inf], [0, 0, -inf, -inf, -inf], [-inf, 0, 0, -inf, -inf],
@@ -25,19 +25,19 @@ def test_mask_is_causal_padded_and_biased():
 
 
 def test_a_row_that_would_see_nothing_sees_itself():
-    mask = additive_mask([Bias(spans(3, 0, 1, 2), spans(3, 0, 1, 2))], torch.ones(1, 3))[0, 0]
+    mask = additive_mask([AttentionBias(spans(3, 0, 1, 2), spans(3, 0, 1, 2))], torch.ones(1, 3))[0, 0]
     assert torch.equal(mask.isfinite(), torch.eye(3, dtype=torch.bool))
     assert torch.softmax(mask, -1).isfinite().all()
 
 
 def test_biases_meet_by_adding_up():
-    two = [Bias(spans(2, 1), spans(2, 0), math.log(0.5))] * 2
+    two = [AttentionBias(spans(2, 1), spans(2, 0), math.log(0.5))] * 2
     assert additive_mask(two, torch.ones(1, 2))[0, 0, 1, 0].item() == pytest.approx(math.log(0.25))
 
 
 def test_biases_of_chosen_rows_are_the_masks():
-    """But for causality, which a tap brings itself."""
-    biases, rows = [Bias(spans(5, 2, 3), spans(5, 0)), Bias(spans(5, 3, 4), spans(5, 1), math.log(0.5))], torch.tensor([[3, 2, 4, -1]])
+    """But for causality, which a recorder brings itself."""
+    biases, rows = [AttentionBias(spans(5, 2, 3), spans(5, 0)), AttentionBias(spans(5, 3, 4), spans(5, 1), math.log(0.5))], torch.tensor([[3, 2, 4, -1]])
     causal = row_bias(additive_mask([], torch.ones(1, 5)), rows)
     assert torch.equal(row_biases(biases, rows)[:, :, :3] + causal[:, :, :3], row_bias(additive_mask(biases, torch.ones(1, 5)), rows)[:, :, :3])
     assert row_biases(biases, rows, torch.float64).dtype == torch.float64 and row_biases([], rows) is None
@@ -50,7 +50,7 @@ def test_blocked_image_has_exactly_no_influence(setup):
     image[0, s.batch["image"][0]] = True
     after = torch.zeros_like(image)
     after[0, int(s.batch["image"][0].max()) + 1 :] = True
-    blocked = [Bias(after, image)]
+    blocked = [AttentionBias(after, image)]
     other = dict(s.batch, pixel_values=s.batch["pixel_values"].flip(0))
     a, b = (s.model.hidden(x, biases=blocked)[after] for x in (s.batch, other))
     assert torch.equal(a, b)
@@ -60,13 +60,13 @@ def test_blocked_image_has_exactly_no_influence(setup):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_dimmed_image_by_hand(setup, checkpointing):
-    """ln gamma from answer rows to the image, in a padded batch with two images and grouped heads: logits and gradients equal a plain softmax of our own."""
+    """ln gamma from answer positions to the image, in a padded batch with two images and grouped heads: logits and gradients equal a plain softmax of our own."""
     s = setup(*["--checkpointing"] * checkpointing)
     queries, image = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool), s.batch["mm_token_type_ids"].bool()
     for b, (start, end) in enumerate(s.batch["answer"]):
         queries[b, start:end] = True
     real = s.batch["attention_mask"].bool()
-    bias = Bias(queries, image, math.log(0.3))
+    bias = AttentionBias(queries, image, math.log(0.3))
     cells = (queries[:, :, None] & image[:, None, :])[:, None]                         # [B,1,L,L]
 
     def by_hand(module, query, key, value, attention_mask, scaling=None, **_):
@@ -99,7 +99,7 @@ def test_one_tensor_serves_all_heads_and_layers(setup):
     for layer in s.model.layers:
         layer.self_attn.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
     zero = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool)
-    s.model.hidden(s.batch, biases=[Bias(zero, zero)])
+    s.model.hidden(s.batch, biases=[AttentionBias(zero, zero)])
     B, L = zero.shape
     assert len(seen) == 3 and all(m.shape == (B, 1, L, L) and m.data_ptr() == seen[0].data_ptr() for m in seen)
 
@@ -115,9 +115,9 @@ def test_a_mask_holds_in_a_cached_forward(setup):
     image = whole == s.fmt.image
     late = torch.arange(L + 3)[None] >= L - 4
     batch = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "mm_token_type_ids": image.long(), **images}
-    expected = s.model.hidden(batch, biases=[Bias(late, image)])[0, L - 1 :]
+    expected = s.model.hidden(batch, biases=[AttentionBias(late, image)])[0, L - 1 :]
     left = lambda x, fill: torch.cat([torch.full((1, pad), fill, dtype=x.dtype), x], 1)
-    mask = additive_mask([Bias(left(late, False)[:, : L + pad], left(image, False)[:, : L + pad])], left(torch.ones_like(ids), 0))
+    mask = additive_mask([AttentionBias(left(late, False)[:, : L + pad], left(image, False)[:, : L + pad])], left(torch.ones_like(ids), 0))
     positions = torch.cat([torch.zeros(3, 1, pad, dtype=torch.long), s.model.positions(batch)], 2)
 
     def forward(a, b, cache=None, **more):
@@ -140,5 +140,5 @@ def test_no_bias_equals_the_plain_model(setup):
     s = setup()
     zero = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool)
     real = s.batch["attention_mask"].bool()
-    plain, masked = s.model.hidden(s.batch), s.model.hidden(s.batch, biases=[Bias(zero, zero)])
+    plain, masked = s.model.hidden(s.batch), s.model.hidden(s.batch, biases=[AttentionBias(zero, zero)])
     assert (plain[real] - masked[real]).abs().max() < 1e-9

@@ -112,7 +112,7 @@ def test_a_question_reaches_the_prompt_with_its_images(tmp_path):
     path = write(tmp_path / "x.tsv", ["index", "image", "question", "answer"], [0, f'["{picture(1)}", "{picture(2)}"]', "How many <image> <|image_pad|>?", "2"])
     model = crystal.backbone.model.load("tiny")
     fmt = Format(model.tokenizer)
-    examples = data.Examples(read(path), lambda r, n: fmt.question(r.turns, n), model.image_processor)
+    examples = data.RecordDataset(read(path), lambda r, n: fmt.question(r.turns, n), model.image_processor)
     ids, image, _ = examples.build(0, 0)["layout"]
     assert len(image) == 2 * 4 == ids.count(fmt.image) and "How many <image> <|image_pad|>?" in model.tokenizer.decode(ids)
 

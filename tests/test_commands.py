@@ -564,7 +564,7 @@ def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path
     )
     assert drawn["settings"].lora_alpha == 6
     ours = dict(drawn["model"].named_parameters())
-    assert torch.equal(ours["rows.rows"], saved(run, 1)["model.rows.rows"])
+    assert torch.equal(ours["new_tokens.embedding"], saved(run, 1)["model.new_tokens.embedding"])
     assert opened[0]["device"] == torch.device("cpu:0")
 
 
@@ -637,7 +637,7 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     about = json.loads(out.with_suffix(".json").read_text())
     assert about["families"]["all"] == {
         "right": 0.5,
-        "rows": 2,
+        "answer_positions": 2,
         "interval": pytest.approx([0.5 - two, 0.5 + two]),
     }
     assert about["families"]["b"]["interval"] == pytest.approx([1 - 2 * one, 1.0])
@@ -668,7 +668,7 @@ def test_evaluate_asks_with_and_without_latents(attached, fed, records_file, mon
 
     def write(model, prompts, fmt, max_new_tokens, biases=None):
         wrote.append((prompts, max_new_tokens))
-        return [fmt.latents + [fmt.open] + fmt.text("red") + [fmt.close]] * len(prompts)
+        return [fmt.latents + [fmt.answer_start_id] + fmt.text("red") + [fmt.answer_end_id]] * len(prompts)
 
     monkeypatch.setattr(evaluate, "write", write)
     flags = ["--data", str(records_file), "--limit", "1", "--max_new_tokens", "4", "--device", "cpu"]
@@ -756,7 +756,7 @@ def test_evaluate_asks_under_the_methods_mask(attached, fed, records_file):
     assert fed[0].biases is None
     ids = torch.tensor([fed[1].prompts[0][0]])
     biases = fed[1].biases(
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": torch.tensor([[ids.shape[1] - 1]])}
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "answer_positions": torch.tensor([[ids.shape[1] - 1]])}
     )
     names = s.model.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     image = [name in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>") for name in names]
@@ -1180,7 +1180,7 @@ def test_compare_on_the_tiny_base_uses_the_demos_flags_and_scenes(tmp_path, monk
     compare.main(
         ["--methods", "sft,lavit", "--seeds", "1", "--max_steps", "2", "--output", str(out), "--lr", "5"]
     )
-    recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
+    recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
     for argv, method, own in zip(trained, ("sft", "lavit"), ([], ["--tune", "lora"])):
         assert argv == [
             "--method",
@@ -1283,7 +1283,7 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         "30",
         "--overwrite",
     ]
-    recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
+    recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
     assert trained == [
         ["--method", "sft", "--output", "to/sft", *recipe, *common],
         ["--method", "mine.py", "--output", "to/mine", *recipe, *common],
@@ -1417,7 +1417,7 @@ def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     written_json = json.loads(out.read_text())
     assert (
         written_json["machine"] == machine
-        and [row["operator"] for row in written_json["rows"]] == list(found)
+        and [row["operator"] for row in written_json["answer_positions"]] == list(found)
         and written_json["settings"]["repeats"] == 7
     )
     assert "copy 10.0 GB/s, product 0.100 TFLOP/s, empty call 1.0 us" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import torch
 from conftest import gradients
 from crystal import methods
 from crystal.layout import IGNORE
-from crystal.methods.crystal import mask_of, positions
+from crystal.methods.crystal import position_mask, positions
 
 TERMS = {"paper": ("ce_int", "ce_cor", "kl", "attn"), "released": ("ce", "kl", "attn")}
 
@@ -16,10 +16,10 @@ TERMS = {"paper": ("ce_int", "ce_cor", "kl", "attn"), "released": ("ce", "kl", "
 def test_every_term_alone_moves_what_trains(setup, preset, tune, checkpointing):
     s = setup("--preset", preset, "--tune", tune, *(["--checkpointing"] if checkpointing else []))
     terms = s.objective(s.batch, 0.0)
-    assert set(terms) == {*TERMS[preset], *s.method.watched}
+    assert set(terms) == {*TERMS[preset], *s.method.monitored}
     for name in TERMS[preset]:
         grads = gradients(terms[name], s.named)
-        rows = next(n for n in grads if n.endswith("rows.rows"))
+        rows = next(n for n in grads if n.endswith("new_tokens.embedding"))
         weights = [n for n in grads if ".layers." in n]
         # in the last layer nothing after the scores can matter to the attention loss; before it everything does
         deep = [n for n in weights if not (name == "attn" and ".layers.2." in n)]
@@ -52,7 +52,7 @@ def test_gradient_of_each_term_equals_central_differences(setup, float64_modules
     g = torch.Generator().manual_seed(3)
     adapters = [n for n in parameters if "lora_" in n and ".layers.2.mlp" not in n]
     chosen = [(n, int(torch.randint(parameters[n].numel(), (1,), generator=g))) for n in (adapters[i] for i in torch.randperm(len(adapters), generator=g)[:5])]
-    rows = next(n for n in parameters if n.endswith("rows.rows"))
+    rows = next(n for n in parameters if n.endswith("new_tokens.embedding"))
     chosen += [(rows, 4 * parameters[rows].shape[1] + i) for i in (0, 13, 29)]  # the first latent's row, after four tags
     h = 1e-5
     for name, i in chosen:
@@ -110,7 +110,7 @@ def test_more_padding_changes_nothing(setup):
     wider = dict(s.batch)
     for name, fill in (("input_ids", s.model.tokenizer.pad_token_id), ("targets", IGNORE), ("attention_mask", 0), ("mm_token_type_ids", 0)):
         wider[name] = torch.nn.functional.pad(s.batch[name], (0, 7), value=fill)
-    for name in ("rows", "latents", "image"):
+    for name in ("answer_positions", "latents", "image"):
         wider[name] = torch.nn.functional.pad(s.batch[name], (0, 2), value=-1)
     after = s.objective(wider, 0.0)
     assert all(abs(before[n] - after[n]) < 1e-6 for n in before)
@@ -129,15 +129,15 @@ def test_no_row_sees_the_future(setup):
 def test_labels_rows_and_columns(setup):
     s = setup(which=[0])
     ids, targets = s.batch["input_ids"][0].tolist(), s.batch["targets"][0].tolist()
-    rows = s.method.answer_rows(s.batch)[0].tolist()
-    assert ids[rows[0]] == s.fmt.open and [targets[r] for r in rows] == s.fmt.text("red") + [s.fmt.close, s.fmt.end]
+    rows = s.method.answer_positions(s.batch)[0].tolist()
+    assert ids[rows[0]] == s.fmt.answer_start_id and [targets[r] for r in rows] == s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
     latents = s.method.columns(s.batch)[0].tolist()
     assert [ids[c] for c in latents] == s.fmt.latents and max(latents) < rows[0]
     released = setup("--preset", "released", which=[0])
-    rows = released.method.answer_rows(released.batch)[0].tolist()
-    assert [ids[r] for r in rows] == [s.fmt.open, *s.fmt.text("red"), s.fmt.close, s.fmt.end]
+    rows = released.method.answer_positions(released.batch)[0].tolist()
+    assert [ids[r] for r in rows] == [s.fmt.answer_start_id, *s.fmt.text("red"), s.fmt.answer_end_id, s.fmt.end]
     copied = released.method.copied(released.batch)[0].nonzero()[:, 0].tolist()
-    assert ids[copied[0]] == s.fmt.think and ids[copied[-1]] == s.fmt.unthink and copied == released.method.columns(released.batch)[0].tolist()
+    assert ids[copied[0]] == s.fmt.think_start_id and ids[copied[-1]] == s.fmt.think_end_id and copied == released.method.columns(released.batch)[0].tolist()
 
 
 def test_no_loss_reads_a_copied_row_of_the_corrupted_path(setup):
@@ -162,13 +162,13 @@ def test_no_loss_reads_a_copied_row_of_the_corrupted_path(setup):
 SOURCES = {
     "paper": {
         "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "latents", "ce": "per_path", "kl_share": 1.0,
-        "answer_rows": "predicting", "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
+        "answer_positions": "predicting", "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
         "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
         "lora_on": "language", "lora_dropout": 0.0, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
     },
     "released": {
         "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "thought", "ce": "pooled", "kl_share": 0.1,
-        "answer_rows": "span", "attn_loss": "kl", "attn_heads": "mean", "attn_columns": "thought", "attn_layers": "last",
+        "answer_positions": "span", "attn_loss": "kl", "attn_heads": "mean", "attn_columns": "thought", "attn_layers": "last",
         "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
         "lora_on": "language,vision,merger", "lora_dropout": 0.01, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
     },
@@ -191,21 +191,21 @@ def test_presets_are_the_table_of_the_two_sources(setup, preset):
 @pytest.mark.parametrize("realisation, sequences", [("hidden", 6), ("kv", 6), ("packed", 3)])
 def test_the_realisation_that_runs_is_the_one_asked_for(setup, monkeypatch, realisation, sequences):
     """All three give the same numbers, so only the forward itself tells which one ran: 2B sequences and what is copied, or B."""
-    s = setup("--realisation", realisation)
+    s = setup("--latent_copy", realisation)
     seen, hidden = [], s.model.hidden
 
-    def look(inputs, latent_copy=None, tap=None, biases=()):
+    def look(inputs, latent_copy=None, recorder=None, biases=()):
         seen.append((len(inputs["input_ids"]), latent_copy and latent_copy.realisation, len(biases)))
-        return hidden(inputs, latent_copy=latent_copy, tap=tap, biases=biases)
+        return hidden(inputs, latent_copy=latent_copy, recorder=recorder, biases=biases)
 
     monkeypatch.setattr(s.model, "hidden", look)
     s.objective(s.batch, 0.0)
     copies = None if realisation == "packed" else realisation
     assert seen == [(sequences, copies, 2 if realisation == "packed" else 0)]
-    assert methods.parse([]).realisation == "kv"
+    assert methods.parse([]).latent_copy == "kv"
 
 
 def test_positions_and_masks():
     spans = torch.tensor([[2, 5], [1, 2]])
     assert positions(spans).tolist() == [[2, 3, 4], [1, -1, -1]]
-    assert mask_of(positions(spans), 6).int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert position_mask(positions(spans), 6).int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]

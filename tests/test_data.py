@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from crystal.runtime.data import Order, RecordError, read, seed_of
+from crystal.runtime.data import BatchSampler, RecordError, read, seed_of
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_corruption_depends_on_seed_epoch_and_record_alone(setup):
 
     def corrupted(seed, epoch, index):
         e = s.examples
-        return data.Examples(records, e.layout, e.image_processor, e.corruption, seed)[epoch, index]
+        return data.RecordDataset(records, e.layout, e.image_processor, e.corruption, seed)[epoch, index]
 
     places = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1) for index in (0, 1)]
     first = [corrupted(*place) for place in places]
@@ -359,7 +359,7 @@ def test_order_is_one_stream_however_it_is_shared():
     Not only the same sets: for 1 rank x 8, 2 x 2 x 2 accumulated, 2 x 4, 4 x 1 x 2, and resumed at 2.
     """
     def stream(batch_size, accumulation, world, seed=5, start=0):
-        ranks = [list(Order(10, batch_size, accumulation, rank, world, seed, start, 4))
+        ranks = [list(BatchSampler(10, batch_size, accumulation, rank, world, seed, start, 4))
                  for rank in range(world)]
         found = []
         for update in range(4 - start):

@@ -24,7 +24,7 @@ from crystal.corrupt import MODES
 from crystal.layout import Format, Layout, new_tokens
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from crystal.runtime.data import Examples, Order, Record, RecordError
+from crystal.runtime.data import RecordDataset, BatchSampler, Record, RecordError
 from crystal.runtime.distributed import Processes
 
 # --- the file -----------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("seed", STREAMS)
 def test_two_seeds_are_two_orders_and_every_epoch_another(seed):
-    batches = list(Order(count=12, batch_size=4, accumulation=1, rank=0, world=1, seed=seed, start=0, stop=9))
+    batches = list(BatchSampler(count=12, batch_size=4, accumulation=1, rank=0, world=1, seed=seed, start=0, stop=9))
     assert [index for batch in batches for _, index in batch] == STREAMS[seed]
     assert [epoch for batch in batches for epoch, _ in batch] == [0] * 12 + [1] * 12 + [2] * 12
     assert [len(batch) for batch in batches] == [4] * 9
@@ -304,18 +304,18 @@ SHARES = [
                          ids=["{}x{}x{}".format(*share) for share in SHARES])
 def test_the_shares_of_ranks_and_micro_batches(world, batch_size, accumulation, shares):
     for rank, right in shares.items():
-        order = Order(12, batch_size, accumulation, rank, world, 0, 0, 2)
+        order = BatchSampler(12, batch_size, accumulation, rank, world, 0, 0, 2)
         assert [[index for _, index in batch] for batch in order] == right
         assert len(order) == 2 * accumulation
-        later = Order(12, batch_size, accumulation, rank, world, 0, 1, 2)  # resumed after the first update
+        later = BatchSampler(12, batch_size, accumulation, rank, world, 0, 1, 2)  # resumed after the first update
         assert [[index for _, index in batch] for batch in later] == right[accumulation:]
         assert len(later) == accumulation
 
 
 def test_a_batch_over_an_epochs_end_and_one_larger_than_the_file():
-    (batch,) = Order(12, 5, 1, 2, 3, 0, 0, 1)
+    (batch,) = BatchSampler(12, 5, 1, 2, 3, 0, 0, 1)
     assert batch == [(0, 1), (0, 3), (1, 2), (1, 7), (1, 6)]
-    (batch,) = Order(12, 26, 1, 0, 1, 7, 0, 1)
+    (batch,) = BatchSampler(12, 26, 1, 0, 1, 7, 0, 1)
     assert batch == [(n // 12, index) for n, index in enumerate(STREAMS[7][:26])]
 
 
@@ -352,13 +352,13 @@ def test_what_stands_for_a_broken_record(folder, corrupted):
     records, _ = data.read(folder / "train.jsonl")
     records[10].id = "drawing"
     corruption = ("impulse", 0.1, 0.3) if corrupted else None
-    examples = Examples(records, named, Bytes(), corruption, skip=True)
+    examples = RecordDataset(records, named, Bytes(), corruption, skip=True)
     assert len(examples) == 12
     broken = {6: ":8: field 'image': no such file", 9: ":11: field 'image': "}
     if corrupted:
         broken[4] = ":6: field 'image': missing; the corrupted path"
     came = []
-    for _, index in [at for batch in Order(12, 4, 1, 0, 1, 0, 0, 3) for at in batch]:
+    for _, index in [at for batch in BatchSampler(12, 4, 1, 0, 1, 0, 0, 3) for at in batch]:
         example = examples[0, index]
         came.append(example["layout"].id)
         if index not in broken:
@@ -372,26 +372,26 @@ def test_what_stands_for_a_broken_record(folder, corrupted):
 def test_the_first_stands_for_a_broken_last_one_and_nothing_for_all(folder):
     whole = data.read(folder / "train.jsonl")[0][0]
     broken = [RecordError(f"x:{i}: broken") for i in range(3)]
-    examples = Examples([whole, *broken], named, Bytes(), skip=True)
+    examples = RecordDataset([whole, *broken], named, Bytes(), skip=True)
     assert examples[5, 3]["layout"].id == "astronaut" and examples[5, 3]["bad"] == ["x:2: broken"]
     example = examples[5, 1]
     assert example["layout"].id == "astronaut"
     assert example["bad"] == ["x:0: broken", "x:1: broken", "x:2: broken"]
-    assert Examples([whole, *broken], named, Bytes())[0, 2] == {"error": "x:1: broken"}
-    assert Examples(broken, named, Bytes(), skip=True)[0, 1] == {"error": "x:1: broken"}
+    assert RecordDataset([whole, *broken], named, Bytes())[0, 2] == {"error": "x:1: broken"}
+    assert RecordDataset(broken, named, Bytes(), skip=True)[0, 1] == {"error": "x:1: broken"}
 
 
 def test_what_stands_for_a_record_is_corrupted_as_itself(folder):
     """A record's corruption depends on its own index, not on the one that it stands for."""
     records = data.read(folder / "train.jsonl")[0][:2]
-    examples = Examples([RecordError("x"), *records], named, Bytes(), ("noise", 20, 40), skip=True)
+    examples = RecordDataset([RecordError("x"), *records], named, Bytes(), ("noise", 20, 40), skip=True)
     assert torch.equal(examples[2, 0]["pixel_values_cor"], examples[2, 1]["pixel_values_cor"])
 
 
 def test_a_picture_that_the_processor_refuses_is_the_records_fault(folder, stock):
     Image.new("RGB", (2, 500)).save(folder / "narrow.png")
     record = Record("here:1", "1", [("user", "<image>")], "a", [folder / "narrow.png"])
-    error = Examples([record], named, stock)[0, 0]["error"]
+    error = RecordDataset([record], named, stock)[0, 0]["error"]
     assert error.startswith("here:1: field 'image': absolute aspect ratio")
 
 
@@ -444,7 +444,7 @@ def sequence(index, kind, line, images, thought, latents, answer, rows, labels):
 
 
 # Of the fifteen readings of --turns all: index, format, all pieces, then positions, a span as (start, end):
-# images (which of them stands where), thought, latents, answer, answer rows, and the rows with a label.
+# images (which of them stands where), thought, latents, answer, answer positions, and the rows with a label.
 SEQUENCES = [
     sequence(0, "plain", SYSTEM + r"<|im_start|> user \n IMAGE*12 W h o _is _i t ?" + ASSISTANT
              + " an _a st ro n a u t <|im_end|>",
@@ -484,13 +484,13 @@ def test_tokens_targets_and_spans(folder, tokenizer, stock, index, kind, line, i
             return fmt.plain(record.turns, tokens, record.answer)
         return fmt.latent(record.turns, tokens, record.answer, record.cot)
 
-    found = Examples([record], layout, stock)[0, 0]["layout"]
+    found = RecordDataset([record], layout, stock)[0, 0]["layout"]
     right = pieces(line)
     assert [tokenizer.decode([token]) for token in found.ids] == right
     assert found.image == [i for start, end in images for i in range(start, end)]
     assert [i for i, piece in enumerate(right) if piece == "<|image_pad|>"] == found.image
     assert (tuple(found.thought), list(found.latents), tuple(found.answer)) == (thought, latents, answer)
-    assert list(found.rows) == list(range(*rows))
+    assert list(found.answer_positions) == list(range(*rows))
     targets = ["-" if token == -100 else tokenizer.decode([token]) for token in found.targets]
     first, end = labels
     assert targets == ["-"] * first + right[first + 1 : end + 1] + ["-"] * (len(right) - end)
@@ -511,13 +511,13 @@ def by_hand(ids, targets, extras=(), **spans):
 
 def three():
     first = by_hand([1, 50, 50, 7, 8], [-100, -100, 7, 8, -100], image=[1, 2], grid=[[1, 1, 2]],
-                    thought=(0, 3), latents=[0], answer=(3, 5), rows=[2, 3],
+                    thought=(0, 3), latents=[0], answer=(3, 5), answer_positions=[2, 3],
                     extras={"gaze": torch.tensor([1.0, 2.0]), "box": torch.tensor([[3, 4]])})
-    second = by_hand([2, 9], [9, -100], image=[], latents=[], answer=(1, 2), rows=[0],
+    second = by_hand([2, 9], [9, -100], image=[], latents=[], answer=(1, 2), answer_positions=[0],
                      extras={"gaze": torch.tensor([]), "box": torch.tensor([[5, 6], [7, 8]])})
     third = by_hand([3, 50, 4, 50, 50, 6, 5], [-100, 4, -100, -100, -100, 5, -100], image=[1, 3, 4],
                     grid=[[1, 1, 1], [1, 2, 1]], thought=(2, 4), latents=[2, 5],
-                    answer=(5, 7), rows=[1, 4, 5],
+                    answer=(5, 7), answer_positions=[1, 4, 5],
                     extras={"gaze": torch.tensor([9.0]), "box": torch.zeros(0, 2, dtype=torch.long)})
     return [first, second, third]
 
@@ -532,7 +532,7 @@ def test_padding_by_hand():
         "attention_mask": [[1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1] * 7],
         "mm_token_type_ids": [[0, 1, 1, 0, 0, 0, 0], [0] * 7, [0, 1, 0, 1, 1, 0, 0]],
         "latents": [[0, -1], [-1, -1], [2, 5]],
-        "rows": [[2, 3, -1], [0, -1, -1], [1, 4, 5]],
+        "answer_positions": [[2, 3, -1], [0, -1, -1], [1, 4, 5]],
         "image": [[1, 2, -1], [-1, -1, -1], [1, 3, 4]],
         "thought": [[0, 3], [0, 0], [2, 4]],
         "answer": [[3, 5], [1, 2], [5, 7]],
@@ -628,13 +628,13 @@ def test_intact_pixels(folder, processor, stock, index, copies):
         given.append((record, images))
         return {"n": torch.tensor([index])}
 
-    example = Examples([record], named, Bytes(), copies=copies, extras=extras)[0, 0]
+    example = RecordDataset([record], named, Bytes(), copies=copies, extras=extras)[0, 0]
     found, corrupted = pictures_of(example)
     assert corrupted is None and same(found, right)
     assert given[0][0] is record and same(map(np.asarray, given[0][1]), right[::copies])
     assert example["extras"]["n"].tolist() == [index]
 
-    example = Examples([record], named, stock, copies=copies)[0, 0]
+    example = RecordDataset([record], named, stock, copies=copies)[0, 0]
     theirs = processor(images=[Image.fromarray(x) for x in right], return_tensors="pt")
     for name in ("pixel_values", "image_grid_thw"):
         assert torch.equal(example[name], theirs[name])
@@ -644,11 +644,11 @@ def test_intact_pixels(folder, processor, stock, index, copies):
 
 def test_grey_is_128_at_the_images_size(folder, stock):
     record = data.read(folder / "train.jsonl")[0][2]
-    found, _ = pictures_of(Examples([record], named, Bytes(), grey=True)[0, 0])
+    found, _ = pictures_of(RecordDataset([record], named, Bytes(), grey=True)[0, 0])
     assert [x.shape for x in found] == [(84, 56, 3), (56, 112, 3)] and all((x == 128).all() for x in found)
-    found, corrupted = pictures_of(Examples([record], named, Bytes(), ("color", 2, 2), grey=True)[0, 0])
+    found, corrupted = pictures_of(RecordDataset([record], named, Bytes(), ("color", 2, 2), grey=True)[0, 0])
     assert all((x == 128).all() for x in found) and any((x != 128).any() for x in corrupted)
-    example = Examples([record], named, stock, grey=True)[0, 0]
+    example = RecordDataset([record], named, stock, grey=True)[0, 0]
     rows = example["pixel_values"]  # of each channel (128 / 255 - mean) / deviation, 2 x 14 x 14 times
     means, deviations = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     right = [(128 / 255 - mean) / deviation for mean, deviation in zip(means, deviations)]
@@ -680,7 +680,7 @@ def test_corruption_is_drawn_for_each_seed_epoch_record_and_image(folder):
     record = Record("here", "1", [("user", "<image><image>")], "a", [folder / "a.png"] * 2)
     met = set()
     for seed in (3, 4):
-        examples = Examples([record, record], named, Bytes(), ("impulse", 0.1, 0.6), seed)
+        examples = RecordDataset([record, record], named, Bytes(), ("impulse", 0.1, 0.6), seed)
         for epoch in (0, 1):
             for index in (0, 1):
                 intact, corrupted = pictures_of(examples[epoch, index])
@@ -689,13 +689,13 @@ def test_corruption_is_drawn_for_each_seed_epoch_record_and_image(folder):
                     assert (corrupted[n] == impulse_by_hand(A, 0.1, 0.6, seed, epoch, index, n)).all()
                     met.add(corrupted[n].tobytes())
     assert len(met) == 16
-    examples = Examples([record], named, Bytes(), ("impulse", 0.1, 0.6))  # seed 0 unless another is given
+    examples = RecordDataset([record], named, Bytes(), ("impulse", 0.1, 0.6))  # seed 0 unless another is given
     assert (pictures_of(examples[2, 0])[1][1] == impulse_by_hand(A, 0.1, 0.6, 0, 2, 0, 1)).all()
 
 
 def test_both_copies_of_an_image_are_corrupted_alike(folder):
     record = data.read(folder / "train.jsonl")[0][2]
-    examples = Examples([record], named, Bytes(), ("impulse", 0.1, 0.6), 3, copies=2)
+    examples = RecordDataset([record], named, Bytes(), ("impulse", 0.1, 0.6), 3, copies=2)
     intact, corrupted = pictures_of(examples[1, 0])
     assert [x.shape for x in intact] == [(84, 56, 3)] * 2 + [(56, 112, 3)] * 2
     for place, (n, picture) in enumerate([(0, A), (0, A), (1, B), (1, B)]):
@@ -712,9 +712,9 @@ def test_a_photograph_is_blurred_as_scipy_does(folder, processor, stock, index):
         strength, _ = drawn(2, 5, 9, epoch, 0, 0)
         right = ndimage.gaussian_filter(picture.astype(float), (strength, strength, 0), mode="nearest",
                                         truncate=5)
-        _, (found,) = pictures_of(Examples([record], named, Bytes(), ("blur", 2, 5), 9)[epoch, 0])
+        _, (found,) = pictures_of(RecordDataset([record], named, Bytes(), ("blur", 2, 5), 9)[epoch, 0])
         assert np.abs(found - right).max() < 0.52  # a value within 0.02 of a half may round to either side
-        example = Examples([record], named, stock, ("blur", 2, 5), 9)[epoch, 0]
+        example = RecordDataset([record], named, stock, ("blur", 2, 5), 9)[epoch, 0]
         theirs = processor(images=[Image.fromarray(found)], return_tensors="pt")["pixel_values"]
         assert torch.equal(example["pixel_values_cor"], theirs)
         assert not torch.equal(example["pixel_values"], theirs)
@@ -741,7 +741,7 @@ def test_the_range_of_every_mode():
 
 def test_strengths_are_drawn_between_the_two_given():
     """Read back from a white picture over 60 epochs: the share that a mask took is the rule's strength."""
-    examples = Examples([None], named, Bytes(),
+    examples = RecordDataset([None], named, Bytes(),
                         chosen("--corruption", "mask", "--strength_low", "0.3", "--strength_high", "0.5"), 2)
     examples.records = [Record("here", "1", [("user", "<image>")], "a", [white_file])]
     strengths = []
@@ -821,7 +821,7 @@ def test_without_those_flags(folder, whole, tmp_path, tokenizer, stock):
     beside.write_text(whole.read_text())
     training, validation = opened(tokenizer, stock, "--data", str(beside), "--output", str(tmp_path))
     assert validation is None and len(training) == 11 and "error" in training[0, 4]
-    examples = Examples(training.records, named, Bytes(), training.corruption, training.seed)
+    examples = RecordDataset(training.records, named, Bytes(), training.corruption, training.seed)
     _, (found,) = pictures_of(examples[7, 0])
     strength, _ = drawn(2, 5, 0, 7, 0, 0)
     right = ndimage.gaussian_filter(ASTRONAUT.astype(float), (strength, strength, 0), mode="nearest",

@@ -51,7 +51,7 @@ def test_each_method_trains_by_its_own_flags(tmp_path):
     """The flags that the head of demo.py explains, method by method; a file's are those of the method that it
     builds on.
     """
-    common = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "10", "--eval_records", "64"]
+    common = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
     own = {
         "sft": [],
         "livr": [],
@@ -60,7 +60,7 @@ def test_each_method_trains_by_its_own_flags(tmp_path):
         "valr": [
             "--lr_latents",
             "3e-4",
-            "--lr_rows",
+            "--lr_tokens",
             "5",
             "--first_share",
             "0.6",
@@ -76,7 +76,7 @@ def test_each_method_trains_by_its_own_flags(tmp_path):
     (tmp_path / "mine.py").write_text("from crystal.methods.valr import Method\n")
     assert demo.recipe(str(tmp_path / "mine.py"), 4) == ["--batch_size", "4", *common[2:], *own["valr"]]
     valr = methods.parse(["--method", "valr", *demo.recipe("valr")])
-    assert (valr.lr_rows, valr.latents, valr.first_share) == (5.0, 4, 0.6)  # the later of two counts
+    assert (valr.lr_tokens, valr.latents, valr.first_share) == (5.0, 4, 0.6)  # the later of two counts
 
 
 def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):

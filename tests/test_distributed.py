@@ -53,13 +53,13 @@ def gradients(procs, folder):
 
 def first(procs, folder):
     made, seen = folder / "made", []
-    with procs.first():
+    with procs.main_process_first():
         seen.append(made.exists())
         if not made.exists():
             time.sleep(0.3)
             made.write_text("once")
     try:
-        with procs.first():
+        with procs.main_process_first():
             seen.append("ran")
             if procs.is_first:
                 raise ValueError
@@ -74,7 +74,7 @@ def patient(procs, folder):
     set_timeout = lambda seconds: torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), default)
     set_timeout(1)
     began = time.monotonic()
-    with procs.first():
+    with procs.main_process_first():
         if procs.is_first:
             time.sleep(3)
     set_timeout(60)
@@ -229,9 +229,9 @@ def test_one_process_needs_no_group(monkeypatch):
         procs.gather([tensor])
     module = torch.nn.Linear(1, 1)
     assert procs.wrap(module) is module
-    with procs.no_sync(module), procs.first():
+    with procs.no_sync(module), procs.main_process_first():
         procs.barrier()
-    with pytest.raises(ZeroDivisionError), procs.first():
+    with pytest.raises(ZeroDivisionError), procs.main_process_first():
         1 / 0
     procs.stop()
 

@@ -52,7 +52,7 @@ def test_a_thought_of_its_own_is_not_streamed(opened):
         job = Job(True, None)
         job.tell = lambda *event: jobs.append(event)
         steps = Steps(Engine(model, fmt, "keep", 1), [job])
-        said = [*fmt.text("I look."), fmt.open, *fmt.text("red"), fmt.close, fmt.end]
+        said = [*fmt.text("I look."), fmt.answer_start_id, *fmt.text("red"), fmt.answer_end_id, fmt.end]
         steps.put(torch.tensor([[1, 2]]))
         for token in said:
             steps.put(torch.tensor([token]))

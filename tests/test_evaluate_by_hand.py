@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 import by_hand
 from crystal import evaluate, methods
-from crystal.attention_bias import Bias
+from crystal.attention_bias import AttentionBias
 from crystal.evaluation import reliance
 from crystal.methods.sft import Method as SFT
 from crystal.runtime import data
@@ -36,7 +36,7 @@ class Masked(SFT):
     def biases(self, model, batch):
         latents = torch.isin(batch["input_ids"], torch.tensor(self.latents))
         picture = batch["input_ids"] == self.image
-        return [Bias(~latents & ~picture, picture)]
+        return [AttentionBias(~latents & ~picture, picture)]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_the_mask_that_hides_latents(hand):
     ids = torch.tensor([[1, hand.fmt.latents[0], 2, hand.fmt.latents[2]]])
     bias, = evaluate.hide_latents(hand.fmt)({"input_ids": ids})
     assert bias.queries.tolist() == [[True, False, True, False]] and bias.keys.tolist() == [[False, True, False, True]] and bias.value == float("-inf")
-    own = Bias(bias.keys, bias.keys)
+    own = AttentionBias(bias.keys, bias.keys)
     assert evaluate.hide_latents(hand.fmt, lambda batch: [own])({"input_ids": ids})[0] is own
 
 
@@ -148,8 +148,8 @@ def test_free_asks_the_bare_question_with_room_for_the_thought(hand, monkeypatch
     asked = []
 
     def write(model, prompts, fmt, n, biases):
-        asked.append((n, biases, [any(token in ids for token in (fmt.think, *fmt.latents)) for ids, _, _ in prompts]))
-        return [fmt.thinking()[0] + [fmt.open] + fmt.text("black") + [fmt.close, fmt.end] for _ in prompts]
+        asked.append((n, biases, [any(token in ids for token in (fmt.think_start_id, *fmt.latents)) for ids, _, _ in prompts]))
+        return [fmt.thinking()[0] + [fmt.answer_start_id] + fmt.text("black") + [fmt.answer_end_id, fmt.end] for _ in prompts]
 
     monkeypatch.setattr(evaluate, "write", write)
     results = evaluate.answers(hand.model, hand.fmt, hand.records[:2], latents="free", max_new_tokens=7)
@@ -170,7 +170,7 @@ def counted_mass(hand):
     """Attention of the rows from <answer> to the one before the end: see by_hand.weigh."""
     total = 0.0
     for record in hand.records:
-        grid = data.Examples([record], None, hand.model.image_processor).pixels([data.load_image(record.images[0], "")])["image_grid_thw"]
+        grid = data.RecordDataset([record], None, hand.model.image_processor).pixels([data.load_image(record.images[0], "")])["image_grid_thw"]
         ids, image, _ = hand.fmt.question(record.turns, hand.model.image_processor.tokens(grid))
         R, K, N = len(hand.fmt.text(record.answer)), 3, len(image)
         rows = range(len(ids) - 1, len(ids) + R + 1)  # <answer>, R's tokens, </answer>
@@ -184,13 +184,13 @@ def counted_mass(hand):
 def test_attention_on_latents_by_counting(hand, size):
     method = methods.get("crystal")(hand.settings)
     hand.model.hidden = None
-    method.hidden = lambda model, batch, tap: by_hand.weigh(batch, tap)
+    method.hidden = lambda model, batch, recorder: by_hand.weigh(batch, recorder)
     assert evaluate.attention_on_latents(hand.model, hand.fmt, method, hand.records, size) == pytest.approx(counted_mass(hand), abs=1e-6)
 
 
 def test_attention_on_latents_of_two_ranks(hand):
     method = methods.get("crystal")(hand.settings)
-    method.hidden = lambda model, batch, tap: by_hand.weigh(batch, tap)
+    method.hidden = lambda model, batch, recorder: by_hand.weigh(batch, recorder)
     parts = []
     for rank in (0, 1):
         procs = SimpleNamespace(rank=rank, world=2, device=torch.device("cpu"), sum=lambda x: parts.append(x) or x)
@@ -203,7 +203,7 @@ def test_diagnosis_has_four_columns(hand):
     masked = Masked(hand.settings)
     for method in (crystal, masked):
         method.layout = crystal.layout
-        method.hidden = lambda model, batch, tap: by_hand.weigh(batch, tap)
+        method.hidden = lambda model, batch, recorder: by_hand.weigh(batch, recorder)
     found, mass = evaluate.diagnose(hand.model, hand.fmt, masked, hand.records, batch_size=3)
     assert {name: said(results) for name, results in found.items()} == {
         "as trained": AS_TRAINED, "latents dropped": DROPPED, "bottleneck": BOTTLENECK, "bottleneck, dropped": ["nothing"] * 5 + ["pale"] + ["nothing"] * 2}
@@ -258,7 +258,7 @@ def test_a_benchmarks_text_by_hand():
     assert text.splitlines()[5:] == ["read by: choice: option letter or text, VLMEvalKit e8e78f0 exact_matching",
                                      "read by: exact: exact match, case and a final full stop aside", "answers that could not be read, counted as wrong: 20.0 %"]
     assert told["unread"] == 0.2 and told["benchmark"] == "BLINK" and list(told["extraction"]) == ["choice", "exact"]
-    assert told["scores"]["dogs"]["score"] == pytest.approx(2 / 3) and told["scores"]["cats"]["rows"] == 2
+    assert told["scores"]["dogs"]["score"] == pytest.approx(2 / 3) and told["scores"]["cats"]["answer_positions"] == 2
     assert told["scores"]["Overall"]["interval"] == pytest.approx((interval.low, interval.high), abs=1e-4)
     assert evaluate.benchmark_text("", records, results)[0].startswith("a benchmark of its own: 5 questions")
 
@@ -302,7 +302,7 @@ def test_the_command_from_records_to_intervals(hand, tmp_path, capsys):
     assert "wrote p/x.jsonl and x.json" in printed
     assert said(told(tmp_path / "p" / "x.jsonl")) == AS_TRAINED
     about = json.loads((tmp_path / "p" / "x.json").read_text())
-    assert about["families"]["all"]["right"] == 7 / 8 and about["families"]["b"]["rows"] == 2
+    assert about["families"]["all"]["right"] == 7 / 8 and about["families"]["b"]["answer_positions"] == 2
     assert about["families"]["a"]["interval"] == pytest.approx([binomtest(5, 5).proportion_ci(0.95, method="wilson").low, 1.0], abs=1e-4)
     # The first prompt, as the model gets it (its picture cut to one token).
     prompt = about["settings"]["prompt"]
@@ -365,7 +365,7 @@ def test_later_turns_are_told(hand, capsys):
 
 
 def test_diagnosis_is_printed_and_stored(hand, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(methods.get("crystal"), "hidden", lambda self, model, batch, tap=None: by_hand.weigh(batch, tap))
+    monkeypatch.setattr(methods.get("crystal"), "hidden", lambda self, model, batch, recorder=None: by_hand.weigh(batch, recorder))
     run(hand, "--diagnose", "--out", "d/x.jsonl", "--batch_size", "5", "--max_new_tokens", "4")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "family       questions  as trained  latents dropped"

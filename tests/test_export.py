@@ -193,7 +193,7 @@ def test_the_adapter_alone_needs_no_weights(runs, monkeypatch, tmp_path):
     monkeypatch.undo()
     model, _, _ = opening.open_model(run)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    ours = lora.adapter_state(model.hf, model.rows)
+    ours = lora.adapter_state(model.hf, model.new_tokens)
     assert stored.keys() == ours.keys() and all(torch.equal(stored[n], ours[n]) for n in ours)
     assert any("lora_B" in n and t.abs().max() > 0 for n, t in stored.items())
 

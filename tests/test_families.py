@@ -96,7 +96,7 @@ def test_tokens_that_the_vocabulary_has_keep_their_rows(setup, family_dirs, fami
         assert torch.equal(weight[i], after[i]) == (token in vocabulary) and (i < len(vocabulary)) == (token in vocabulary)
     known = set(s.method.tokens) & vocabulary.keys()
     assert known == ({"<think>", "</think>"} if family == "qwen3_vl" else set())
-    assert s.model.tokenizer.decode(now, skip_special_tokens=True) == "" and s.model.rows.ids == now
+    assert s.model.tokenizer.decode(now, skip_special_tokens=True) == "" and s.model.new_tokens.ids == now
     assert not set(s.fmt.text("<think>")) & set(now)  # a user's text stays text
     with pytest.raises(UserError, match="use fewer --latents"):
         before.add_tokens(layout.new_tokens(61, "diverse"))
@@ -164,7 +164,7 @@ REAL = {  # the text, vision and other settings of published config.json files, 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_configurations(name):
-    """Real widths, two of the decoder's layers, no weights at all: adapters, token rows and head land where and as large as they should."""
+    """Real widths, two of the decoder's layers, no weights at all: adapters, trainable tokens and head land where and as large as they should."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     family, tied, depth, text, vision, merger = REAL[name]
     kind = "qwen2" if family == "llava_onevision" else f"{family}_text"
@@ -188,8 +188,8 @@ def test_real_configurations(name):
     language = sum(p.numel() for n, p in hf.named_parameters() if "lora" in n and "language_model" in n)
     assert language == 2 * layer and depth * layer * 2 < 0.9e9  # the adapters of all layers, in bytes of bfloat16
     model.add_tokens(layout.new_tokens(8, "diverse"))
-    trained = dict(model.rows.named_parameters())
-    assert {n: tuple(p.shape) for n, p in trained.items()} == {n: (12, D) for n in (["rows"] if tied else ["rows", "head_rows"])}
+    trained = dict(model.new_tokens.named_parameters())
+    assert {n: tuple(p.shape) for n, p in trained.items()} == {n: (12, D) for n in (["embedding"] if tied else ["embedding", "head"])}
     assert hf.lm_head.weight.shape == (text["vocab_size"], D)
 
 
@@ -215,7 +215,7 @@ def test_realisations_are_equal(setup, float64_modules, family, flags):
     """Ragged pairs, one with two images: logits' losses and every gradient, adapters in the vision tower and its mergers too."""
     found = []
     for how in ("hidden", "kv", "packed"):
-        s = setup("--teacher_grad", "--realisation", how, *flags, family=family, tied="released" not in flags)
+        s = setup("--teacher_grad", "--latent_copy", how, *flags, family=family, tied="released" not in flags)
         s.model.train("--checkpointing" in flags)
         terms = s.objective(s.batch, 0.0)
         found.append((terms, gradients(sum(terms[n] for n in s.settings.weights if n in terms), s.named)))
@@ -229,7 +229,7 @@ def test_realisations_are_equal(setup, float64_modules, family, flags):
 
 # --- methods -----------------------------------------------------------------------------------------------------
 
-METHODS = {"sft": (), "livr": (), "lavit": ("--lora_dropout", "0"), "valr": ("--encoders", "own,tiny"), "crystal": ("--realisation", "packed")}
+METHODS = {"sft": (), "livr": (), "lavit": ("--lora_dropout", "0"), "valr": ("--encoders", "own,tiny"), "crystal": ("--latent_copy", "packed")}
 
 
 @each
@@ -238,7 +238,7 @@ def test_every_term_moves_what_trains(setup, family, method):
     s = setup("--method", method, "--tune", "full", *METHODS[method], family=family, tied=method in ("livr", "crystal"))
     progress = Progress(0, 1 if method == "valr" else 0, 0.1, 0.1)  # LIVR's masked stage, LaViT's gate nearly shut, VaLR's latents
     terms = s.objective(s.batch, progress)
-    weights = {n: s.settings.weights.get(n, 1.0) for n in terms if n not in s.method.watched}
+    weights = {n: s.settings.weights.get(n, 1.0) for n in terms if n not in s.method.monitored}
     assert set(weights) == {"sft": {"ce"}, "livr": {"ce"}, "lavit": {"ce", "semantics", "gaze"}, "valr": {"ce", "repa"},
                             "crystal": {"ce_int", "ce_cor", "kl", "attn"}}[method]
     for name in weights:
@@ -246,8 +246,8 @@ def test_every_term_moves_what_trains(setup, family, method):
         first = [n for n in grads if ".layers.0.self_attn" in n and n.endswith("weight")]
         assert first and all(grads[n].abs().max() > 1e-9 for n in first), name
     total = gradients(sum(w * terms[n] for n, w in weights.items()), s.named)
-    if s.model.rows is not None:
-        assert next(g for n, g in total.items() if n.endswith("rows.rows")).abs().max() > 1e-9
+    if s.model.new_tokens is not None:
+        assert next(g for n, g in total.items() if n.endswith("new_tokens.embedding")).abs().max() > 1e-9
     before = {n: p.detach().clone() for n, p in s.named}
     with torch.no_grad():
         for n, p in s.named:
@@ -262,7 +262,7 @@ def test_every_term_moves_what_trains(setup, family, method):
 @each
 def test_the_bottleneck_hides_the_image(setup, family):
     """LIVR's first stage without latents to look through: another picture changes nothing behind the image."""
-    s = setup("--method", "livr", "--tune", "rows", family=family, which=[2])
+    s = setup("--method", "livr", "--tune", "tokens", family=family, which=[2])
     biases = s.method.biases(s.model, s.batch)
     image, end = s.batch["image"][0], int(s.batch["image"].max())
     other = dict(s.batch, pixel_values=s.batch["pixel_values"].flip(0) * 2)
@@ -378,7 +378,7 @@ def test_fed_back_latents_are_decoded_alike_in_a_batch_and_alone(setup, family, 
     def logits(h):
         calls.append(h)
         out = head(h)
-        out[:, s.fmt.begin] += 1e3 * (len(calls) == 1)
+        out[:, s.fmt.latent_start_id] += 1e3 * (len(calls) == 1)
         return out
 
     def said(prompts):
@@ -392,7 +392,7 @@ def test_fed_back_latents_are_decoded_alike_in_a_batch_and_alone(setup, family, 
     together = said(prompts)
     assert together == [said([p])[0] for p in prompts]
     pad = s.model.tokenizer.pad_token_id
-    assert all(x[:5] == [s.fmt.begin, pad, pad, pad, s.fmt.finish] and len(x) > 6 for x in together) and len({tuple(x) for x in together}) == 3
+    assert all(x[:5] == [s.fmt.latent_start_id, pad, pad, pad, s.fmt.latent_end_id] and len(x) > 6 for x in together) and len({tuple(x) for x in together}) == 3
 
 
 # --- export ------------------------------------------------------------------------------------------------------

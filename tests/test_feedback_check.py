@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crystal import feedback
-from crystal.methods.crystal import mask_of
+from crystal.methods.crystal import position_mask
 from data_prep.checks import feedback as feedback_check
 
 
@@ -95,7 +95,7 @@ def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_pat
 
 def test_it_measures_errors_cross_entropy_and_time(setup, monkeypatch):
     s = setup("--method", "valr", "--encoders", "none")
-    latents = mask_of(s.batch["latents"], s.batch["input_ids"].shape[1])
+    latents = position_mask(s.batch["latents"], s.batch["input_ids"].shape[1])
     # A round is the recurrence, then T = 0 and T = 2; the clock says how long each takes, three rounds of
     # which the middle one counts.
     seconds, now = [5.0, 1.0, 2.0, 50.0, 10.0, 20.0, 7.0, 4.0, 3.0], [0.0]

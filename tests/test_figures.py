@@ -41,12 +41,12 @@ def eager(s, batch, copied):
 
 def one(s, which, seed=0):
     """The batch of one record, corrupted whatever the method."""
-    examples = data.Examples(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), seed)
+    examples = data.RecordDataset(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), seed)
     return data.to_device(data.collate([examples[0, which]], s.model.tokenizer.pad_token_id), torch.device("cpu"), torch.float64)
 
 
 @pytest.mark.parametrize("which", [0, 2])  # a one-token answer; two images
-@pytest.mark.parametrize("flags", [(), ("--preset", "released"), ("--realisation", "hidden"), ("--method", "sft")])
+@pytest.mark.parametrize("flags", [(), ("--preset", "released"), ("--latent_copy", "hidden"), ("--method", "sft")])
 @pytest.mark.parametrize("layers", [{0, 1, 2}, {1}])
 def test_answer_attention_equals_a_full_softmax(setup, flags, which, layers):
     s = setup(*flags)
@@ -56,7 +56,7 @@ def test_answer_attention_equals_a_full_softmax(setup, flags, which, layers):
     found = figures.answer_attention(s.model, batch, s.settings, layers, copied)
     with torch.no_grad():
         weights, states = eager(s, batch, copied)
-    row = batch["rows"][0, 0]
+    row = batch["answer_positions"][0, 0]
     assert s.model.tokenizer.decode(batch["targets"][0, row]) in s.records[which].answer  # it predicts the answer
     weights = weights[sorted(layers), :, :, row].mean((0, 2))  # [2,L]
     h, w = batch["image_grid_thw"][0, 1:] // 2
@@ -113,7 +113,7 @@ def test_latents_that_are_fed_back_are_each_paths_own(setup, float64_modules):
     fed = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     fed[0, batch["latents"][0]] = True
     found = figures.answer_attention(s.model, batch, s.settings, {0, 1, 2}, None, fed)
-    row = int(batch["rows"][0, 0])
+    row = int(batch["answer_positions"][0, 0])
     with torch.no_grad():
         for path, pixels in enumerate(("pixel_values", "pixel_values_cor")):
             h, _ = feedback.recurrence(s.model, batch | {"pixel_values": batch[pixels]}, fed)
@@ -148,7 +148,7 @@ def test_what_is_said_is_green_where_it_is_right(setup, drawn, tmp_path, monkeyp
         told.append((batch, layers, fed))
         V, target = (
             s.model.hf.config.get_text_config().vocab_size,
-            int(batch["targets"][0, batch["rows"][0, 0]]),
+            int(batch["targets"][0, batch["answer_positions"][0, 0]]),
         )
         logits = torch.zeros(2, V)
         for path, fine in enumerate(right):

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from crystal import feedback, generate
-from crystal.attention_bias import Bias
+from crystal.attention_bias import AttentionBias
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 
@@ -32,7 +32,7 @@ def test_generation_equals_teacher_forced_argmax(setup, latents):
             batch = {"input_ids": x, "attention_mask": torch.ones_like(x), "mm_token_type_ids": (x == s.fmt.image).long(), "pixel_values": pixels.double(), "image_grid_thw": grid}
             with torch.no_grad():
                 token = int(s.model.logits(s.model.hidden(batch)[:, -1]).argmax())
-            if token in (s.fmt.end, s.fmt.close):
+            if token in (s.fmt.end, s.fmt.answer_end_id):
                 break
             ids.append(token)
             said.append(token)
@@ -41,7 +41,7 @@ def test_generation_equals_teacher_forced_argmax(setup, latents):
 
 def test_a_thought_of_its_own_is_cut_off(setup, monkeypatch):
     s = setup("--thought", "cot")
-    said = s.fmt.text("I look.") + s.fmt.latents + [s.fmt.unthink, s.fmt.open] + s.fmt.text("red") + [s.fmt.close, s.fmt.end]
+    said = s.fmt.text("I look.") + s.fmt.latents + [s.fmt.think_end_id, s.fmt.answer_start_id] + s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
     monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([said])], 1))
     assert generate.generate(s.model, prompts(s)[:1], s.fmt) == ["red"]
 
@@ -58,10 +58,10 @@ def valr(setup, monkeypatch):
     def logits(h):
         z = plain(h)
         s.logits.append(z.clone())
-        z[:, [s.fmt.begin, s.fmt.open, s.fmt.end, s.fmt.image]] = -1e9  # what would end the row or needs an image comes when we say so
+        z[:, [s.fmt.latent_start_id, s.fmt.answer_start_id, s.fmt.end, s.fmt.image]] = -1e9  # what would end the row or needs an image comes when we say so
         for row, steps in s.openings.items():
             if row < len(z) and len(s.logits) - 1 in steps:
-                z[row, s.fmt.begin] = 1e9
+                z[row, s.fmt.latent_start_id] = 1e9
         return z
 
     monkeypatch.setattr(s.model, "logits", logits)
@@ -84,9 +84,9 @@ def test_feedback_decoding_equals_teacher_forced_logits(valr, float64_modules):
     assert [row.count(pad) for row in said] == [2 * K, 0, K]
     for row in said:  # K latents, then the closing tag, and never one without the other
         for i, token in enumerate(row):
-            if token == s.fmt.begin:
-                assert row[i + 1 : i + 2 + K] == [pad] * K + [s.fmt.finish]
-    assert said[0][2] == s.fmt.begin == said[0][9] == said[2][0] and sum(t not in (pad, s.fmt.finish) for t in said[0]) == 14
+            if token == s.fmt.latent_start_id:
+                assert row[i + 1 : i + 2 + K] == [pad] * K + [s.fmt.latent_end_id]
+    assert said[0][2] == s.fmt.latent_start_id == said[0][9] == said[2][0] and sum(t not in (pad, s.fmt.latent_end_id) for t in said[0]) == 14
     whole = [(ids + row, p, g) for (ids, p, g), row in zip(asked, said)]
     batch = batch_of(s, whole)
     latents = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
@@ -114,24 +114,24 @@ def test_dropped_latents_are_never_opened(valr):
 
     def eager(h):
         z = plain(h)
-        z[:, valr.fmt.begin] = 1e9
+        z[:, valr.fmt.latent_start_id] = 1e9
         return z
 
     valr.model.logits = eager
     batch = batch_of(valr, prompts(valr))
     for latents, opened in (("keep", True), ("drop", False)):
         said = generate.decode_feedback(valr.model, batch, valr.fmt, 3, latents, max_thought=6)
-        assert all((valr.fmt.begin in row) == opened for row in said)
+        assert all((valr.fmt.latent_start_id in row) == opened for row in said)
 
 
 def test_the_answer_has_a_budget_of_its_own(valr):
     """Six tokens of thought, or three from <answer> on, whatever came before; <|im_end|> ends a row at once."""
-    plain, ends = valr.model.__class__.logits, {0: {}, 1: {4: valr.fmt.open}, 2: {1: valr.fmt.end}}
+    plain, ends = valr.model.__class__.logits, {0: {}, 1: {4: valr.fmt.answer_start_id}, 2: {1: valr.fmt.end}}
     steps = []
 
     def logits(h):
         z = plain(valr.model, h)
-        z[:, [valr.fmt.begin, valr.fmt.open, valr.fmt.end]] = -1e9
+        z[:, [valr.fmt.latent_start_id, valr.fmt.answer_start_id, valr.fmt.end]] = -1e9
         for row, when in ends.items():
             if len(steps) in when:
                 z[row, when[len(steps)]] = 1e9
@@ -140,8 +140,8 @@ def test_the_answer_has_a_budget_of_its_own(valr):
 
     valr.model.logits = logits
     said = generate.decode_feedback(valr.model, batch_of(valr, prompts(valr)), valr.fmt, 3, max_thought=6)
-    assert [len(row) for row in said] == [6, 8, 2] and said[1][4] == valr.fmt.open and said[2][-1] == valr.fmt.end
-    ends |= {0: {0: valr.fmt.end}, 1: {2: valr.fmt.open}, 2: {0: valr.fmt.end}}
+    assert [len(row) for row in said] == [6, 8, 2] and said[1][4] == valr.fmt.answer_start_id and said[2][-1] == valr.fmt.end
+    ends |= {0: {0: valr.fmt.end}, 1: {2: valr.fmt.answer_start_id}, 2: {0: valr.fmt.end}}
     steps.clear()
     row = generate.decode_feedback(valr.model, batch_of(valr, prompts(valr)), valr.fmt, 3)[1]
     steps.clear()
@@ -185,7 +185,7 @@ def test_dropped_latents_are_never_written(setup, monkeypatch):
 def test_latents_that_the_model_writes_itself(setup, monkeypatch):
     """--latents free: the plain chat prompt, room for the thought, and the answer behind `<answer>`."""
     s = setup()
-    said = s.fmt.thinking()[0] + [s.fmt.open] + s.fmt.text("red") + [s.fmt.close, s.fmt.end]
+    said = s.fmt.thinking()[0] + [s.fmt.answer_start_id] + s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
     assert generate.thought_length(s.fmt, "x") == len(said) - len(s.fmt.text("red")) - 1
     fed = []
     monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **_: fed.append(input_ids) or torch.cat([input_ids, torch.tensor([said])], 1))
@@ -204,13 +204,13 @@ def test_an_answer_ends_at_its_tag(setup):
     red, blue = fmt.text(" red "), fmt.text("blue")
     for ids, says in (
         (red, "red"),
-        ([*blue, fmt.open, *red], "red"),
-        ([*blue, fmt.open, *red, fmt.close, *blue, fmt.end], "red"),
-        ([*red, fmt.close, *blue], "red"),
-        ([fmt.close, *blue, fmt.open, *red], "red"),
-        ([fmt.open, *red, fmt.end], "red"),
+        ([*blue, fmt.answer_start_id, *red], "red"),
+        ([*blue, fmt.answer_start_id, *red, fmt.answer_end_id, *blue, fmt.end], "red"),
+        ([*red, fmt.answer_end_id, *blue], "red"),
+        ([fmt.answer_end_id, *blue, fmt.answer_start_id, *red], "red"),
+        ([fmt.answer_start_id, *red, fmt.end], "red"),
         ([*red, fmt.end], "red"),
-        ([fmt.open, fmt.close], ""),
+        ([fmt.answer_start_id, fmt.answer_end_id], ""),
         ([], ""),
     ):
         assert generate.answer_text(model, fmt, ids) == says
@@ -264,12 +264,12 @@ def test_a_mask_is_asked_for_the_last_row(setup, monkeypatch):
 
     def biases(batch):
         seen.append(batch)
-        return [Bias(torch.ones(3, L, dtype=torch.bool), batch["input_ids"] == s.fmt.image, -2.5)]
+        return [AttentionBias(torch.ones(3, L, dtype=torch.bool), batch["input_ids"] == s.fmt.image, -2.5)]
 
     plain = s.model.seeing
     monkeypatch.setattr(s.model, "seeing", lambda mask: masks.append(mask) or plain(mask))
     generate.write(s.model, asked, s.fmt, 2, biases)
-    assert seen[0]["rows"].tolist() == [[L - 1]] * 3
+    assert seen[0]["answer_positions"].tolist() == [[L - 1]] * 3
     for b, (ids, _, _) in enumerate(asked):
         left = L - len(ids)
         row = masks[0][b, 0, L - 1].tolist()

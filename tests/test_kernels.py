@@ -179,7 +179,7 @@ class Shape(NamedTuple):
 KEYS, ROWS = 72, 224  # a tile on a CPU: csrc/attn_tile.h
 SHAPES = {
     "keys": [Shape(L, 4, 5) for L in (KEYS - 1, KEYS, KEYS + 1, 2 * KEYS, 2 * KEYS + 1, 63, 64, 65, 32, 33)],
-    "rows": [Shape(231, M, 3, H=H) for M, H in ((5, 1), (6, 1), (7, 1), (12, 1), (13, 1), (32, 7), (33, 7), (223, 1), (225, 1), (225, 2))],
+    "answer_positions": [Shape(231, M, 3, H=H) for M, H in ((5, 1), (6, 1), (7, 1), (12, 1), (13, 1), (32, 7), (33, 7), (223, 1), (225, 1), (225, 2))],
     "columns": [Shape(150, 3, K) for K in (KEYS - 1, KEYS, KEYS + 1, 2 * KEYS + 1)],
     "head sizes": [Shape(75, 4, 4, d, H=14, G=2) for d in (64, 80, 96, 128, 256)],
     "odd head sizes": [Shape(75, 3, 3, d, H=3, B=2) for d in (1, 3, 15, 16, 17, 31, 33, 63, 65, 129)],
@@ -188,7 +188,7 @@ SHAPES = {
 
 
 if EMULATED:  # slow, and its tiles are of 64 and 32 rows
-    SHAPES["rows"] = [shape for shape in SHAPES["rows"] if shape.M < 200]
+    SHAPES["answer_positions"] = [shape for shape in SHAPES["answer_positions"] if shape.M < 200]
 
 
 class Inputs(NamedTuple):
@@ -232,10 +232,10 @@ def positions(choose, B, n, L, first):
 def scores_by_hand(x, scale):
     """[B,H,M,L], -inf where a row does not see a key."""
     (B, H, L, d), G = x.q.shape, x.k.shape[1]
-    S = np.full((B, H, x.rows.shape[1], L), -np.inf)
+    S = np.full((B, H, x.answer_positions.shape[1], L), -np.inf)
     for b in range(B):
         for h in range(H):
-            for m, row in enumerate(x.rows[b]):
+            for m, row in enumerate(x.answer_positions[b]):
                 seen = np.arange(L) <= row
                 if x.padding is not None:
                     seen &= ~x.padding[b]
@@ -280,7 +280,7 @@ def gradients_by_hand(x, dS, scale):
     group = x.q.shape[1] // x.k.shape[1]
     for b in range(len(x.q)):
         for h in range(x.q.shape[1]):
-            for m, row in enumerate(x.rows[b]):
+            for m, row in enumerate(x.answer_positions[b]):
                 if row < 0:
                     continue
                 dq[b, h, row] += scale * dS[b, h, m] @ x.k[b, h // group]
@@ -313,7 +313,7 @@ def on(device, dtype, x):
     keywords = {}
     if x.bias is not None:
         keywords = {"bias": torch.from_numpy(x.bias).to(device), "key_padding": torch.from_numpy(x.padding).to(device)}
-    return [leaf(x.q, dtype, device), leaf(x.k, dtype, device), *(torch.from_numpy(y).to(device) for y in (x.rows, x.cols))], keywords
+    return [leaf(x.q, dtype, device), leaf(x.k, dtype, device), *(torch.from_numpy(y).to(device) for y in (x.answer_positions, x.cols))], keywords
 
 
 def above_like(x, dtype, device, seed):
@@ -369,7 +369,7 @@ def check_align(kind, shape, dtype, device, masked, scale, teacher_grad):
     """attn_align: the KL, the squared distance, or its mean over the cells, of two paths."""
     x = rounded_to(inputs(shape, masked, paths=2), dtype)
     args, keywords = on(device, dtype, x)
-    B, rows, cols = shape.B, x.rows[: shape.B], x.cols[: shape.B]
+    B, rows, cols = shape.B, x.answer_positions[: shape.B], x.cols[: shape.B]
     loss = ops.attn_align(kind, "keep", *args[:2], args[2][:B], args[3][:B], scale=scale, teacher_grad=teacher_grad, **keywords)
     g, above = above_like(loss, dtype, device, (kind, shape))
     loss.backward(g)

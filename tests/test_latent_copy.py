@@ -23,8 +23,8 @@ def step(setup, *flags, **how):
 
 @pytest.mark.parametrize("preset, tied", [(p, False) for p in PRESETS] + [("paper", True), ("released", True)])
 def test_hidden_equals_kv_in_float64(setup, float64_modules, preset, tied):
-    s, hidden, g_hidden = step(setup, "--realisation", "hidden", *PRESETS[preset], tied=tied)
-    _, kv, g_kv = step(setup, "--realisation", "kv", *PRESETS[preset], tied=tied)
+    s, hidden, g_hidden = step(setup, "--latent_copy", "hidden", *PRESETS[preset], tied=tied)
+    _, kv, g_kv = step(setup, "--latent_copy", "kv", *PRESETS[preset], tied=tied)
     for name in hidden:
         assert abs(hidden[name] - kv[name]) < 1e-10, name
     assert max(g.abs().max() for g in g_hidden.values()) > 1e-3
@@ -35,8 +35,8 @@ def test_hidden_equals_kv_in_float64(setup, float64_modules, preset, tied):
 @pytest.mark.parametrize("preset, tied", [(p, False) for p in PRESETS | MORE] + [("paper", True), ("released", True)])
 def test_kv_equals_packed_in_float64(setup, float64_modules, preset, tied):
     flags = (PRESETS | MORE)[preset]
-    s, kv, g_kv = step(setup, "--realisation", "kv", *flags, tied=tied)
-    _, packed, g_packed = step(setup, "--realisation", "packed", *flags, tied=tied)
+    s, kv, g_kv = step(setup, "--latent_copy", "kv", *flags, tied=tied)
+    _, packed, g_packed = step(setup, "--latent_copy", "packed", *flags, tied=tied)
     assert len(set(s.batch["attention_mask"].sum(1).tolist())) > 1 and len(s.batch["image_grid_thw"]) > len(s.batch["input_ids"])  # padding, several images
     for name in kv:
         assert abs(kv[name] - packed[name]) < 1e-10, name
@@ -48,8 +48,8 @@ def test_kv_equals_packed_in_float64(setup, float64_modules, preset, tied):
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("other", ["kv", "packed"])
 def test_all_equal_hidden_with_stock_modules(setup, other, preset):
-    _, hidden, g_hidden = step(setup, "--realisation", "hidden", *PRESETS[preset])
-    _, same, g_same = step(setup, "--realisation", other, *PRESETS[preset])
+    _, hidden, g_hidden = step(setup, "--latent_copy", "hidden", *PRESETS[preset])
+    _, same, g_same = step(setup, "--latent_copy", other, *PRESETS[preset])
     assert all(abs(hidden[n] - same[n]) < 1e-6 for n in hidden)
     assert all((g_hidden[n] - g_same[n]).abs().max() < 1e-6 for n in g_hidden)
 
@@ -112,9 +112,9 @@ def test_labelled_logits_are_equal_and_copied_rows_are_the_only_difference(setup
 
 
 def test_removing_the_copy_changes_losses_and_gradients(setup, monkeypatch):
-    _, shared, g_shared = step(setup, "--realisation", "hidden")
+    _, shared, g_shared = step(setup, "--latent_copy", "hidden")
     monkeypatch.setattr(latent_copy, "_share", lambda x, mask: x)
-    _, apart, g_apart = step(setup, "--realisation", "hidden")
+    _, apart, g_apart = step(setup, "--latent_copy", "hidden")
     assert abs(shared["ce_int"] - apart["ce_int"]) < 1e-12  # the intact path never sees the other
     assert all(abs(shared[n] - apart[n]) > 1e-5 for n in ("ce_cor", "kl", "attn"))
     assert any((g_shared[n] - g_apart[n]).abs().max() > 1e-4 for n in g_shared)

@@ -11,7 +11,7 @@ from conftest import eager_mass, gradients
 from crystal import evaluate, layout, losses, methods, train
 from crystal.attention_bias import additive_mask
 from crystal.latent_copy import LatentCopy
-from crystal.methods.crystal import mask_of
+from crystal.methods.crystal import position_mask
 from crystal.methods.lavit import align, entropy, focus, inside, normalise, salient, top
 from crystal.methods.sft import cross_entropy
 from crystal.runtime import checkpoint
@@ -49,7 +49,7 @@ def test_sequence_and_rows(setup):
     s = setup(*LORA, which=[0])
     text = s.model.tokenizer.decode(s.batch["input_ids"][0])
     assert text.endswith("<|im_start|>assistant\n<|latent_0|><|latent_1|><|latent_2|><answer>red<|im_end|>")
-    rows = s.batch["rows"][0].tolist()
+    rows = s.batch["answer_positions"][0].tolist()
     assert [s.model.tokenizer.decode(s.batch["input_ids"][0, t]) for t in rows] == ["<answer>", "red"]  # what predicts red is no latent
     assert not set(rows) & set(s.batch["latents"][0].tolist())
 
@@ -61,7 +61,7 @@ def test_export_asks_as_training_does(setup):
     rendered = s.model.tokenizer.apply_chat_template(messages, chat_template=s.fmt.chat_template(), tokenize=False, add_generation_prompt=True)
     assert s.model.tokenizer.decode(ids).replace("<|image_pad|>" * 4, "<|image_pad|>") == rendered
     assert [ids[t] for t in latents] == s.fmt.latents and len(image) == 4
-    assert s.fmt.question([("user", "hello")], [], "drop")[0][-1] == s.fmt.open and not s.fmt.question([("user", "hello")], [], "drop")[2]
+    assert s.fmt.question([("user", "hello")], [], "drop")[0][-1] == s.fmt.answer_start_id and not s.fmt.question([("user", "hello")], [], "drop")[2]
 
 
 # ---- the terms ---------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_every_term_alone_moves_what_trains(setup, tune, checkpointing):
     assert set(terms) == {*TERMS, "mass"}
     for name in TERMS:
         grads = gradients(terms[name], s.named)
-        assert next(g for n, g in grads.items() if n.endswith("rows.rows")).abs().max() > 1e-9, f"{name} does not reach the latents' rows"
+        assert next(g for n, g in grads.items() if n.endswith("new_tokens.embedding")).abs().max() > 1e-9, f"{name} does not reach the latents' rows"
         # in the last layer gaze ends at the scores
         deep = [n for n in grads if ".layers." in n and not (name == "gaze" and ".layers.2." in n)]
         deep += [n for n in grads if n.startswith("heads.") and name == "semantics"]
@@ -99,7 +99,7 @@ def test_gradient_of_each_term_equals_central_differences(setup, float64_modules
     terms = s.objective(s.batch, at(0.2))
     grads = {name: gradients(terms[name], s.named) for name in TERMS}
     parameters, h = dict(s.named), 1e-5
-    rows = next(n for n in parameters if n.endswith("rows.rows"))
+    rows = next(n for n in parameters if n.endswith("new_tokens.embedding"))
     D = parameters[rows].shape[1]
     chosen = [(next(n for n in parameters if ".layers.1.self_attn.q_proj.lora_A" in n), 3), (next(n for n in parameters if ".layers.0.mlp.up_proj.lora_B" in n), 5),
               (rows, 1 * D + 2), (rows, 3 * D + 7), ("heads.semantics.0.weight", 11)]
@@ -130,7 +130,7 @@ def test_the_latents_share_of_attention_is_watched_through_the_gate(setup):
     shut, opened = (s.objective(s.batch, at(of_run))["mass"] for of_run in (0.1, 1.0))
     assert shut.item() == pytest.approx(eager_mass(s, s.method.gated(s.model, s.batch, s.method.gamma(0.1))), rel=1e-6)
     assert opened.item() == pytest.approx(eager_mass(s, []), rel=1e-6) and shut != opened and opened > 0
-    assert "mass" in s.method.watched and not shut.requires_grad
+    assert "mass" in s.method.monitored and not shut.requires_grad
 
 
 def test_gaze_is_the_mean_over_layers_and_heads_of_what_eager_attention_computes(setup, float64_modules):
@@ -140,7 +140,7 @@ def test_gaze_is_the_mean_over_layers_and_heads_of_what_eager_attention_computes
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scores = (q @ k.transpose(2, 3) * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
         weights.append(scores.softmax(-1))
-    s.model.hidden(s.batch, tap=eager)
+    s.model.hidden(s.batch, recorder=eager)
     A = torch.stack(weights).mean((0, 2))[0][s.batch["latents"][0]][:, s.batch["image"][0]]  # [K,N]
     A = A / A.sum(1, keepdim=True)
     p = top(s.batch["gaze"][0].double(), 8)
@@ -215,7 +215,7 @@ def test_open_gate_is_the_plain_model_to_the_bit(setup):
 
 def test_almost_closed_gate_is_close_to_the_mask(setup):
     s = setup(*LORA)
-    rows = mask_of(s.batch["rows"], s.batch["input_ids"].shape[1])
+    rows = position_mask(s.batch["answer_positions"], s.batch["input_ids"].shape[1])
     shut, almost, half, plain = (s.model.hidden(s.batch, biases=s.method.gated(s.model, s.batch, g))[rows] for g in (0.0, 1e-6, 0.5, 1.0))
     assert 0 < (shut - almost).abs().max() < 1e-4 * (shut - plain).abs().max()
     assert (half - plain).abs().max() < (shut - plain).abs().max()
@@ -227,7 +227,7 @@ def test_gate_blocks_the_answers_view_and_nothing_else(setup):
     plain = additive_mask([], s.batch["attention_mask"])[:, 0]
     for b in range(3):
         changed = {tuple(x) for x in (mask[b] != plain[b]).nonzero().tolist()}
-        assert changed == {(m, n) for m in s.batch["rows"][b].tolist() for n in s.batch["image"][b].tolist() if m >= 0 and n >= 0}
+        assert changed == {(m, n) for m in s.batch["answer_positions"][b].tolist() for n in s.batch["image"][b].tolist() if m >= 0 and n >= 0}
     half = additive_mask(s.method.gated(s.model, s.batch, 0.5), s.batch["attention_mask"])[:, 0]
     assert torch.allclose(half[mask != plain], torch.tensor(math.log(0.5)))
 
@@ -236,8 +236,8 @@ def test_closed_gate_with_all_else_frozen_hides_the_image_exactly(setup):
     """Two images, one batch; all rows but the answer's are lent: a closed gate leaves nothing to tell the images apart, an almost closed one does."""
     s = setup(*LORA, which=[0])
     L = s.batch["input_ids"].shape[1]
-    image, rows = s.batch["input_ids"] == s.fmt.image, mask_of(s.batch["rows"], L)
-    twice = {n: s.batch[n].repeat(2, 1) for n in ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids", "rows")}
+    image, rows = s.batch["input_ids"] == s.fmt.image, position_mask(s.batch["answer_positions"], L)
+    twice = {n: s.batch[n].repeat(2, 1) for n in ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids", "answer_positions")}
     twice["pixel_values"] = torch.cat([s.batch["pixel_values"], s.batch["pixel_values"].flip(0)])
     copy = LatentCopy(~image & ~rows & s.batch["attention_mask"].bool(), "kv")
     for gamma, same in ((0.0, True), (1e-6, False), (1.0, False)):
@@ -248,7 +248,7 @@ def test_closed_gate_with_all_else_frozen_hides_the_image_exactly(setup):
 def test_no_future_leaks_through_the_gate(setup):
     s = setup(*LORA, which=[2])
     other = dict(s.batch, input_ids=s.batch["input_ids"].clone())
-    last = int(s.batch["rows"].max())
+    last = int(s.batch["answer_positions"].max())
     other["input_ids"][0, last] = s.fmt.end
     assert not torch.equal(other["input_ids"], s.batch["input_ids"])
     for gamma in (0.0, 0.5):
@@ -277,7 +277,7 @@ def test_bottleneck_at_test_time_is_the_closed_gate(setup):
     """`evaluate --bottleneck` asks for the mask of a prompt whose only row is `<answer>`."""
     s = setup(*LORA, which=[0])
     ids, image, _ = s.fmt.question(s.records[0].turns, [len(s.batch["image"][0])])
-    batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "rows": torch.tensor([[len(ids) - 1]])}
+    batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "answer_positions": torch.tensor([[len(ids) - 1]])}
     bias = s.method.biases(s.model, batch)[0]
     assert bias.value == -math.inf and bias.queries.nonzero().tolist() == [[0, len(ids) - 1]] and bias.keys[0].nonzero()[:, 0].tolist() == image
 

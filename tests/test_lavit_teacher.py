@@ -40,7 +40,7 @@ def eager(model, batch):
         scores = (q @ k.transpose(2, 3) * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
         weights.append(scores.softmax(-1))
 
-    model.hidden(batch, tap=keep)
+    model.hidden(batch, recorder=keep)
     mean = torch.stack(weights).mean((0, 2))                                    # [B,L,L], over layers and heads
     out = []
     for b, cols in enumerate(batch["image"]):
@@ -284,12 +284,12 @@ def test_the_command_keeps_what_passes(stub, source, tmp_path, capsys, share, bl
 def test_gaze_is_eq_2_and_3_of_eager_attention(setup, method):
     """Padding, several images, grouped heads; with a teacher that has latents too, which are no text."""
     s = setup("--method", method)
-    tap = Looks(text_rows(s.batch), s.batch["image"])
+    recorder = Looks(text_rows(s.batch), s.batch["image"])
     with torch.no_grad():
-        s.model.hidden(s.batch, tap=tap)
+        s.model.hidden(s.batch, recorder=recorder)
         expected = eager(s.model, s.batch)
     assert len({len(e) for e in expected}) > 1
-    for S, e in zip(tap.S, expected):
+    for S, e in zip(recorder.S, expected):
         assert torch.allclose(S[: len(e)].double(), e, atol=1e-9) and not S[len(e) :].any()
     found = look(s.model, s.fmt, s.method, s.records, 2)
     for (tensors, _), e in zip(found, expected):

@@ -60,17 +60,17 @@ def test_latent_layout(kind):
     names = "<|latent_0|><|latent_1|><|latent_2|>" if kind == "diverse" else "<|latent_0|>" * 3
     assert said == f"<think> {THOUGHT}{names}. </think><answer>red</answer><|im_end|>"
     assert [x.ids[i] for i in x.latents] == fmt.latents
-    assert x.ids[x.thought[0]] == fmt.think and x.ids[x.thought[1] - 1] == fmt.unthink and x.thought[1] == x.answer[0]
-    assert x.ids[x.answer[0]] == fmt.open and x.answer[1] == len(x.ids)
+    assert x.ids[x.thought[0]] == fmt.think_start_id and x.ids[x.thought[1] - 1] == fmt.think_end_id and x.thought[1] == x.answer[0]
+    assert x.ids[x.answer[0]] == fmt.answer_start_id and x.answer[1] == len(x.ids)
     # everything the assistant says is a label, predicted by the row before it
     assert all(t == IGNORE for t in x.targets[: len(prompt) - 1]) and x.targets[len(prompt) - 1 : -1] == x.ids[len(prompt) :] and x.targets[-1] == IGNORE
-    assert x.rows == list(range(x.answer[0], len(x.ids) - 1))
+    assert x.answer_positions == list(range(x.answer[0], len(x.ids) - 1))
 
 
 def test_the_answer_alone_as_label():
     fmt = make(3)
     x = fmt.latent(TURNS, [2], "red", labels="answer")
-    assert fmt.tokenizer.decode([t for t in x.targets if t != IGNORE]) == "red</answer><|im_end|>" and [x.targets[r] for r in x.rows] == x.ids[x.answer[0] + 1 :]
+    assert fmt.tokenizer.decode([t for t in x.targets if t != IGNORE]) == "red</answer><|im_end|>" and [x.targets[r] for r in x.answer_positions] == x.ids[x.answer[0] + 1 :]
     assert x.ids == fmt.latent(TURNS, [2], "red").ids
 
 
@@ -78,7 +78,7 @@ def test_plain_layout():
     fmt = make(0)
     x = fmt.plain(TURNS, [2], "red")
     assert fmt.tokenizer.decode([t for t in x.targets if t != IGNORE]) == "red<|im_end|>"
-    assert [x.targets[r] for r in x.rows] == x.ids[x.answer[0] :]
+    assert [x.targets[r] for r in x.answer_positions] == x.ids[x.answer[0] :]
 
 
 def test_thought_of_the_record():
@@ -86,7 +86,7 @@ def test_thought_of_the_record():
     x = fmt.latent(TURNS, [2], "red", ["I look.", "It is red."])
     assert "<think> I look. It is red.<|latent_0|><|latent_1|>. </think>" in fmt.tokenizer.decode(x.ids)
     assert THOUGHT in fmt.tokenizer.decode(fmt.latent(TURNS, [2], "red").ids)  # a record without one
-    assert fmt.question(TURNS, [2])[0][-1] == fmt.think  # the model writes the rest itself
+    assert fmt.question(TURNS, [2])[0][-1] == fmt.think_start_id  # the model writes the rest itself
 
 
 def test_prompts_to_generate_from():

@@ -46,7 +46,7 @@ def test_mask_cell_by_cell(setup, mask, see):
     got = additive_mask(s.method.biases(s.model, s.batch), s.batch["attention_mask"])[:, 0]
     image, latents, real = (x.tolist() for x in positions(s))
     for b in range(len(got)):
-        first, answer = image[b].index(True), int(s.batch["rows"][b, 0])
+        first, answer = image[b].index(True), int(s.batch["answer_positions"][b, 0])
         for q in range(sum(real[b])):
             for k in range(got.shape[1]):
                 free = k <= q
@@ -66,7 +66,7 @@ def test_with_frozen_latents_the_image_has_exactly_no_influence(setup, realisati
 
     def both(b, masked=True, held=True):
         """A batch of 2B: the batch, and `b` with the first half's latents."""
-        twice = {n: torch.cat([s.batch[n], b[n]]) for n in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids", "rows")}
+        twice = {n: torch.cat([s.batch[n], b[n]]) for n in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids", "answer_positions")}
         biases = s.method.biases(s.model, twice) if masked else []
         h = s.model.hidden(twice, latent_copy=LatentCopy(latents, realisation) if held else None, biases=biases).chunk(2)[1]
         return s.model.logits(h[s.batch["targets"] != IGNORE])
@@ -88,16 +88,16 @@ def test_no_row_sees_the_future(setup, flags):
         assert torch.equal(a[:t], b[:t]) and not torch.equal(a[t:], b[t:])
 
 
-@pytest.mark.parametrize("tune", ["lora", "full", "rows"])
+@pytest.mark.parametrize("tune", ["lora", "full", "tokens"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("progress", [MASKED, OPEN], ids=["masked", "open"])
 def test_the_loss_is_alive(setup, tune, checkpointing, progress):
     """It moves every latent's row, and whatever else trains; checkpointing changes no gradient."""
     s = setup(*LIVR, "--tune", tune, *["--checkpointing"] * checkpointing)
     grads = gradients(s.objective(s.batch, progress)["ce"], s.named)
-    rows = grads.pop("model.rows.rows")
+    rows = grads.pop("model.new_tokens.embedding")
     assert (rows.abs().amax(1) > 0).all() and len(rows) == 3
-    assert bool(grads) == (tune != "rows")
+    assert bool(grads) == (tune != "tokens")
     if tune == "lora":
         assert all(g.abs().max() > 0 for g in grads.values())
     elif tune == "full":
@@ -121,7 +121,7 @@ def test_the_latents_share_of_attention_is_watched(setup):
     masked, opened = (s.objective(s.batch, p)["mass"] for p in (MASKED, OPEN))
     assert masked.item() == pytest.approx(eager_mass(s, s.method.biases(s.model, s.batch)), rel=1e-6)
     assert opened.item() == pytest.approx(eager_mass(s, []), rel=1e-6) and masked != opened and opened > 0
-    assert "mass" in s.method.watched and not masked.requires_grad
+    assert "mass" in s.method.monitored and not masked.requires_grad
     none = setup("--method", "livr", "--latents", "0", "--masked", "0")
     assert set(none.objective(none.batch, OPEN)) == {"ce"}
 
@@ -166,11 +166,11 @@ def test_mask_only_and_no_mask_and_neither(setup):
     sft, none = setup("--method", "sft"), setup(*LIVR, "--latents", "0", "--masked", "0")
     assert torch.equal(sft.objective(sft.batch, OPEN)["ce"], none.objective(none.batch, none.settings.progress(0))["ce"])
     only = setup(*LIVR, "--latents", "0", "--mask", "answer")
-    assert only.model.rows is None and not torch.equal(only.objective(only.batch, MASKED)["ce"], none.objective(none.batch, OPEN)["ce"])
+    assert only.model.new_tokens is None and not torch.equal(only.objective(only.batch, MASKED)["ce"], none.objective(none.batch, OPEN)["ce"])
     got = additive_mask(only.method.biases(only.model, only.batch), only.batch["attention_mask"])[:, 0]
     image, _, _ = positions(only)
     for b in range(3):
-        first = int(only.batch["rows"][b, 0])
+        first = int(only.batch["answer_positions"][b, 0])
         assert got[b, first:, image[b]].isneginf().all() and (got[b, first - 1, image[b]] == 0).all()
 
 
@@ -198,8 +198,8 @@ def test_image_twice(setup):
 
 
 def test_prompt_tuning_trains_k_rows_alone(setup):
-    s = setup(*LIVR, "--tune", "rows", "--masked", "0")
-    assert [(n, tuple(p.shape)) for n, p in s.named] == [("model.rows.rows", (3, 32))]
+    s = setup(*LIVR, "--tune", "tokens", "--masked", "0")
+    assert [(n, tuple(p.shape)) for n, p in s.named] == [("model.new_tokens.embedding", (3, 32))]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -231,7 +231,7 @@ def test_masked_generation_equals_masked_forwards_without_a_cache(setup, mask, l
         for _ in range(4):
             x = torch.tensor([ids])
             batch = {"input_ids": x, "attention_mask": torch.ones_like(x), "mm_token_type_ids": (x == s.fmt.image).long(), "pixel_values": pixels,
-                     "image_grid_thw": grid, "rows": torch.tensor([[len(prompt) - 1]])}
+                     "image_grid_thw": grid, "answer_positions": torch.tensor([[len(prompt) - 1]])}
             with torch.no_grad():
                 token = int(s.model.logits(s.model.hidden(batch, biases=biases(batch))[:, -1]).argmax())
             if token == s.fmt.end:
@@ -258,7 +258,7 @@ def test_a_run_has_two_stages_and_validates_the_open_model(run, records_file):
     model, fmt, settings = opening.open_model(run, "3")
     method = methods.get("livr")(settings)
     records, _ = data.read(records_file)
-    examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor)
+    examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor)
     batch = data.collate([examples[0, i] for i in range(3)], model.tokenizer.pad_token_id)
     with torch.no_grad():
         expected = method.losses(model, batch, OPEN)["ce"].item()
@@ -307,16 +307,16 @@ def test_attention_on_latents_is_that_of_a_full_softmax(setup):
     got = evaluate.attention_on_latents(s.model, s.fmt, s.method, s.records, batch_size=2)
     seen = []
 
-    def tap(layer, q, k, scale):
+    def recorder(layer, q, k, scale):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scores = (q @ k.transpose(2, 3) * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), float("-inf"))
         seen.append(scores.softmax(-1).mean(1))                                        # [B,L,L]
 
     with torch.no_grad():
-        s.model.hidden(s.batch, tap=tap)
+        s.model.hidden(s.batch, recorder=recorder)
     weights, expected = torch.stack(seen).mean(0), 0
     for b in range(3):
-        rows, cols = s.batch["rows"][b][s.batch["rows"][b] >= 0], s.batch["latents"][b]
+        rows, cols = s.batch["answer_positions"][b][s.batch["answer_positions"][b] >= 0], s.batch["latents"][b]
         expected += weights[b][rows][:, cols].sum(1).mean().item() / 3
     assert got == pytest.approx(expected, rel=1e-6) and 0 < got < 1
 

@@ -1,6 +1,6 @@
 """The training loop against twenty lines of plain PyTorch.
 
-`plain_loop` below is the right value: torch's AdamW, a schedule, a clipping and a copy of the token rows
+`plain_loop` below is the right value: torch's AdamW, a schedule, a clipping and a copy of the trainable tokens
 written out here, over the same batches. Of crystal it takes what a record looks like in a batch and what a
 method's terms are (both are held by tests of their own), and nothing of the loop: the order of the records,
 the stages, the weights and the seeds of dropout stand here as numbers and formulas. train.py must then log
@@ -98,7 +98,7 @@ class Case:
     accumulation: int = 1
     clip: float = 1.0
     decay: float = 0.1               # of matrices
-    rows: float = 1.0                # rate of the token rows, in multiples of the others'
+    rows: float = 1.0                # rate of the trainable tokens, in multiples of the others'
     line: bool = False               # after the warm-up a line, not a cosine
     dtype: torch.dtype = torch.float32
     narrow: bool = False             # computed in bfloat16 on float32 weights
@@ -144,8 +144,8 @@ def plain_loop(case, argv, files):
     method, fmt = methods.attach(model, settings)
     whole = torch.nn.ModuleDict({"model": model, "heads": method.modules(model)}).train()
     trained = {name: p for name, p in whole.named_parameters() if p.requires_grad}
-    rows = [p for name, p in trained.items() if name.startswith("model.rows.")]
-    others = [p for name, p in trained.items() if not name.startswith("model.rows.")]
+    rows = [p for name, p in trained.items() if name.startswith("model.new_tokens.")]
+    others = [p for name, p in trained.items() if not name.startswith("model.new_tokens.")]
     optimizer = torch.optim.AdamW([{"params": [p for p in others if p.ndim > 1], "weight_decay": case.decay},
                                    {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
                                    {"params": rows, "weight_decay": 0.0}], betas=(0.9, 0.999), eps=1e-8)
@@ -156,7 +156,7 @@ def plain_loop(case, argv, files):
             return method.layout(fmt, record, image_tokens, number)
         records = data.read(files[name])[0]
         more = {"copies": fmt.copies, "extras": method.extras}
-        return data.Examples(records, layout, model.image_processor, case.corruption, seed, **more)
+        return data.RecordDataset(records, layout, model.image_processor, case.corruption, seed, **more)
 
     sets = [examples(stage.file, number, case.seed) for number, stage in enumerate(case.stages)]
     for step in range(UPDATES):
@@ -200,10 +200,10 @@ def plain_loop(case, argv, files):
 @torch.no_grad()
 def follow(model):
     """The vocabulary's new rows become what was trained in their place; an untied head has its own."""
-    if model.rows is not None:
-        model.hf.get_input_embeddings().weight[model.rows.ids] = model.rows.rows.to(model.hf.dtype)
+    if model.new_tokens is not None:
+        model.hf.get_input_embeddings().weight[model.new_tokens.ids] = model.new_tokens.embedding.to(model.hf.dtype)
         if model.hf.lm_head.weight is not model.hf.get_input_embeddings().weight:
-            model.hf.lm_head.weight[model.rows.ids] = model.rows.head_rows.to(model.hf.dtype)
+            model.hf.lm_head.weight[model.new_tokens.ids] = model.new_tokens.head.to(model.hf.dtype)
 
 
 @torch.no_grad()
@@ -241,14 +241,14 @@ class Settings(crystal.Settings):
 
 class Method(crystal.Method):
     Settings = Settings
-    watched = ("mass_int", "mass_cor", "kl")
+    monitored = ("mass_int", "mass_cor", "kl")
 """
 BLUR = ("blur", 2.0, 5.0)
 ONES = {"ce_int": 1.0, "ce_cor": 1.0, "kl": 1.0, "attn": 1.0}
 
 CASES = {
     # Adapters with dropout; unlike weights; a clip that is always reached; rows at three times the rate.
-    "lora": Case("--lora_dropout 0.2 --lr 1e-2 --lr_rows 3 --weight_decay 0.5 --warmup 0.5 --clip 0.05 "
+    "lora": Case("--lora_dropout 0.2 --lr 1e-2 --lr_tokens 3 --weight_decay 0.5 --warmup 0.5 --clip 0.05 "
                  "--w_ce_int 0.75 --w_ce_cor 0.25 --w_kl 2 --w_attn 0.5 --eval_every 2",
                  [Part(0, 6, 1e-2, 3)], {"ce_int": 0.75, "ce_cor": 0.25, "kl": 2.0, "attn": 0.5}, clip=0.05,
                  decay=0.5, rows=3.0, corruption=BLUR, validated=[2, 4, 6]),
@@ -258,7 +258,7 @@ CASES = {
                  [Part(0, 6, 2e-3, 2)], ONES, accumulation=3, clip=1000.0, decay=0.3, line=True, narrow=True,
                  corruption=("noise", 15.0, 50.0)),
     # Nothing but the rows, which have a head of their own; one record at a time.
-    "rows": Case("--tune rows --batch_size 1 --lr 1e-2 --lr_rows 0.5 --weight_decay 0.9 --warmup 0",
+    "answer_positions": Case("--tune tokens --batch_size 1 --lr 1e-2 --lr_tokens 0.5 --weight_decay 0.9 --warmup 0",
                  [Part(0, 6, 1e-2, 0)], ONES, batch=1, rows=0.5, corruption=BLUR, untied=True),
     # Two stages that differ in who sees what; frozen weights in bfloat16, adapters in float32, in every part.
     "livr": Case("--method livr --masked 0.6 --lora_dropout 0.1 --accumulation 3 --batch_size 1 --lr 1e-2 "
@@ -275,7 +275,7 @@ CASES = {
     "lavit": Case("--method lavit --w_gaze 0 --w_semantics 0 --gate_warmup 0.9 --lr 1e-3 --tune full "
                   "--warmup 0.2 --eval_every 4",
                   [Part(0, 6, 1e-3, 2)], {"ce": 1.0}, decay=0.0, line=True, validated=[4, 6]),
-    # A method of one's own: a file for each stage, a weight for some terms, one more that is watched.
+    # A method of one's own: a file for each stage, a weight for some terms, one more that is monitored.
     "own": Case("--method OWN --second SECOND --lr 1e-2 --batch_size 3 --lora_dropout 0.1",
                 [Part(0, 3, 1e-2, 1), Part(3, 6, 2.5e-3, 1, "second")],
                 {"ce_int": 0.5, "ce_cor": 1.0, "attn": 3.0}, batch=3, corruption=BLUR)}
@@ -283,7 +283,7 @@ CASES = {
 # The rates of some of them, by hand, in multiples of the peak: an angle of 60 degrees has a cosine of a half.
 RATES = {"lora": [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4],
          "full": [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4],
-         "rows": [1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2],
+         "answer_positions": [1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2],
          "livr": [1 / 2, 1, 1, 1 / 2, 1, 1],
          "valr": [1, 1, 4, 4, 3, 1],
          "own": [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8]}
@@ -292,7 +292,7 @@ CLIPPED = {"lora": True, "full": False}  # at every update, or at none
 # For two processes: dropout, of which each must draw its own; shares of the validation that are unlike, since
 # five records in batches of two are 1, 2 and 5 for the first process, 3 and 4 for the second.
 TWO = {
-    "two": Case("--dtype float64 --batch_size 1 --accumulation 2 --lora_dropout 0.3 --lr 1e-2 --lr_rows 2 "
+    "two": Case("--dtype float64 --batch_size 1 --accumulation 2 --lora_dropout 0.3 --lr 1e-2 --lr_tokens 2 "
                 "--clip 0.1 --warmup 0.3",
                 [Part(0, 6, 1e-2, 2)], ONES, batch=1, accumulation=2, clip=0.1, rows=2.0, dtype=torch.float64,
                 corruption=BLUR, world=2),

@@ -1,4 +1,4 @@
-"""Adapters and token rows: the values, the gradients, what does not move, and that other tools load what is saved."""
+"""Adapters and trainable tokens: the values, the gradients, what does not move, and that other tools load what is saved."""
 import copy
 import json
 
@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from crystal.lora import (
     LoRALinear,
-    TokenRows,
+    TrainableTokens,
     adapter_config,
     adapter_state,
     adapters,
@@ -68,9 +68,9 @@ def loss(model, b):
 
 
 def adapted(tied, dtype=torch.float32, pattern=EVERYWHERE, r=16, alpha=32, dropout=0.0):
-    """A tiny model with token rows and adapters that differ from their initial values -> (model, rows)."""
+    """A tiny model with trainable tokens and adapters that differ from their initial values -> (model, rows)."""
     model, g = tiny(tied, dtype), torch.Generator().manual_seed(2)
-    rows = TokenRows(model.get_input_embeddings(), model.lm_head, IDS)
+    rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
     add_lora(model, pattern, r, alpha, dropout, g)
     with torch.no_grad():
         for layer in adapters(model).values():
@@ -193,8 +193,8 @@ def test_row_gradients_are_those_of_full_training(tied):
     model = tiny(tied, torch.float64)
     b = batch(model)
     expected = full_gradient(model, b)
-    rows = TokenRows(model.get_input_embeddings(), model.lm_head, IDS)
-    assert [n for n, _ in rows.named_parameters()] == (["rows"] if tied else ["rows", "head_rows"])
+    rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
+    assert [n for n, _ in rows.named_parameters()] == (["embedding"] if tied else ["embedding", "head"])
     loss(model, b).backward()
     for (_, P), dW in zip(rows.pairs(), expected):
         assert P.dtype == torch.float64 and P.grad.abs().max() > 1e-3
@@ -205,7 +205,7 @@ def test_row_gradients_are_those_of_full_training(tied):
 def test_no_other_row_ever_moves(tied):
     model = tiny(tied)
     start = {n: w.clone() for n, w in model.state_dict().items()}
-    rows = TokenRows(model.get_input_embeddings(), model.lm_head, IDS)
+    rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
     add_lora(model, LANGUAGE)
     trained = [p for m in (model, rows) for p in m.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.5)
@@ -239,7 +239,7 @@ def test_rows_of_bfloat16_weights(tied):
     model = tiny(tied, torch.bfloat16)
     b, before = batch(model), logits(model, batch(model))
     expected = full_gradient(model, b)
-    rows = TokenRows(model.get_input_embeddings(), model.lm_head, IDS)
+    rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
     assert torch.equal(logits(model, b), before)
     loss(model, b).backward()
     for (module, P), dW in zip(rows.pairs(), expected):
@@ -255,7 +255,7 @@ def test_rows_of_bfloat16_weights(tied):
 def test_absent_ids_get_zeros(tied):
     # In the head the rows are competitors wherever a token is predicted; zeros there need logits that nothing reads.
     model = tiny(tied)
-    rows = TokenRows(model.get_input_embeddings(), model.lm_head, IDS)
+    rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
     b = batch(model, ids=[])
     others = [i for i in range(V) if i not in IDS]
     logits(model, b)[..., others].sum().backward()
@@ -266,7 +266,7 @@ def test_absent_ids_get_zeros(tied):
 def test_any_leading_shape():
     torch.manual_seed(0)
     embed, head = nn.Embedding(9, 4).double().requires_grad_(False), nn.Linear(4, 9, bias=False).double().requires_grad_(False)
-    rows = TokenRows(embed, head, [8, 1])
+    rows = TrainableTokens(embed, head, [8, 1])
     for shape in ((), (5,), (2, 3), (2, 1, 3), (0,)):
         ids = torch.randint(9, shape)
         h = embed(ids)
@@ -274,7 +274,7 @@ def test_any_leading_shape():
         z = head(h)
         assert torch.equal(z, F.linear(h, head.weight))
         z.sum().backward()
-        torch.testing.assert_close(rows.head_rows.grad, h.detach().reshape(-1, 4).sum(0).expand(2, 4), rtol=0, atol=1e-14)
+        torch.testing.assert_close(rows.head.grad, h.detach().reshape(-1, 4).sum(0).expand(2, 4), rtol=0, atol=1e-14)
         rows.zero_grad()
 
 
@@ -301,10 +301,10 @@ def test_misuse_of_rows():
     embed = model.get_input_embeddings()
     for ids in ([], [1, 1], [-1], [V]):
         with pytest.raises(ValueError, match="need different ids"):
-            TokenRows(embed, model.lm_head, ids)
+            TrainableTokens(embed, model.lm_head, ids)
     with pytest.warns(UserWarning, match="pass a tied head too"):
-        assert TokenRows(embed, None, IDS).tied
-    rows = TokenRows(embed, model.lm_head, IDS)
+        assert TrainableTokens(embed, None, IDS).tied
+    rows = TrainableTokens(embed, model.lm_head, IDS)
     embed.weight.requires_grad_()
     with pytest.raises(RuntimeError, match="must be frozen"):
         rows.sync()
@@ -368,7 +368,7 @@ def test_round_trip(tied, with_rows, tmp_path):
     b = batch(model)
     save_adapter(tmp_path / "a", model, rows, "base")
     other = tiny(tied)
-    other_rows = TokenRows(other.get_input_embeddings(), other.lm_head, IDS) if with_rows else None
+    other_rows = TrainableTokens(other.get_input_embeddings(), other.lm_head, IDS) if with_rows else None
     add_lora(other, EVERYWHERE if with_rows else LANGUAGE, generator=torch.Generator().manual_seed(9))
     load_adapter(tmp_path / "a", other, other_rows)
     state = adapter_state(model, rows)
@@ -394,7 +394,7 @@ def test_a_wrong_file_is_refused_whole(tmp_path):
         with pytest.raises(ValueError) as error:
             load_adapter(tmp_path, model, rows)
         assert all(w in str(error.value) for w in words), error.value
-        assert not rows.rows.any() and not adapters(model)["model.visual.blocks.0.attn.qkv"].lora_A.any()
+        assert not rows.embedding.any() and not adapters(model)["model.visual.blocks.0.attn.qkv"].lora_A.any()
 
     for broken, words in (
         ({k: v for k, v in state.items() if k != q}, ("no key", q)),
@@ -443,7 +443,7 @@ def test_the_adapters_file_says_what_the_adapter_is():
     }
     whole = tiny(True)
     add_lora(whole, LANGUAGE, r=2, alpha=5.0)
-    written = adapter_config(whole, TokenRows(whole.get_input_embeddings(), whole.lm_head, [7, 2]), "b")
+    written = adapter_config(whole, TrainableTokens(whole.get_input_embeddings(), whole.lm_head, [7, 2]), "b")
     assert isinstance(written["lora_alpha"], int) and written["lora_alpha"] == 5
     assert written["trainable_token_indices"] == {"model.language_model.embed_tokens": [7, 2]}
 
@@ -456,11 +456,11 @@ def test_rows_are_written_to_their_own_places():
     embed = nn.Embedding(9, 4).requires_grad_(False)
     head = nn.Linear(4, 9, bias=False).requires_grad_(False)
     before = embed.weight.clone(), head.weight.clone()
-    rows = TokenRows(embed, head, [8, 1, 5])
-    assert torch.equal(rows.rows, before[0][[8, 1, 5]]) and torch.equal(rows.head_rows, before[1][[8, 1, 5]])
+    rows = TrainableTokens(embed, head, [8, 1, 5])
+    assert torch.equal(rows.embedding, before[0][[8, 1, 5]]) and torch.equal(rows.head, before[1][[8, 1, 5]])
     with torch.no_grad():
-        rows.rows.copy_(torch.arange(12.0).view(3, 4))
-        rows.head_rows.copy_(-torch.arange(12.0).view(3, 4))
+        rows.embedding.copy_(torch.arange(12.0).view(3, 4))
+        rows.head.copy_(-torch.arange(12.0).view(3, 4))
     assert torch.equal(embed.weight, before[0])  # not before sync
     rows.sync()
     for weight, start, sign in ((embed.weight, before[0], 1), (head.weight, before[1], -1)):
@@ -477,10 +477,10 @@ def test_row_gradients_by_hand():
     """
     embed = nn.Embedding(6, 3).double().requires_grad_(False)
     head = nn.Linear(3, 6, bias=False).double().requires_grad_(False)
-    rows = TokenRows(embed, head, [4, 0])
+    rows = TrainableTokens(embed, head, [4, 0])
     c = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0], dtype=torch.float64)
     (head(embed(torch.tensor([4, 1, 4]))) * c).sum().backward()
     back = (c[:, None] * head.weight).sum(0)
-    assert torch.allclose(rows.rows.grad, torch.stack([2 * back, 0 * back]))
+    assert torch.allclose(rows.embedding.grad, torch.stack([2 * back, 0 * back]))
     seen = 2 * embed.weight[4] + embed.weight[1]
-    assert torch.allclose(rows.head_rows.grad, torch.stack([11 * seen, 2 * seen]))
+    assert torch.allclose(rows.head.grad, torch.stack([11 * seen, 2 * seen]))

@@ -78,9 +78,9 @@ def test_too_few_spare_rows(model_dirs):
 
 def test_what_trains(setup):
     lora = {n.split(".")[-1] for n, _ in setup().named}
-    assert lora == {"lora_A", "lora_B", "rows"}
+    assert lora == {"lora_A", "lora_B", "embedding"}
     full = [n for n, _ in setup("--tune", "full").named]
-    assert not any("visual" in n or "embed_tokens" in n or "lm_head" in n for n in full) and any("layers.0.mlp" in n for n in full) and any(n.endswith("rows.rows") for n in full)
+    assert not any("visual" in n or "embed_tokens" in n or "lm_head" in n for n in full) and any("layers.0.mlp" in n for n in full) and any(n.endswith("new_tokens.embedding") for n in full)
 
 
 def test_the_frozen_vision_tower_has_no_graph(setup):
@@ -285,7 +285,7 @@ def test_the_decoders_attention_takes_both_kinds_of_masks():
 
 
 def test_the_doors_of_attention_open_in_their_order():
-    """The cache lengthens the keys, the copy replaces some of them, and the tap sees those that attention
+    """The cache lengthens the keys, the copy replaces some of them, and the recorder sees those that attention
     then uses.
     """
     q, k, v, past = (
@@ -302,15 +302,15 @@ def test_the_doors_of_attention_open_in_their_order():
             asked.append(("copy", key.shape[2]))
             return key + 1, value - 1
 
-    def tap(layer, query, key, scale):
-        asked.append(("tap", layer, query is q, torch.equal(key, torch.cat([past, k], 2) + 1), scale))
+    def recorder(layer, query, key, scale):
+        asked.append(("recorder", layer, query is q, torch.equal(key, torch.cat([past, k], 2) + 1), scale))
 
     mask = torch.zeros(2, 1, 3, 5, dtype=torch.float64)
-    doors = {"kv_cache": cache, "latent_copy": Copy(), "tap": tap}
+    doors = {"kv_cache": cache, "latent_copy": Copy(), "recorder": recorder}
     out, _ = crystal.backbone.model.attention(
         SimpleNamespace(layer_idx=7), q, k, v, mask, scaling=0.3, unknown=1, **doors
     )
-    assert asked == [("cache", 7, True), ("copy", 5), ("tap", 7, True, True, 0.3)]
+    assert asked == [("cache", 7, True), ("copy", 5), ("recorder", 7, True, True, 0.3)]
     keys, values = torch.cat([past, k], 2) + 1, torch.cat([2 * past, v], 2) - 1
     expected = softmax_attention(q[1, 2], keys[1, 1], values[1, 1], 0.3, lambda t, c: True)
     assert torch.allclose(out[1, :, 2], expected, atol=1e-12)
@@ -495,7 +495,7 @@ def test_a_loaded_model_is_frozen_in_evaluation_mode_and_of_its_dtype(model_dirs
     kinds = (
         model.hf.config.text_config._attn_implementation, model.hf.config.vision_config._attn_implementation,
     )
-    assert kinds == ("crystal", "crystal_flash_vision") and model.rows is None
+    assert kinds == ("crystal", "crystal_flash_vision") and model.new_tokens is None
 
 
 def test_shapes_alone_hold_no_values(model_dirs):
@@ -562,10 +562,10 @@ def test_token_rows_train_whatever_was_frozen_before_them(setup):
         embed, head = s.model.hf.get_input_embeddings().weight, s.model.hf.lm_head.weight
         assert not embed.requires_grad and not head.requires_grad
         trains = {n for n, _ in s.model.trainable()}
-        assert ("rows.rows" in trains) and ("rows.head_rows" in trains) != tied
-        rows = s.model.rows
+        assert ("new_tokens.embedding" in trains) and ("new_tokens.head" in trains) != tied
+        rows = s.model.new_tokens
         with torch.no_grad():
             for _, P in rows.pairs():
                 P.add_(1)
         s.model.after_update()
-        assert torch.equal(embed[rows.ids], rows.rows)
+        assert torch.equal(embed[rows.ids], rows.embedding)

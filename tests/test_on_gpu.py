@@ -265,7 +265,7 @@ def test_curves_are_held_to_the_tolerance(tmp_path, capsys, monkeypatch, losses,
     ended = judge("curves", "--cpu", cpu, "--gpu", half, single, "--out", tmp_path / "t.json")
     if not says:
         assert ended == 0
-        row = json.loads((tmp_path / "t.json").read_text())["rows"][0]
+        row = json.loads((tmp_path / "t.json").read_text())["answer_positions"][0]
         assert (row["method"], row["dtype"]) == ("sft", "bfloat16")
         assert (row["peak_memory_gb"], row["tokens_per_s"]) == (2.5, 10.0)
         assert row["off_at_1"] == pytest.approx(0.01) and row["off_on_average"] == pytest.approx(0.02 / 3)
@@ -288,7 +288,7 @@ def test_times_name_what_is_missing(tmp_path, capsys):
             {"operator": "vocab", "peer": "eager", "times_ours": 4.0},
             {"operator": "vocab", "peer": "Liger", "cannot_run": "no"},
             {"operator": "slice", "peer": "eager", "times_ours": 4.0}]
-    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "bench.json").write_text(json.dumps({"answer_positions": rows}))
     assert judge("times", tmp_path / "bench.json", "vocab") == 0
     line = "1.000 + 2.000 ms, 50% of the floor, peak 3.0 MB; times ours: eager 4.00, Liger did not run"
     assert capsys.readouterr().out == f">> vocab     {line}\n"

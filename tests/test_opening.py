@@ -56,7 +56,7 @@ def test_a_model_is_opened_as_asked(run, model_dirs):
     """The tensors of the checkpoint that is named; its own bounds on pixels unless others are given; dtype
     and device of the weights.
     """
-    assert not torch.equal(*(saved(run, step)["model.rows.rows"] for step in (1, 2)))
+    assert not torch.equal(*(saved(run, step)["model.new_tokens.embedding"] for step in (1, 2)))
     for which, step in (("1", 1), ("best", 2), ("last", 3)):
         model, fmt, settings = opening.open_model(run, which)
         ours = {f"model.{name}": p for name, p in model.named_parameters()}
@@ -65,7 +65,7 @@ def test_a_model_is_opened_as_asked(run, model_dirs):
         embedding = (
             model.hf.get_input_embeddings().weight
         )  # the rows that the forward reads follow what was trained
-        assert torch.equal(embedding[model.rows.ids], saved(run, step)["model.rows.rows"])
+        assert torch.equal(embedding[model.new_tokens.ids], saved(run, step)["model.new_tokens.embedding"])
     assert dict(model.image_processor.size)["longest_edge"] == 6272
 
     model, _, _ = opening.open_model(run, min_pixels=4704, max_pixels=9408)

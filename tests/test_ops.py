@@ -271,7 +271,7 @@ def vocab(labels_int, labels_cor, answer, V, joint=False, scale=3.0, equal=False
             z = z.sign() * 30
         if view == "columns":  # logits of a row far apart
             z = z.t().contiguous().t()
-        elif view == "rows":  # rows far apart
+        elif view == "answer_positions":  # rows far apart
             z = torch.cat([z, z], 1)[:, :V]
         return [z, None, t, t2, kl] if joint else [z[:R], z[R:], t, t2, kl]
     return make
@@ -781,7 +781,7 @@ def test_align_what_is_refused(compiled):
 
 @pytest.mark.parametrize("checkpointing", [(), ("--checkpointing",)], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("flags", [(), ("--attn_loss", "frobenius", "--attn_layers", "all"), ("--attn_loss", "mse", "--attn_columns", "all"), ("--attn_heads", "mean", "--teacher_grad"),
-                                   ("--realisation", "hidden")], ids=lambda flags: "-".join(flags).replace("--", "") or "kl")
+                                   ("--latent_copy", "hidden")], ids=lambda flags: "-".join(flags).replace("--", "") or "kl")
 def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
     """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in float64."""
     def step(mode):
@@ -789,7 +789,7 @@ def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
         forget_the_choice()
         s = setup("--lora_dropout", "0", *flags, *checkpointing)
         terms = s.objective(s.batch, 0.0)
-        return terms, gradients(sum(value for name, value in terms.items() if name not in s.method.watched), s.named)
+        return terms, gradients(sum(value for name, value in terms.items() if name not in s.method.monitored), s.named)
 
     try:
         (got, got_grads), (want, want_grads) = step("require"), step("reference")

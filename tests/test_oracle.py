@@ -117,34 +117,34 @@ TABLE = [
     row("crystal", seed=7),
     row("crystal", strength_low=1.0, strength_high=1.5),
     *[row("crystal", corruption=mode) for mode in ("mask", "crop", "jigsaw", "color", "noise", "impulse")],
-    row("crystal", corruption="mask", strength_low=0.35, strength_high=0.4, realisation="packed"),
+    row("crystal", corruption="mask", strength_low=0.35, strength_high=0.4, latent_copy="packed"),
     row("crystal", kl_share=0.3),
-    row("crystal", kl_share=0.3, answer_rows="span"),
+    row("crystal", kl_share=0.3, answer_positions="span"),
     row("crystal", kl_share=0.01),
     row("crystal", teacher_grad=True),
-    row("crystal", teacher_grad=True, realisation="packed", attn_loss="frobenius"),
-    row("crystal", teacher_grad=True, realisation="hidden", attn_loss="mse"),
+    row("crystal", teacher_grad=True, latent_copy="packed", attn_loss="frobenius"),
+    row("crystal", teacher_grad=True, latent_copy="hidden", attn_loss="mse"),
     row("crystal", teacher_grad=True, attn_heads="mean"),
     row("crystal", checkpointing=True),
     row("crystal", tune="full"),
-    row("crystal", tune="rows", realisation="packed"),
+    row("crystal", tune="tokens", latent_copy="packed"),
     row("crystal", lora_on="vision,merger"),
 
     # where they meet
-    *[row("crystal", realisation=way, copied=what, attn_columns=columns, attn_layers=layers)
+    *[row("crystal", latent_copy=way, copied=what, attn_columns=columns, attn_layers=layers)
       for way in REALISATIONS for what, columns, layers in SHARED],
-    *[row("crystal", ce=ce, answer_rows=rows, labels=labels)
+    *[row("crystal", ce=ce, answer_positions=rows, labels=labels)
       for ce, rows in (("per_path", "span"), ("pooled", "predicting"), ("pooled", "span"))
       for labels in ("all", "answer")],
-    *[row("crystal", attn_loss=loss, attn_layers=layers, attn_columns=columns, answer_rows=rows)
+    *[row("crystal", attn_loss=loss, attn_layers=layers, attn_columns=columns, answer_positions=rows)
       for loss in ("kl", "frobenius", "mse") for layers, columns, rows in COMPARED],
     *[row("crystal", attn_heads="mean", attn_layers=layers, attn_columns=columns)
       for layers, columns in (("all", "latents"), ("last", "all"), ("0", "thought"))],
-    *[row("crystal", thought="cot", copied="thought", realisation=way, ce="pooled") for way in REALISATIONS],
-    *[row("crystal", preset="released", realisation=way) for way in REALISATIONS],
+    *[row("crystal", thought="cot", copied="thought", latent_copy=way, ce="pooled") for way in REALISATIONS],
+    *[row("crystal", preset="released", latent_copy=way) for way in REALISATIONS],
     row("crystal", "tied", preset="released", thought="cot"),
     row("crystal", ONE, preset="released"),
-    row("crystal", TWO, preset="released", realisation="packed", kl_share=0.5),
+    row("crystal", TWO, preset="released", latent_copy="packed", kl_share=0.5),
     row("crystal", preset="released", attn_heads="keep", teacher_grad=True, lora_on="language"),
 
     # LIVR: stage 1 and stage 2, and its controls
@@ -158,7 +158,7 @@ TABLE = [
     row("livr", latents=0, mask="answer"),
     row("livr", latents=0, masked=0.0, image_copies=2),
     row("livr", image_copies=2),
-    row("livr", tune="rows", masked=0.0),
+    row("livr", tune="tokens", masked=0.0),
     *[row("livr", mask=mask, latents_see=see, place=place)
       for mask in ("prompt", "answer") for see in ("all", "image") for place in ("after", "before")],
     row("livr", latents=5, latent_kind="identical", place="before"),
@@ -179,7 +179,7 @@ TABLE = [
     row("lavit", w_gaze=0.0, step=1),
     row("lavit", data="wide.jsonl", semantics_dim=20, step=1),
     row("lavit", tune="full", step=1),
-    row("lavit", tune="rows", step=1),
+    row("lavit", tune="tokens", step=1),
 
     # VaLR: both stages, layers, encoders, segments
     row("valr", ONE, own=True, step=2000, tolerance=FEATURES),
@@ -196,18 +196,18 @@ TABLE = [
     row("valr", lora_on="language,vision", step=4),
     *[row("valr", updates=updates, step=4) for updates in (0, 1, 9)],
     row("valr", tune="full", step=4),
-    row("valr", tune="rows", step=4),
+    row("valr", tune="tokens", step=4),
 ]
 
 # Settings by which no number may change, or that say what trains: rows try them, the oracle does not know
 # them.
-FREE = {"realisation", "checkpointing", "tune", "lora_on", "lora_dropout", "semantics_dim", "data"}
+FREE = {"latent_copy", "checkpointing", "tune", "lora_on", "lora_dropout", "semantics_dim", "data"}
 
 # Settings that no row can compare, and the tests that hold them.
 ELSEWHERE = {
     "method, model, data, val_data, image_root, output": "every row names them",
     "max_steps, batch_size, accumulation": "the loop: test_train.py",
-    "lr, lr_rows, weight_decay, warmup, decay, clip, lr_latents": "the loop: test_train.py",
+    "lr, lr_tokens, weight_decay, warmup, decay, clip, lr_latents": "the loop: test_train.py",
     "lora_dropout": "random: test_lora.py, test_train.py",
     "device, dtype, workers, on_bad_record": "how it runs: test_train.py, test_data.py",
     "eval_every, eval_records, save_every, keep, log_every": "what it writes: test_train.py",
@@ -302,7 +302,7 @@ def built(row, world):
     named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     with torch.no_grad():
         for name, p in named:
-            if "lora_B" in name or ".rows." in name:
+            if "lora_B" in name or ".new_tokens." in name:
                 p.add_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.1)
     model.after_update()
 
@@ -361,10 +361,10 @@ def oracles_net(row, world, s, given):
     if tokens:
         ids = tokenizer.convert_tokens_to_ids(tokens)
         embedding, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
-        weights[embedding] = oracle.with_rows(frozen[embedding], ids, leaves["model.rows.rows"])
+        weights[embedding] = oracle.with_rows(frozen[embedding], ids, leaves["model.new_tokens.embedding"])
         weights[head] = weights[embedding]
         if not row.tied:
-            weights[head] = oracle.with_rows(frozen[head], ids, leaves["model.rows.head_rows"])
+            weights[head] = oracle.with_rows(frozen[head], ids, leaves["model.new_tokens.head"])
     processor = oracle.image_processor(directory, given.min_pixels, given.max_pixels)
     return oracle.Net(directory, tokenizer, processor, weights, heads), leaves
 
@@ -509,10 +509,10 @@ def test_nothing_is_left_out_twice():
 
 REFERENCE = [row for row in TABLE if str(row) in {
     "sft", "crystal", "crystal one pair", "crystal 2 micro-batches", "crystal kl_share=0.3",
-    "crystal preset=released realisation=kv", "crystal teacher_grad=True",
+    "crystal preset=released latent_copy=kv", "crystal teacher_grad=True",
     "crystal teacher_grad=True attn_heads=mean",
-    "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_rows=span",
-    "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_rows=predicting",
+    "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_positions=span",
+    "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_positions=predicting",
     "lavit gate=cosine step=3", "livr mask=prompt latents_see=all place=after"}]
 
 

@@ -75,7 +75,7 @@ def test_one_training_step(photographs, tmp_path_factory, capsys):
         assert "10 later turns left out" in capsys.readouterr().out
         files, _ = checkpoint.load(checkpoint.step_dir(run, 1))
         saved = files["trainable.safetensors"]
-        rows = [n for n in saved if ".rows." in n]
+        rows = [n for n in saved if ".new_tokens." in n]
         assert len(rows) == 2 and all(saved[n].shape == (12, 3584) and saved[n].dtype == torch.float32 for n in rows)  # untied: embedding and head
         assert sum(n.endswith("lora_A") for n in saved) == 7 and {saved[n].shape[0] for n in saved if n.endswith("lora_A")} == {16}
     finally:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crystal import evaluate, train
-from crystal.attention_bias import Bias, additive_mask
+from crystal.attention_bias import AttentionBias, additive_mask
 from crystal.evaluation import reliance
 from crystal.evaluation.reliance import (
     CONDITIONS,
@@ -118,11 +118,11 @@ def test_generation_goes_on_from_replaced_states(setup):
 def generate_ids(s, a, n, biases=None):
     kept = []
     old, s.model.tokenizer.decode = s.model.tokenizer.decode, lambda ids, **_: kept.append(list(ids)) or ""
-    close, s.fmt.close, end, s.fmt.end = s.fmt.close, -1, s.fmt.end, -1  # nothing ends it
+    close, s.fmt.answer_end_id, end, s.fmt.end = s.fmt.answer_end_id, -1, s.fmt.end, -1  # nothing ends it
     try:
         generate(s.model, a.prompts, s.fmt, n, biases)
     finally:
-        s.model.tokenizer.decode, s.fmt.close, s.fmt.end = old, close, end
+        s.model.tokenizer.decode, s.fmt.answer_end_id, s.fmt.end = old, close, end
     return kept
 
 
@@ -154,7 +154,7 @@ def test_the_bottleneck_blocks_exactly(setup):
 
 
 def test_the_bottleneck_while_decoding_is_the_one_of_training(setup):
-    """Cached decoding says what a forward of the whole sequence with bottleneck.Bias says."""
+    """Cached decoding says what a forward of the whole sequence with attention_bias.AttentionBias says."""
     s = setup()
     a = ask(s)
     batched = generate_ids(s, a, 4, hidden_image(a))  # left-padded
@@ -166,7 +166,7 @@ def test_the_bottleneck_while_decoding_is_the_one_of_training(setup):
             grow = lambda mask: torch.cat([mask, torch.zeros(1, len(ids) - mask.shape[1], dtype=torch.bool)], 1)
             inputs = {"input_ids": x, "attention_mask": torch.ones_like(x), "mm_token_type_ids": (x == s.fmt.image).long(), "pixel_values": a.prompts[0][1].double(), "image_grid_thw": a.prompts[0][2]}
             with torch.no_grad():
-                h = s.model.hidden(inputs, biases=[Bias(~grow(a.image) & ~grow(a.latents), grow(a.image))])
+                h = s.model.hidden(inputs, biases=[AttentionBias(~grow(a.image) & ~grow(a.latents), grow(a.image))])
                 expected.append(int(s.model.logits(h[:, -1]).argmax()))
             ids.append(expected[-1])
         assert batched[i] == expected

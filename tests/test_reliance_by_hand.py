@@ -15,7 +15,7 @@ import torch
 from scipy.stats import binomtest
 
 import by_hand
-from crystal.attention_bias import Bias
+from crystal.attention_bias import AttentionBias
 from crystal.evaluation import reliance
 from crystal.runtime import data, distributed
 
@@ -201,7 +201,7 @@ def test_a_mask_that_all_is_asked_under(hand, monkeypatch):
     def bottleneck(batch):
         latents = torch.isin(batch["input_ids"], torch.tensor(hand.fmt.latents))
         picture = batch["input_ids"] == hand.fmt.image
-        return [Bias(~latents & ~picture, picture)]
+        return [AttentionBias(~latents & ~picture, picture)]
 
     _, said, _ = measured(hand, monkeypatch, biases=bottleneck)
     assert said["as trained"] == said["image hidden, latents kept"] == SAID["image hidden, latents kept"]
@@ -213,7 +213,7 @@ def test_the_partners_are_asked_under_the_mask_too(hand, monkeypatch):
     """A mask that blinds the latents themselves: what a partner's latents then hold is nothing that anybody could read."""
     def blind(batch):
         picture = batch["input_ids"] == hand.fmt.image
-        return [Bias(~picture, picture)]
+        return [AttentionBias(~picture, picture)]
 
     _, said, _ = measured(hand, monkeypatch, biases=blind)
     for name in ("as trained", "latents: swapped", "image corrupted, latents intact"):
@@ -334,7 +334,7 @@ def test_the_text_by_hand():
         "as trained                            75.0 ±13.0",
         "latents: swapped                      50.0 ±15.0       -25.0     -40.0 to -7.5             32.5",
         "answers that are the other image's: 27.5 % with its latents, 5.0 % as trained",
-        "attention of the answer rows by layer, percent",
+        "attention of the answer positions by layer, percent",
         "  to 3 latents         1.1  20.0",
         "  to the image        50.0  12.5",
         "rule: the rule",

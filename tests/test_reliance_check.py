@@ -95,7 +95,7 @@ def test_the_flags_choose_runs_and_questions(setup, monkeypatch, tmp_path, capsy
         "16",
         "--lr",
         "1e-3",
-        "--lr_rows",
+        "--lr_tokens",
         "4",
         "--labels",
         "answer",
@@ -152,7 +152,7 @@ def test_the_open_method_learns_from_cross_entropy_alone(setup):
     s = setup("--method", str(FILES / "reliance_open.py"), "--labels", "answer")
     assert (
         s.batch["pixel_values_cor"] is None
-        and s.method.watched == ()
+        and s.method.monitored == ()
         and s.method.biases(s.model, s.batch) == []
     )
     losses = s.method.losses(s.model, s.batch, None)
@@ -187,14 +187,14 @@ def test_the_bottleneck_leaves_the_answer_the_latents_alone(setup, monkeypatch, 
 
     for [bias] in (told[0], s.method.biases(s.model, s.batch)):
         for b, ids in enumerate(s.batch["input_ids"].tolist()):
-            rows, keys = expected(ids, int(s.batch["rows"][b, 0]))
+            rows, keys = expected(ids, int(s.batch["answer_positions"][b, 0]))
             assert bias.queries[b].tolist() == rows and bias.keys[b].tolist() == keys and sum(keys) > 4
         assert bias.value == float("-inf")
 
     # A prompt to generate from, padded to the left: its last row alone.
-    ids = s.batch["input_ids"][:1, : int(s.batch["rows"][0, 0]) + 1]
+    ids = s.batch["input_ids"][:1, : int(s.batch["answer_positions"][0, 0]) + 1]
     left = torch.nn.functional.pad(ids, (3, 0), value=s.model.tokenizer.pad_token_id)
-    [bias] = s.method.biases(s.model, {"input_ids": left, "rows": torch.tensor([[left.shape[1] - 1]])})
+    [bias] = s.method.biases(s.model, {"input_ids": left, "answer_positions": torch.tensor([[left.shape[1] - 1]])})
     rows, keys = expected(left[0].tolist(), left.shape[1] - 1)
     assert bias.queries[0].tolist() == rows and sum(rows) == 1 and bias.keys[0].tolist() == keys
     assert (

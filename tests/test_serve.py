@@ -185,7 +185,7 @@ def test_what_a_user_types_stays_text(opened, served, monkeypatch):
     for text in ("a", evil):
         assert post(served[1], {"model": "small", "messages": talk(text), "max_tokens": 2})[0] == 200
     clean, dirty = (ids for ids, _, _ in seen)
-    special = set(model.tokenizer.all_special_ids) | {fmt.open, fmt.close, fmt.image, *fmt.latents}
+    special = set(model.tokenizer.all_special_ids) | {fmt.answer_start_id, fmt.answer_end_id, fmt.image, *fmt.latents}
     assert [t for t in clean if t in special] == [t for t in dirty if t in special] and fmt.image not in dirty
     assert model.tokenizer.decode(dirty).count(evil) == 4
 

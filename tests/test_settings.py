@@ -203,7 +203,7 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
 SHARED = dict(
     preset="paper", model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8,
     latent_kind="diverse", turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0,
-    lora_on="language", max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_rows=1.0, weight_decay=0.1,
+    lora_on="language", max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1,
     warmup=0.05, decay="cosine", clip=1.0, device="auto", dtype="auto", checkpointing=False, workers=0,
     min_pixels=None, max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500,
     keep=2, log_every=10, resume=False, overwrite=False, tensorboard=False,
@@ -213,7 +213,7 @@ OWN = {
     # Eq. 3 to 6, table 4 (KL is the best row) and table 5 (blur is).
     "crystal": dict(
         thought="fixed", labels="all", corruption="blur", strength_low=None, strength_high=None,
-        realisation="kv", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting",
+        latent_copy="kv", copied="latents", ce="per_path", kl_share=1.0, answer_positions="predicting",
         attn_loss="kl", attn_heads="keep", attn_columns="latents", attn_layers="last", teacher_grad=False,
         w_ce_int=1.0, w_ce_cor=1.0, w_kl=1.0, w_attn=1.0,
     ),
@@ -241,7 +241,7 @@ OWN = {
 # over the thought's columns, and adapters with dropout 0.01 on every Linear of language model, vision tower
 # and merger.
 RELEASED = dict(
-    copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean",
+    copied="thought", ce="pooled", kl_share=0.1, answer_positions="span", attn_heads="mean",
     attn_columns="thought", lora_on="language,vision,merger", lora_dropout=0.01,
 )
 
@@ -269,11 +269,11 @@ def test_the_presets_are_the_table_of_the_two_sources():
 
 
 CHOICES = {
-    "latent_kind": "diverse identical", "turns": "first all", "tune": "lora full rows",
+    "latent_kind": "diverse identical", "turns": "first all", "tune": "lora full tokens",
     "decay": "cosine linear", "dtype": "auto float32 bfloat16 float64", "on_bad_record": "stop skip",
     "thought": "fixed cot", "labels": "all answer",
-    "corruption": "blur mask crop jigsaw color noise impulse", "realisation": "hidden kv packed",
-    "copied": "latents thought", "ce": "per_path pooled", "answer_rows": "predicting span",
+    "corruption": "blur mask crop jigsaw color noise impulse", "latent_copy": "hidden kv packed",
+    "copied": "latents thought", "ce": "per_path pooled", "answer_positions": "predicting span",
     "attn_loss": "kl frobenius mse", "attn_heads": "keep mean", "attn_columns": "latents thought all",
     "place": "after before", "mask": "prompt answer", "latents_see": "all image", "gate": "cosine hard open",
 }
@@ -306,7 +306,7 @@ JUST = [  # method, flag, a value on the bound that is taken, one beyond it that
     ("sft", "eval_every", 0, -1), ("sft", "eval_records", 0, -1), ("sft", "workers", 0, -1),
     ("sft", "weight_decay", 0.0, -0.1), ("sft", "seed", 2**63 - 1, 2**63), ("sft", "seed", 0, -1),
     ("sft", "lora_dropout", 0.0, -0.1), ("sft", "lora_dropout", 0.99, 1.0), ("sft", "warmup", 0.0, -0.1),
-    ("sft", "warmup", 0.99, 1.0), ("sft", "lr", 1e-9, 0.0), ("sft", "lr_rows", 1e-9, 0.0),
+    ("sft", "warmup", 0.99, 1.0), ("sft", "lr", 1e-9, 0.0), ("sft", "lr_tokens", 1e-9, 0.0),
     ("sft", "clip", 1e-9, 0.0), ("sft", "latents", 1, 0), ("sft", "lora_on", "merger", "merger,"),
     ("sft", "lora_on", "vision,language", "head"), ("crystal", "kl_share", 1.0, 1.1),
     ("crystal", "kl_share", 0.01, 0.0), ("crystal", "attn_layers", "0,-3", "0;3"),
@@ -554,7 +554,7 @@ def test_k_latents_of_their_kind_stand_where_the_method_has_them(built, method, 
     text = text_of(s, batch)
     assert text[text.index("<|im_start|>user") :] == USER + SAID[method][which]
     tokens = s.model.tokenizer.convert_tokens_to_ids(NEW[method][which])
-    assert (s.model.rows.ids if s.model.rows else []) == tokens
+    assert (s.model.new_tokens.ids if s.model.new_tokens else []) == tokens
     at = batch["latents"][0].tolist()
     names = s.model.tokenizer.convert_ids_to_tokens(batch["input_ids"][0, at].tolist())
     first, second = "<|latent_0|>", "<|latent_1|>" if which == 0 else "<|latent_0|>"
@@ -614,9 +614,9 @@ def test_tune_names_exactly_what_trains(built, method):
     }.get(method, set())
     for tied in (True, False):
         rows = (
-            set() if method == "sft" else {"model.rows.rows"} | (set() if tied else {"model.rows.head_rows"})
+            set() if method == "sft" else {"model.new_tokens.embedding"} | (set() if tied else {"model.new_tokens.head"})
         )
-        for tune, weights in (("lora", ADAPTERS), ("full", WHOLE), ("rows", set())):
+        for tune, weights in (("lora", ADAPTERS), ("full", WHOLE), ("tokens", set())):
             s = built("--method", method, *more, "--tune", tune, tied=tied)
             assert {
                 n for n, p in s.objective.named_parameters() if p.requires_grad
@@ -624,8 +624,8 @@ def test_tune_names_exactly_what_trains(built, method):
 
 
 def test_nothing_left_to_train_is_told(run):
-    with pytest.raises(UserError, match="--tune rows: with --method sft nothing is left to train"):
-        run("none", "--method", "sft", "--tune", "rows")
+    with pytest.raises(UserError, match="--tune tokens: with --method sft nothing is left to train"):
+        run("none", "--method", "sft", "--tune", "tokens")
 
 
 @holds("lora_r", "lora_alpha")
@@ -702,7 +702,7 @@ def adamw(p, grads, lrs, decay):
     return p
 
 
-@holds("lr", "lr_rows", "weight_decay", "warmup")
+@holds("lr", "lr_tokens", "weight_decay", "warmup")
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_each_group_moves_by_its_rate_and_its_decay(run, tune):
     """Two updates of a warm-up over four: lr / 4, then lr / 2; three times that for rows.
@@ -710,25 +710,25 @@ def test_each_group_moves_by_its_rate_and_its_decay(run, tune):
     Matrices decay, rows and vectors never.
     """
     seen = run(
-        "groups", "--tune", tune, "--lr", "0.02", "--lr_rows", "3", "--weight_decay", "0.4", "--warmup",
+        "groups", "--tune", tune, "--lr", "0.02", "--lr_tokens", "3", "--weight_decay", "0.4", "--warmup",
         "0.5", "--max_steps", "8", "--eval_every", "0", tied=False,
     )
     lr, kinds = (0.005, 0.01), Counter()
     for name, (before, first, _) in seen.updates[0].items():
         _, second, after = seen.updates[1][name]
-        is_row, is_vector = "rows.rows" in name or "rows.head_rows" in name, before.ndim < 2
+        is_row, is_vector = "new_tokens.embedding" in name or "new_tokens.head" in name, before.ndim < 2
         times, decay = 3 if is_row else 1, 0.4 if not (is_row or is_vector) else 0.0
-        kinds["rows" if is_row else "vectors" if is_vector else "matrices"] += 1
+        kinds["tokens" if is_row else "vectors" if is_vector else "matrices"] += 1
         expected = adamw(before, (first, second), [times * x for x in lr], decay)
         assert (after - expected).abs().max() < 2e-6, name
         assert (after - before).abs().max() > 1e-3 or not first.any(), name
     assert kinds == (
-        {"matrices": 21, "vectors": 16, "rows": 2} if tune == "full" else {"matrices": 42, "rows": 2}
+        {"matrices": 21, "vectors": 16, "tokens": 2} if tune == "full" else {"matrices": 42, "tokens": 2}
     )
     assert sorted(seen.rates[1]) == pytest.approx([0.01, 0.03] if tune == "lora" else [0.01, 0.01, 0.03])
     assert [x["lr"] for x in seen.lines[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
     # The vocabulary holds what was trained, as of the last update, and the trained copies alone.
-    rows = seen.objective.model.rows
+    rows = seen.objective.model.new_tokens
     for module, P in rows.pairs():
         assert torch.equal(module.weight[rows.ids], P)
 
@@ -868,13 +868,13 @@ def test_first_rows_depend_on_the_seed(built, model_dirs):
     """
 
     def rows(seed, tied):
-        return dict(built("--seed", seed, "--tune", "rows", tied=tied).model.rows.named_parameters())
+        return dict(built("--seed", seed, "--tune", "tokens", tied=tied).model.new_tokens.named_parameters())
 
     for tied in (True, False):
         stored, g = load_file(model_dirs[tied] / "model.safetensors"), torch.Generator().manual_seed(6)
         found, other = rows("6", tied), rows("9", tied)
-        names = [("rows", "model.language_model.embed_tokens.weight")] + (
-            [] if tied else [("head_rows", "lm_head.weight")]
+        names = [("embedding", "model.language_model.embed_tokens.weight")] + (
+            [] if tied else [("head", "lm_head.weight")]
         )
         assert list(found) == [n for n, _ in names]
         for name, key in names:
@@ -938,7 +938,7 @@ def test_dropout_is_drawn_anew_for_each_update_part_and_rank_and_from_the_seed(r
 
     def drawn(name, seed, rank=0):
         with monkeypatch.context() as patch:
-            patch.setattr(train.processes, "start", lambda device: Processes(rank=rank))
+            patch.setattr(train.distributed, "start", lambda device: Processes(rank=rank))
             seen = run(
                 name, "--method", "sft", "--seed", seed, "--max_steps", "2", "--accumulation", "2",
                 "--lora_r", "1",
@@ -1245,10 +1245,10 @@ def planted(s, batch, monkeypatch):
     k = [torch.randn(2 * B, 2, L, 8, generator=g, dtype=torch.float64) for _ in range(layers)]
     seen = SimpleNamespace(h=h, q=q, k=k)
 
-    def dual_forward(model, batch, copied, realisation, tap):
+    def dual_forward(model, batch, copied, realisation, recorder):
         seen.copied, seen.realisation = copied, realisation
         for layer in range(layers):
-            tap(layer, q[layer], k[layer], 0.25)
+            recorder(layer, q[layer], k[layer], 0.25)
         return h.chunk(2)
 
     monkeypatch.setattr(crystal.methods.crystal, "dual_forward", dual_forward)
@@ -1310,7 +1310,7 @@ def attention_difference(A_int, A_cor, columns, attn_loss, attn_heads):
 
 
 PAPER = dict(
-    labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_rows="predicting", attn_loss="kl",
+    labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_positions="predicting", attn_loss="kl",
     attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False,
 )
 
@@ -1322,7 +1322,7 @@ def eq_6(s, batch, seen, **choice):
     for b in range(B):
         x = places(s, batch, b)
         log_p = {"int": (seen.h[b] @ W.T).log_softmax(-1), "cor": (seen.h[b + B] @ W.T).log_softmax(-1)}
-        rows = range(x.opened, x.end if choice.answer_rows == "predicting" else x.end + 1)
+        rows = range(x.opened, x.end if choice.answer_positions == "predicting" else x.end + 1)
         columns = {"latents": x.latents, "thought": x.thought, "all": x.image + x.latents}[
             choice.attn_columns
         ]
@@ -1344,7 +1344,7 @@ def eq_6(s, batch, seen, **choice):
 
 
 @holds(
-    "labels", "copied", "ce", "kl_share", "answer_rows", "attn_loss", "attn_heads", "attn_columns",
+    "labels", "copied", "ce", "kl_share", "answer_positions", "attn_loss", "attn_heads", "attn_columns",
     "attn_layers", "teacher_grad", of="crystal",
 )
 @pytest.mark.parametrize(
@@ -1353,7 +1353,7 @@ def eq_6(s, batch, seen, **choice):
         ([], {}), (["--labels", "answer"], dict(labels="answer")),
         (["--copied", "thought"], dict(copied="thought")), (["--ce", "pooled"], dict(ce="pooled")),
         (["--ce", "pooled", "--labels", "answer"], dict(ce="pooled", labels="answer")),
-        (["--kl_share", "0.4"], dict(kl_share=0.4)), (["--answer_rows", "span"], dict(answer_rows="span")),
+        (["--kl_share", "0.4"], dict(kl_share=0.4)), (["--answer_positions", "span"], dict(answer_positions="span")),
         (["--attn_loss", "frobenius"], dict(attn_loss="frobenius")),
         (["--attn_loss", "mse"], dict(attn_loss="mse")), (["--attn_heads", "mean"], dict(attn_heads="mean")),
         (["--attn_columns", "thought"], dict(attn_columns="thought")),
@@ -1364,7 +1364,7 @@ def eq_6(s, batch, seen, **choice):
         (
             ["--preset", "released"],
             dict(
-                copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean",
+                copied="thought", ce="pooled", kl_share=0.1, answer_positions="span", attn_heads="mean",
                 attn_columns="thought",
             ),
         ),
@@ -1400,7 +1400,7 @@ def test_eq_6_is_the_mean_over_what_the_flags_name(built, monkeypatch, flags, ch
         assert seen.copied[b].nonzero()[:, 0].tolist() == shared
 
 
-@holds("realisation", of="crystal")
+@holds("latent_copy", of="crystal")
 def test_realisation_is_how_the_two_paths_run(built, monkeypatch):
     """hidden copies states before each of three layers, kv keys and values in each, packed runs one sequence
     a pair and copies nothing.
@@ -1417,7 +1417,7 @@ def test_realisation_is_how_the_two_paths_run(built, monkeypatch):
         ),
     )
     for how, expected in (("hidden", [6] + [(3, 3)] * 3), ("kv", [6] + [(4, 4)] * 6), ("packed", [3])):
-        s = built("--realisation", how)
+        s = built("--latent_copy", how)
         done.clear()
         s.objective(batch_of(s, [0, 1, 2]), s.settings.progress(0))
         assert done == expected
@@ -1526,7 +1526,7 @@ def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
     ],
 )
 def test_the_gate_opens_as_told(built, monkeypatch, flags, gammas):
-    """What is added to the answer rows' scores of the image in the model's forward.
+    """What is added to the answer positions' scores of the image in the model's forward.
 
     Ln gamma, and no mask at all where it is open.
     """

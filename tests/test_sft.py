@@ -20,7 +20,7 @@ def test_every_adapter_learns_and_nothing_else(setup):
     s = setup("--method", "sft")
     grads = gradients(s.objective(s.batch, 0.0)["ce"], s.named)
     assert all("lora_" in n for n in grads) and all(g.abs().max() > 0 for g in grads.values())
-    assert s.model.rows is None
+    assert s.model.new_tokens is None
 
 
 def test_text_alone_trains_too(setup, tmp_path):

@@ -1,4 +1,4 @@
-"""The command: schedule, logs, token rows, what is saved when, resume, overwriting, broken records, signals.
+"""The command: schedule, logs, trainable tokens, what is saved when, resume, overwriting, broken records, signals.
 
 The updates themselves are compared with a plain loop in test_loop.py. Right values here are counted or
 written out by hand: a validation that returns what the test says, a method whose loss is known, a checkpoint
@@ -99,8 +99,8 @@ def test_no_other_vocabulary_row_moves(flags, tune, tied, model_dirs):
     from crystal import opening
     model, fmt, _ = opening.open_model(run, "last")
     base = load_file(model_dirs[tied] / "model.safetensors")
-    new = model.rows.ids if hasattr(model.rows, "ids") else None
-    ids = sorted({fmt.think, fmt.unthink, fmt.open, fmt.close, *fmt.latents})
+    new = model.new_tokens.ids if hasattr(model.new_tokens, "ids") else None
+    ids = sorted({fmt.think_start_id, fmt.think_end_id, fmt.answer_start_id, fmt.answer_end_id, *fmt.latents})
     if new is not None:
         assert sorted(int(i) for i in new) == ids
     heads = [model.hf.get_input_embeddings().weight] + ([] if tied else [model.hf.lm_head.weight])
@@ -110,7 +110,7 @@ def test_no_other_vocabulary_row_moves(flags, tune, tied, model_dirs):
         assert torch.equal(weight[other], base[name][other])
     before = train.main(flags("start", "--max_steps", "1", "--lr", "1e-30", "--tune", tune, tied=tied))
     a, b = weights(before, 1), weights(run, 3)
-    moved = [n for n in a if ".rows." in n]
+    moved = [n for n in a if ".new_tokens." in n]
     assert moved and all((a[n] != b[n]).any(1).all() for n in moved)
 
 
@@ -177,7 +177,7 @@ from crystal.methods import sft
 
 class Method(sft.Method):
     corrupts = True
-    watched = ("record", "corrupted", "drawn")
+    monitored = ("record", "corrupted", "drawn")
     Settings = __import__("crystal.methods.crystal", fromlist=["Settings"]).Settings
     tokens = ["<|new|>"]
 
@@ -205,7 +205,7 @@ def test_seed_fixes_a_run_and_each_thing_that_is_drawn_follows_it(flags, records
         for name in ("corrupted", "drawn"):  # every update draws anew
             assert len({x[name] for x in lines}) == 6
         found.append({"order": [x["record"] for x in order], "corruption": [x["corrupted"] for x in lines],
-                      "dropout": [x["drawn"] for x in lines], "rows": first["model.rows.rows"].tolist(),
+                      "dropout": [x["drawn"] for x in lines], "answer_positions": first["model.new_tokens.embedding"].tolist(),
                       "adapters": [w.tolist() for n, w in first.items() if "lora_A" in n]})
     a, b, c = found
     for source in a:
@@ -307,7 +307,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
 
 def test_tuning_a_file_of_ones_own(flags, tmp_path):
     (tmp_path / "mine.py").write_text("from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    def losses(self, model, batch, progress):\n"
-                                      "        return super().losses(model, batch, progress) | {'mine': model.rows.rows.square().mean()}\n")
+                                      "        return super().losses(model, batch, progress) | {'mine': model.new_tokens.embedding.square().mean()}\n")
     run = train.main(flags("mine", "--method", str(tmp_path / "mine.py"), "--max_steps", "1"))
     line = metrics(run)[0]
     assert line["loss"] == pytest.approx(sum(line[n] for n in ("ce_int", "ce_cor", "kl", "attn", "mine")))
@@ -378,7 +378,7 @@ LATE = [  # flags, what is told; each fails later than the settings are read, so
     (["--model", "./nowhere"], "nowhere: no such directory"),
     (["--latents", "1000"], "use fewer --latents"),
     (["--max_pixels", "0"], "--max_pixels 0: areas in pixels"),
-    (["--method", "sft", "--tune", "rows"], "nothing is left to train"),
+    (["--method", "sft", "--tune", "tokens"], "nothing is left to train"),
     (["--device", "cuda:7"], "--device cuda:7"),
     (["--data", "NOT_JSON"], "--on_bad_record skip leaves them out"),
     (["--data", "NOT_JSON", "--on_bad_record", "skip"], "1 of 4 records are broken"),
@@ -540,16 +540,16 @@ def test_what_is_saved_validated_and_printed_when(flags, records_file, monkeypat
 
 def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
     """After one update from zero, AdamW's moments are shares of the clipped gradient, and the step is 1."""
-    run = train.main(flags("one", *"--max_steps 1 --tune rows --lr 1e-3 --warmup 0 --clip 1e-3".split()))
+    run = train.main(flags("one", *"--max_steps 1 --tune tokens --lr 1e-3 --warmup 0 --clip 1e-3".split()))
     files, state = checkpoint.load(checkpoint.step_dir(run, 1))
     assert files.keys() == {"trainable.safetensors", "optimizer.safetensors"} and state.keys() == {
         "step",
         "settings",
         "pairs",
     }
-    assert files["trainable.safetensors"].keys() == {"model.rows.rows"}
+    assert files["trainable.safetensors"].keys() == {"model.new_tokens.embedding"}
     moments = {
-        name.removeprefix("model.rows.rows."): value for name, value in files["optimizer.safetensors"].items()
+        name.removeprefix("model.new_tokens.embedding."): value for name, value in files["optimizer.safetensors"].items()
     }
     assert moments.keys() == {"exp_avg", "exp_avg_sq", "step"} and float(moments["step"]) == 1
     gradient = moments["exp_avg"] / 0.1
@@ -561,7 +561,7 @@ def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
     assert {name: written[name] for name in state["settings"]} == state["settings"]
     assert (
         state["settings"]["lr"] == 1e-3
-        and state["settings"]["tune"] == "rows"
+        and state["settings"]["tune"] == "tokens"
         and state["settings"]["dtype"] == "float32"
     )
     assert (
@@ -580,7 +580,7 @@ def test_versions_and_memory_are_those_of_this_process():
 
 
 @pytest.mark.parametrize(
-    "more, trained", [(("--tune", "rows"), 7 * 32), (("--tune", "rows", "--latents", "5"), 9 * 32)]
+    "more, trained", [(("--tune", "tokens"), 7 * 32), (("--tune", "tokens", "--latents", "5"), 9 * 32)]
 )
 def test_how_much_trains_is_told(flags, more, trained, capsys):
     """Four tags and K latents, of 32 numbers each."""
@@ -804,7 +804,7 @@ def test_the_loader_is_told_how_to_make_batches(setup, monkeypatch):
     made = [x if len(x) == 2 else (x[1].start, x[1].stop) for x in told]
     assert made == [(0, 0), (0, 4), (0, 3), (3, 4), (0, 4), (1, 0), (4, 10), (1, 6), (6, 10), (1, 10)]
     examples, order, *rest = told[1]
-    assert examples is s.examples and rest == [11, 5, train.processes.ignore_signals]
+    assert examples is s.examples and rest == [11, 5, train.distributed.ignore_signals]
     assert (order.count, order.batch_size, order.accumulation, order.rank, order.world, order.seed) == (
         3,
         2,
@@ -866,10 +866,10 @@ def test_validation_is_shared_by_batches_and_counts_every_record_once(setup):
 
 
 def test_the_loss_is_the_weighted_sum_of_what_trains():
-    """A term without a weight counts once, one of weight 0 not at all, a watched one neither."""
+    """A term without a weight counts once, one of weight 0 not at all, a monitored one neither."""
     terms = {"a": 2.0, "b": 3.0, "c": 5.0, "seen": 100.0, "off": 7.0}
     method, settings = (
-        SimpleNamespace(watched=("seen",)),
+        SimpleNamespace(monitored=("seen",)),
         SimpleNamespace(weights={"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0}),
     )
     assert train.weighted(terms, method, settings) == 0.5 * 2 + 4 * 3 + 5
@@ -945,12 +945,12 @@ def test_a_gradient_without_an_end_stops_before_the_update(flags, tmp_path):
     (tmp_path / "steep.py").write_text(
         "from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n"
         "    def losses(self, model, batch, progress):\n"
-        "        rows = model.rows.rows\n"
+        "        rows = model.new_tokens.embedding\n"
         "        return {'ce': (rows - rows.detach()).abs().sum().sqrt()}\n"
     )
     told = "update 0: loss 0.0 or gradient norm (nan|inf) is not finite; .* the last good checkpoint is none"
     with pytest.raises(UserError, match=told):
         train.main(
-            flags("steep", "--method", str(tmp_path / "steep.py"), "--tune", "rows", "--max_steps", "1")
+            flags("steep", "--method", str(tmp_path / "steep.py"), "--tune", "tokens", "--max_steps", "1")
         )
     assert not (tmp_path / "steep").exists()

@@ -33,14 +33,14 @@ def test_sequence_of_each_stage(made):
         x = s.method.layout(fmt, s.records[0], [12], stage)
         prompt, image, none = fmt.question(s.records[0].turns, [12])
         said, targets = x.ids[len(prompt):], x.targets[len(prompt) - 1 :]
-        segment = [] if stage == 0 else [fmt.begin] + [s.model.tokenizer.pad_token_id] * K + [fmt.finish]
+        segment = [] if stage == 0 else [fmt.latent_start_id] + [s.model.tokenizer.pad_token_id] * K + [fmt.latent_end_id]
         steps = [segment + fmt.text("I look.\n"), segment + fmt.text("I see.\n")]
         assert x.ids[: len(prompt)] == prompt and x.image == image and none == []
-        assert said == sum(steps, []) + [fmt.open] + fmt.text("red") + [fmt.close, fmt.end]
-        assert [x.ids[r] for r in x.rows] == [fmt.open] + fmt.text("red") + [fmt.close] and x.answer[1] == len(x.ids)
+        assert said == sum(steps, []) + [fmt.answer_start_id] + fmt.text("red") + [fmt.answer_end_id, fmt.end]
+        assert [x.ids[r] for r in x.answer_positions] == [fmt.answer_start_id] + fmt.text("red") + [fmt.answer_end_id] and x.answer[1] == len(x.ids)
         assert len(x.latents) == (0 if stage == 0 else 2 * K) and all(x.ids[p] == s.model.tokenizer.pad_token_id for p in x.latents)
         # labels: everything but the latents and the tag that is forced after them
-        free = [t for t in said if t not in (s.model.tokenizer.pad_token_id, fmt.finish)]
+        free = [t for t in said if t not in (s.model.tokenizer.pad_token_id, fmt.latent_end_id)]
         assert [t for t in targets if t != IGNORE] == free and x.targets[: len(prompt) - 1] == [IGNORE] * (len(prompt) - 1)
         assert all(x.targets[t] in (IGNORE, x.ids[t + 1]) for t in range(len(x.ids) - 1))
     bare = s.records[0].__class__(**{**vars(s.records[0]), "cot": []})
@@ -192,14 +192,14 @@ def test_wrong_settings_are_told(made, setup, records_file):
 
 
 def test_what_looks_at_attention_sees_the_recurrence(made):
-    from crystal.attention import AttentionTap
+    from crystal.attention import AttentionRecorder
     s = made()
-    fed = valr.mask_of(s.batch["latents"], s.batch["input_ids"].shape[1])
+    fed = valr.position_mask(s.batch["latents"], s.batch["input_ids"].shape[1])
     h, _ = valr.feedback.recurrence(s.model, s.batch, fed)
-    tap = AttentionTap({0, 2}, s.batch["rows"], s.batch["latents"])
+    recorder = AttentionRecorder({0, 2}, s.batch["answer_positions"], s.batch["latents"])
     real = s.batch["attention_mask"].bool()
-    assert (s.method.hidden(s.model, s.batch, tap) - h)[real].abs().max() < 1e-5  # stock norms compute in float32
-    assert all(0 < x.sum(-1)[0, :, 0].mean() < 1 for x in tap.slices.values())
+    assert (s.method.hidden(s.model, s.batch, recorder) - h)[real].abs().max() < 1e-5  # stock norms compute in float32
+    assert all(0 < x.sum(-1)[0, :, 0].mean() < 1 for x in recorder.slices.values())
 
 
 def test_attention_is_drawn_of_fed_back_latents(made, tmp_path):
@@ -207,15 +207,15 @@ def test_attention_is_drawn_of_fed_back_latents(made, tmp_path):
     from crystal.evaluation import figures
     s = made(dtype=torch.float32, which=[0])
     s.model.eval()
-    examples = data.Examples(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), 0)
+    examples = data.RecordDataset(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), 0)
     batch = data.to_device(data.collate([examples[0, 0]], 0), torch.device("cpu"), torch.float32)
-    fed = valr.mask_of(batch["latents"], batch["input_ids"].shape[1])
+    fed = valr.position_mask(batch["latents"], batch["input_ids"].shape[1])
     found = figures.answer_attention(s.model, batch, s.settings, {0, 2}, None, fed)
     assert found.latents.shape == (2, 6) and torch.allclose(found.image.sum((1, 2)) + found.latents.sum(1) + found.rest, torch.ones(2), atol=1e-5)
     for path, pixels in enumerate(("pixel_values", "pixel_values_cor")):
         with torch.no_grad():
             h, _ = valr.feedback.recurrence(s.model, batch | {"pixel_values": batch[pixels]}, fed)
-        assert torch.allclose(found.logits[path], s.model.logits(h[0, batch["rows"][0, 0]]), atol=1e-3)
+        assert torch.allclose(found.logits[path], s.model.logits(h[0, batch["answer_positions"][0, 0]]), atol=1e-3)
     plain = figures.answer_attention(s.model, batch, s.settings, {0, 2})
     assert (plain.latents - found.latents).abs().max() > 1e-4
     assert figures.attention_maps(s.model, s.fmt, s.settings, s.records, tmp_path / "a.png").stat().st_size > 10000
@@ -267,7 +267,7 @@ def test_encoders_are_frozen_and_stay_outside(run, monkeypatch):
     monkeypatch.setattr(valr.encoders, "load", lambda *a: pytest.fail("an encoder was loaded"))
     from crystal import opening
     model, fmt, _ = opening.open_model(path, "last")
-    assert fmt.begin is not None and not any("heads" in n for n, _ in model.named_parameters())
+    assert fmt.feeds_back and not any("heads" in n for n, _ in model.named_parameters())
 
 
 def test_precomputed_features_train_like_the_encoder(run, records_file, tmp_path):
@@ -295,9 +295,9 @@ def test_export_drops_the_encoders_and_stock_tools_answer_without_latents(run, r
     names = set(load_file(path / "merged" / "model.safetensors"))
     assert not any("heads" in n or "encoder" in n for n in names)
     model, fmt, settings = opening.open_model(path / "merged")
-    assert settings is None and fmt.count == 3 and fmt.begin == model.tokenizer.convert_tokens_to_ids("<latent>")
+    assert settings is None and fmt.count == 3 and fmt.latent_start_id == model.tokenizer.convert_tokens_to_ids("<latent>")
     stock = AutoModelForImageTextToText.from_pretrained(path / "merged").eval()
-    assert stock.generation_config.suppress_tokens == [fmt.begin]
+    assert stock.generation_config.suppress_tokens == [fmt.latent_start_id]
     records, _ = data.read(records_file)
     images = model.image_processor(images=[Image.open(p) for p in records[0].images], return_tensors="pt")
     ids, _, _ = fmt.question(records[0].turns, model.image_tokens(images["image_grid_thw"]))

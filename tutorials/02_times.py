@@ -44,15 +44,15 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as scenes:
         toy.generate(scenes, train=args.batch_size, val=1, test=1)
         records, _ = data.read(f"{scenes}/train.jsonl")
-        examples = data.Examples(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings))
+        examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings))
         batch = data.collate([examples[0, i] for i in range(len(records))], model.tokenizer.pad_token_id)
     trains = [p for _, p in model.trainable()]
 
     def step(realisation):
-        settings.realisation = realisation
+        settings.latent_copy = realisation
         started = time.perf_counter()
         terms = method.losses(model, batch, None)
-        torch.autograd.grad(total({n: t for n, t in terms.items() if n not in method.watched}, settings.weights), trains, allow_unused=True)
+        torch.autograd.grad(total({n: t for n, t in terms.items() if n not in method.monitored}, settings.weights), trains, allow_unused=True)
         return time.perf_counter() - started
 
     times = {r: [] for r in REALISATIONS}

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from crystal.attention import attend
 from crystal.attention_bias import additive_mask
 from crystal.backbone.families import FAMILIES
-from crystal.lora import TokenRows, add_lora
+from crystal.lora import TrainableTokens, add_lora
 from crystal.runtime.config import UserError
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
@@ -42,7 +42,7 @@ WRAPPERS = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": "", r"(?<=\.)_orig_
 
 # --- attention ---------------------------------------------------------------------------------------------------
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, latent_copy=None, tap=None, kv_cache=None, **_):
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, latent_copy=None, recorder=None, kv_cache=None, **_):
     """The decoder's attention: torch's SDPA, with the corrupted path's copied columns and the slice of eq. 5.
 
     query [B,H,L,d], key and value [B,G,L,d] -> ([B,L,H,d], None). attention_mask: None (causal), a bool mask, or an
@@ -52,8 +52,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         key, value = kv_cache(module.layer_idx, key, value)
     if latent_copy is not None:
         key, value = latent_copy.keys_values(key, value)
-    if tap is not None:
-        tap(module.layer_idx, query, key, scaling)
+    if recorder is not None:
+        recorder(module.layer_idx, query, key, scaling)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.to(query.dtype)
     # Without a mask transformers means causal: leaving that out would silently show the future.
@@ -113,13 +113,13 @@ def copy_states(layer, args, kwargs):
 class Model(nn.Module):
     """A transformers model with its tokenizer and image processor, seen as crystal needs it.
 
-    hf: the transformers model. image_processor: a families.Images. rows: TokenRows of the new tokens, or None. dtype, device: of the weights.
+    hf: the transformers model. image_processor: a families.Images. new_tokens: TrainableTokens of those that were added, or None. dtype, device: of the weights.
     """
 
     def __init__(self, hf, tokenizer, image_processor, family, name):
         super().__init__()
         self.hf, self.tokenizer, self.image_processor, self.family, self.name = hf, tokenizer, image_processor, family, name
-        self.rows = None
+        self.new_tokens = None
         tokenizer.image_marks = family.marks  # the formats know a tokenizer, not its model
         hf.set_attn_implementation({"text_config": "crystal", "vision_config": family.vision_attention})
         self.layers = hf.model.language_model.layers
@@ -154,7 +154,7 @@ class Model(nn.Module):
             # An average row plus a little spread: close enough to be harmless, far enough apart to become different.
             noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
             weight.data[fresh] = (used.mean(0) + noise).to(weight.dtype)
-        self.rows = TokenRows(embed, head, ids)
+        self.new_tokens = TrainableTokens(embed, head, ids)
         return ids
 
     def add_adapters(self, settings):
@@ -178,16 +178,16 @@ class Model(nn.Module):
         """Tensors of a batch, named as everywhere in crystal -> keywords of the transformers model's forward and generate."""
         return self.image_processor.keywords(inputs)
 
-    def hidden(self, inputs, latent_copy=None, tap=None, biases=()):
+    def hidden(self, inputs, latent_copy=None, recorder=None, biases=()):
         """inputs: tensors of a batch (right-padded) -> hidden states after the final norm [B,L,D].
 
-        latent_copy, tap: see latent_copy.py and attention.py. biases: a list of bottleneck.Bias.
+        latent_copy, recorder: see latent_copy.py and attention.py. biases: a list of attention_bias.AttentionBias.
         """
         positions = inputs["position_ids"] if "position_ids" in inputs else self.positions(inputs)
         # Right padding needs no mask: causality alone keeps real tokens from seeing what comes after them.
         mask = additive_mask(biases, inputs["attention_mask"], torch.promote_types(self.hf.dtype, torch.float32)) if biases else None
         given = {n: inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw")} | {"position_ids": positions}
-        return self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, latent_copy=latent_copy, tap=tap).last_hidden_state
+        return self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, latent_copy=latent_copy, recorder=recorder).last_hidden_state
 
     @contextmanager
     def seeing(self, mask):
@@ -219,13 +219,13 @@ class Model(nn.Module):
         return self.hf.lm_head(h)
 
     def trainable(self):
-        """(name, parameter) of all that trains in the transformers model and the token rows."""
+        """(name, parameter) of all that trains in the transformers model and the new tokens."""
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
     def after_update(self):
         """After each optimiser update: the vocabulary's own rows follow their trained copies."""
-        if self.rows is not None:
-            self.rows.sync()
+        if self.new_tokens is not None:
+            self.new_tokens.sync()
 
 
 def resolve(name):

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from crystal import feedback, methods
-from crystal.attention import AttentionTap
+from crystal.attention import AttentionRecorder
 from crystal.corrupt import LEVELS, MODES, corrupt
 from crystal.latent_copy import dual_forward
 from crystal.methods.crystal import Settings as CrystalSettings
-from crystal.methods.crystal import mask_of
+from crystal.methods.crystal import position_mask
 from crystal.runtime import data
 from crystal.runtime.config import Settings, UserError
 from crystal.runtime.ops import attn_slice
@@ -174,22 +174,22 @@ def answer_attention(model, batch, settings, layers, copied=None, fed=None):
     fed: bool [1,L], latents that each path feeds back to itself (feedback.py); None where there are none.
     """
     h, w = model.image_processor.grids(batch["image_grid_thw"])[0][0]
-    row = batch["rows"][:, :1]                                                     # [1,1]
+    row = batch["answer_positions"][:, :1]                                                     # [1,1]
     image = batch["image"][:, : h * w]                                             # [1,N]; the first image's come first
     cols = torch.cat([image, batch["latents"]], 1)                                 # [1,N+K]
-    tap = AttentionTap(layers, row.repeat(2, 1), cols.repeat(2, 1), attn_slice)
+    recorder = AttentionRecorder(layers, row.repeat(2, 1), cols.repeat(2, 1), attn_slice)
     inputs = nullcontext()
     if fed is not None:
         both = [feedback.recurrence(model, batch | {"pixel_values": batch[pixels]}, fed)[0] for pixels in ("pixel_values", "pixel_values_cor")]
         inputs = feedback.filled(model, torch.cat(both), fed.repeat(2, 1))
     with inputs:
-        states = torch.cat(dual_forward(model, batch, copied, getattr(settings, "realisation", "kv"), tap))  # [2,L,D]
-    weights = torch.stack([x.mean(1)[:, 0] for x in tap.slices.values()]).mean(0).float().cpu()  # [2,N+K]
+        states = torch.cat(dual_forward(model, batch, copied, getattr(settings, "latent_copy", "kv"), recorder))  # [2,L,D]
+    weights = torch.stack([x.mean(1)[:, 0] for x in recorder.slices.values()]).mean(0).float().cpu()  # [2,N+K]
     return AnswerAttention(weights[:, : h * w].unflatten(1, (h, w)), weights[:, h * w :], 1 - weights.sum(1),
                            model.logits(states[:, int(row)]).float().cpu())
 
 
-class Seen(data.Examples):
+class Seen(data.RecordDataset):
     """Examples that remember the first image of each call, so that the picture drawn is the one the model was given."""
 
     def pixels(self, images):
@@ -224,9 +224,9 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
         examples = Seen([record], lambda r, n: method.layout(fmt, r, n), model.image_processor, corruption, settings.seed, copies=fmt.copies)
         batch = data.to_device(data.collate([examples.build(0, 0) | {"bad": []}], model.tokenizer.pad_token_id), model.device, model.hf.dtype)
         copied = method.copied(batch) if hasattr(method, "copied") else None
-        fed = None if fmt.begin is None else mask_of(batch["latents"], batch["input_ids"].shape[1])
+        fed = None if not fmt.feeds_back else position_mask(batch["latents"], batch["input_ids"].shape[1])
         seen = answer_attention(model, batch, settings, layers, copied, fed)
-        target = batch["targets"][0, batch["rows"][0, 0]]
+        target = batch["targets"][0, batch["answer_positions"][0, 0]]
         question = " ".join(record.turns[-1][1].replace("<image>", "").split())
         line.suptitle(f"{tidy(question, 80)}   reference: {tidy(record.answer, 30)}", fontsize=11)
         axes = line.subplots(1, 2 + 2 * len(bars), width_ratios=([3] + bars) * 2)

@@ -16,7 +16,7 @@ see a latent through its key and value alone, so replacing its states replaces a
 
 THE RULE: the latents are used if the 95 % interval of (as trained - swapped), paired by question, lies above 0.
 
-B questions, L prompt length, K latents, N image tokens, M answer rows, H heads, D hidden size.
+B questions, L prompt length, K latents, N image tokens, M answer positions, H heads, D hidden size.
 """
 import json
 import sys
@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crystal.attention import AttentionTap
-from crystal.attention_bias import Bias
+from crystal.attention import AttentionRecorder
+from crystal.attention_bias import AttentionBias
 from crystal.evaluation import figures
 from crystal.evaluation.benchmarks import score, tidy, wilson
 from crystal.generate import generate
@@ -114,7 +114,7 @@ def replaced(model, where, states):
 
 def hidden_image(ask):
     """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the prompt and while decoding."""
-    return lambda batch: [Bias(~ask.image & ~ask.latents, ask.image)]
+    return lambda batch: [AttentionBias(~ask.image & ~ask.latents, ask.image)]
 
 
 @dataclass
@@ -157,7 +157,7 @@ def questions(model, fmt, records, latents="keep", corruption=None, seed=0):
                 ids, where = [token for token in ids if token not in named], []
         return ids, image, where
 
-    return data.Examples(records, layout, model.image_processor, corruption, seed, copies=fmt.copies)
+    return data.RecordDataset(records, layout, model.image_processor, corruption, seed, copies=fmt.copies)
 
 
 def donors(records, seed=0):
@@ -211,7 +211,7 @@ def verdict(difference, low, high):
 
 @torch.no_grad()
 def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambda n: None):
-    """Share of the answer rows' attention, by decoder layer, mean over heads, rows and questions -> {"latents": [..], "image": [..]}.
+    """Share of the answer positions' attention, by decoder layer, mean over heads, rows and questions -> {"latents": [..], "image": [..]}.
 
     The rows are those that predict the reference answer's tokens, with the answer given; the weights are the true softmax's.
     """
@@ -222,7 +222,7 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
     def layout(record, image_tokens):
         ids, image, latents = ask(record, image_tokens)
         whole = ids + fmt.text(record.answer)
-        return Layout(whole, [IGNORE] * len(whole), image, latents=latents, rows=list(range(len(ids) - 1, len(whole) - 1)))
+        return Layout(whole, [IGNORE] * len(whole), image, latents=latents, answer_positions=list(range(len(ids) - 1, len(whole) - 1)))
 
     examples.layout = layout
     sums = {"latents": torch.zeros(len(layers), dtype=torch.float64), "image": torch.zeros(len(layers), dtype=torch.float64)}
@@ -232,11 +232,11 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
         if "error" in batch:
             raise data.RecordError(batch["error"])
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        taps = {name: AttentionTap(layers, batch["rows"], batch[name], attn_slice) for name in sums}
-        model.hidden(batch, tap=lambda *args: [tap(*args) for tap in taps.values()])
-        rows = (batch["rows"] >= 0).sum(1)                                              # [B]
-        for name, tap in taps.items():
-            mass = torch.stack([x.sum(-1).mean(1).sum(1) / rows for x in tap.slices.values()])  # [layers,B]; x [B,H,M,columns]
+        recorders = {name: AttentionRecorder(layers, batch["answer_positions"], batch[name], attn_slice) for name in sums}
+        model.hidden(batch, recorder=lambda *args: [recorder(*args) for recorder in recorders.values()])
+        rows = (batch["answer_positions"] >= 0).sum(1)                                              # [B]
+        for name, recorder in recorders.items():
+            mass = torch.stack([x.sum(-1).mean(1).sum(1) / rows for x in recorder.slices.values()])  # [layers,B]; x [B,H,M,columns]
             sums[name] += mass.double().sum(1).cpu()
         advance(len(rows))
     return {name: (procs.sum(total) / len(records)).tolist() for name, total in sums.items()}
@@ -246,7 +246,7 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
 def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, max_new_tokens=32, seed=0, procs=None, progress=False, biases=None):
     """A model with latents on records -> everything as one JSON object (see `summarise`); all ranks take their share and return the whole.
 
-    corruption: (mode, low, high). biases: function (batch) -> [bottleneck.Bias], a mask under which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
+    corruption: (mode, low, high). biases: function (batch) -> [attention_bias.AttentionBias], a mask under which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
     """
     procs = procs or distributed.Processes(device=model.device)
     kept, dropped = questions(model, fmt, records, "keep", corruption, seed), questions(model, fmt, records, "drop", corruption, seed)
@@ -347,7 +347,7 @@ def text(result):
             line += f"{100 * c['difference']:+.1f}".rjust(12) + interval.rjust(18) + f"{100 * c['changed']:.1f}".rjust(17)
         lines.append(line)
     lines.append(f"answers that are the other image's: {100 * result['followed'][SWAPPED.name]:.1f} % with its latents, {100 * result['followed'][AS_TRAINED.name]:.1f} % as trained")
-    lines.append("attention of the answer rows by layer, percent")
+    lines.append("attention of the answer positions by layer, percent")
     for name, mass in result["attention"].items():
         lines.append(f"  to {result['latents']} latents".ljust(20) if name == "latents" else "  to the image".ljust(20))
         lines[-1] += "".join(f"{100 * m:6.1f}" for m in mass)
@@ -361,7 +361,7 @@ def picture(result, path):
     layers = range(len(result["attention"]["image"]))
     for (name, mass), colour in zip(result["attention"].items(), figures.COLOURS):
         ax.plot(layers, [100 * m for m in mass], "o-", color=colour, markersize=3, label=f"{result['latents']} latents" if name == "latents" else name)
-    ax.set(xlabel="decoder layer", ylabel="attention of the answer rows, %", ylim=(0, None), xticks=list(layers) if len(layers) < 13 else None)
+    ax.set(xlabel="decoder layer", ylabel="attention of the answer positions, %", ylim=(0, None), xticks=list(layers) if len(layers) < 13 else None)
     ax.legend(frameon=False)
     ax.set_title("used" if result["used"] else "no use shown", fontsize=10)
     return figures.save(fig, path)

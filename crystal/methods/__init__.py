@@ -9,10 +9,10 @@ from sft's (or another's) what it does not change:
     layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, which validation sees
     extras(record, images) -> {name: tensor [n,..]}, put into the batch as [B,n,..], padded with zeros
     modules(model)    -> nn.ModuleDict of extra trainable heads (may be empty)
-    hidden(model, batch, tap) -> the last states without losses, for evaluation's look at attention
-    biases(model, batch) -> [bottleneck.Bias], the mask of `evaluate --bottleneck`
+    hidden(model, batch, recorder) -> the last states without losses, for evaluation's look at attention
+    biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
     losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress: config.Progress
-    watched           names among them that are logged and not trained
+    monitored           names among them that are logged and not trained
 """
 import hashlib
 import importlib

@@ -1,6 +1,6 @@
 """CrystaL: crystallised latents from two paths, one intact and one corrupted (the paper's section 3).
 
-B pairs, L sequence length, D hidden size, H heads, M answer rows, K columns, N labelled rows, V vocabulary.
+B pairs, L sequence length, D hidden size, H heads, M answer positions, K columns, N labelled rows, V vocabulary.
 
     intact     I_int  Q  <think> .. latents .. </think>  <answer> R        CE_int, teacher of KL and attention
                                        |  copied at every layer
@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from crystal.attention import AttentionTap
+from crystal.attention import AttentionRecorder
 from crystal.latent_copy import dual_forward
 from crystal.layout import IGNORE, Format, new_tokens
 from crystal.losses import mean_per_pair
@@ -24,7 +24,7 @@ from crystal.runtime.ops import attn_align, vocab_kl_ce
 # The authors' released code (github yangzhangok/crystal, bc08a90) where it differs from the paper.
 PRESETS = {
     "paper": {},
-    "released": dict(copied="thought", ce="pooled", kl_share=0.1, answer_rows="span", attn_heads="mean",
+    "released": dict(copied="thought", ce="pooled", kl_share=0.1, answer_positions="span", attn_heads="mean",
                      attn_columns="thought", lora_on="language,vision,merger", lora_dropout=0.01),
 }
 
@@ -43,12 +43,12 @@ class Settings(config.Settings):
     strength_low: float = setting(None, "lower end of the uniform strength eta; default: the mode's own range")
     strength_high: float = setting(None, "upper end of the uniform strength eta; default: the mode's own range")
     # the dual path (section 3.3)
-    realisation: str = setting("kv", "how latents are shared: rows of hidden states, or of keys and values, or one packed sequence", ("hidden", "kv", "packed"))
+    latent_copy: str = setting("kv", "how latents are shared: rows of hidden states, or of keys and values, or one packed sequence", ("hidden", "kv", "packed"))
     copied: str = setting("latents", "rows that the corrupted path takes from the intact one", ("latents", "thought"))
     # the losses (eq. 4 to 6; table 4)
     ce: str = setting("per_path", "a token mean per path and their sum, or one mean over both paths' tokens", ("per_path", "pooled"))
-    kl_share: float = setting(1.0, "KL is the mean over this share of a pair's answer rows, the largest ones")
-    answer_rows: str = setting("predicting", "rows of KL and attention: those that predict the answer, or its own positions", ("predicting", "span"))
+    kl_share: float = setting(1.0, "KL is the mean over this share of a pair's answer positions, the largest ones")
+    answer_positions: str = setting("predicting", "rows of KL and attention: those that predict the answer, or its own positions", ("predicting", "span"))
     attn_loss: str = setting("kl", "kind of eq. 5", ("kl", "frobenius", "mse"))
     attn_heads: str = setting("keep", "compare heads one by one, or their mean", ("keep", "mean"))
     attn_columns: str = setting("latents", "columns of eq. 5; all: image and latents", ("latents", "thought", "all"))
@@ -83,7 +83,7 @@ class Method(SFT):
 
     Settings = Settings
     corrupts = True
-    watched = ("mass_int", "mass_cor")  # logged, not trained
+    monitored = ("mass_int", "mass_cor")  # logged, not trained
 
     @property
     def tokens(self):
@@ -98,24 +98,24 @@ class Method(SFT):
     def losses(self, model, batch, progress):
         """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor (or their pooled mean ce), kl, attn.
 
-        Beside them, to be watched: mass_int and mass_cor, the share of the answer rows' attention that the latents get.
+        Beside them, to be monitored: mass_int and mass_cor, the share of the answer positions' attention that the latents get.
         """
         s, targets = self.settings, batch["targets"]
         B, L = targets.shape
-        rows = self.answer_rows(batch)                                                 # [B,M]
+        rows = self.answer_positions(batch)                                                 # [B,M]
         cols = self.columns(batch)                                                     # [B,K]
         copied = self.copied(batch)                                                    # [B,L]
         layers, rows2 = config.layers_of(s.attn_layers, len(model.layers)), rows.repeat(2, 1)
         align = partial(attn_align, s.attn_loss, s.attn_heads, teacher_grad=s.teacher_grad)
-        tap = AttentionTap(layers, rows, cols, align)                                  # eq. 5 of each layer, [B]
-        mass = AttentionTap(layers, rows2, batch["latents"].repeat(2, 1), latent_mass)
-        taps = lambda *at: [t(*at) for t in (tap, mass)]
-        h_int, h_cor = dual_forward(model, batch, copied, s.realisation, taps)         # [B,L,D] each
+        recorder = AttentionRecorder(layers, rows, cols, align)                                  # eq. 5 of each layer, [B]
+        mass = AttentionRecorder(layers, rows2, batch["latents"].repeat(2, 1), latent_mass)
+        recorders = lambda *at: [t(*at) for t in (recorder, mass)]
+        h_int, h_cor = dual_forward(model, batch, copied, s.latent_copy, recorders)         # [B,L,D] each
 
         # No loss reads a copied row of the corrupted path: there it is the intact path's own.
         label_int = targets != IGNORE
-        label_cor = label_int & (mask_of(rows, L) if s.ce == "pooled" else ~copied)
-        answer = mask_of(rows, L)                                                      # [B,L]
+        label_cor = label_int & (position_mask(rows, L) if s.ce == "pooled" else ~copied)
+        answer = position_mask(rows, L)                                                      # [B,L]
         # One product with the head for both paths; only the rows that a loss reads, which their gradients may overwrite.
         logits = model.logits(torch.cat([h_int[label_int | answer], h_cor[label_cor | answer]]))
         need = label_int | label_cor | answer
@@ -129,13 +129,13 @@ class Method(SFT):
             terms = {"ce_int": mean_per_pair(ce_int[label_int], pair[label_int], B), "ce_cor": mean_per_pair(ce_cor[label_cor], pair[label_cor], B)}
         terms["kl"] = mean_per_pair(kl[answer], pair[answer], B, s.kl_share)           # eq. 4
 
-        terms["attn"] = torch.stack(list(tap.slices.values())).mean(0)                 # eq. 5
+        terms["attn"] = torch.stack(list(recorder.slices.values())).mean(0)                 # eq. 5
         terms["mass_int"], terms["mass_cor"] = torch.stack(list(mass.slices.values())).mean(0).chunk(2)  # [2B]
         return {name: term.mean() for name, term in terms.items()}
 
-    def answer_rows(self, batch):
+    def answer_positions(self, batch):
         """Rows of KL and attention [B,M], -1 padded: those that predict the answer, or (released) its own positions."""
-        return batch["rows"] if self.settings.answer_rows == "predicting" else positions(batch["answer"])
+        return batch["answer_positions"] if self.settings.answer_positions == "predicting" else positions(batch["answer"])
 
     def columns(self, batch):
         """Columns of eq. 5 [B,K], -1 padded: the latents, the thought (released), or image and latents (table 4)."""
@@ -148,7 +148,7 @@ class Method(SFT):
     def copied(self, batch):
         """Rows that the corrupted path takes from the intact one, bool [B,L]."""
         L = batch["input_ids"].shape[1]
-        return mask_of(batch["latents"] if self.settings.copied == "latents" else positions(batch["thought"]), L)
+        return position_mask(batch["latents"] if self.settings.copied == "latents" else positions(batch["thought"]), L)
 
 
 def positions(spans):
@@ -158,7 +158,7 @@ def positions(spans):
     return torch.where(at < end, at, -1)
 
 
-def mask_of(positions, L):
+def position_mask(positions, L):
     """Positions [B,n], -1 padded -> bool [B,L]."""
     mask = torch.zeros(len(positions), L + 1, dtype=torch.bool, device=positions.device)
     return mask.scatter(1, positions % (L + 1), True)[:, :L]  # -1 lands in the extra column

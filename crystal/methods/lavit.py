@@ -19,13 +19,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from crystal.attention import AttentionTap
-from crystal.attention_bias import Bias
+from crystal.attention import AttentionRecorder
+from crystal.attention_bias import AttentionBias
 from crystal.layout import TAGS, Format, latent_tokens
 from crystal.losses import gaze, semantics
-from crystal.methods.crystal import mask_of
+from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
-from crystal.methods.sft import cross_entropy, mass_tap, mass_term
+from crystal.methods.sft import cross_entropy, mass_recorder, mass_term
 from crystal.runtime import config, data
 from crystal.runtime.config import UserError, setting
 from crystal.runtime.ops import attn_slice
@@ -37,7 +37,7 @@ class Settings(config.Settings):
 
     # appendix A.2; the language model trains whole, the vision tower is frozen
     latents: int = setting(4, "K, latent tokens before the answer")
-    tune: str = setting("full", "low-rank adapters, every weight of the language model, or nothing but the new tokens' rows", ("lora", "full", "rows"))
+    tune: str = setting("full", "low-rank adapters, every weight of the language model, or nothing but the new tokens' rows", ("lora", "full", "tokens"))
     max_steps: int = setting(1000, "optimiser updates")
     batch_size: int = setting(16, "pairs per process and forward")
     lr: float = setting(5e-6, "peak learning rate")
@@ -74,7 +74,7 @@ class Latents(Format):
 
     def __init__(self, tokenizer, count, kind):
         super().__init__(tokenizer)
-        self.count, self.open = count, tokenizer.convert_tokens_to_ids(TAGS[2])
+        self.count, self.answer_start_id = count, tokenizer.convert_tokens_to_ids(TAGS[2])
         self.latents = tokenizer.convert_tokens_to_ids(latent_tokens(count, kind))
 
     def question(self, turns, image_tokens, latents="keep"):
@@ -82,10 +82,10 @@ class Latents(Format):
         if latents == "none":
             return ids, image, []
         own = [] if latents == "drop" else self.latents
-        return ids + own + [self.open], image, list(range(len(ids), len(ids) + len(own)))
+        return ids + own + [self.answer_start_id], image, list(range(len(ids), len(ids) + len(own)))
 
     def chat_template(self):
-        prompt = "".join(self.tokenizer.convert_ids_to_tokens(self.latents + [self.open]))
+        prompt = "".join(self.tokenizer.convert_ids_to_tokens(self.latents + [self.answer_start_id]))
         return self.tokenizer.chat_template + "{%- if add_generation_prompt -%}{{- '" + prompt + "' -}}{%- endif -%}"
 
 
@@ -93,7 +93,7 @@ class Method(SFT):
     """Gate, semantics and gaze beside cross-entropy."""
 
     Settings = Settings
-    watched = ("mass",)
+    monitored = ("mass",)
 
     @property
     def tokens(self):
@@ -143,20 +143,20 @@ class Method(SFT):
         if gamma == 1:
             return []
         image = batch["input_ids"] == model.hf.config.image_token_id                        # [B,L]
-        return [Bias(mask_of(batch["rows"], image.shape[1]), image, math.log(gamma) if gamma else -math.inf)]
+        return [AttentionBias(position_mask(batch["answer_positions"], image.shape[1]), image, math.log(gamma) if gamma else -math.inf)]
 
     def biases(self, model, batch):
         """What `evaluate --bottleneck` asks: answers that reach the image through the latents and the question alone."""
         return self.gated(model, batch, 0.0)
 
     def losses(self, model, batch, progress):
-        """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs; and "mass", to be watched."""
+        """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs; and "mass", to be monitored."""
         s, B, latents = self.settings, len(batch["input_ids"]), batch["latents"]             # latents [B,K]
-        tap = AttentionTap(range(len(model.layers)), latents, batch["image"], attn_slice) if s.w_gaze else None
+        recorder = AttentionRecorder(range(len(model.layers)), latents, batch["image"], attn_slice) if s.w_gaze else None
         biases = self.gated(model, batch, self.gamma(progress.of_run))
-        mass = mass_tap(model, batch, biases)
-        taps = lambda *at: [t(*at) for t in (tap, mass) if t]
-        h = model.hidden(batch, tap=taps, biases=biases)                                     # [B,L,D]
+        mass = mass_recorder(model, batch, biases)
+        recorders = lambda *at: [t(*at) for t in (recorder, mass) if t]
+        h = model.hidden(batch, recorder=recorders, biases=biases)                                     # [B,L,D]
 
         terms = {"ce": cross_entropy(model, batch, h=h)} | mass_term(mass)
         if s.w_semantics:
@@ -166,7 +166,7 @@ class Method(SFT):
             h_z = h[torch.arange(B, device=h.device), latents[:, -1]]                        # [B,D], the last latent
             terms["semantics"] = semantics(phi(h_z.to(phi[-1].weight.dtype)), batch["v_sem"]).mean()
         if s.w_gaze:
-            A = torch.stack(list(tap.slices.values())).mean((0, 2))                          # [B,K,N], over layers and heads
+            A = torch.stack(list(recorder.slices.values())).mean((0, 2))                          # [B,K,N], over layers and heads
             terms["gaze"] = gaze(A, self.targets(model, batch), batch["image"]).mean()
         return terms
 

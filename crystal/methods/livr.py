@@ -1,22 +1,22 @@
 """LIVR: latents after the question, and a visual bottleneck that makes them carry the image (its section 3.2).
 
-B sequences, L length, K latents, M answer rows. Ours for its l_1..l_K: the latents. All that supervises them is the answer.
+B sequences, L length, K latents, M answer positions. Ours for its l_1..l_K: the latents. All that supervises them is the answer.
 
     stage 1  image .. question  latents  answer      latents see all; no other token after the image sees the image
     stage 2  the same tokens, plain causal attention
 
 Its controls are settings: --masked 0 (latents only), --latents 0 --mask answer (mask only), --mask answer, --latents_see
 image, --place before, --latent_kind identical, --latents 4..32; --latents 0 --masked 0 --image_copies 2 (image twice), and
---tune rows --masked 0 (prompt tuning).
+--tune tokens --masked 0 (prompt tuning).
 """
 from dataclasses import dataclass
 
 import torch
 
 from crystal import layout
-from crystal.attention_bias import Bias
+from crystal.attention_bias import AttentionBias
 from crystal.methods.sft import Method as SFT
-from crystal.methods.sft import cross_entropy, mass_tap, mass_term
+from crystal.methods.sft import cross_entropy, mass_recorder, mass_term
 from crystal.runtime import config
 from crystal.runtime.config import Stage, UserError, setting
 
@@ -89,7 +89,7 @@ class Method(SFT):
     """Cross-entropy under the bottleneck, then without it."""
 
     Settings = Settings
-    watched = ("mass",)
+    monitored = ("mass",)
 
     @property
     def tokens(self):
@@ -99,7 +99,7 @@ class Method(SFT):
         return Format(tokenizer, self.settings)
 
     def biases(self, model, batch):
-        """Stage 1's mask: [Bias]. batch: input_ids [B,L], left- or right-padded, and rows [B,M], the answer rows."""
+        """Stage 1's mask: [AttentionBias]. batch: input_ids [B,L], left- or right-padded, and answer_positions [B,M]."""
         ids = batch["input_ids"]
         is_one = lambda tokens: torch.isin(ids, torch.tensor(model.tokenizer.convert_tokens_to_ids(list(tokens)), dtype=torch.long, device=ids.device))
         # The tokens around an image have seen images too.
@@ -107,14 +107,14 @@ class Method(SFT):
         blind = (image.cumsum(1) > 0) & ~image & ~latents                              # the rest of what follows the first image
         if self.settings.mask == "answer":
             # From the row that predicts the answer's first token on: else an answer of one token would see the image.
-            blind &= torch.arange(ids.shape[1], device=ids.device) >= batch["rows"][:, :1]
-        blocked = [Bias(blind, image)]
+            blind &= torch.arange(ids.shape[1], device=ids.device) >= batch["answer_positions"][:, :1]
+        blocked = [AttentionBias(blind, image)]
         if self.settings.latents_see == "image":
-            blocked.append(Bias(latents, ~image & ~latents))
+            blocked.append(AttentionBias(latents, ~image & ~latents))
         return blocked
 
     def losses(self, model, batch, progress):
         """{"ce": token mean over the answer, per sequence, averaged}, and "mass"; in stage 1 under the mask."""
         biases = self.biases(model, batch) if progress.stage == 0 else []
-        mass = mass_tap(model, batch, biases)
-        return {"ce": cross_entropy(model, batch, h=model.hidden(batch, tap=mass, biases=biases))} | mass_term(mass)
+        mass = mass_recorder(model, batch, biases)
+        return {"ce": cross_entropy(model, batch, h=model.hidden(batch, recorder=mass, biases=biases))} | mass_term(mass)

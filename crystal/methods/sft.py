@@ -1,11 +1,11 @@
 """Plain supervised fine-tuning: cross-entropy on the answer. The baseline that every method has to beat, and builds on.
 
-B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M answer rows, K latents.
+B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M answer positions, K latents.
 """
 import torch
 import torch.nn as nn
 
-from crystal.attention import AttentionTap
+from crystal.attention import AttentionRecorder
 from crystal.attention_bias import row_biases
 from crystal.layout import IGNORE, Format
 from crystal.losses import mean_per_pair
@@ -17,7 +17,7 @@ class Method:
     """Every part that a method has; another method says where it differs. See methods/__init__.py."""
     Settings = config.Settings
     corrupts = False
-    watched = ()
+    monitored = ()
 
     def __init__(self, settings):
         self.settings = settings
@@ -39,9 +39,9 @@ class Method:
     def modules(self, model):
         return nn.ModuleDict()
 
-    def hidden(self, model, batch, tap=None):
+    def hidden(self, model, batch, recorder=None):
         """The last states [B,L,D] of a batch without losses or mask, for those who look at attention."""
-        return model.hidden(batch, tap=tap)
+        return model.hidden(batch, recorder=recorder)
 
     def biases(self, model, batch):
         return []
@@ -52,7 +52,7 @@ class Method:
 
 
 def cross_entropy(model, batch, biases=(), h=None):
-    """Token mean per pair, averaged over the batch's pairs -> scalar. biases: a list of bottleneck.Bias.
+    """Token mean per pair, averaged over the batch's pairs -> scalar. biases: a list of attention_bias.AttentionBias.
 
     h [B,L,D]: the last states, where the method has run the forward itself.
     """
@@ -67,19 +67,19 @@ def cross_entropy(model, batch, biases=(), h=None):
 
 @torch.no_grad()
 def latent_mass(q, k, rows, cols, **how):
-    """What an AttentionTap reads to be watched: the share of the rows' attention that the columns get, mean over heads and rows -> [B]. Arguments of attn_slice."""
+    """What an AttentionRecorder reads to be monitored: the share of the rows' attention that the columns get, mean over heads and rows -> [B]. Arguments of attn_slice."""
     A = attn_slice(q, k, rows, cols, **how)                      # [B,H,M,K]
     return A.sum(-1).mean(1).sum(1) / (rows >= 0).sum(1).clamp(min=1)
 
 
-def mass_tap(model, batch, biases=()):
-    """A tap of the last layer, for a forward under `biases` (bottleneck.Bias): the share of the answer rows' attention that the latents get; None without latents."""
+def mass_recorder(model, batch, biases=()):
+    """A recorder of the last layer, for a forward under `biases` (attention_bias.AttentionBias): the share of the answer positions' attention that the latents get; None without latents."""
     if not batch["latents"].shape[1]:
         return None
-    bias = row_biases(biases, batch["rows"], torch.promote_types(model.hf.dtype, torch.float32))
-    return AttentionTap({len(model.layers) - 1}, batch["rows"], batch["latents"], latent_mass, bias=bias)
+    bias = row_biases(biases, batch["answer_positions"], torch.promote_types(model.hf.dtype, torch.float32))
+    return AttentionRecorder({len(model.layers) - 1}, batch["answer_positions"], batch["latents"], latent_mass, bias=bias)
 
 
-def mass_term(tap):
-    """What a mass_tap has read -> {"mass": mean over the batch's pairs}; {} of None."""
-    return {"mass": torch.stack(list(tap.slices.values())).mean()} if tap else {}
+def mass_term(recorder):
+    """What a mass_recorder has read -> {"mass": mean over the batch's pairs}; {} of None."""
+    return {"mass": torch.stack(list(recorder.slices.values())).mean()} if recorder else {}

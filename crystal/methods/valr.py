@@ -21,7 +21,7 @@ from crystal import feedback
 from crystal.backbone import encoders
 from crystal.layout import IGNORE, Format, Layout, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
-from crystal.methods.crystal import mask_of
+from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
 from crystal.runtime import config, data
@@ -36,7 +36,7 @@ class Settings(config.Settings):
 
     # section 3 and the paper's settings; what it does not give is as everywhere here
     latents: int = setting(16, "K, latents of a segment; there is one before every step of the record's cot")
-    tune: str = setting("full", "every weight of the language model (the paper), low-rank adapters, or nothing but the new tokens' rows", ("lora", "full", "rows"))
+    tune: str = setting("full", "every weight of the language model (the paper), low-rank adapters, or nothing but the new tokens' rows", ("lora", "full", "tokens"))
     lr: float = setting(1e-5, "peak learning rate of the first stage, without latents")
     lr_latents: float = setting(2e-6, "peak learning rate of the second stage, with latents")
     weight_decay: float = setting(0.0, "AdamW decay; never on the vocabulary's rows")
@@ -79,7 +79,7 @@ class Steps(Format):
     def __init__(self, tokenizer, count):
         super().__init__(tokenizer)
         self.count = count
-        self.begin, self.finish, self.open, self.close = tokenizer.convert_tokens_to_ids(list(TOKENS))
+        self.latent_start_id, self.latent_end_id, self.answer_start_id, self.answer_end_id = tokenizer.convert_tokens_to_ids(list(TOKENS))
 
     def question(self, turns, image_tokens, latents="keep"):
         """The prompt to generate from: (ids, image positions, no latents). Latents come, or are dropped, as the model writes (generate.py)."""
@@ -95,12 +95,12 @@ class Steps(Format):
         for step in steps or [""]:
             if latents:
                 first = len(ids) + 1
-                ids = ids + [self.begin] + [self.tokenizer.pad_token_id] * self.count + [self.finish]  # no one reads a latent's id
+                ids = ids + [self.latent_start_id] + [self.tokenizer.pad_token_id] * self.count + [self.latent_end_id]  # no one reads a latent's id
                 places += range(first, first + self.count)
                 forced |= set(range(first, first + self.count + 1))
             ids = ids + (self.text(step + "\n") if step else [])
         answer_start = len(ids)
-        ids = ids + [self.open] + self.text(answer) + [self.close, self.end]
+        ids = ids + [self.answer_start_id] + self.text(answer) + [self.answer_end_id, self.end]
         targets = [IGNORE if t + 1 in forced else target for t, target in enumerate(next_tokens(ids, start))]
         return Layout(ids, targets, image, (start, answer_start), places, (answer_start, len(ids)), list(range(answer_start, len(ids) - 1)))
 
@@ -149,12 +149,12 @@ class Method(SFT):
                 found |= {f"features_{m}": F, f"count_{m}": torch.tensor([len(F)])}
         return found
 
-    def hidden(self, model, batch, tap=None):
-        """The recurrence, then one pass over whole sequences that a tap can watch."""
-        fed = mask_of(batch["latents"], batch["input_ids"].shape[1])
+    def hidden(self, model, batch, recorder=None):
+        """The recurrence, then one pass over whole sequences that a recorder can watch."""
+        fed = position_mask(batch["latents"], batch["input_ids"].shape[1])
         h, _ = feedback.recurrence(model, batch, fed)
         with feedback.filled(model, h, fed):
-            return model.hidden(batch, tap=tap)
+            return model.hidden(batch, recorder=recorder)
 
     def losses(self, model, batch, progress):
         """{"ce"}, and in the second stage {"repa"}: means over the batch's records of token mean and of alignment."""
@@ -162,7 +162,7 @@ class Method(SFT):
             # The projections wait for the second stage; 0 of them keeps the processes' gradients in step.
             return {"ce": cross_entropy(model, batch) + 0 * sum(p.sum() for p in self.projections.parameters())}
         B, L = batch["input_ids"].shape
-        fed = mask_of(batch["latents"], L)                                                         # [B,L]
+        fed = position_mask(batch["latents"], L)                                                         # [B,L]
         with own_features(model, batch) as own:
             h, after = feedback.forward(model, batch, fed, self.settings.updates, (self.layer,))   # [B,L,D]
         terms = {"ce": cross_entropy(model, batch, h=h)}

@@ -62,7 +62,7 @@ class Settings:
     latent_kind: str = setting("diverse", "K tokens of their own, or one token K times", ("diverse", "identical"))
     turns: str = setting("first", "train on the first turn with an image, or make one record per turn", ("first", "all"))
     # what trains
-    tune: str = setting("lora", "low-rank adapters, every weight of the language model, or nothing but the new tokens' rows", ("lora", "full", "rows"))
+    tune: str = setting("lora", "low-rank adapters, every weight of the language model, or nothing but the new tokens' rows", ("lora", "full", "tokens"))
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "scale alpha; an adapter counts alpha / r")
     lora_dropout: float = setting(0.0, "dropout before the adapters")
@@ -72,7 +72,7 @@ class Settings:
     batch_size: int = setting(1, "pairs per process and forward")
     accumulation: int = setting(1, "forwards per update")
     lr: float = setting(2e-4, "peak learning rate")
-    lr_rows: float = setting(1.0, "learning rate of the new tokens' rows, in multiples of --lr; small models with large embeddings need more")
+    lr_tokens: float = setting(1.0, "learning rate of the new tokens' rows, in multiples of --lr; small models with large embeddings need more")
     weight_decay: float = setting(0.1, "AdamW decay; never on the vocabulary's rows")
     warmup: float = setting(0.05, "share of a stage's steps that warms up linearly")
     decay: str = setting("cosine", "way from the peak to 0 after the warm-up", ("cosine", "linear"))
@@ -120,8 +120,8 @@ class Settings:
             raise UserError(f"--lora_dropout {self.lora_dropout}: a share, at least 0 and below 1")
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup {self.warmup}: a share of the steps, at least 0 and below 1")
-        if min(self.lr, self.lr_rows, self.clip) <= 0:
-            raise UserError("--lr, --lr_rows and --clip must be positive")
+        if min(self.lr, self.lr_tokens, self.clip) <= 0:
+            raise UserError("--lr, --lr_tokens and --clip must be positive")
         parts = self.lora_on.split(",")
         if not parts or set(parts) - {"language", "vision", "merger"}:
             raise UserError(f"--lora_on {self.lora_on}: comma-separated language, vision, merger")

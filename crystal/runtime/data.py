@@ -5,7 +5,7 @@ list or as JSONL, with `image` or `images` below an image root and the optional 
 `features` ({name: safetensors file below the image root}, what was computed for the record beforehand).
 Whatever is wrong with a record is told with its file, line and field.
 
-B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer rows, N image tokens.
+B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer positions, N image tokens.
 """
 import json
 import re
@@ -258,7 +258,7 @@ def load_features(record, name):
 
 # --- records become batches -------------------------------------------------------------------------------------
 
-class Examples(Dataset):
+class RecordDataset(Dataset):
     """(epoch, index) -> one example: a Layout and the pixels of its images, intact and, if asked for, corrupted.
 
     image_processor: a families.Images. layout: function (record, image token counts) -> Layout. corruption: (mode, low, high) or None; strength and place
@@ -344,7 +344,7 @@ def seed_of(*numbers):
 def collate(examples, pad):
     """Examples -> a batch of tensors, right-padded:
 
-    input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], rows [B,M],
+    input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], answer_positions [B,M],
     image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..] and image_grid_thw [I,3], see families.Images; and a
     method's extras [B,n,..], padded with zeros. Beside the tensors bad, the messages of the records that were skipped.
     Where an example is an error, {"error": the first one, "bad": []}: told, since one rank that raised alone would leave the others waiting.
@@ -366,7 +366,7 @@ def collate(examples, pad):
         "targets": table([x.targets for x in layouts], IGNORE, L),
         "attention_mask": table([[1] * len(x.ids) for x in layouts], 0, L),
         "latents": table([x.latents for x in layouts], -1),
-        "rows": table([x.rows for x in layouts], -1),
+        "answer_positions": table([x.answer_positions for x in layouts], -1),
         "image": table([x.image for x in layouts], -1),
         "thought": torch.tensor([x.thought for x in layouts]),
         "answer": torch.tensor([x.answer for x in layouts]),
@@ -389,7 +389,7 @@ def to_device(batch, device, dtype):
     return {n: move(n, x) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
 
 
-class Order:
+class BatchSampler:
     """Which records form which batch: an endless stream of shuffles, one per epoch, cut into global batches.
 
     Yields lists of (epoch, index), a micro-batch of this rank each, from update `start` on. Update s of the run always

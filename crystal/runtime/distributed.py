@@ -23,7 +23,7 @@ from crystal.runtime.config import UserError
 
 
 class RankFailed(UserError):
-    """Another rank failed inside `first()`; its own error says why, so that here one line is enough."""
+    """Another rank failed inside `main_process_first()`; its own error says why, so that here one line is enough."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Processes:
         return [item for n, part in zip(sizes, parts) for item in json.loads(bytes(part[:n].tolist()))]
 
     @contextmanager
-    def first(self):
-        """`with procs.first():` the first process of each machine runs the body alone, then the others do and find its files. If it fails, the others raise
+    def main_process_first(self):
+        """`with procs.main_process_first():` the first process of each machine runs the body alone, then the others do and find its files. If it fails, the others raise
         RankFailed instead of repeating the mistake side by side. The body must finish within a day and must not communicate."""
         if self.world == 1:
             yield

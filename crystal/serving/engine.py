@@ -133,7 +133,7 @@ class Steps:
             if fmt.end in job.said:
                 continue  # padding beside longer answers
             job.said.append(token)
-            if not job.stream or ((fmt.begin is not None or (fmt.count and fmt.thought == "cot")) and fmt.open not in job.said):
+            if not job.stream or ((fmt.feeds_back or fmt.writes_own_latents) and fmt.answer_start_id not in job.said):
                 continue  # a thought of its own is no answer yet
             text = generate.answer_text(model, fmt, job.said)
             if text.startswith(job.sent) and text != job.sent and not text.endswith("\ufffd"):  # half a character waits

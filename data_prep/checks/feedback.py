@@ -17,7 +17,7 @@ if not __package__:
 
 import crystal.backbone.model
 from crystal import feedback, methods, opening
-from crystal.methods.crystal import mask_of
+from crystal.methods.crystal import position_mask
 from crystal.methods.sft import cross_entropy
 from crystal.runtime import config, data
 
@@ -56,7 +56,7 @@ def main(argv=None):
         raise config.UserError(f"--updates {args.updates} --records {args.records} --repeats {args.repeats}: numbers as in 1,2,4 of at least 0, the others at least 1")
     if args.run:
         model, fmt, settings = opening.open_model(args.run, "last", method=args.method, trust_method=args.trust_method)
-        if fmt.begin is None:
+        if not fmt.feeds_back:
             raise config.UserError(f"--run {args.run}: its method does not feed latents back")
         method = methods.get(settings.method)(settings)
         model.hf.model.language_model.requires_grad_(True)
@@ -70,9 +70,9 @@ def main(argv=None):
     records, _ = data.read(args.data or "runs/toy/val.jsonl", args.image_root)
     if broken := [r for r in records if isinstance(r, data.RecordError)]:
         raise broken[0]
-    examples = data.Examples(records[: args.records], lambda r, n: method.layout(fmt, r, n), model.image_processor)
+    examples = data.RecordDataset(records[: args.records], lambda r, n: method.layout(fmt, r, n), model.image_processor)
     batch = data.collate([examples.build(i, 0) | {"bad": []} for i in range(len(examples))], model.tokenizer.pad_token_id)
-    latents = mask_of(batch["latents"], batch["input_ids"].shape[1])
+    latents = position_mask(batch["latents"], batch["input_ids"].shape[1])
     found = measure(model, batch, latents, updates, args.repeats)
     _, _, ce, seconds = found[None]
     print(f"{len(examples)} records, {fmt.count} latents a segment, up to {int(latents.sum(1).max())} a record; recurrence: cross entropy {ce:.4f}, {seconds:.2f} s")

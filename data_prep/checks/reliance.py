@@ -17,7 +17,7 @@ from crystal.evaluation import reliance
 from crystal.runtime import config, data, distributed, toy
 
 HERE = Path(__file__).resolve().parent
-TRAINING = ["--batch_size", "16", "--lr", "1e-3", "--lr_rows", "4", "--labels", "answer", "--eval_every", "40", "--eval_records", "96", "--log_every", "40",
+TRAINING = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "4", "--labels", "answer", "--eval_every", "40", "--eval_records", "96", "--log_every", "40",
             "--save_every", "1000", "--overwrite"]
 EXPECTED = {"open": False, "bottleneck": True}
 

@@ -6,7 +6,7 @@ question's rows, does not relearn that in minutes. `evaluate --bottleneck` and `
 """
 import torch
 
-from crystal.attention_bias import Bias
+from crystal.attention_bias import AttentionBias
 from crystal.layout import latent_tokens
 from data_prep.checks.reliance_open import Method as Open
 
@@ -15,10 +15,10 @@ class Method(Open):
     """The same with the direct path closed."""
 
     def biases(self, model, batch):
-        """batch: input_ids [B,L], left- or right-padded, and rows [B,M], the answer rows."""
+        """batch: input_ids [B,L], left- or right-padded, and rows [B,M], the answer positions."""
         ids, s = batch["input_ids"], self.settings
         names = latent_tokens(s.latents, s.latent_kind)
         latents = torch.isin(ids, torch.tensor(model.tokenizer.convert_tokens_to_ids(names), device=ids.device))  # [B,L]
-        answer = torch.arange(ids.shape[1], device=ids.device) >= batch["rows"][:, :1]  # [B,L]
+        answer = torch.arange(ids.shape[1], device=ids.device) >= batch["answer_positions"][:, :1]  # [B,L]
         image = (ids == model.hf.config.image_token_id).cumsum(1) > 0                  # [B,L], from the first image on
-        return [Bias(answer, image & ~latents & ~answer)]
+        return [AttentionBias(answer, image & ~latents & ~answer)]

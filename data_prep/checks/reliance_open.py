@@ -11,7 +11,7 @@ class Method(CrystaL):
     """Latents in the sequence, cross-entropy alone."""
 
     corrupts = False
-    watched = ()
+    monitored = ()
 
     def losses(self, model, batch, progress):
         """{"ce": token mean per pair, averaged over the batch's pairs}."""
