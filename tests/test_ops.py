@@ -95,7 +95,7 @@ def test_operators_are_built(compiled):
 
 def test_a_missing_build_fails(tmp_path):
     """Without the extension the tests fail, unless plain PyTorch was asked for: a suite of skips would look like one that passed."""
-    (tmp_path / "test_some.py").write_text("from pathlib import Path\nfrom crystal import ops\nops.HERE = Path(__file__).parent\nfrom places import PLACES, compiled\n"
+    (tmp_path / "test_some.py").write_text("from pathlib import Path\nfrom crystal.runtime import ops\nops.HERE = Path(__file__).parent\nfrom places import PLACES, compiled\n"
                                            "def test_some(compiled):\n    pass\ndef test_no_place():\n    assert PLACES == []\n")
     for mode, said in (("auto", "1 passed, 1 error"), ("reference", "1 passed, 1 skipped")):
         environment = os.environ | {"CRYSTAL_OPS": mode, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
