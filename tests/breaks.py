@@ -3507,7 +3507,9 @@ def copy_of_the_repository(to, built):
 
 def run_test(test, where):
     """Runs pytest with the arguments `test` in a copy -> (its exit code, or None after LIMIT seconds; what it printed)."""
-    output = Path(f"{where}.txt")
+    file, name = tempfile.mkstemp(prefix="printed-", suffix=".txt")
+    os.close(file)
+    output = Path(name)  # of this test alone: others may run in the same copy
     process = PROCESSES.Process(target=inside, args=(test.split(), str(where), str(output)))
     process.start()
     process.join(LIMIT)
