@@ -70,12 +70,12 @@ DEFAULTS = {
 # What the authors' released code of CrystaL does and the paper does not say.
 RELEASED = {"copied": "thought", "ce": "pooled", "kl_share": 0.1, "answer_positions": "span", "attn_heads": "mean",
             "attn_columns": "thought"}
+DEFAULTS["released"] = DEFAULTS["crystal"] | RELEASED
 
 
 def settings(method, **given):
-    """A method's settings: its paper's defaults, the released code's by `preset`, and what is given."""
-    preset = RELEASED if given.pop("preset", "paper") == "released" else {}
-    return SimpleNamespace(**{**COMMON, **DEFAULTS[method], **preset, **given})
+    """A method's settings: its paper's defaults, or those of CrystaL's released code, and what is given."""
+    return SimpleNamespace(**{**COMMON, **DEFAULTS[method], **given})
 
 
 # ---- common: the model -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Settings: defaults, presets, the command line, and one line for what is wrong."""
+"""Settings: defaults, the command line, and one line for what is wrong."""
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 
 from crystal import methods
 from crystal.methods import parse
-from crystal.methods.crystal import PRESETS, Settings
 from crystal.runtime import config
 from crystal.runtime.config import UserError, layers_of
 
@@ -19,7 +18,7 @@ def test_every_field_has_help_and_round_trips(name):
     kind = methods.get(name).Settings
     assert all(f.metadata["help"] for f in fields(kind))
     s = parse(["--method", name])
-    assert s == kind(method=name) and s.preset == "paper" and str(s.run_dir) == f"runs/{name}"
+    assert s == kind(method=name) and str(s.run_dir) == f"runs/{name}"
     assert methods.saved_settings(asdict(s), "here") == s
     with pytest.raises(UserError, match=f"here: saved by another version of {name}: .* latents, more"):
         methods.saved_settings({n: v for n, v in asdict(s).items() if n != "latents"} | {"more": 1}, "here")
@@ -37,8 +36,6 @@ def test_a_method_has_its_own_settings(capsys):
         parse(["--kl_share", "0.5", "--method", "livr"])
     with pytest.raises(UserError, match="--masked"):
         parse(["--masked", "0.5"])
-    with pytest.raises(UserError, match="--preset: invalid choice: 'released'"):
-        parse(["--method", "sft", "--preset", "released"])
     assert not {f.name for f in fields(config.Settings)} & {"corruption", "kl_share", "masked"}
 
 
@@ -76,12 +73,11 @@ def test_a_file_of_ones_own_has_settings_of_its_own(tmp_path, monkeypatch):
         parse(["--method"])
 
 
-def test_preset_then_what_was_given_by_hand():
-    s = parse(["--preset", "released", "--kl_share", "0.5", "--lora_on", "language"])
-    assert (s.ce, s.copied, s.attn_heads) == ("pooled", "thought", "mean") and (s.kl_share, s.lora_on) == (0.5, "language")
-    # a value equal to the paper's default, but given by hand, still wins over the preset
-    assert parse(["--preset", "released", "--kl_share", "1.0"]).kl_share == 1.0
-    assert set(PRESETS["released"]) <= {f.name for f in fields(Settings)}
+def test_what_is_given_wins_over_a_methods_default():
+    s = parse(["--method", "released", "--kl_share", "0.5", "--lora_on", "language"])
+    assert (s.kl_share, s.lora_on, s.ce) == (0.5, "language", "pooled")
+    # A value equal to the paper's default, but given by hand, wins too.
+    assert parse(["--method", "released", "--kl_share", "1.0"]).kl_share == 1.0
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -199,7 +195,7 @@ def test_a_file_that_breaks_while_it_is_read_is_read_again(tmp_path):
     assert methods.get(str(path)).found
     with pytest.raises(
         UserError,
-        match="^--method nothing: known are crystal, lavit, livr, sft, valr, or give the path of a .py file$",
+        match="^--method nothing: known are crystal, lavit, livr, released, sft, valr, or give the path of a .py file$",
     ):
         methods.get("nothing")
     with pytest.raises(UserError, match="^--method __init__: known are"):

@@ -7,6 +7,7 @@ from crystal import methods
 from crystal.layout import IGNORE
 from crystal.methods.crystal import position_mask, positions
 
+NAMED = {"paper": "crystal", "released": "released"}  # whose choices, and the method that makes them
 TERMS = {"paper": ("ce_int", "ce_cor", "kl", "attn"), "released": ("ce", "kl", "attn")}
 
 
@@ -14,7 +15,7 @@ TERMS = {"paper": ("ce_int", "ce_cor", "kl", "attn"), "released": ("ce", "kl", "
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("preset", TERMS)
 def test_every_term_alone_moves_what_trains(setup, preset, tune, checkpointing):
-    s = setup("--preset", preset, "--tune", tune, *(["--checkpointing"] if checkpointing else []))
+    s = setup("--method", NAMED[preset], "--tune", tune, *(["--checkpointing"] if checkpointing else []))
     terms = s.objective(s.batch, 0.0)
     assert set(terms) == {*TERMS[preset], *s.method.monitored}
     for name in TERMS[preset]:
@@ -30,7 +31,7 @@ def test_every_term_alone_moves_what_trains(setup, preset, tune, checkpointing):
 
 @pytest.mark.parametrize("preset", TERMS)
 def test_checkpointing_changes_no_gradient(setup, preset):
-    step = lambda *flags: (lambda s: gradients(sum(s.objective(s.batch, 0.0)[n] for n in TERMS[preset]), s.named))(setup("--preset", preset, "--lora_dropout", "0", *flags))
+    step = lambda *flags: (lambda s: gradients(sum(s.objective(s.batch, 0.0)[n] for n in TERMS[preset]), s.named))(setup("--method", NAMED[preset], "--lora_dropout", "0", *flags))
     plain, again = step(), step("--checkpointing")
     assert all(torch.equal(plain[n], again[n]) for n in plain)
 
@@ -44,7 +45,7 @@ def test_gradient_of_each_term_equals_central_differences(setup, float64_modules
 
     which: a ragged batch of three (None), or one pair with a one-token answer.
     """
-    s = setup("--preset", preset, "--teacher_grad", "--lora_dropout", "0", *extra, which=which)
+    s = setup("--method", NAMED[preset], "--teacher_grad", "--lora_dropout", "0", *extra, which=which)
     names = TERMS[preset]
     terms = s.objective(s.batch, 0.0)
     grads = {name: gradients(terms[name], s.named) for name in names}
@@ -93,7 +94,7 @@ def test_the_teacher_is_detached_unless_asked(setup):
 @pytest.mark.parametrize("preset", TERMS)
 def test_a_pair_does_not_see_its_batch(setup, preset):
     """Batch of three ragged pairs = mean of the three alone."""
-    flags = ("--preset", preset, "--lora_dropout", "0")
+    flags = ("--method", NAMED[preset], "--lora_dropout", "0")
     s = setup(*flags)
     together, alone = s.objective(s.batch, 0.0), []
     for i in range(3):
@@ -133,7 +134,7 @@ def test_labels_rows_and_columns(setup):
     assert ids[rows[0]] == s.fmt.answer_start_id and [targets[r] for r in rows] == s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
     latents = s.method.columns(s.batch)[0].tolist()
     assert [ids[c] for c in latents] == s.fmt.latents and max(latents) < rows[0]
-    released = setup("--preset", "released", which=[0])
+    released = setup("--method", "released", which=[0])
     rows = released.method.answer_positions(released.batch)[0].tolist()
     assert [ids[r] for r in rows] == [s.fmt.answer_start_id, *s.fmt.text("red"), s.fmt.answer_end_id, s.fmt.end]
     copied = released.method.copied(released.batch)[0].nonzero()[:, 0].tolist()
@@ -156,36 +157,6 @@ def test_no_loss_reads_a_copied_row_of_the_corrupted_path(setup):
     assert all(torch.equal(plain[n], again[n]) for n in plain)
     where = ~copied
     assert not torch.equal(plain["ce_cor"], s.objective(s.batch, 0.0)["ce_cor"])
-
-
-# What each of the two sources does (the table of DESIGN.md, section 1, and the released code at bc08a90), written out.
-SOURCES = {
-    "paper": {
-        "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "latents", "ce": "per_path", "kl_share": 1.0,
-        "answer_positions": "predicting", "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
-        "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
-        "lora_on": "language", "lora_dropout": 0.0, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
-    },
-    "released": {
-        "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "thought", "ce": "pooled", "kl_share": 0.1,
-        "answer_positions": "span", "attn_loss": "kl", "attn_heads": "mean", "attn_columns": "thought", "attn_layers": "last",
-        "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
-        "lora_on": "language,vision,merger", "lora_dropout": 0.01, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
-    },
-}
-
-
-@pytest.mark.parametrize("preset", SOURCES)
-def test_presets_are_the_table_of_the_two_sources(setup, preset):
-    settings = methods.parse(["--preset", preset])
-    assert {name: getattr(settings, name) for name in SOURCES[preset]} == SOURCES[preset]
-    assert settings.weights == {"ce": 1.0, "ce_int": 1.0, "ce_cor": 1.0, "kl": 1.0, "attn": 1.0}
-
-    # The parts that get adapters are those that the source adapts.
-    s = setup("--preset", preset, "--latents", "2")
-    adapted = {"language": "language_model", "vision": "visual.blocks", "merger": "visual.merger"}
-    found = {part for part, name in adapted.items() if any(name in n for n, _ in s.named)}
-    assert found == set(SOURCES[preset]["lora_on"].split(","))
 
 
 @pytest.mark.parametrize("realisation, sequences", [("hidden", 6), ("kv", 6), ("packed", 3)])

@@ -45,7 +45,7 @@ assert "crystal" not in sys.modules
 def runs(model_dirs, records_file, tmp_path_factory):
     root, made = tmp_path_factory.mktemp("runs"), {}
     for name, tied, more in (("crystal", True, []), ("untied", False, []), ("full", True, ["--tune", "full"]), ("sft", True, ["--method", "sft"]),
-                             ("released", False, ["--preset", "released"])):
+                             ("released", False, ["--method", "released"])):
         made[name] = train.main(["--model", str(model_dirs[tied]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "3",
                                  "--eval_every", "0", "--log_every", "9", "--output", str(root / name), *more])
     return made

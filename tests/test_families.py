@@ -209,7 +209,7 @@ def test_what_is_not_supported_is_told_in_one_line(family_dirs, tmp_path, monkey
 # --- the dual path -----------------------------------------------------------------------------------------------
 
 @each
-@pytest.mark.parametrize("flags", [("--attn_layers", "all", "--attn_columns", "all", *FULL), ("--preset", "released", "--lora_dropout", "0", "--checkpointing")],
+@pytest.mark.parametrize("flags", [("--attn_layers", "all", "--attn_columns", "all", *FULL), ("--method", "released", "--lora_dropout", "0", "--checkpointing")],
                          ids=["paper", "released"])
 def test_realisations_are_equal(setup, float64_modules, family, flags):
     """Ragged pairs, one with two images: logits' losses and every gradient, adapters in the vision tower and its mergers too."""
@@ -429,7 +429,7 @@ def runs(family_dirs, records_file, tmp_path_factory):
     """{(family, kind): run directory}, exported."""
     root, made = tmp_path_factory.mktemp("runs"), {}
     for family in FAMILIES:
-        for kind, tied, more in (("tied", True, ()), ("untied", False, ("--preset", "released"))):
+        for kind, tied, more in (("tied", True, ()), ("untied", False, ("--method", "released"))):
             made[family, kind] = train.main(["--model", str(family_dirs(family, tied)), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2",
                                              "--max_steps", "2", "--eval_every", "0", "--log_every", "9", "--output", str(root / f"{family}-{kind}"), *more])
             export.export(made[family, kind], merged=made[family, kind] / "merged", adapter=made[family, kind] / "adapter")

@@ -46,7 +46,7 @@ def one(s, which, seed=0):
 
 
 @pytest.mark.parametrize("which", [0, 2])  # a one-token answer; two images
-@pytest.mark.parametrize("flags", [(), ("--preset", "released"), ("--latent_copy", "hidden"), ("--method", "sft")])
+@pytest.mark.parametrize("flags", [(), ("--method", "released"), ("--latent_copy", "hidden"), ("--method", "sft")])
 @pytest.mark.parametrize("layers", [{0, 1, 2}, {1}])
 def test_answer_attention_equals_a_full_softmax(setup, flags, which, layers):
     s = setup(*flags)

@@ -7,11 +7,11 @@ from crystal import latent_copy
 from crystal.attention_bias import additive_mask
 from crystal.latent_copy import LatentCopy, dual_forward, pack
 
-PRESETS = {"paper": [], "released": ["--preset", "released", "--lora_dropout", "0"], "all layers, frobenius": ["--attn_layers", "all", "--attn_loss", "frobenius"],
+PRESETS = {"paper": [], "released": ["--method", "released", "--lora_dropout", "0"], "all layers, frobenius": ["--attn_layers", "all", "--attn_loss", "frobenius"],
            "identical": ["--latent_kind", "identical"], "all columns": ["--attn_columns", "all"], "full": ["--tune", "full"], "checkpointing": ["--checkpointing"]}
 MORE = {"mse": ["--attn_loss", "mse", "--attn_layers", "0,2"], "heads' mean": ["--attn_heads", "mean", "--attn_columns", "thought"],
-        "cot": ["--thought", "cot", "--preset", "released", "--lora_dropout", "0"],
-        "checkpointing, released": ["--preset", "released", "--lora_dropout", "0", "--checkpointing"]}  # of packed alone: its slice is read elsewhere
+        "cot": ["--thought", "cot", "--method", "released", "--lora_dropout", "0"],
+        "checkpointing, released": ["--method", "released", "--lora_dropout", "0", "--checkpointing"]}  # of packed alone: its slice is read elsewhere
 
 
 def step(setup, *flags, **how):
@@ -56,7 +56,7 @@ def test_all_equal_hidden_with_stock_modules(setup, other, preset):
 
 def test_packed_stands_as_the_paper_draws_it(setup):
     """prefix | I_cor Q thought | I_int Q thought latents | rest (int) | rest (cor), and its mask, cell by cell."""
-    for flags, tail in (((), lambda s, b: s.batch["latents"][b].max()), (("--preset", "released"), lambda s, b: s.batch["thought"][b, 1] - 1)):
+    for flags, tail in (((), lambda s, b: s.batch["latents"][b].max()), (("--method", "released"), lambda s, b: s.batch["thought"][b, 1] - 1)):
         s = setup(*flags)
         image, copied = s.batch["mm_token_type_ids"] == 1, s.method.copied(s.batch)
         p = pack(s.batch["attention_mask"], image, copied)

@@ -66,6 +66,7 @@ SMALL = {
     "sft": {"lora_r": 2},
     "crystal": {"lora_r": 2, "latents": 3, "w_ce_int": 0.7, "w_ce_cor": 1.3, "w_kl": 0.9, "w_attn": 1.6,
                 "lora_dropout": 0.0},
+    "released": {"lora_r": 2, "latents": 3, "w_ce_int": 0.7, "w_kl": 0.9, "w_attn": 1.6, "lora_dropout": 0.0},
     "livr": {"lora_r": 2, "latents": 3, "max_steps": 10, "masked": 0.3, "lora_dropout": 0.0},
     "lavit": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_semantics": 0.2, "w_gaze": 0.45, "tune": "lora"},
     "valr": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_repa": 0.8, "tune": "lora", "first_share": 0.4,
@@ -103,7 +104,7 @@ TABLE = [
 
     # CrystaL as in the paper: the defaults, then each value alone
     row("crystal", own=True),
-    row("crystal", own=True, preset="released", lora_dropout=0.0),
+    row("released", own=True, lora_dropout=0.0),
     row("crystal"),
     row("crystal", "tied"),
     row("crystal", TWO),
@@ -141,11 +142,11 @@ TABLE = [
     *[row("crystal", attn_heads="mean", attn_layers=layers, attn_columns=columns)
       for layers, columns in (("all", "latents"), ("last", "all"), ("0", "thought"))],
     *[row("crystal", thought="cot", copied="thought", latent_copy=way, ce="pooled") for way in REALISATIONS],
-    *[row("crystal", preset="released", latent_copy=way) for way in REALISATIONS],
-    row("crystal", "tied", preset="released", thought="cot"),
-    row("crystal", ONE, preset="released"),
-    row("crystal", TWO, preset="released", latent_copy="packed", kl_share=0.5),
-    row("crystal", preset="released", attn_heads="keep", teacher_grad=True, lora_on="language"),
+    *[row("released", latent_copy=way) for way in REALISATIONS],
+    row("released", "tied", thought="cot"),
+    row("released", ONE),
+    row("released", TWO, latent_copy="packed", kl_share=0.5),
+    row("released", attn_heads="keep", teacher_grad=True, lora_on="language"),
 
     # LIVR: stage 1 and stage 2, and its controls
     *[row("livr", own=True, lora_dropout=0.0, step=step) for step in (1599, 1600)],
@@ -492,11 +493,6 @@ def test_every_setting_has_its_row(method):
         assert not missing, f"{method}: no row tries --{name} {', '.join(sorted(missing))}"
 
 
-def test_presets_have_their_rows():
-    presets = {row.flags.get("preset", "paper") for row in TABLE if row.method == "crystal"}
-    assert presets == set(methods.get("crystal").Settings.presets)
-
-
 def test_rows_have_names_of_their_own():
     assert len({str(row) for row in TABLE}) == len(TABLE)
 
@@ -509,7 +505,7 @@ def test_nothing_is_left_out_twice():
 
 REFERENCE = [row for row in TABLE if str(row) in {
     "sft", "crystal", "crystal one pair", "crystal 2 micro-batches", "crystal kl_share=0.3",
-    "crystal preset=released latent_copy=kv", "crystal teacher_grad=True",
+    "released latent_copy=kv", "crystal teacher_grad=True",
     "crystal teacher_grad=True attn_heads=mean",
     "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_positions=span",
     "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_positions=predicting",

@@ -201,7 +201,7 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
 # CrystaL, appendix A: LoRA with r 16 and alpha 32, learning rate 2e-4. As its released code has it: 4000
 # steps, batches of one pair a process, weight decay 0.1, warm-up 5 %, cosine. Table 3: 8 latents, diverse.
 SHARED = dict(
-    preset="paper", model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8,
+    model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8,
     latent_kind="diverse", turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0,
     lora_on="language", max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1,
     warmup=0.05, decay="cosine", clip=1.0, device="auto", dtype="auto", checkpointing=False, workers=0,
@@ -251,21 +251,14 @@ def test_defaults_are_the_papers(method):
     assert asdict(methods.parse(["--method", method])) == SHARED | OWN[method] | {"method": method}
 
 
-@holds("preset")
-def test_the_presets_are_the_table_of_the_two_sources():
-    """`released` typed out by hand; what it does not name stays the paper's, and no other method has one."""
-    released = methods.parse(["--preset", "released"])
-    assert asdict(released) == SHARED | OWN["crystal"] | RELEASED | {
-        "preset": "released", "method": "crystal",
-    }
+def test_released_is_the_table_of_the_two_sources():
+    """Typed out by hand; what it does not name stays the paper's, and what is given wins."""
+    released = methods.parse(["--method", "released"])
+    assert asdict(released) == SHARED | OWN["crystal"] | RELEASED | {"method": "released"}
     by_hand = methods.parse(
-        ["--preset", "released", "--ce", "per_path", "--lora_dropout", "0.0", "--lr", "3.0"]
+        ["--method", "released", "--ce", "per_path", "--lora_dropout", "0.0", "--lr", "3.0"]
     )
     assert (by_hand.ce, by_hand.lora_dropout, by_hand.lr, by_hand.copied) == ("per_path", 0.0, 3.0, "thought")
-    for method in ("sft", "livr", "lavit", "valr"):
-        assert methods.parse(["--method", method, "--preset", "paper"]) == methods.parse(["--method", method])
-        with pytest.raises(UserError, match="--preset: invalid choice: 'released'"):
-            methods.parse(["--method", method, "--preset", "released"])
 
 
 CHOICES = {
@@ -285,7 +278,7 @@ def test_what_a_flag_may_be(method):
     kind = methods.get(method).Settings
     for f in fields(kind):
         if f.name not in CHOICES:
-            assert f.metadata["choices"] is None or f.name == "preset", f.name
+            assert f.metadata["choices"] is None, f.name
             continue
         alone = (
             ["--w_gaze", "0", "--w_semantics", "0"] if method == "lavit" else []
@@ -1362,7 +1355,7 @@ def eq_6(s, batch, seen, **choice):
         (["--attn_layers", "all"], dict(attn_layers=(0, 1, 2))),
         (["--teacher_grad"], dict(teacher_grad=True)),
         (
-            ["--preset", "released"],
+            ["--method", "released"],
             dict(
                 copied="thought", ce="pooled", kl_share=0.1, answer_positions="span", attn_heads="mean",
                 attn_columns="thought",

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("", "corrupt layout attention_bias attention losses latent_copy feedback lora")],
-    [("runtime", "config ops distributed data toy checkpoint")],
+    [("runtime", "config renamed ops distributed data toy checkpoint")],
     [("backbone", "families model encoders")],
-    [("methods", "sft crystal livr lavit valr")],
+    [("methods", "sft crystal released livr lavit valr")],
     [("", "opening generate")],
     [("evaluation", "benchmarks predictions figures reliance"), ("serving", "chat engine")],
     [("", "train evaluate export visualize serve compare demo bench")],

@@ -22,7 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from crystal.backbone.model import prepare
-from crystal.runtime import config
+from crystal.runtime import config, renamed
 from crystal.runtime.config import UserError
 
 COPY = "method.py"  # in a run directory: the file of a method that is not built in, as it was when it ran
@@ -61,6 +61,7 @@ def get(name):
 
 def parse(argv=None):
     """argv -> Settings of the method that it names; a file's path is kept whole, so that its run opens from anywhere."""
+    renamed.check_flags(sys.argv[1:] if argv is None else argv)
     settings = config.parse(argv, lambda name: get(name).Settings)
     if settings.method.endswith(".py"):
         settings.method = str(Path(settings.method).resolve())

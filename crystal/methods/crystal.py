@@ -21,19 +21,10 @@ from crystal.runtime import config
 from crystal.runtime.config import UserError, setting
 from crystal.runtime.ops import attn_align, vocab_kl_ce
 
-# The authors' released code (github yangzhangok/crystal, bc08a90) where it differs from the paper.
-PRESETS = {
-    "paper": {},
-    "released": dict(copied="thought", ce="pooled", kl_share=0.1, answer_positions="span", attn_heads="mean",
-                     attn_columns="thought", lora_on="language,vision,merger", lora_dropout=0.01),
-}
-
 
 @dataclass
 class Settings(config.Settings):
-    """The paper's defaults, and the presets."""
-
-    presets = PRESETS
+    """The paper's defaults. Where the authors' released code differs, released.py says how."""
 
     # the thought
     thought: str = setting("fixed", "words before the latents: one fixed phrase, or the record's cot", ("fixed", "cot"))

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from crystal.runtime import renamed
 from crystal.runtime.config import UserError
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -111,8 +112,11 @@ def load(directory):
     problems = verify(directory)
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}")
-    files = {name: load_file(directory / name) for name in _manifest(directory)["tensors"]}
-    return files, json.loads((directory / STATE).read_text())
+    files = {name: renamed.tensors(load_file(directory / name)) for name in _manifest(directory)["tensors"]}
+    state = json.loads((directory / STATE).read_text())
+    if isinstance(state, dict) and "settings" in state:
+        state["settings"] = renamed.settings(state["settings"])
+    return files, state
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Settings shared by all methods: one dataclass, its command line, presets and stages.
+"""Settings shared by all methods: one dataclass, its command line and stages.
 
-A field's help is its metadata; its default is the `paper` preset. A method's own settings are a subclass in the method's
+A field's help is its metadata; its default is the paper's. A method's own settings are a subclass in the method's
 own file, with fields and defaults of its own: a fork is one file. `--method` is looked at first, then its class makes the
-command line, so `--help` lists what the method knows, and another method's flag fails. A flag given by hand wins over a preset.
+command line, so `--help` lists what the method knows, and another method's flag fails.
 """
 import argparse
 import sys
@@ -18,6 +18,12 @@ class UserError(Exception):
 def setting(default, help, choices=None):
     """A field of Settings: its default, its line of --help, and what it may be."""
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def changed(kind, name, default):
+    """A field of the settings class `kind` with another default, for a subclass; help and choices stay."""
+    (original,) = [f for f in fields(kind) if f.name == name]
+    return setting(default, original.metadata["help"], original.metadata["choices"])
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,10 @@ class Progress:
 class Settings:
     """What every method has; a method's own class adds fields, and may change defaults."""
 
-    presets = {"paper": {}}  # name: {field: value}, where a method has others
     least_latents = 1        # a method that can do without has 0
 
     # what to train on what
-    method: str = setting("crystal", "sft, crystal, livr, lavit, valr, or the path of a file of your own that defines Method")
-    preset: str = setting("paper", "whose choices to follow where paper and released code differ")
+    method: str = setting("crystal", "sft, crystal, released, livr, lavit, valr, or the path of a file of your own that defines Method")
     model: str = setting("tiny", "tiny (shipped), a directory in Hugging Face layout, or a hub name")
     data: str = setting("", "training records, JSON or JSONL; empty: toy scenes, generated once")
     val_data: str = setting("", "validation records; empty: the toy scenes' own, or none with --data")
@@ -97,8 +101,6 @@ class Settings:
 
     def __post_init__(self):
         """Checks what argparse cannot; raises UserError naming the flag."""
-        if self.preset not in self.presets:
-            raise UserError(f"--preset {self.preset}: {self.method} has {', '.join(self.presets)}")
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value not in choices:
@@ -176,7 +178,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv=None, settings_of=lambda method: Settings):
-    """argv (list of str, or None for sys.argv) -> Settings of the method it names. Defaults, then the preset, then what was given by hand.
+    """argv (list of str, or None for sys.argv) -> Settings of the method it names: its defaults, and what was given.
 
     settings_of: a method's name or file -> its Settings class. Entry points use methods.parse, which knows them all.
     """
@@ -189,17 +191,12 @@ def parse(argv=None, settings_of=lambda method: Settings):
     parser.hint = f"--method {method} --help lists every flag"
     types = typing.get_type_hints(kind)
     for f in fields(kind):
-        choices = tuple(kind.presets) if f.name == "preset" else f.metadata["choices"]
-        extra = {"action": argparse.BooleanOptionalAction} if types[f.name] is bool else {"type": types[f.name], "choices": choices}
+        extra = {"type": types[f.name], "choices": f.metadata["choices"]}
+        if types[f.name] is bool:
+            extra = {"action": argparse.BooleanOptionalAction}
         default = method if f.name == "method" else f.default
         parser.add_argument(f"--{f.name}", default=default, help=f.metadata["help"].replace("%", "%%"), **extra)
-    # A second look without defaults tells what was given by hand, which a preset must not overwrite.
-    given = vars(parser.parse_args(argv, argparse.Namespace(**{f.name: _ABSENT for f in fields(kind)})))
-    given = {name: value for name, value in given.items() if value is not _ABSENT}
-    return kind(**{"method": method, **kind.presets[given.get("preset", "paper")], **given})
-
-
-_ABSENT = object()
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def run_cli(main):
