@@ -61,7 +61,7 @@ def main(argv=None):
     for name in wanted:
         rows += measure(name, *CASES[name](a, sizes, device), machine, a.repeats, device)
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(a.out).write_text(json.dumps({"machine": machine, "settings": vars(a), "answer_positions": rows}, indent=1) + "\n")
+        Path(a.out).write_text(json.dumps({"machine": machine, "settings": vars(a), "rows": rows}, indent=1) + "\n")
     print(f"wrote {a.out}")
 
 

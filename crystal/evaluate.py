@@ -189,7 +189,7 @@ def benchmark_text(name, records, results):
         out.append(line.ljust(width) + str(n).rjust(8) + f"{100 * value:.2f}".rjust(9) + (f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "").rjust(18))
     out += [f"read by: {rule}: {benchmarks.EXTRACTION[rule]}" for rule in rules]
     out.append(f"answers that could not be read, counted as wrong: {100 * unread:.1f} %")
-    return "\n".join(out), {"benchmark": name, "scores": {line: {"score": v, "answer_positions": n, "interval": i} for line, (v, n, i) in lines.items()},
+    return "\n".join(out), {"benchmark": name, "scores": {line: {"score": v, "rows": n, "interval": i} for line, (v, n, i) in lines.items()},
                             "extraction": {rule: benchmarks.EXTRACTION[rule] for rule in rules}, "unread": unread}
 
 
@@ -303,7 +303,7 @@ def main(argv=None):
         text, outcome = benchmark_text(name, records, results)
     else:
         families = by_family(results)
-        text, outcome = table({Path(args.model).name: families}), {"families": {f: {"right": h / n, "answer_positions": n, "interval": wilson(h, n)} for f, (h, n) in families.items()}}
+        text, outcome = table({Path(args.model).name: families}), {"families": {f: {"right": h / n, "rows": n, "interval": wilson(h, n)} for f, (h, n) in families.items()}}
     if args.latents == "free":
         line, shares = written_text(results, fmt.count)
         text, outcome = f"{text}\n{line}", outcome | {"written": shares}

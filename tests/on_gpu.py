@@ -23,6 +23,7 @@ SHARED = ["--batch_size", "8", "--lr", "1e-3", "--lr_tokens", "10", "--lora_drop
 METHODS = {
     "sft": [],
     "crystal": ["--labels", "answer"],
+    "released": ["--labels", "answer"],
     "livr": [],
     "lavit": ["--tune", "lora"],
     "valr": ["--lr_latents", "3e-4", "--latents", "4", "--encoders", "tiny"],
@@ -207,7 +208,7 @@ def curves(options):
             rows.append({"method": method, "dtype": dtype, "off_at_1": off[0], "off_on_average": mean,
                          "largest_off": max(off), "peak_memory_gb": peak, "tokens_per_s": speed,
                          "lines": here, "cpu_lines": cpu})
-    Path(options.out).write_text(json.dumps({"tolerance": TOLERANCE, "answer_positions": rows}) + "\n")
+    Path(options.out).write_text(json.dumps({"tolerance": TOLERANCE, "rows": rows}) + "\n")
     sys.exit("\n".join(wrong))
 
 
@@ -216,7 +217,7 @@ def curves(options):
 def times(options):
     """Prints a line for each operator of bench's JSON; fails where one was not measured."""
     path = Path(options.json)
-    rows = json.loads(path.read_text())["answer_positions"] if path.exists() else []
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     missing = []
     for operator in options.operators.split(","):
         peers = {row["peer"]: row for row in rows if row["operator"] == operator}

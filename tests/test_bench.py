@@ -26,7 +26,7 @@ def test_rows(tmp_path, capsys):
     if not ops.choice()[1]:
         pytest.skip("no compiled operators here")
     bench.main([*SMALL, "--dtype", "float32", "--only", ",".join(bench.CASES), "--out", str(tmp_path / "a" / "bench.json")])
-    rows = json.loads((tmp_path / "a" / "bench.json").read_text())["answer_positions"]
+    rows = json.loads((tmp_path / "a" / "bench.json").read_text())["rows"]
     table = {(row["operator"], row["peer"]): row for row in rows}
     for operator in bench.CASES:
         for peer in ("compiled", "eager"):
@@ -50,7 +50,7 @@ def test_slow_peers_run_less_often(monkeypatch, tmp_path):
     once = bench.once
     monkeypatch.setattr(bench, "once", lambda f, *rest: (*((1.5, 0.5) if f.__name__ == "textbook" else (0.1, 0.1)), *once(f, *rest)[2:]))
     bench.main([*SMALL, "--only", "vocab", "--out", str(tmp_path / "bench.json")])
-    runs = {row["peer"]: row.get("repeats") for row in json.loads((tmp_path / "bench.json").read_text())["answer_positions"]}
+    runs = {row["peer"]: row.get("repeats") for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     assert runs["eager"] == 2 and runs["compiled"] == runs["reference"] == 3
 
 

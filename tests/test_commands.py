@@ -637,7 +637,7 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     about = json.loads(out.with_suffix(".json").read_text())
     assert about["families"]["all"] == {
         "right": 0.5,
-        "answer_positions": 2,
+        "rows": 2,
         "interval": pytest.approx([0.5 - two, 0.5 + two]),
     }
     assert about["families"]["b"]["interval"] == pytest.approx([1 - 2 * one, 1.0])
@@ -1417,7 +1417,7 @@ def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     written_json = json.loads(out.read_text())
     assert (
         written_json["machine"] == machine
-        and [row["operator"] for row in written_json["answer_positions"]] == list(found)
+        and [row["operator"] for row in written_json["rows"]] == list(found)
         and written_json["settings"]["repeats"] == 7
     )
     assert "copy 10.0 GB/s, product 0.100 TFLOP/s, empty call 1.0 us" in capsys.readouterr().out

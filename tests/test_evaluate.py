@@ -92,7 +92,7 @@ def test_a_benchmark_from_file_to_scores(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert [(r["extracted"], r["correct"]) for r in told(out)] == [("A", True), ("B", True), (None, False), ("A", False), ("B", False)]
     about = json.loads(out.with_suffix(".json").read_text())
-    assert about["scores"]["Overall"]["score"] == 0.4 and about["scores"]["x"]["answer_positions"] == 3 and about["benchmark"] == "BLINK" and about["unread"] == 0.2
+    assert about["scores"]["Overall"]["score"] == 0.4 and about["scores"]["x"]["rows"] == 3 and about["benchmark"] == "BLINK" and about["unread"] == 0.2
     assert about["settings"]["pixels"] == {"shortest_edge": 3136, "longest_edge": 6272} and "Question: Which?\nOptions:\nA. cat" in about["settings"]["prompt"]
     for line in ("BLINK: 5 questions", "read by: choice: " + benchmarks.EXTRACTION["choice"], "counted as wrong: 20.0 %", "longest_edge"):
         assert line in printed

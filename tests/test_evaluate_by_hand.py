@@ -258,7 +258,7 @@ def test_a_benchmarks_text_by_hand():
     assert text.splitlines()[5:] == ["read by: choice: option letter or text, VLMEvalKit e8e78f0 exact_matching",
                                      "read by: exact: exact match, case and a final full stop aside", "answers that could not be read, counted as wrong: 20.0 %"]
     assert told["unread"] == 0.2 and told["benchmark"] == "BLINK" and list(told["extraction"]) == ["choice", "exact"]
-    assert told["scores"]["dogs"]["score"] == pytest.approx(2 / 3) and told["scores"]["cats"]["answer_positions"] == 2
+    assert told["scores"]["dogs"]["score"] == pytest.approx(2 / 3) and told["scores"]["cats"]["rows"] == 2
     assert told["scores"]["Overall"]["interval"] == pytest.approx((interval.low, interval.high), abs=1e-4)
     assert evaluate.benchmark_text("", records, results)[0].startswith("a benchmark of its own: 5 questions")
 
@@ -302,7 +302,7 @@ def test_the_command_from_records_to_intervals(hand, tmp_path, capsys):
     assert "wrote p/x.jsonl and x.json" in printed
     assert said(told(tmp_path / "p" / "x.jsonl")) == AS_TRAINED
     about = json.loads((tmp_path / "p" / "x.json").read_text())
-    assert about["families"]["all"]["right"] == 7 / 8 and about["families"]["b"]["answer_positions"] == 2
+    assert about["families"]["all"]["right"] == 7 / 8 and about["families"]["b"]["rows"] == 2
     assert about["families"]["a"]["interval"] == pytest.approx([binomtest(5, 5).proportion_ci(0.95, method="wilson").low, 1.0], abs=1e-4)
     # The first prompt, as the model gets it (its picture cut to one token).
     prompt = about["settings"]["prompt"]

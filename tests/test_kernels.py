@@ -179,7 +179,7 @@ class Shape(NamedTuple):
 KEYS, ROWS = 72, 224  # a tile on a CPU: csrc/attn_tile.h
 SHAPES = {
     "keys": [Shape(L, 4, 5) for L in (KEYS - 1, KEYS, KEYS + 1, 2 * KEYS, 2 * KEYS + 1, 63, 64, 65, 32, 33)],
-    "answer_positions": [Shape(231, M, 3, H=H) for M, H in ((5, 1), (6, 1), (7, 1), (12, 1), (13, 1), (32, 7), (33, 7), (223, 1), (225, 1), (225, 2))],
+    "rows": [Shape(231, M, 3, H=H) for M, H in ((5, 1), (6, 1), (7, 1), (12, 1), (13, 1), (32, 7), (33, 7), (223, 1), (225, 1), (225, 2))],
     "columns": [Shape(150, 3, K) for K in (KEYS - 1, KEYS, KEYS + 1, 2 * KEYS + 1)],
     "head sizes": [Shape(75, 4, 4, d, H=14, G=2) for d in (64, 80, 96, 128, 256)],
     "odd head sizes": [Shape(75, 3, 3, d, H=3, B=2) for d in (1, 3, 15, 16, 17, 31, 33, 63, 65, 129)],
@@ -188,7 +188,7 @@ SHAPES = {
 
 
 if EMULATED:  # slow, and its tiles are of 64 and 32 rows
-    SHAPES["answer_positions"] = [shape for shape in SHAPES["answer_positions"] if shape.M < 200]
+    SHAPES["rows"] = [shape for shape in SHAPES["rows"] if shape.M < 200]
 
 
 class Inputs(NamedTuple):

@@ -258,7 +258,7 @@ CASES = {
                  [Part(0, 6, 2e-3, 2)], ONES, accumulation=3, clip=1000.0, decay=0.3, line=True, narrow=True,
                  corruption=("noise", 15.0, 50.0)),
     # Nothing but the rows, which have a head of their own; one record at a time.
-    "answer_positions": Case("--tune tokens --batch_size 1 --lr 1e-2 --lr_tokens 0.5 --weight_decay 0.9 --warmup 0",
+    "rows": Case("--tune tokens --batch_size 1 --lr 1e-2 --lr_tokens 0.5 --weight_decay 0.9 --warmup 0",
                  [Part(0, 6, 1e-2, 0)], ONES, batch=1, rows=0.5, corruption=BLUR, untied=True),
     # Two stages that differ in who sees what; frozen weights in bfloat16, adapters in float32, in every part.
     "livr": Case("--method livr --masked 0.6 --lora_dropout 0.1 --accumulation 3 --batch_size 1 --lr 1e-2 "
@@ -283,7 +283,7 @@ CASES = {
 # The rates of some of them, by hand, in multiples of the peak: an angle of 60 degrees has a cosine of a half.
 RATES = {"lora": [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4],
          "full": [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4],
-         "answer_positions": [1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2],
+         "rows": [1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2],
          "livr": [1 / 2, 1, 1, 1 / 2, 1, 1],
          "valr": [1, 1, 4, 4, 3, 1],
          "own": [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8]}

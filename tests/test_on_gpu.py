@@ -174,11 +174,27 @@ def test_without_a_sanitizer_its_parts_are_skipped(script):
 
 # ---- what the tests' words select ----------------------------------------------------------------------
 
+COLLECT = """
+import sys, pytest
 class Names:
-    """A plugin that keeps the names of what pytest collects."""
-
     def pytest_collection_finish(self, session):
-        self.found = [item.nodeid for item in session.items]
+        print("\\n".join(item.nodeid for item in session.items))
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[Names()]))
+"""
+
+
+def names_on_a_gpu(files):
+    """Names of the tests that a machine with a GPU would collect from files below tests/.
+
+    Tests run in the places that a machine has (tests/places.py). Here the emulated GPU stands for the real one: told of
+    one, the files offer its places, and their names begin with another word.
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", COLLECT, *[f"tests/{file}" for file in files]],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CRYSTAL_CUDA_ON_CPU": "emulated.so"},
+    )
+    assert found.returncode == 0, found.stderr
+    return {line.replace("emulated", "cuda") for line in found.stdout.splitlines() if line.startswith("tests/")}
 
 
 def fits(name, words):
@@ -190,18 +206,20 @@ def fits(name, words):
 
 def test_every_selection_selects():
     """The words that choose tests still fit the names that there are, and each choice is of its kind."""
-    script, names = SCRIPT.read_text(), Names()
-    files = [str(ROOT / "tests" / file) for file in ("test_ops.py", "test_corrupt.py")]
-    where = ["--rootdir", str(ROOT), "-c", str(ROOT / "pytest.ini")]
-    assert pytest.main(["--collect-only", "-p", "no:cacheprovider", *where, *files], plugins=[names]) == 0
+    script = SCRIPT.read_text()
+    cuda = names_on_a_gpu(["test_ops.py", "test_kernels.py", "test_corrupt.py"])
+    cpu = {name.replace("cuda", "cpu") for name in cuda}
+    of = {"CUDA_TESTS": cuda, "SANITIZED": cuda, "DRY_TESTS": cpu}
 
     chosen = {}
     for variable in ("CUDA_TESTS", "SANITIZED", "DRY_TESTS"):
         words = re.search(rf'^{variable}="(.*)"$', script, re.MULTILINE)[1]
-        chosen[variable] = {name for name in names.found if fits(name.lower(), words)}
-    ops = {name for name in names.found if "test_ops.py" in name}
-    assert chosen["CUDA_TESTS"] & ops and chosen["CUDA_TESTS"] - ops and chosen["DRY_TESTS"] & ops
-    assert chosen["SANITIZED"] < chosen["CUDA_TESTS"] and not chosen["DRY_TESTS"] & chosen["CUDA_TESTS"]
+        chosen[variable] = {name for name in of[variable] if fits(name.lower(), words)}
+    for file in ("test_ops.py", "test_kernels.py", "test_corrupt.py"):
+        assert any(file in name for name in chosen["CUDA_TESTS"]), file
+        assert file in script
+    assert chosen["SANITIZED"] < chosen["CUDA_TESTS"] and chosen["DRY_TESTS"]
+    assert not any("on_the_cpu" in name for name in chosen["CUDA_TESTS"])
     for operator in ("vocab_kl_ce", "attn_slice", "attn_scores", "attn_align"):
         assert any(operator in name for name in chosen["SANITIZED"]), operator
 
@@ -265,7 +283,7 @@ def test_curves_are_held_to_the_tolerance(tmp_path, capsys, monkeypatch, losses,
     ended = judge("curves", "--cpu", cpu, "--gpu", half, single, "--out", tmp_path / "t.json")
     if not says:
         assert ended == 0
-        row = json.loads((tmp_path / "t.json").read_text())["answer_positions"][0]
+        row = json.loads((tmp_path / "t.json").read_text())["rows"][0]
         assert (row["method"], row["dtype"]) == ("sft", "bfloat16")
         assert (row["peak_memory_gb"], row["tokens_per_s"]) == (2.5, 10.0)
         assert row["off_at_1"] == pytest.approx(0.01) and row["off_on_average"] == pytest.approx(0.02 / 3)
@@ -288,7 +306,7 @@ def test_times_name_what_is_missing(tmp_path, capsys):
             {"operator": "vocab", "peer": "eager", "times_ours": 4.0},
             {"operator": "vocab", "peer": "Liger", "cannot_run": "no"},
             {"operator": "slice", "peer": "eager", "times_ours": 4.0}]
-    (tmp_path / "bench.json").write_text(json.dumps({"answer_positions": rows}))
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
     assert judge("times", tmp_path / "bench.json", "vocab") == 0
     line = "1.000 + 2.000 ms, 50% of the floor, peak 3.0 MB; times ours: eager 4.00, Liger did not run"
     assert capsys.readouterr().out == f">> vocab     {line}\n"

@@ -271,7 +271,7 @@ def vocab(labels_int, labels_cor, answer, V, joint=False, scale=3.0, equal=False
             z = z.sign() * 30
         if view == "columns":  # logits of a row far apart
             z = z.t().contiguous().t()
-        elif view == "answer_positions":  # rows far apart
+        elif view == "rows":  # rows far apart
             z = torch.cat([z, z], 1)[:, :V]
         return [z, None, t, t2, kl] if joint else [z[:R], z[R:], t, t2, kl]
     return make

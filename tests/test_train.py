@@ -205,7 +205,7 @@ def test_seed_fixes_a_run_and_each_thing_that_is_drawn_follows_it(flags, records
         for name in ("corrupted", "drawn"):  # every update draws anew
             assert len({x[name] for x in lines}) == 6
         found.append({"order": [x["record"] for x in order], "corruption": [x["corrupted"] for x in lines],
-                      "dropout": [x["drawn"] for x in lines], "answer_positions": first["model.new_tokens.embedding"].tolist(),
+                      "dropout": [x["drawn"] for x in lines], "tokens": first["model.new_tokens.embedding"].tolist(),
                       "adapters": [w.tolist() for n, w in first.items() if "lora_A" in n]})
     a, b, c = found
     for source in a:
