@@ -3946,6 +3946,7 @@ def inside(arguments, where, output):
     sys.path.insert(0, where)  # before an installed crystal
     os.environ |= {"PYTHONPATH": where, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
+    multiprocessing.set_start_method("fork", force=True)  # as in a test of its own; a fork server's children inherit its way
 
     import pytest
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))

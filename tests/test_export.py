@@ -268,7 +268,7 @@ def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_fi
     begin = model.tokenizer.convert_tokens_to_ids("<latent>")
     assert merged == base | {"suppress_tokens": [begin]}
     found = opening.exported_format(run / "merged", model.tokenizer)
-    assert (type(found), found.count, found.begin) == (type(fmt), 5, begin)
+    assert (type(found), found.count, found.latent_start_id) == (type(fmt), 5, begin)
     assert (
         not (model_dirs[True] / "crystal.json").exists()
         and opening.exported_format(model_dirs[True], model.tokenizer).count == 0

@@ -232,10 +232,10 @@ def positions(choose, B, n, L, first):
 def scores_by_hand(x, scale):
     """[B,H,M,L], -inf where a row does not see a key."""
     (B, H, L, d), G = x.q.shape, x.k.shape[1]
-    S = np.full((B, H, x.answer_positions.shape[1], L), -np.inf)
+    S = np.full((B, H, x.rows.shape[1], L), -np.inf)
     for b in range(B):
         for h in range(H):
-            for m, row in enumerate(x.answer_positions[b]):
+            for m, row in enumerate(x.rows[b]):
                 seen = np.arange(L) <= row
                 if x.padding is not None:
                     seen &= ~x.padding[b]
@@ -280,7 +280,7 @@ def gradients_by_hand(x, dS, scale):
     group = x.q.shape[1] // x.k.shape[1]
     for b in range(len(x.q)):
         for h in range(x.q.shape[1]):
-            for m, row in enumerate(x.answer_positions[b]):
+            for m, row in enumerate(x.rows[b]):
                 if row < 0:
                     continue
                 dq[b, h, row] += scale * dS[b, h, m] @ x.k[b, h // group]
@@ -313,7 +313,7 @@ def on(device, dtype, x):
     keywords = {}
     if x.bias is not None:
         keywords = {"bias": torch.from_numpy(x.bias).to(device), "key_padding": torch.from_numpy(x.padding).to(device)}
-    return [leaf(x.q, dtype, device), leaf(x.k, dtype, device), *(torch.from_numpy(y).to(device) for y in (x.answer_positions, x.cols))], keywords
+    return [leaf(x.q, dtype, device), leaf(x.k, dtype, device), *(torch.from_numpy(y).to(device) for y in (x.rows, x.cols))], keywords
 
 
 def above_like(x, dtype, device, seed):
@@ -369,7 +369,7 @@ def check_align(kind, shape, dtype, device, masked, scale, teacher_grad):
     """attn_align: the KL, the squared distance, or its mean over the cells, of two paths."""
     x = rounded_to(inputs(shape, masked, paths=2), dtype)
     args, keywords = on(device, dtype, x)
-    B, rows, cols = shape.B, x.answer_positions[: shape.B], x.cols[: shape.B]
+    B, rows, cols = shape.B, x.rows[: shape.B], x.cols[: shape.B]
     loss = ops.attn_align(kind, "keep", *args[:2], args[2][:B], args[3][:B], scale=scale, teacher_grad=teacher_grad, **keywords)
     g, above = above_like(loss, dtype, device, (kind, shape))
     loss.backward(g)

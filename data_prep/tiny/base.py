@@ -216,7 +216,7 @@ def train(args, blind, rank, world):
     loader = torch.utils.data.DataLoader(stream, batch_size=None, sampler=range(first, steps), num_workers=1, prefetch_factor=4)
     watch = lambda stream, layout, words: batches.make_batch(layout, [toy.rng_for(stream, "watch", i) for i in range(100)], stream,
                                                              dict.fromkeys(KINDS, 1 / len(KINDS)), words)
-    monitored = {f"{stream} scenes": watch(stream, layout, 0) for stream in ("base", "demo")}
+    watched = {f"{stream} scenes": watch(stream, layout, 0) for stream in ("base", "demo")}
     watched_wordy = {f"demo scenes, {words} words": watch("demo", wordy, words) for words in (0, 21)}
     read = torch.compile(pupil.read, dynamic=False) if args.compile else pupil.read
     start, sums = time.time(), torch.zeros(4)
