@@ -305,7 +305,11 @@ def test_class_token_and_registers_are_left_out():
         stock = e.hf(pixel_values=x).last_hidden_state
     registers = e.hf.config.num_register_tokens
     assert stock.shape == (2, 1 + registers + 64, 64) and torch.equal(e(x), stock[:, 1 + registers :])
-    from transformers import Dinov2Config, Dinov2Model
+    from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
+
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    dino3 = encoders.Encoder("d", DINOv3ViTModel(DINOv3ViTConfig(**sizes, num_register_tokens=4)), encoders.IMAGENET)
+    assert dino3.prefix == 5 and dino3(torch.rand(1, 3, 28, 28)).shape == (1, 4, 16)
 
     small = Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14

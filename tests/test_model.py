@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import crystal.backbone.model
@@ -65,7 +66,9 @@ def test_new_tokens_take_spare_rows(setup, model_dirs):
     size = json.loads((model_dirs[False] / "config.json").read_text())["text_config"]["vocab_size"]
     assert s.model.hf.get_input_embeddings().num_embeddings == size == s.model.hf.lm_head.out_features
     ids = s.model.tokenizer.convert_tokens_to_ids(new_tokens(3, "diverse"))
-    assert ids == list(range(size - 64, size - 64 + 7)) and "<|im_end|>" in s.model.tokenizer.all_special_tokens
+    assert ids == list(range(size - 64, size - 64 + 7))
+    before = AutoTokenizer.from_pretrained(model_dirs[False]).all_special_tokens
+    assert {"<|im_end|>", "<|image_pad|>"} < set(before) <= set(s.model.tokenizer.all_special_tokens)
     rows = s.model.hf.get_input_embeddings().weight[ids]
     assert len({tuple(r.tolist()) for r in rows}) == 7 and 0.2 < rows.norm(dim=1).mean() / s.model.hf.get_input_embeddings().weight[: ids[0]].norm(dim=1).mean() < 2
 
@@ -210,6 +213,10 @@ def test_pixel_bounds_reach_the_processor(model_dirs):
     model = crystal.backbone.model.load(str(model_dirs[True]), min_pixels=28 * 28, max_pixels=56 * 56)
     grid = model.image_processor(images=[Image.new("RGB", (300, 200))], return_tensors="pt")["image_grid_thw"]
     assert model.image_tokens(grid) == [int(grid.prod()) // 4] and int(grid.prod()) * 14 * 14 <= 56 * 56
+    # An image below the least area is brought to it, and not to the largest.
+    model = crystal.backbone.model.load(str(model_dirs[True]), min_pixels=112 * 112, max_pixels=140 * 140)
+    grid = model.image_processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")["image_grid_thw"]
+    assert int(grid.prod()) * 14 * 14 == 112 * 112
     for low, high in ((0, 10), (None, 0), (-3, None), (11, 10)):
         with pytest.raises(UserError, match=f"^--min_pixels {low} --max_pixels {high}: areas in pixels, at least 1, the first not above the second$"):
             crystal.backbone.model.load(str(model_dirs[True]), min_pixels=low, max_pixels=high)
