@@ -148,7 +148,7 @@ def test_images(opened, answered):
 def test_pixels(opened, answered):
     made = server(opened, pixels=56 * 84)
     assert call(made, ask(picture(link(56, 84))))[0] == 200
-    refused(made, ask(picture(link(56, 84), link(57, 84))), 400, "messages.0.content.1.image_url.url: 57 x 84 pixels, at most 4704 are allowed", "messages.0.content.1.image_url.url")
+    refused(made, ask(picture(link(56, 84), link(5, 941))), 400, "messages.0.content.1.image_url.url: 5 x 941 pixels, at most 4704 are allowed", "messages.0.content.1.image_url.url")
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
