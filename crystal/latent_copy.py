@@ -21,8 +21,9 @@ from crystal.attention_bias import AttentionBias
 class LatentCopy:
     """What one forward of both paths shares; it travels as a keyword of the model's forward to every layer.
 
-    copied: bool [B,L], the rows that the corrupted path takes from the intact one.
-    realisation: "hidden" or "kv".
+    copied: bool [B,L], the positions that the corrupted path takes from the intact one.
+    realisation: "hidden", where `states` copies before every decoder layer (see `copy_before_each`), or "kv", where
+    `keys_values` copies within every layer: the model's attention function (backbone/model.py) calls it.
     """
 
     def __init__(self, copied, realisation):
@@ -44,7 +45,30 @@ class LatentCopy:
         return _share(k, mask), _share(v, mask)
 
 
+def copy_before_each(layers):
+    """Hooks the copy before each of a model's decoder layers; a forward without a LatentCopy passes through unchanged."""
+    for layer in layers:
+        layer.register_forward_pre_hook(copy_states, with_kwargs=True)
+
+
+def copy_states(layer, args, kwargs):
+    """The hook: hidden states [2B,L,D] on their way into a layer become those of section 3.3, if the forward asks for it.
+
+    transformers gives the states by position or by name, and the LatentCopy among the keywords.
+    """
+    copy = kwargs.get("latent_copy")
+    if copy is None:
+        return None
+    if args:
+        return (copy.states(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": copy.states(kwargs["hidden_states"])}
+
+
 def _share(x, mask):
+    """x [2B,..], the intact half first; mask, which broadcasts over a half -> x with the corrupted half's masked entries replaced.
+
+    Gradient flows through the copy into the intact half.
+    """
     x_int, x_cor = x.chunk(2)
     return torch.cat([x_int, torch.where(mask, x_int, x_cor)])
 

@@ -768,18 +768,15 @@ SETTINGS = [
         outs""",
           "The vision tower's weights are wrong where its scale is its own.",
           "tests/test_model.py::test_the_vision_towers_attention_stays_inside_its_windows"),
-    Break("model-states-copied-from-kwargs-alone", "crystal/backbone/model.py",
+    Break("latent_copy-states-by-position-alone", "crystal/latent_copy.py",
           """    if args:
         return (copy""",
           """    if False:
         return (copy""",
           "A layer called with its states by place copies nothing, or fails.",
           "tests/test_model.py::test_states_are_copied_however_a_layer_is_called"),
-    Break("model-copy-at-the-first-layer-alone", "crystal/backbone/model.py",
-          """for layer in self.layers:
-            layer.register""",
-          """for layer in self.layers[:1]:
-            layer.register""",
+    Break("latent_copy-at-the-first-layer-alone", "crystal/latent_copy.py",
+          "for layer in layers:", "for layer in layers[:1]:",
           "The hidden realisation copies before one layer only.",
           "tests/test_model.py::test_every_layer_copies_its_own_input"),
     Break("model-own-positions-ignored", "crystal/backbone/model.py",

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import crystal.backbone.model
+from crystal import latent_copy
 from crystal.layout import new_tokens
 from crystal.runtime import config, data
 from crystal.runtime.config import UserError
@@ -351,10 +352,10 @@ def test_states_are_copied_however_a_layer_is_called():
             return h * 10
 
     h, copy = torch.ones(2), Copy()
-    assert crystal.backbone.model.copy_states(None, (h, "mask"), {"latent_copy": None}) is None
-    args, kwargs = crystal.backbone.model.copy_states(None, (h, "mask"), {"latent_copy": copy, "x": 1})
+    assert latent_copy.copy_states(None, (h, "mask"), {"latent_copy": None}) is None
+    args, kwargs = latent_copy.copy_states(None, (h, "mask"), {"latent_copy": copy, "x": 1})
     assert torch.equal(args[0], 10 * h) and args[1:] == ("mask",) and kwargs == {"latent_copy": copy, "x": 1}
-    args, kwargs = crystal.backbone.model.copy_states(None, (), {"hidden_states": h, "latent_copy": copy, "x": 1})
+    args, kwargs = latent_copy.copy_states(None, (), {"hidden_states": h, "latent_copy": copy, "x": 1})
     assert (
         args == ()
         and torch.equal(kwargs["hidden_states"], 10 * h)

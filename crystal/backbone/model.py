@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from crystal.attention import attend
 from crystal.attention_bias import additive_mask
 from crystal.backbone.families import FAMILIES
+from crystal.latent_copy import copy_before_each
 from crystal.lora import TrainableTokens, add_lora
 from crystal.runtime.config import UserError
 
@@ -98,16 +99,6 @@ AttentionInterface.register("crystal_flash_vision", vision_attention)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def copy_states(layer, args, kwargs):
-    """Pre-hook of every decoder layer: the literal copy of section 3.3 where a forward asks for it."""
-    copy = kwargs.get("latent_copy")
-    if copy is None:
-        return None
-    if args:
-        return (copy.states(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": copy.states(kwargs["hidden_states"])}
-
-
 # --- the model ---------------------------------------------------------------------------------------------------
 
 class Model(nn.Module):
@@ -123,8 +114,7 @@ class Model(nn.Module):
         tokenizer.image_marks = family.marks  # the formats know a tokenizer, not its model
         hf.set_attn_implementation({"text_config": "crystal", "vision_config": family.vision_attention})
         self.layers = hf.model.language_model.layers
-        for layer in self.layers:
-            layer.register_forward_pre_hook(copy_states, with_kwargs=True)
+        copy_before_each(self.layers)
 
     @property
     def device(self):
