@@ -354,9 +354,13 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
 
 
 def weighted(terms, method, settings):
-    """Eq. 6 over what trains: a term that the settings give no weight has weight 1, a monitored one is left out."""
+    """Eq. 6 over what trains; a monitored term is left out. UserError for a term that the settings give no weight."""
     trained = {n: t for n, t in terms.items() if n not in method.monitored}
-    return total(trained, {n: settings.weights.get(n, 1.0) for n in trained})
+    try:
+        return total(trained, settings.weights)
+    except KeyError as missing:
+        raise UserError(f"--method {settings.method}: its losses have a term {missing} without a weight; its Settings.weights "
+                        "names the weight of each, or its Method.monitored names what does not train") from None
 
 
 def store(run, step, settings, optimizer, named, procs, best):

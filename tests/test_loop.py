@@ -233,7 +233,7 @@ class Settings(crystal.Settings):
 
     @property
     def weights(self):
-        return {"ce_int": 0.5, "attn": 3.0}
+        return super().weights | {"ce_int": 0.5, "attn": 3.0}
 
     @property
     def stages(self):

@@ -357,7 +357,7 @@ def oracles_net(row, world, s, given):
             weights[name.removeprefix("model.hf.")] = leaf
 
     # New tokens take the first free rows of the vocabulary; an untied head has rows of its own.
-    tokens = new_tokens(row.method, given)
+    tokens = new_tokens(PAPER.get(row.method, row.method), given)
     tokenizer = oracle.tokenizer(directory, tuple(tokens))
     if tokens:
         ids = tokenizer.convert_tokens_to_ids(tokens)
@@ -370,6 +370,7 @@ def oracles_net(row, world, s, given):
     return oracle.Net(directory, tokenizer, processor, weights, heads), leaves
 
 
+PAPER = {"released": "crystal"}  # a method that is another one's with defaults of its own
 WEIGHTS = {  # eq. 6, eq. 9 of LaViT, and VaLR's sum
     "sft": {"ce": None}, "livr": {"ce": None},
     "crystal": {"ce": "w_ce_int", "ce_int": "w_ce_int", "ce_cor": "w_ce_cor", "kl": "w_kl", "attn": "w_attn"},
@@ -382,24 +383,25 @@ def oracles_terms(row, world, s, pixels):
     """The oracle's numbers of a row, means over all pairs -> (terms, total, the total's gradients)."""
     given = {name: value for name, value in {**row.base, **row.flags}.items() if name not in FREE}
     given = oracle.settings(row.method, **given)
+    paper = PAPER.get(row.method, row.method)  # whose formulas
     net, leaves = oracles_net(row, world, s, given)
     pairs = []
     for epoch, index in (at for part in row.parts for at in part):
         which, number = ANSWERS[given.turns][index]
         record, more = world.records[row.flags.get("data", "train.jsonl")][which], {}
-        if row.method == "crystal":
+        if paper == "crystal":
             place = (given.seed + (row.split == "val"), epoch, index)
             checked = checked_pixels(net, record, number, given, place, pixels[epoch, index], world)
             more = {"place": place, "pixels_cor": checked}
-        elif row.method != "sft":
+        elif paper != "sft":
             more = {"step": row.step}
-        pairs.append(getattr(oracle, row.method)(net, record, world.folder, given, number=number, **more))
+        pairs.append(getattr(oracle, paper)(net, record, world.folder, given, number=number, **more))
     terms = {name: oracle.mean([pair[name] for pair in pairs]) for name in pairs[0]}
 
     total = 0.0
     for name, term in terms.items():
-        if name in WEIGHTS[row.method]:
-            weight = WEIGHTS[row.method][name]
+        if name in WEIGHTS[paper]:
+            weight = WEIGHTS[paper][name]
             total = total + (getattr(given, weight) if weight else 1.0) * term
     grads = {}
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -482,7 +484,8 @@ def test_every_setting_has_its_row(method):
     own = set(settings_of(method)) - (set(settings_of("sft")) if method != "sft" else set())
     tried = {}
     for row in TABLE:
-        if row.method == method or method == "sft":  # what all methods have may be tried with any of them
+        # What a method takes from another one may be tried with either: what all have, with any of them.
+        if row.method == method or row.method == PAPER.get(method) or method == "sft":
             for name, value in {**row.base, **row.flags}.items():
                 tried.setdefault(name, set()).add(value)
     for name in own - elsewhere:

@@ -305,12 +305,28 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
     assert len(calls) == 2 and checkpoint.newest(run).name == "step-2" and "stopped by SIGTERM after update 2" in capsys.readouterr().out
 
 
+MINE = """from crystal.methods import crystal
+
+
+class Settings(crystal.Settings):
+    @property
+    def weights(self):
+        return super().weights | {"mine": 0.5}
+
+
+class Method(crystal.Method):
+    Settings = Settings
+
+    def losses(self, model, batch, progress):
+        return super().losses(model, batch, progress) | {"mine": model.new_tokens.embedding.square().mean()}
+"""
+
+
 def test_tuning_a_file_of_ones_own(flags, tmp_path):
-    (tmp_path / "mine.py").write_text("from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    def losses(self, model, batch, progress):\n"
-                                      "        return super().losses(model, batch, progress) | {'mine': model.new_tokens.embedding.square().mean()}\n")
+    (tmp_path / "mine.py").write_text(MINE)
     run = train.main(flags("mine", "--method", str(tmp_path / "mine.py"), "--max_steps", "1"))
     line = metrics(run)[0]
-    assert line["loss"] == pytest.approx(sum(line[n] for n in ("ce_int", "ce_cor", "kl", "attn", "mine")))
+    assert line["loss"] == pytest.approx(sum(line[n] for n in ("ce_int", "ce_cor", "kl", "attn")) + 0.5 * line["mine"])
     with pytest.raises(UserError, match="known are crystal, .*sft"):
         train.main(flags("x", "--method", "nothing"))
 
@@ -866,13 +882,15 @@ def test_validation_is_shared_by_batches_and_counts_every_record_once(setup):
 
 
 def test_the_loss_is_the_weighted_sum_of_what_trains():
-    """A term without a weight counts once, one of weight 0 not at all, a monitored one neither."""
-    terms = {"a": 2.0, "b": 3.0, "c": 5.0, "seen": 100.0, "off": 7.0}
-    method, settings = (
-        SimpleNamespace(monitored=("seen",)),
-        SimpleNamespace(weights={"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0}),
-    )
-    assert train.weighted(terms, method, settings) == 0.5 * 2 + 4 * 3 + 5
+    """One of weight 0 counts nothing, nor does a monitored one; one without a weight is an error of one line."""
+    terms = {"a": 2.0, "b": 3.0, "seen": 100.0, "off": 7.0}
+    method = SimpleNamespace(monitored=("seen",))
+    weights = {"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0}
+    settings = SimpleNamespace(method="mine.py", weights=weights)
+    assert train.weighted(terms, method, settings) == 0.5 * 2 + 4 * 3
+    with pytest.raises(UserError, match="--method mine.py: its losses have a term 'c' without a weight") as refused:
+        train.weighted(terms | {"c": 5.0}, method, settings)
+    assert "\n" not in str(refused.value)
 
 
 def test_broken_records_in_a_batch(tmp_path):

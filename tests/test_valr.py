@@ -126,7 +126,7 @@ def test_controls_change_what_they_say_and_nothing_else(made):
         assert torch.equal(terms["ce"], plain["ce"]) and float(terms["repa"].detach()) not in seen, flags
         seen.add(float(terms["repa"].detach()))
     s = made("--w_repa", "0.25")
-    assert s.settings.weights == {"repa": 0.25} and torch.equal(step(s)["repa"], plain["repa"])
+    assert s.settings.weights == {"ce": 1.0, "repa": 0.25} and torch.equal(step(s)["repa"], plain["repa"])
 
 
 def test_the_papers_layers():

@@ -66,7 +66,7 @@ class Settings(config.Settings):
 
     @property
     def weights(self):
-        return {"semantics": self.w_semantics, "gaze": self.w_gaze}
+        return {"ce": 1.0, "semantics": self.w_semantics, "gaze": self.w_gaze}
 
 
 class Latents(Format):

@@ -66,7 +66,7 @@ class Settings(config.Settings):
 
     @property
     def weights(self):
-        return {"repa": self.w_repa}
+        return {"ce": 1.0, "repa": self.w_repa}
 
     @property
     def stages(self):

@@ -134,8 +134,8 @@ class Settings:
 
     @property
     def weights(self):
-        """Weight of each loss term by its name, for a method to override; a term without one counts once."""
-        return {}
+        """Weight of each loss term by its name (eq. 6). A method with more terms adds theirs; one without a weight is an error."""
+        return {"ce": 1.0}
 
     @property
     def stages(self):
