@@ -135,6 +135,10 @@ class AttentionRecorder:
         # computed; the loss hangs on the first one, so a later one is dropped.
         self._slices.setdefault(layer, values)
 
+    def mean(self):
+        """The mean over the chosen layers of what was read, once the forward is done."""
+        return torch.stack(list(self.slices.values())).mean(0)
+
     @property
     def slices(self):
         """dict layer -> [B,H,M,K], or what the function returned, in order of layers. Raises RuntimeError while a chosen layer is missing."""
@@ -142,6 +146,16 @@ class AttentionRecorder:
             raise RuntimeError(f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
                                "run, does the model have these layers, and does its attention function call the recorder?")
         return dict(sorted(self._slices.items()))
+
+
+def in_turn(*recorders):
+    """Several recorders as one, for a forward that is read in more than one way."""
+
+    def record(layer, q, k, scale=None):
+        for recorder in recorders:
+            recorder(layer, q, k, scale)
+
+    return record
 
 
 def _scores(q, k, rows, cols, scale, bias, key_padding):

@@ -3,14 +3,17 @@
 The corrupted path must lack what the answer needs, so that the latents copied from the intact path become the only way to get it.
 Four families S, seven modes: spectral decay (`blur`), spatial discontinuity (`mask`, `crop`, `jigsaw`), chromatic distortion
 (`color`) and stochastic noise (`noise`, `impulse`). Every mode keeps the image's size, so both paths share one image grid and one
-set of positions. Left out on purpose: batches (images differ in size) and chains of modes (the paper compares them one at a time).
+set of positions. `Corruption` is what a run's `--corruption` says: one mode with its range of strengths, or a chain of them. Left out on
+purpose: batches (images differ in size).
 
     x    an image [3, H, W], RGB, values in [0, 1]; H and W are its height and width in pixels (in this file H counts no heads)
     eta  strength, in the unit of its mode: radius [px], s and rho [share], sigma [of 255]; 0 leaves the image as it is
     S    mode, one of MODES
 """
 import math
+from collections.abc import Callable
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -180,36 +183,53 @@ def impulse(x, share, generator=None):
 # ------------------------------------------------------------------------------------------------------------------------------------
 # equation (3)
 
+class Mode(NamedTuple):
+    """One mode S. A method's file may add its own to its Settings.corruptions; it is then named, drawn and chained like these."""
+    function: Callable  # (x [3, H, W] in [0, 1], strength, generator) -> x of the same shape; what leaves [0, 1] is clipped
+    low: float          # p(H) = U(low, high) where no strength is given
+    high: float
+    limit: float        # the largest strength accepted
+
+
 OPERATORS = {"blur": blur, "mask": mask, "crop": crop, "jigsaw": jigsaw, "color": color, "noise": noise, "impulse": impulse}
+BUILT_IN = {mode: Mode(OPERATORS[mode], *PRIOR[mode], LIMIT[mode]) for mode in MODES}
 
 
-def check_mode(mode):
-    """ValueError, in one line, for a mode that is none."""
-    if mode not in MODES:
-        raise ValueError(f"unknown corruption mode {mode!r}: choose one of {', '.join(MODES)}")
+def check_mode(mode, modes=BUILT_IN):
+    """ValueError, in one line, for a mode that is none of `modes`."""
+    if mode not in modes:
+        raise ValueError(f"{mode!r} is no corruption mode: choose one of {', '.join(modes)}")
+
+
+def draw(low, high, generator=None):
+    """eta ~ U(low, high), a float. Also where both are the same it takes one number from the generator."""
+    device = generator.device if generator else "cpu"
+    return low + (high - low) * torch.rand((), generator=generator, device=device, dtype=torch.float32).item()
 
 
 def draw_strength(mode="blur", generator=None):
     """eta ~ p(H) = U(low, high) of PRIOR[mode], a float in the mode's unit. ValueError: unknown mode. Source: equation (3)."""
     check_mode(mode)
-    low, high = PRIOR[mode]
-    return low + (high - low) * uniform(1, generator).item()
+    return draw(*PRIOR[mode], generator)
 
 
-def corrupt(image, mode="blur", strength=None, generator=None):
+def corrupt(image, mode="blur", strength=None, generator=None, modes=BUILT_IN):
     """One corrupted image: equation (3), I_cor = C(I; eta, S).
 
     image      [3, H, W], RGB in [0, 1], any H, W >= 1, any floating dtype and device. Not modified. float16 and bfloat16 are
                computed in float32. uint8 is refused: divide by 255 first, once, where the image is read.
-    mode       S, one of MODES; each mode's function above says what it does.
+    mode       S, a key of `modes`; the function of each above says what it does.
     strength   eta in the mode's unit (see LEVELS), 0 <= eta <= LIMIT[mode]; 0 is the identity. None draws it by `draw_strength`.
     generator  the only source of randomness: one seed, one corruption, the same for every dtype and device of the image while the
                generator itself stays on one device (on the CPU, say). None is torch's global CPU generator.
+    modes      {name: Mode}, the built-in ones unless a method has added its own.
 
     Returns a new tensor, shape, dtype and device of `image`, values in [0, 1].
-    Raises ValueError, one line, for an unknown mode, another shape or dtype, values outside [0, 1] or NaN, a strength out of range.
+    Raises ValueError, one line, for an unknown mode, another shape or dtype, values outside [0, 1] or NaN, a strength out of range,
+    and a mode that changes the shape.
     """
-    check_mode(mode)
+    check_mode(mode, modes)
+    function, prior_low, prior_high, limit = modes[mode]
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"the image to corrupt must be a torch tensor, got {type(image).__name__}")
     if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
@@ -221,9 +241,56 @@ def corrupt(image, mode="blur", strength=None, generator=None):
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
         raise ValueError(f"the image to corrupt must have values in [0, 1], got {low:g} to {high:g}")
     if strength is None:
-        strength = draw_strength(mode, generator)
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= LIMIT[mode]:
-        raise ValueError(f"the strength of {mode} must be a number from 0 to {LIMIT[mode]:g}, got {strength!r}")
+        strength = draw(prior_low, prior_high, generator)
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= limit:
+        raise ValueError(f"the strength of {mode} must be a number from 0 to {limit:g}, got {strength!r}")
     if strength == 0:
         return image.clone()
-    return OPERATORS[mode](x, float(strength), generator).clamp(0, 1).to(image.dtype)  # clamp: also rounding of weights that sum to 1
+
+    out = function(x, float(strength), generator)
+    if out.shape != x.shape:
+        raise ValueError(f"{mode} made an image of shape {list(out.shape)} from one of {list(x.shape)}; both paths need one size")
+    return out.clamp(0, 1).to(image.dtype)  # clamp: also rounding of weights that sum to 1
+
+
+class Corruption:
+    """What `--corruption` says: modes one after another, each with the range that its strength is drawn from.
+
+    text: `blur` (the mode's own range), `blur=5` (that strength), `blur=2:8` (a range), `blur=3,noise=15:30` (a chain: the noise
+    is put on the blurred image). modes: {name: Mode}, the names it may use. ValueError, one line, for a text that says something else.
+
+    Called with an image [3, H, W] in [0, 1] and a generator it returns the corrupted image, as `corrupt` does; `str` gives the text
+    with every range written out. `steps` lists (mode, low, high).
+    """
+
+    def __init__(self, text="blur", modes=BUILT_IN):
+        self.modes = modes
+        self.steps = [self.step(part) for part in text.split(",")]
+
+    def step(self, text):
+        """One part of the text -> (mode, low, high)."""
+        mode, given, strengths = text.strip().partition("=")
+        check_mode(mode, self.modes)
+        _, low, high, limit = self.modes[mode]
+        if given:
+            try:
+                ends = [float(end) for end in strengths.split(":")]
+            except ValueError:
+                ends = []
+            if len(ends) not in (1, 2):
+                raise ValueError(f"{text}: a strength is a number as in {mode}={high:g}, or a range as in {mode}={low:g}:{high:g}")
+            low, high = ends[0], ends[-1]
+        if not 0 <= low <= high <= limit:
+            raise ValueError(f"{text}: {mode} goes from 0 to {limit:g}, and a range from its lower end to its higher one")
+        return mode, low, high
+
+    def __call__(self, image, generator=None):
+        for mode, low, high in self.steps:
+            image = corrupt(image, mode, draw(low, high, generator), generator, self.modes)
+        return image
+
+    def __eq__(self, other):
+        return isinstance(other, Corruption) and self.steps == other.steps
+
+    def __str__(self):
+        return ",".join(f"{mode}={low:g}" + (f":{high:g}" if high > low else "") for mode, low, high in self.steps)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from crystal import methods
 from crystal.attention import AttentionRecorder
 from crystal.attention_bias import AttentionBias
-from crystal.corrupt import LIMIT
+from crystal.corrupt import Corruption
 from crystal.evaluation import benchmarks, reliance
 from crystal.evaluation.benchmarks import score, wilson
 from crystal.evaluation.predictions import Predictions
@@ -65,7 +65,7 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
     """Records -> one dict each, in order: id, family, question, answer, prediction, extracted, correct.
 
     latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them; "free" lets the model
-    write them, each result then says how many it wrote. corruption: (mode, low, high) answers from corrupted images; grey
+    write them, each result then says how many it wrote. corruption: a corrupt.Corruption answers from corrupted images; grey
     answers from grey ones. biases: function (batch) -> [attention_bias.AttentionBias], a mask at test time. Ranks share the records and
     all return the whole list. done: results of an earlier run by index, which are not asked again; tell is called with each
     new result.
@@ -214,7 +214,7 @@ def main(argv=None):
     parser.add_argument("--bottleneck", action="store_true", help="answer under the method's mask, as LIVR's: the image is seen through latents alone")
     parser.add_argument("--latents", default="keep", choices=("keep", "drop", "mask", "free"),
                         help="keep the thought and its latents in the prompt, leave the latents out, let no other token see them, or let the model write them and report how often it does")
-    parser.add_argument("--corruption", default="", help="answer from corrupted images: MODE, or MODE=STRENGTH as in blur=5")
+    parser.add_argument("--corruption", default="", help="answer from corrupted images, made as train.py's --corruption says: blur, blur=5, blur=2:8, or blur=3,noise=30")
     parser.add_argument("--grey", action="store_true", help="answer from grey images")
     parser.add_argument("--scores", default="", help="whose scores a TSV gets, if its name does not tell: " + ", ".join(benchmarks.SCORES))
     parser.add_argument("--suffix", default="", help="text to put behind every prompt of a TSV")
@@ -234,17 +234,8 @@ def main(argv=None):
         raise UserError(f"--scores {args.scores}: choose one of {', '.join(benchmarks.SCORES)}")
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 0:
         raise UserError("--batch_size and --max_new_tokens must be at least 1, --limit must not be negative")
-    corruption = None
-    if args.corruption:
-        mode, _, strength = args.corruption.partition("=")
-        if mode not in data.PRIOR:
-            raise UserError(f"--corruption {mode}: choose one of {', '.join(data.PRIOR)}")
-        try:
-            corruption = (mode, float(strength), float(strength)) if strength else (mode, *data.PRIOR[mode])
-        except ValueError:
-            raise UserError(f"--corruption {args.corruption}: {strength!r} is not a number") from None
-        if not 0 <= corruption[1] <= LIMIT[mode]:
-            raise UserError(f"--corruption {args.corruption}: {mode} goes from 0 to {LIMIT[mode]:g}")
+    if args.corruption and not (args.method or args.trust_method):
+        config.corruption_of(args.corruption)  # a mistake is told before a model is loaded; a method's file may have modes of its own
     procs = distributed.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last answer
     ops.announce(procs.print)
     if tsv:
@@ -259,6 +250,7 @@ def main(argv=None):
     model, fmt, settings = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
                                       method=args.method, trust_method=args.trust_method)
     method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
+    corruption = config.corruption_of(args.corruption, method.settings.corruptions) if args.corruption else None
     if args.bottleneck and type(method).biases is SFT.biases:
         raise UserError(f"--bottleneck: {method.settings.method} has no mask")
     biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
@@ -266,7 +258,7 @@ def main(argv=None):
         thought_length(fmt, args.model)  # refuses a model without latents before anything is asked
     folder = Path(args.model) if Path(args.model).is_dir() else Path("runs") / Path(args.model).name
     if args.reliance:
-        how = corruption or (data.corruption_of(settings) if settings else ("blur", *data.PRIOR["blur"]))
+        how = corruption or method.corruption or Corruption()
         reliance.run(model, fmt, records, args.out or folder / "reliance" / Path(args.data).stem, {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "bottleneck": args.bottleneck},
                      corruption=how, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed, procs=procs, biases=biases)
         procs.stop()
@@ -289,7 +281,7 @@ def main(argv=None):
     out = args.out or (folder / "evaluation" / f"{Path(args.data).stem}.jsonl" if tsv else "")
     name = args.scores or benchmarks.known_as(args.data)
     pixels = {edge: n for edge, n in dict(model.image_processor.size).items() if n}
-    asked = {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "latents": args.latents, "bottleneck": args.bottleneck, "corruption": list(corruption or ()),
+    asked = {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "latents": args.latents, "bottleneck": args.bottleneck, "corruption": str(corruption or ""),
              "grey": args.grey,
              "pixels": pixels, "max_new_tokens": args.max_new_tokens, "suffix": args.suffix, "limit": args.limit, "seed": args.seed,
              "prompt": fmt.tokenizer.decode(fmt.question(records[0].turns, [1] * len(records[0].images), "none" if args.latents == "free" else args.latents)[0])}

@@ -4,6 +4,7 @@ A run holds only what it trained, so its base is loaded and the checkpoint's ten
 ordinary model directory, and crystal.json in it says what stock tools cannot know of its latents.
 """
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, ma
     settings = methods.saved_settings(state["settings"] | {"method": allowed}, directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
     model = crystal.backbone.model.load(settings.model, dtype, device, min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, weights)
-    settings.checkpointing = False
+    settings = replace(settings, checkpointing=False)
     _, fmt = methods.attach(model, settings)
     named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
     # A method's heads, and the encoders behind them, serve its losses alone: they stay in the checkpoint.

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 if not __package__:  # run as a script: the repository root, not this folder, is where imports start
@@ -74,7 +74,7 @@ def main(argv=None):
     procs = distributed.start(settings.device)
     device = procs.device
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
-    settings.dtype = str(dtype).removeprefix("torch.")  # what `auto` came to, for those who open the run later
+    settings = replace(settings, dtype=str(dtype).removeprefix("torch."))  # what `auto` came to, for those who open the run later
     # Full fine-tuning keeps its weights in float32 and computes in the smaller type; adapters are float32 on frozen small weights.
     weights_dtype = torch.float32 if settings.tune == "full" and dtype == torch.bfloat16 else dtype
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=weights_dtype != dtype)
@@ -148,7 +148,7 @@ def main(argv=None):
                 (loss / settings.accumulation).backward()
             for name, value in {"loss": loss, **terms}.items():
                 logged[name] = logged.get(name, 0.0) + value.detach().double() / settings.accumulation
-            tokens += int(batch["attention_mask"].sum()) * (2 if method.corrupts else 1)
+            tokens += int(batch["attention_mask"].sum()) * (2 if method.corruption else 1)
         norm = nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
         # Ranks share gradients but not losses: either may be the first to break, and all must stop together.
         if procs.any(not (math.isfinite(float(logged["loss"])) and math.isfinite(float(norm)))):
@@ -182,9 +182,11 @@ def main(argv=None):
         last = stopping or step == settings.max_steps
         if val_set and settings.eval_every and (step % settings.eval_every == 0 or last):
             measured = validate(objective, val_set, settings, method, pad, procs, weights_dtype)
-            value = measured.get("ce_int", measured.get("ce", measured["loss"]))
+            if method.metric not in measured:
+                raise UserError(f"--method {settings.method}: its metric {method.metric!r} is none of what it measures, {', '.join(measured)}")
+            value = measured[method.metric]
             if best is None or value < best["value"]:
-                best = {"step": step, "value": value, "metric": "val_ce"}
+                best = {"step": step, "value": value, "metric": f"val_{method.metric}"}
                 if procs.is_first:
                     store(run, step, settings, optimizer, named, procs, best)
                 last_saved = step
@@ -223,7 +225,6 @@ def open_data(settings, method, model, fmt, procs):
         with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(root, seed=settings.seed)
         train, val = [path or f"{root}/train.jsonl" for path in train], val or f"{root}/val.jsonl"
-    corruption = data.corruption_of(settings) if method.corrupts else None
     known, problems = {}, []  # what a file holds, since stages may share it
     for split, path in [("train", path) for path in dict.fromkeys(train)] + [("val", val)] * bool(val):
         records, dropped = data.read(path, root, settings.turns)
@@ -242,7 +243,7 @@ def open_data(settings, method, model, fmt, procs):
         known[split, path] = records
 
     def examples(split, path, stage):
-        return data.RecordDataset(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, corruption,
+        return data.RecordDataset(known[split, path], lambda record, n: method.layout(fmt, record, n, stage), model.image_processor, method.corruption,
                              settings.seed + (split == "val"), settings.on_bad_record == "skip" and split == "train", copies=fmt.copies, extras=method.extras)
 
     train_sets = [examples("train", path, i) for i, path in enumerate(train)]

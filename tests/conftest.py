@@ -164,7 +164,7 @@ def setup(model_dirs, family_dirs, records_file):
                     p.copy_(torch.randn(p.shape, generator=g) * 0.1)
         records, _ = data.read(records_file)
         records = [records[i] for i in which] if which is not None else records
-        examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings) if method.corrupts else None,
+        examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, method.corruption,
                                  copies=fmt.copies, extras=method.extras)
         batch = data.collate([examples[0, i] for i in range(len(records))], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, torch.device("cpu"), dtype)

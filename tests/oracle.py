@@ -48,7 +48,7 @@ DEFAULTS = {
     "sft": {},
     "crystal": {
         "latents": 8, "latent_kind": "diverse", "thought": "fixed", "labels": "all",
-        "corruption": "blur", "strength_low": None, "strength_high": None,
+        "corruption": "blur",
         "copied": "latents", "ce": "per_path", "kl_share": 1.0, "answer_positions": "predicting",
         "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
         "teacher_grad": False, "w_ce_int": 1.0, "w_ce_cor": 1.0, "w_kl": 1.0, "w_attn": 1.0,
@@ -375,10 +375,13 @@ def hashed(*numbers):
 def corrupted(picture, s, place, n):
     """Eq. 3: I_cor = C(I; eta, S). place: (seed, epoch, index of the record); n: which of its pictures."""
     g = torch.Generator().manual_seed(hashed(*place, n))
-    low, high = ETA[s.corruption] if s.strength_low is None else (s.strength_low, s.strength_high)
-    eta = low + (high - low) * float(torch.rand((), generator=g))
     x = np.asarray(picture).astype(float) / 255                                       # [h,w,3]
-    x = CORRUPTIONS[s.corruption](x, eta, g).clip(0, 1)
+    for part in s.corruption.split(","):
+        mode, _, given = part.partition("=")                                          # mode, mode=eta or mode=low:high
+        ends = [float(end) for end in given.split(":")] if given else ETA[mode]
+        low, high = ends[0], ends[-1]
+        eta = low + (high - low) * float(torch.rand((), generator=g))
+        x = CORRUPTIONS[mode](x, eta, g).clip(0, 1)
     return Image.fromarray((x * 255).round().astype(np.uint8))
 
 

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from crystal.runtime.config import setting
 from crystal.methods import livr
 
-@dataclass
+@dataclass(frozen=True)
 class Settings(livr.Settings):
     lr: float = setting(3e-4, "peak learning rate")
     twist: int = setting(7, "how much")
@@ -83,8 +83,8 @@ def test_what_is_given_wins_over_a_methods_default():
 @pytest.mark.parametrize("flags, message", [
     (["--latent", "4"], "--latent"), (["--lr", "fast"], "--lr"), (["--corruption", "fog"], "--corruption"), (["--latents", "0"], "--latents 0: must be at least 1"),
     (["--kl_share", "0"], "--kl_share"), (["--lora_on", "head"], "--lora_on head"), (["--attn_layers", "first"], "--attn_layers first"),
-    (["--strength_low", "1"], "go together"), (["--attn_heads", "mean", "--attn_loss", "mse"], "--attn_heads"), (["--warmup", "1"], "--warmup"), (["--clip", "0"], "--clip"),
-    (["--eval_every", "-1"], "--eval_every"), (["--strength_low", "3", "--strength_high", "2"], "low <= high"),
+    (["--corruption", "noise=1:2:3"], "--corruption noise=1:2:3: a strength is"), (["--attn_heads", "mean", "--attn_loss", "mse"], "--attn_heads"), (["--warmup", "1"], "--warmup"), (["--clip", "0"], "--clip"),
+    (["--eval_every", "-1"], "--eval_every"), (["--corruption", "blur=3:2"], "--corruption blur=3:2: blur goes from 0 to 256, and a range"),
     (["--lora_dropout", "1"], "--lora_dropout 1.0: a share, at least 0 and below 1"), (["--lora_dropout", "-0.1"], "--lora_dropout -0.1"),
     (["--seed", "9" * 20], "--seed 9+: a whole number, at least 0 and below 2"), (["--seed", "-1"], "--seed -1"),
     (["--weight_decay", "-1"], "--weight_decay -1.0: must not be negative"), (["--lr", "nan"], "--lr nan: a number is needed"), (["--w_kl", "nan"], "--w_kl nan")])
@@ -112,7 +112,7 @@ def test_layers_at_their_bounds():
             layers_of(text, 28)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Thirds(config.Settings):
     """Three stages whose shares no number of updates divides evenly."""
 

@@ -11,7 +11,7 @@ from skimage.measure import label, regionprops
 from skimage.transform import resize
 
 from crystal import corrupt as C
-from crystal.corrupt import LEVELS, LIMIT, MODES, PRIOR, corrupt, draw_strength
+from crystal.corrupt import BUILT_IN, LEVELS, LIMIT, MODES, PRIOR, Corruption, Mode, corrupt, draw_strength
 
 SIZES = [(37, 53), (1, 1), (3, 500), (500, 3), (4, 4), (64, 48)]
 EVERY = [(mode, eta) for mode in MODES for eta in LEVELS[mode]]
@@ -158,9 +158,9 @@ NAN = picture().index_fill(2, torch.tensor([0]), float("nan"))
 
 
 @pytest.mark.parametrize("kwargs, says", [
-    ({"mode": "blurr"}, "unknown corruption mode 'blurr': choose one of blur, mask, crop, jigsaw, color, noise, impulse"),
-    ({"mode": "blurr", "strength": 2}, "unknown corruption mode 'blurr'"),
-    ({"mode": None}, "unknown corruption mode None"),
+    ({"mode": "blurr"}, "'blurr' is no corruption mode: choose one of blur, mask, crop, jigsaw, color, noise, impulse"),
+    ({"mode": "blurr", "strength": 2}, "'blurr' is no corruption mode"),
+    ({"mode": None}, "None is no corruption mode"),
     ({"image": np.zeros((3, 4, 4), np.float32)}, "must be a torch tensor, got ndarray"),
     ({"image": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "torch.uint8: divide 0..255 by 255 first"),
     ({"image": torch.zeros(3, 4, 4, dtype=torch.cfloat)}, "torch.complex64"),
@@ -189,7 +189,7 @@ def test_bad_input_is_one_clear_line(kwargs, says):
 
 
 def test_bad_mode_of_a_draw():
-    with pytest.raises(ValueError, match="unknown corruption mode 'blurr'"):
+    with pytest.raises(ValueError, match="'blurr' is no corruption mode"):
         draw_strength("blurr")
 
 
@@ -558,13 +558,74 @@ def test_color_by_hand(monkeypatch):
 
 
 def test_a_strength_by_hand(monkeypatch):
-    """One uniform number in float64 from the lower end to the higher; drawn before the place is."""
-    number = torch.rand(1, generator=seeded(9), dtype=torch.float64).item()
+    """One uniform number from the lower end to the higher; drawn before the place is."""
+    number = torch.rand((), generator=seeded(9)).item()
     assert draw_strength("noise", seeded(9)) == 15 + 35 * number
     assert draw_strength(generator=seeded(9)) == 2 + 3 * number  # blur unless another is named
     x = picture(4, 6)
     generator = seeded(9)
-    torch.rand(1, generator=generator, dtype=torch.float64)
+    torch.rand((), generator=generator)
     want = corrupt(x, "noise", 15 + 35 * number, generator)
     assert torch.equal(corrupt(x, "noise", generator=seeded(9)), want)
     assert torch.equal(corrupt(x, generator=seeded(9)), corrupt(x, "blur", 2 + 3 * number))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# what --corruption says
+
+@pytest.mark.parametrize("text, steps", [
+    ("blur", [("blur", 2, 5)]), ("blur=7", [("blur", 7, 7)]), ("blur=8:10", [("blur", 8, 10)]), ("noise=0", [("noise", 0, 0)]),
+    ("blur=3,noise=30", [("blur", 3, 3), ("noise", 30, 30)]), ("mask , jigsaw=0.25:1", [("mask", 0.2, 0.8), ("jigsaw", 0.25, 1)]),
+])
+def test_a_text_becomes_modes_and_ranges(text, steps):
+    found = Corruption(text)
+    assert found.steps == steps
+    assert Corruption(str(found)).steps == steps  # its own text, with every range, reads back
+
+
+def test_a_corruptions_text_is_its_ranges():
+    assert str(Corruption("blur,noise=30")) == "blur=2:5,noise=30"
+    assert Corruption("blur=2:5") == Corruption() and Corruption("blur=2") != Corruption() and Corruption() != "blur=2:5"
+
+
+@pytest.mark.parametrize("text, says", [
+    ("sharpen", "'sharpen' is no corruption mode: choose one of blur, mask, crop, jigsaw, color, noise, impulse"),
+    ("", "'' is no corruption mode"), ("blur,", "'' is no corruption mode"),
+    ("blur=", "blur=: a strength is a number as in blur=5, or a range as in blur=2:5"), ("blur=x", "blur=x: a strength is"),
+    ("blur=1:2:3", "blur=1:2:3: a strength is"), ("blur=3:2", "blur=3:2: blur goes from 0 to 256, and a range from its lower end"),
+    ("blur=-1", "blur=-1: blur goes from 0 to 256"), ("noise=3,mask=1.01", "mask=1.01: mask goes from 0 to 1"), ("blur=nan", "blur=nan: blur goes"),
+])
+def test_a_text_that_says_nothing_is_one_line(text, says):
+    with pytest.raises(ValueError) as refused:
+        Corruption(text)
+    assert str(refused.value).startswith(says) and "\n" not in str(refused.value)
+
+
+def test_a_chain_by_hand():
+    """The second mode works on what the first one made; each draws its strength before it is applied, from one generator."""
+    x = picture(8, 12)
+    g = seeded(3)
+    first = corrupt(x, "blur", 2 + 3 * torch.rand((), generator=g).item(), g)
+    want = corrupt(first, "noise", 30 + 0 * torch.rand((), generator=g).item(), g)
+    assert torch.equal(Corruption("blur,noise=30")(x, seeded(3)), want) and not torch.equal(want, first)
+
+
+def shifted(x, strength, generator):
+    """A mode of one's own: the picture moves to the right by so many columns, as many more as the generator says."""
+    return x.roll(round(strength) + int(torch.randint(2, (), generator=generator)), 2)
+
+
+def test_a_mode_of_ones_own_is_drawn_and_chained_like_the_others():
+    modes = BUILT_IN | {"shift": Mode(shifted, 1.0, 1.0, 4.0)}
+    x = picture(8, 12)
+    g = seeded(5)
+    torch.rand((), generator=g)  # its strength
+    assert torch.equal(Corruption("shift", modes)(x, seeded(5)), x.roll(1 + int(torch.randint(2, (), generator=g)), 2))
+    assert Corruption("shift=2,mask", modes).steps == [("shift", 2, 2), ("mask", 0.2, 0.8)]
+    with pytest.raises(ValueError, match="shift=5: shift goes from 0 to 4"):
+        Corruption("shift=5", modes)
+    cut = BUILT_IN | {"cut": Mode(lambda x, strength, generator: x[:, 1:], 1.0, 1.0, 1.0)}
+    with pytest.raises(ValueError, match=r"cut made an image of shape \[3, 7, 12\] from one of \[3, 8, 12\]"):
+        Corruption("cut", cut)(x, seeded(5))
+    wild = BUILT_IN | {"wild": Mode(lambda x, strength, generator: 3 * x - 1, 1.0, 1.0, 1.0)}
+    assert torch.equal(Corruption("wild", wild)(x, seeded(5)), (3 * x - 1).clamp(0, 1))

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 import crystal.backbone.model
 from crystal import methods, train
 from crystal.backbone import families
-from crystal.corrupt import MODES
+from crystal.corrupt import MODES, Corruption
 from crystal.layout import Format, Layout, new_tokens
 from crystal.runtime import data
 from crystal.runtime.config import UserError
@@ -351,7 +351,7 @@ COMES = {False: ["parts", "drawing", "steps", "steps", "drawing", "bare", "astro
 def test_what_stands_for_a_broken_record(folder, corrupted):
     records, _ = data.read(folder / "train.jsonl")
     records[10].id = "drawing"
-    corruption = ("impulse", 0.1, 0.3) if corrupted else None
+    corruption = Corruption("impulse=0.1:0.3") if corrupted else None
     examples = RecordDataset(records, named, Bytes(), corruption, skip=True)
     assert len(examples) == 12
     broken = {6: ":8: field 'image': no such file", 9: ":11: field 'image': "}
@@ -384,7 +384,7 @@ def test_the_first_stands_for_a_broken_last_one_and_nothing_for_all(folder):
 def test_what_stands_for_a_record_is_corrupted_as_itself(folder):
     """A record's corruption depends on its own index, not on the one that it stands for."""
     records = data.read(folder / "train.jsonl")[0][:2]
-    examples = RecordDataset([RecordError("x"), *records], named, Bytes(), ("noise", 20, 40), skip=True)
+    examples = RecordDataset([RecordError("x"), *records], named, Bytes(), Corruption("noise=20:40"), skip=True)
     assert torch.equal(examples[2, 0]["pixel_values_cor"], examples[2, 1]["pixel_values_cor"])
 
 
@@ -646,7 +646,7 @@ def test_grey_is_128_at_the_images_size(folder, stock):
     record = data.read(folder / "train.jsonl")[0][2]
     found, _ = pictures_of(RecordDataset([record], named, Bytes(), grey=True)[0, 0])
     assert [x.shape for x in found] == [(84, 56, 3), (56, 112, 3)] and all((x == 128).all() for x in found)
-    found, corrupted = pictures_of(RecordDataset([record], named, Bytes(), ("color", 2, 2), grey=True)[0, 0])
+    found, corrupted = pictures_of(RecordDataset([record], named, Bytes(), Corruption("color=2"), grey=True)[0, 0])
     assert all((x == 128).all() for x in found) and any((x != 128).any() for x in corrupted)
     example = RecordDataset([record], named, stock, grey=True)[0, 0]
     rows = example["pixel_values"]  # of each channel (128 / 255 - mean) / deviation, 2 x 14 x 14 times
@@ -680,7 +680,7 @@ def test_corruption_is_drawn_for_each_seed_epoch_record_and_image(folder):
     record = Record("here", "1", [("user", "<image><image>")], "a", [folder / "a.png"] * 2)
     met = set()
     for seed in (3, 4):
-        examples = RecordDataset([record, record], named, Bytes(), ("impulse", 0.1, 0.6), seed)
+        examples = RecordDataset([record, record], named, Bytes(), Corruption("impulse=0.1:0.6"), seed)
         for epoch in (0, 1):
             for index in (0, 1):
                 intact, corrupted = pictures_of(examples[epoch, index])
@@ -689,13 +689,13 @@ def test_corruption_is_drawn_for_each_seed_epoch_record_and_image(folder):
                     assert (corrupted[n] == impulse_by_hand(A, 0.1, 0.6, seed, epoch, index, n)).all()
                     met.add(corrupted[n].tobytes())
     assert len(met) == 16
-    examples = RecordDataset([record], named, Bytes(), ("impulse", 0.1, 0.6))  # seed 0 unless another is given
+    examples = RecordDataset([record], named, Bytes(), Corruption("impulse=0.1:0.6"))  # seed 0 unless another is given
     assert (pictures_of(examples[2, 0])[1][1] == impulse_by_hand(A, 0.1, 0.6, 0, 2, 0, 1)).all()
 
 
 def test_both_copies_of_an_image_are_corrupted_alike(folder):
     record = data.read(folder / "train.jsonl")[0][2]
-    examples = RecordDataset([record], named, Bytes(), ("impulse", 0.1, 0.6), 3, copies=2)
+    examples = RecordDataset([record], named, Bytes(), Corruption("impulse=0.1:0.6"), 3, copies=2)
     intact, corrupted = pictures_of(examples[1, 0])
     assert [x.shape for x in intact] == [(84, 56, 3)] * 2 + [(56, 112, 3)] * 2
     for place, (n, picture) in enumerate([(0, A), (0, A), (1, B), (1, B)]):
@@ -712,37 +712,39 @@ def test_a_photograph_is_blurred_as_scipy_does(folder, processor, stock, index):
         strength, _ = drawn(2, 5, 9, epoch, 0, 0)
         right = ndimage.gaussian_filter(picture.astype(float), (strength, strength, 0), mode="nearest",
                                         truncate=5)
-        _, (found,) = pictures_of(RecordDataset([record], named, Bytes(), ("blur", 2, 5), 9)[epoch, 0])
+        _, (found,) = pictures_of(RecordDataset([record], named, Bytes(), Corruption("blur=2:5"), 9)[epoch, 0])
         assert np.abs(found - right).max() < 0.52  # a value within 0.02 of a half may round to either side
-        example = RecordDataset([record], named, stock, ("blur", 2, 5), 9)[epoch, 0]
+        example = RecordDataset([record], named, stock, Corruption("blur=2:5"), 9)[epoch, 0]
         theirs = processor(images=[Image.fromarray(found)], return_tensors="pt")["pixel_values"]
         assert torch.equal(example["pixel_values_cor"], theirs)
         assert not torch.equal(example["pixel_values"], theirs)
 
 
-def chosen(*flags):
-    return data.corruption_of(methods.parse(["--latents", "2", *flags]))
+def chosen(text):
+    """What --corruption makes of a text, by way of the flags."""
+    settings = methods.parse(["--latents", "2", "--corruption", text])
+    return methods.get("crystal")(settings).corruption
 
 
 def test_the_range_of_every_mode():
-    """The paper's levels (appendix A.3), blur's the released code's. Both ends can be given."""
+    """The paper's levels (appendix A.3), blur's the released code's. Both ends can be given, up to the mode's limit."""
     ranges = {"blur": (2, 5), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8), "color": (0.5, 2),
               "noise": (15, 50), "impulse": (0.01, 0.12)}
     limits = {"blur": 256, "mask": 1, "crop": 1, "jigsaw": 1, "color": 16, "noise": 255, "impulse": 1}
-    assert set(ranges) == set(MODES) and chosen() == ("blur", 2, 5)
+    assert set(ranges) == set(MODES)
+    assert methods.get("crystal")(methods.parse([])).corruption.steps == [("blur", 2, 5)]
     for mode, (low, high) in ranges.items():
         limit = limits[mode]
-        assert chosen("--corruption", mode) == (mode, low, high)
-        both = chosen("--corruption", mode, "--strength_low", "0.3", "--strength_high", str(limit))
-        assert both == (mode, 0.3, limit)
-        with pytest.raises(UserError, match=rf"^--strength_high {1.01 * limit}.*: {mode} goes up to {limit}"):
-            chosen("--corruption", mode, "--strength_low", "0.3", "--strength_high", str(1.01 * limit))
+        assert chosen(mode).steps == [(mode, low, high)]
+        assert chosen(f"{mode}=0.3:{limit}").steps == [(mode, 0.3, limit)]
+        with pytest.raises(UserError, match=rf"^--corruption {mode}=0.3:{1.01 * limit}: {mode} goes from 0 to {limit}"):
+            chosen(f"{mode}=0.3:{1.01 * limit}")
 
 
 def test_strengths_are_drawn_between_the_two_given():
     """Read back from a white picture over 60 epochs: the share that a mask took is the rule's strength."""
     examples = RecordDataset([None], named, Bytes(),
-                        chosen("--corruption", "mask", "--strength_low", "0.3", "--strength_high", "0.5"), 2)
+                             chosen("mask=0.3:0.5"), 2)
     examples.records = [Record("here", "1", [("user", "<image>")], "a", [white_file])]
     strengths = []
     for epoch in range(60):
@@ -788,7 +790,7 @@ def test_flags_reach_the_pixels(folder, whole, tmp_path, tokenizer, processor, s
     """
     flags = ["--data", whole, "--val_data", whole, "--image_root", folder, "--output", tmp_path / "run",
              "--on_bad_record", "skip"]
-    flags += ["--seed", 5, "--corruption", "impulse", "--strength_low", 0.2, "--strength_high", 0.7,
+    flags += ["--seed", 5, "--corruption", "impulse=0.2:0.7",
               "--turns", "all", "--eval_records", 6]
     training, validation = opened(tokenizer, stock, *map(str, flags))
     assert [r.answer for r in training.records] == ["an astronaut", "a cat", "b", "a ring", "a star", "one",

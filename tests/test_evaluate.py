@@ -6,6 +6,7 @@ import pytest
 
 import crystal.backbone.model
 from crystal import evaluate
+from crystal.corrupt import Corruption
 from crystal.evaluate import by_family, table
 from crystal.evaluation import benchmarks
 from crystal.layout import Format
@@ -33,7 +34,7 @@ def test_answers_from_what_is_shown(records_file):
 
     old, evaluate.generate = evaluate.generate, record
     try:
-        for how in ({}, {"grey": True}, {"corruption": ("blur", 5.0, 5.0)}):
+        for how in ({}, {"grey": True}, {"corruption": Corruption("blur=5")}):
             results = evaluate.answers(model, fmt, records, batch_size=2, **how)
             assert [r["id"] for r in results] == ["0", "1", "2"] and [r["correct"] for r in results] == [True, False, False]
     finally:
@@ -50,7 +51,7 @@ def test_command_line(records_file, tmp_path, capsys):
     lines = [json.loads(x) for x in out.read_text().splitlines()]
     assert [x["id"] for x in lines] == ["0", "1"] and {"prediction", "answer", "correct", "question", "family"} <= lines[0].keys()
     assert "all" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--corruption fog"):
+    with pytest.raises(UserError, match="--corruption 'fog' is no corruption mode"):
         evaluate.main(["--data", str(records_file), "--corruption", "fog"])
     with pytest.raises(UserError, match="cannot be read"):
         evaluate.main(["--data", str(tmp_path / "none.jsonl")])
@@ -130,7 +131,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_bad_flags_are_one_line(tmp_path, records_file):
     path = tsv(tmp_path / "x.tsv", 1)
-    for flags, says in ((["--scores", "MMVQ"], "--scores MMVQ: choose one of"), (["--batch_size", "0"], "at least 1"), (["--corruption", "blur=x"], "'x' is not a number"),
+    for flags, says in ((["--scores", "MMVQ"], "--scores MMVQ: choose one of"), (["--batch_size", "0"], "at least 1"), (["--corruption", "blur=x"], "blur=x: a strength is a number"),
                         (["--corruption", "blur=-1"], "--corruption blur=-1: blur goes from 0 to 256"), (["--corruption", "mask=1.5"], "from 0 to 1"), (["--limit", "-2400"], "--limit"),
                         (["--device", "cuda:99"], "--device cuda:99"), (["--reliance", "--latents", "drop"], "--latents changes nothing with --reliance"),
                         (["--reliance", "--grey"], "--grey changes"), (["--reliance", "--diagnose"], "--diagnose changes"), (["--diagnose", "--latents", "drop"], "--latents changes nothing with --diagnose"),

@@ -4,6 +4,7 @@ Right answers follow from by_hand.py's rules; intervals are scipy's; attention i
 """
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +15,13 @@ from scipy.stats import binomtest
 import by_hand
 from crystal import evaluate, methods
 from crystal.attention_bias import AttentionBias
+from crystal.corrupt import Corruption
 from crystal.evaluation import reliance
 from crystal.methods.sft import Method as SFT
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 
-BLACK = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0
+BLACK = Corruption("mask=1")  # corruption: every pixel becomes 0
 
 AS_TRAINED = ["black", "white", "dark", "light", "light", "white.", "white", "grey"]
 DROPPED = ["nothing", "nothing", "dark", "light", "light", "pale", "nothing", "nothing"]
@@ -74,7 +76,7 @@ def said(results):
 # --- one way of asking after the other ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("how, expected", [({}, AS_TRAINED), ({"latents": "drop"}, DROPPED), ({"latents": "mask"}, DROPPED), ({"grey": True}, GREY), ({"corruption": BLACK}, CORRUPTED),
-                                           ({"corruption": ("mask", 0.0, 0.0)}, AS_TRAINED), ({"latents": "drop", "grey": True}, ["nothing", "nothing", "grey", "grey", "grey", "pale", "nothing", "nothing"])],
+                                           ({"corruption": Corruption("mask=0")}, AS_TRAINED), ({"latents": "drop", "grey": True}, ["nothing", "nothing", "grey", "grey", "grey", "pale", "nothing", "nothing"])],
                          ids=["keep", "drop", "mask", "grey", "corrupted", "corrupted by nothing", "drop and grey"])
 def test_what_each_way_of_asking_is_answered(hand, how, expected):
     results = evaluate.answers(hand.model, hand.fmt, hand.records, batch_size=3, max_new_tokens=5, **how)
@@ -124,7 +126,7 @@ def test_corruption_depends_on_the_seed(hand):
             return original(model, prompts, fmt, n, biases)
 
         evaluate.generate = keep
-        evaluate.answers(hand.model, hand.fmt, hand.records[:2], corruption=("noise", 50.0, 50.0), seed=seed)
+        evaluate.answers(hand.model, hand.fmt, hand.records[:2], corruption=Corruption("noise=50"), seed=seed)
         fed.append(torch.cat(examples))
     assert torch.equal(fed[0], fed[1]) and not torch.equal(fed[0], fed[2])
     deviation = (fed[0] - fed[2]).std()
@@ -317,8 +319,8 @@ def test_nothing_is_stored_of_records_unless_asked(hand, tmp_path):
 
 @pytest.mark.parametrize("flags, expected", [
     ((), {}), (("--batch_size", "5"), {"batch_size": 5}), (("--max_new_tokens", "9"), {"max_new_tokens": 9}), (("--seed", "4"), {"seed": 4}), (("--grey",), {"grey": True}),
-    (("--latents", "drop"), {"latents": "drop"}), (("--latents", "mask"), {"latents": "mask"}), (("--corruption", "blur=7"), {"corruption": ("blur", 7.0, 7.0)}),
-    (("--corruption", "blur"), {"corruption": ("blur", 2.0, 5.0)}), (("--corruption", "mask=0"), {"corruption": ("mask", 0.0, 0.0)}), (("--corruption", "mask=1"), {"corruption": ("mask", 1.0, 1.0)}),
+    (("--latents", "drop"), {"latents": "drop"}), (("--latents", "mask"), {"latents": "mask"}), (("--corruption", "blur=7"), {"corruption": Corruption("blur=7")}),
+    (("--corruption", "blur"), {"corruption": Corruption("blur=2:5")}), (("--corruption", "mask=0"), {"corruption": Corruption("mask=0")}), (("--corruption", "mask=1"), {"corruption": Corruption("mask=1")}),
     (("--limit", "3"), {"count": 3}), (("--limit", "9"), {"count": 8})])
 def test_each_flag_reaches_the_questions(hand, monkeypatch, flags, expected):
     kept, real = {}, evaluate.answers
@@ -384,14 +386,14 @@ def test_diagnosis_takes_grey_and_corruption(hand, monkeypatch):
     for how in kept:
         how.pop("procs")
     assert kept == [{"batch_size": 32, "corruption": None, "grey": True, "seed": 3, "max_new_tokens": 32},
-                    {"batch_size": 2, "corruption": ("mask", 1.0, 1.0), "grey": False, "seed": 0, "max_new_tokens": 7}]
+                    {"batch_size": 2, "corruption": Corruption("mask=1"), "grey": False, "seed": 0, "max_new_tokens": 7}]
 
 
 def test_reliance_is_handed_what_was_asked(hand, monkeypatch, tmp_path):
     """The corruption is the flag's, else what the run trained with; the folder is the model's, by the data's name."""
     kept = []
     monkeypatch.setattr(reliance, "run", lambda model, fmt, records, out, about, **how: kept.append((len(records), str(out), about, how)))
-    hand.settings.corruption, hand.settings.strength_low, hand.settings.strength_high = "noise", 11.0, 13.0
+    hand.settings = replace(hand.settings, corruption="noise=11:13")
     run(hand, "--reliance", "--seed", "5", "--batch_size", "4", "--max_new_tokens", "6", "--limit", "7")
     run(hand, "--reliance", "--corruption", "blur=9", "--out", "elsewhere", "--checkpoint", "last")
     (tmp_path / "a_run").mkdir()
@@ -403,13 +405,13 @@ def test_reliance_is_handed_what_was_asked(hand, monkeypatch, tmp_path):
         assert (mask is not None) == about["bottleneck"]
     name = str(hand.file)
     assert kept[0] == (7, "runs/tiny/reliance/hand", {"model": "tiny", "checkpoint": "best", "data": name, "bottleneck": False},
-                       {"corruption": ("noise", 11.0, 13.0), "batch_size": 4, "max_new_tokens": 6, "seed": 5})
+                       {"corruption": Corruption("noise=11:13"), "batch_size": 4, "max_new_tokens": 6, "seed": 5})
     assert kept[1] == (8, "elsewhere", {"model": "tiny", "checkpoint": "last", "data": name, "bottleneck": False},
-                       {"corruption": ("blur", 9.0, 9.0), "batch_size": 32, "max_new_tokens": 32, "seed": 0})
+                       {"corruption": Corruption("blur=9"), "batch_size": 32, "max_new_tokens": 32, "seed": 0})
     assert kept[2][1:3] == ("a_run/reliance/hand", {"model": "a_run", "checkpoint": "best", "data": name, "bottleneck": True})
     hand.settings = None  # no run: the paper's blur
     run(hand, "--reliance")
-    assert kept[3][3]["corruption"] == ("blur", 2.0, 5.0)
+    assert kept[3][3]["corruption"] == Corruption("blur=2:5")
 
 
 # --- stored predictions --------------------------------------------------------------------------------------------------
@@ -449,7 +451,7 @@ def test_predictions_by_another_file_of_a_method_are_others(hand, tmp_path):
     """A method of one's own counts by what its file says."""
     file = tmp_path / "mine.py"
     file.write_text("from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    pass\n")
-    hand.settings.method = str(file)
+    hand.settings = replace(hand.settings, method=str(file))
     run(hand, "--out", "p.jsonl")
     stored = json.loads((tmp_path / "p.json").read_text())
     assert len(stored["settings"]["method"]) == 64

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from crystal import corrupt, feedback
+from crystal.corrupt import Corruption
 from crystal.evaluation import figures
 from crystal.latent_copy import LatentCopy
 from crystal.runtime import data
@@ -41,7 +42,7 @@ def eager(s, batch, copied):
 
 def one(s, which, seed=0):
     """The batch of one record, corrupted whatever the method."""
-    examples = data.RecordDataset(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), seed)
+    examples = data.RecordDataset(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, Corruption("blur=8"), seed)
     return data.to_device(data.collate([examples[0, which]], s.model.tokenizer.pad_token_id), torch.device("cpu"), torch.float64)
 
 
@@ -77,7 +78,7 @@ def test_attention_maps_draw_those_numbers(setup, drawn, tmp_path, method):
     s.model.eval()
     record = s.records[0]
     record.boxes = [[10, 20, 40, 60]]
-    path = figures.attention_maps(s.model, s.fmt, s.settings, [record, s.records[1]], tmp_path / "a.png", {2}, ("blur", 8, 8))
+    path = figures.attention_maps(s.model, s.fmt, s.settings, [record, s.records[1]], tmp_path / "a.png", {2}, Corruption("blur=8"))
     check_png(path, (9.6 if method == "crystal" else 7.4, 8.7))
     batch = data.to_device(one(s, 0), torch.device("cpu"), torch.float32)
     copied = s.method.copied(batch) if s.fmt.count else None
@@ -132,11 +133,7 @@ def test_what_is_said_is_green_where_it_is_right(setup, drawn, tmp_path, monkeyp
     """
     s = setup(
         "--corruption",
-        "mask",
-        "--strength_low",
-        "0.3",
-        "--strength_high",
-        "0.5",
+        "mask=0.3:0.5",
         "--seed",
         "4",
         dtype=torch.float32,

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 import crystal.backbone.model
 from crystal import methods, train
+from crystal.corrupt import Corruption
 from crystal.runtime import data, distributed
 from crystal.runtime.config import Progress
 
@@ -102,7 +103,7 @@ class Case:
     line: bool = False               # after the warm-up a line, not a cosine
     dtype: torch.dtype = torch.float32
     narrow: bool = False             # computed in bfloat16 on float32 weights
-    corruption: tuple = None
+    corruption: Corruption = None
     seed: int = 4
     untied: bool = False
     validated: list = field(default_factory=list)  # after which updates
@@ -227,7 +228,7 @@ from crystal.runtime import config
 from crystal.runtime.config import Stage, setting
 from crystal.methods import crystal
 
-@dataclass
+@dataclass(frozen=True)
 class Settings(crystal.Settings):
     second: str = setting("", "records of the second stage")
 
@@ -243,7 +244,7 @@ class Method(crystal.Method):
     Settings = Settings
     monitored = ("mass_int", "mass_cor", "kl")
 """
-BLUR = ("blur", 2.0, 5.0)
+BLUR = Corruption("blur=2:5")
 ONES = {"ce_int": 1.0, "ce_cor": 1.0, "kl": 1.0, "attn": 1.0}
 
 CASES = {
@@ -256,7 +257,7 @@ CASES = {
     "full": Case("--tune full --dtype bfloat16 --checkpointing --accumulation 3 --lr 2e-3 --weight_decay 0.3 "
                  "--decay linear --warmup 0.3 --clip 1000 --corruption noise",
                  [Part(0, 6, 2e-3, 2)], ONES, accumulation=3, clip=1000.0, decay=0.3, line=True, narrow=True,
-                 corruption=("noise", 15.0, 50.0)),
+                 corruption=Corruption("noise=15:50")),
     # Nothing but the rows, which have a head of their own; one record at a time.
     "rows": Case("--tune tokens --batch_size 1 --lr 1e-2 --lr_tokens 0.5 --weight_decay 0.9 --warmup 0",
                  [Part(0, 6, 1e-2, 0)], ONES, batch=1, rows=0.5, corruption=BLUR, untied=True),

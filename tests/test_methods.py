@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -220,3 +221,16 @@ def test_a_built_in_run_keeps_no_file(model_dirs, records_file, tmp_path):
                       "--eval_every", "0", "--output", str(tmp_path / "run")])
     assert not (run / "method.py").exists() and "method_sha256" not in json.loads((run / "config.json").read_text())
     assert opening.open_model(run)[2].method == "sft"
+
+
+def test_settings_do_not_change(tmp_path):
+    """They were checked when they were made. A method's file that declares them otherwise is told so in one line."""
+    for name in ("sft", "crystal", "released", "livr", "lavit", "valr"):
+        settings = methods.parse(["--method", name])
+        with pytest.raises(FrozenInstanceError):
+            settings.latents = 3
+    file = tmp_path / "mine.py"
+    file.write_text("from dataclasses import dataclass\nfrom crystal.methods import crystal\n\n@dataclass\nclass Settings(crystal.Settings):\n    mine: int = 3\n")
+    with pytest.raises(UserError) as refused:
+        methods.get(str(file))
+    assert str(refused.value) == f"--method {file}: settings do not change once they are made; write @dataclass(frozen=True)"

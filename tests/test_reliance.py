@@ -11,6 +11,7 @@ import torch
 
 from crystal import evaluate, train
 from crystal.attention_bias import AttentionBias, additive_mask
+from crystal.corrupt import Corruption
 from crystal.evaluation import reliance
 from crystal.evaluation.reliance import (
     CONDITIONS,
@@ -276,7 +277,7 @@ def test_each_condition_feeds_what_it_says(setup, monkeypatch):
 
     monkeypatch.setattr(reliance, "replaced", spy)
     monkeypatch.setattr(reliance, "generate", fake)
-    result = measure(s.model.eval(), s.fmt, s.records, ("blur", 3.0, 3.0), batch_size=3, max_new_tokens=3)
+    result = measure(s.model.eval(), s.fmt, s.records, Corruption("blur=3"), batch_size=3, max_new_tokens=3)
     assert len(fed) == len(CONDITIONS)
     assert [c["right"] for c in result["conditions"]] == [1.0, 0, 0, 0, 0, 0, 1.0, 0, 0] and result["used"]
     assert [c.get("changed") for c in result["conditions"]] == [None, 1, 1, 1, 1, 1, 0, 1, 1]
@@ -320,7 +321,7 @@ def test_command_line(model_dirs, records_file, tmp_path, capsys):
     out = capsys.readouterr().out
     folder = run / "reliance" / "train"
     result = json.loads((folder / "reliance.json").read_text())
-    assert result["verdict"] in out and result["corruption"] == ["noise", 30.0, 30.0] and result["model"] == str(run) and (folder / "reliance.txt").read_text() in out
+    assert result["verdict"] in out and result["corruption"] == "noise=30" and result["model"] == str(run) and (folder / "reliance.txt").read_text() in out
     assert (folder / "attention.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="no latents"):
         evaluate.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--reliance", "--device", "cpu"])

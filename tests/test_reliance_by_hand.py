@@ -16,10 +16,11 @@ from scipy.stats import binomtest
 
 import by_hand
 from crystal.attention_bias import AttentionBias
+from crystal.corrupt import Corruption
 from crystal.evaluation import reliance
 from crystal.runtime import data, distributed
 
-WHOLE = ("mask", 1.0, 1.0)  # corruption: every pixel becomes 0, so that a corrupted picture is black
+WHOLE = Corruption("mask=1")  # corruption: every pixel becomes 0, so that a corrupted picture is black
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_every_condition_has_its_right_table(hand, monkeypatch):
     assert found["followed"] == {"latents: swapped": 5 / 8, "as trained": 1 / 8}
     # Four of eight are lost. A resample loses Binomial(8, 1/2): its quantiles at 2.5 and 97.5 percent are 1 and 7.
     assert found["used"] is True and "+50.0 points, 95 % interval +12.5 to +87.5" in found["verdict"]
-    assert (found["questions"], found["latents"], found["corruption"], found["seed"]) == (8, 3, ["mask", 1.0, 1.0], 0)
+    assert (found["questions"], found["latents"], found["corruption"], found["seed"]) == (8, 3, "mask=1", 0)
     assert found["rule"] == "used if the paired 95 % interval of (as trained - swapped) lies above 0"
 
 
@@ -317,7 +318,7 @@ def test_too_few_questions_for_the_ranks(hand):
 # --- what a reader sees --------------------------------------------------------------------------------------------------
 
 RESULT = {
-    "questions": 40, "latents": 3, "corruption": ["blur", 2.0, 5.0], "rule": "the rule", "verdict": "the verdict",
+    "questions": 40, "latents": 3, "corruption": "blur=2:5", "rule": "the rule", "verdict": "the verdict",
     "conditions": [{"condition": "as trained", "right": 0.75, "low": 0.6, "high": 0.86},
                    {"condition": "latents: swapped", "right": 0.5, "low": 0.35, "high": 0.65, "difference": -0.25, "difference_low": -0.4,
                     "difference_high": -0.075, "changed": 0.325}],
@@ -329,7 +330,7 @@ RESULT = {
 def test_the_text_by_hand():
     """A half width is half of the interval; signs, columns and percent as printed."""
     assert reliance.text(RESULT).splitlines() == [
-        "40 questions; percent right; differences to the first line are paired, with 95 % intervals; corruption blur 2 to 5",
+        "40 questions; percent right; differences to the first line are paired, with 95 % intervals; corruption blur=2:5",
         "condition                                  right  difference     95 % interval  answers changed",
         "as trained                            75.0 ±13.0",
         "latents: swapped                      50.0 ±15.0       -25.0     -40.0 to -7.5             32.5",

@@ -199,5 +199,5 @@ def test_the_bottleneck_leaves_the_answer_the_latents_alone(setup, monkeypatch, 
     assert bias.queries[0].tolist() == rows and sum(rows) == 1 and bias.keys[0].tolist() == keys
     assert (
         issubclass(methods.get(str(FILES / "reliance_bottleneck.py")), methods.get("crystal"))
-        and not s.method.corrupts
+        and s.method.corruption is None
     )

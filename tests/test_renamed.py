@@ -4,6 +4,7 @@ Each was stopped after the second of four updates; metrics.jsonl holds what the 
 """
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,7 @@ def copied(tmp_path, monkeypatch):
 def test_an_old_run_opens_under_todays_names(copied, name):
     model, fmt, settings = opening.open_model(copied(name))
     today = methods.parse([*RUNS[name], *COMMON, "--keep", "2", "--log_every", "1", "--output", f"tests/old/{name}"])
-    today.dtype = settings.dtype  # what "auto" meant is saved
-    settings.checkpointing = today.checkpointing
+    today = replace(today, dtype=settings.dtype)  # what "auto" meant is saved
     assert settings == today
     prompt = fmt.question([("user", "Hello")], [])[0]
     assert fmt.count == 2 and len(generate(model, [(prompt, None, None)], fmt, 2)) == 1
@@ -80,6 +80,13 @@ def test_a_preset_of_a_file_of_ones_own_goes():
         "method": "/x/mine.py", "ce": "pooled"}
 
 
+def test_the_two_ends_of_a_strength_stand_behind_its_mode():
+    old = {"method": "crystal", "corruption": "mask", "strength_low": 0.25, "strength_high": 0.3}
+    assert renamed.settings(old) == {"method": "crystal", "corruption": "mask=0.25:0.3"}
+    own = {"method": "crystal", "corruption": "mask", "strength_low": None, "strength_high": None}
+    assert renamed.settings(own) == {"method": "crystal", "corruption": "mask"}
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--realisation", "kv"], "--realisation is now --latent_copy"),
     (["--lr_rows=2"], "--lr_rows is now --lr_tokens"),
@@ -87,6 +94,8 @@ def test_a_preset_of_a_file_of_ones_own_goes():
     (["--tune", "rows"], "--tune rows is now --tune tokens"),
     (["--tune=rows"], "--tune rows is now --tune tokens"),
     (["--preset", "released"], "--preset released is now --method released"),
+    (["--strength_low", "2"], "--strength_low is now part of --corruption, as in --corruption blur=2:8"),
+    (["--strength_high=2"], "--strength_high is now part of --corruption, as in --corruption blur=2:8"),
     (["--preset", "paper"], "--preset paper is now --method crystal"),
 ])
 def test_an_old_flag_ends_in_one_line(flags, message):

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 import crystal.backbone.model
 import crystal.latent_copy
 import crystal.methods.crystal
+import crystal.corrupt as corruptions
 from crystal import feedback, lora, methods, train
 from crystal.layout import IGNORE
 from crystal.runtime import checkpoint, config, data
@@ -212,7 +213,7 @@ OWN = {
     "sft": {},
     # Eq. 3 to 6, table 4 (KL is the best row) and table 5 (blur is).
     "crystal": dict(
-        thought="fixed", labels="all", corruption="blur", strength_low=None, strength_high=None,
+        thought="fixed", labels="all", corruption="blur",
         latent_copy="kv", copied="latents", ce="per_path", kl_share=1.0, answer_positions="predicting",
         attn_loss="kl", attn_heads="keep", attn_columns="latents", attn_layers="last", teacher_grad=False,
         w_ce_int=1.0, w_ce_cor=1.0, w_kl=1.0, w_attn=1.0,
@@ -265,7 +266,7 @@ CHOICES = {
     "latent_kind": "diverse identical", "turns": "first all", "tune": "lora full tokens",
     "decay": "cosine linear", "dtype": "auto float32 bfloat16 float64", "on_bad_record": "stop skip",
     "thought": "fixed cot", "labels": "all answer",
-    "corruption": "blur mask crop jigsaw color noise impulse", "latent_copy": "hidden kv packed",
+    "latent_copy": "hidden kv packed",
     "copied": "latents thought", "ce": "per_path pooled", "answer_positions": "predicting span",
     "attn_loss": "kl frobenius mse", "attn_heads": "keep mean", "attn_columns": "latents thought all",
     "place": "after before", "mask": "prompt answer", "latents_see": "all image", "gate": "cosine hard open",
@@ -327,8 +328,8 @@ def test_each_bound_just_met_and_just_passed(method, flag, last, beyond):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--strength_low", "1", "--strength_high", "0.9"], ["--strength_low", "-1", "--strength_high", "2"],
-        ["--strength_high", "2"], ["--strength_low", "2"],
+        ["--corruption", "blur=1:0.9"], ["--corruption", "blur=-1:2"], ["--corruption", "blur="],
+        ["--corruption", "blur=2:"], ["--corruption", "blur,"], ["--corruption", "nothing=1"],
         ["--attn_heads", "mean", "--attn_loss", "frobenius"], ["--method", "livr", "--latents", "0"],
         ["--method", "lavit", "--turns", "all"], ["--method", "lavit", "--turns", "all", "--w_gaze", "0"],
         ["--method", "lavit", "--turns", "all", "--w_semantics", "0"],
@@ -342,7 +343,7 @@ def test_flags_that_exclude_one_another(flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--strength_low", "1", "--strength_high", "1"], ["--strength_low", "0", "--strength_high", "2"],
+        ["--corruption", "blur=1:1"], ["--corruption", "blur=0:2"], ["--corruption", "blur=0,noise"],
         ["--attn_heads", "mean"], ["--method", "livr", "--latents", "0", "--mask", "answer"],
         ["--method", "livr", "--latents", "0", "--masked", "0"],
         ["--method", "lavit", "--turns", "all", "--w_gaze", "0", "--w_semantics", "0"],
@@ -352,13 +353,16 @@ def test_and_those_that_do_not(flags):
     methods.parse(flags)
 
 
-def test_a_strength_beyond_its_modes_limit_is_told(built):
-    """mask takes a share: 1 at most; blur's radius goes to 256 px."""
-    assert data.corruption_of(
-        methods.parse(["--corruption", "mask", "--strength_low", "0", "--strength_high", "1"])
-    ) == ("mask", 0.0, 1.0)
-    with pytest.raises(UserError, match="--strength_high 1.5: mask goes up to 1"):
-        built("--corruption", "mask", "--strength_low", "0", "--strength_high", "1.5")
+def test_a_strength_beyond_its_modes_limit_is_told():
+    """mask takes a share: 1 at most."""
+    assert steps("mask=0:1") == [("mask", 0.0, 1.0)]
+    with pytest.raises(UserError, match="--corruption mask=0:1.5: mask goes from 0 to 1"):
+        steps("mask=0:1.5")
+
+
+def steps(text):
+    """The (mode, low, high) that --corruption makes of a text."""
+    return methods.get("crystal")(methods.parse(["--corruption", text])).corruption.steps
 
 
 # ---- what is trained on what -------------------------------------------------------------------------------
@@ -967,18 +971,18 @@ def test_dropouts_seed_reaches_the_masks(run, monkeypatch):
     )
 
 
-@holds("seed", "corruption", "strength_low", "strength_high", of="crystal")
+@holds("seed", "corruption", of="crystal")
 def test_corruption_has_the_mode_and_strength_that_are_told_and_the_seeds_own(built, monkeypatch):
     """What the operator is asked for.
 
     The mode, and a strength uniform between the two ends, drawn anew for epoch and record.
     """
-    asked, corrupt = [], data.corrupt
+    asked, corrupt = [], corruptions.corrupt
     monkeypatch.setattr(
-        data, "corrupt",
-        lambda x, mode, strength, g: asked.append((mode, strength)) or corrupt(x, mode, strength, g),
+        corruptions, "corrupt",
+        lambda x, mode, strength, *more: asked.append((mode, strength)) or corrupt(x, mode, strength, *more),
     )
-    flags = ["--corruption", "noise", "--strength_low", "40", "--strength_high", "44"]
+    flags = ["--corruption", "noise=40:44"]
     pixels = {}
     for seed in ("1", "1", "2"):
         s = built(*flags, "--seed", seed)
@@ -1011,7 +1015,7 @@ def test_each_mode_has_its_own_range(mode, low, high):
 
     Crop's and impulse's are ours).
     """
-    assert data.corruption_of(methods.parse(["--corruption", mode])) == (mode, low, high)
+    assert steps(mode) == [(mode, low, high)]
 
 
 def test_validation_is_corrupted_from_a_seed_of_its_own(built, twelve):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from conftest import gradients
 from crystal import methods, opening, train
+from crystal.corrupt import Corruption
 from crystal.layout import IGNORE
 from crystal.methods import valr
 from crystal.runtime import checkpoint, data
@@ -207,7 +208,7 @@ def test_attention_is_drawn_of_fed_back_latents(made, tmp_path):
     from crystal.evaluation import figures
     s = made(dtype=torch.float32, which=[0])
     s.model.eval()
-    examples = data.RecordDataset(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, ("blur", 8, 8), 0)
+    examples = data.RecordDataset(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, Corruption("blur=8"), 0)
     batch = data.to_device(data.collate([examples[0, 0]], 0), torch.device("cpu"), torch.float32)
     fed = valr.position_mask(batch["latents"], batch["input_ids"].shape[1])
     found = figures.answer_attention(s.model, batch, s.settings, {0, 2}, None, fed)

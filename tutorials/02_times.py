@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -44,12 +45,12 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as scenes:
         toy.generate(scenes, train=args.batch_size, val=1, test=1)
         records, _ = data.read(f"{scenes}/train.jsonl")
-        examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, data.corruption_of(settings))
+        examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, method.corruption)
         batch = data.collate([examples[0, i] for i in range(len(records))], model.tokenizer.pad_token_id)
     trains = [p for _, p in model.trainable()]
 
     def step(realisation):
-        settings.latent_copy = realisation
+        method.settings = replace(settings, latent_copy=realisation)
         started = time.perf_counter()
         terms = method.losses(model, batch, None)
         torch.autograd.grad(total({n: t for n, t in terms.items() if n not in method.monitored}, settings.weights), trains, allow_unused=True)

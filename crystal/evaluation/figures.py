@@ -17,9 +17,8 @@ from PIL import Image
 
 from crystal import feedback, methods
 from crystal.attention import AttentionRecorder
-from crystal.corrupt import LEVELS, MODES, corrupt
+from crystal.corrupt import LEVELS, MODES, Corruption, corrupt
 from crystal.latent_copy import dual_forward
-from crystal.methods.crystal import Settings as CrystalSettings
 from crystal.methods.crystal import position_mask
 from crystal.runtime import data
 from crystal.runtime.config import Settings, UserError
@@ -197,11 +196,22 @@ class Seen(data.RecordDataset):
         return super().pixels(images)
 
 
+def described(corruption):
+    """What a corruption does, in words with units; of a function that is no corrupt.Corruption, its text."""
+    if not isinstance(corruption, Corruption):
+        return str(corruption)
+    parts = []
+    for mode, low, high in corruption.steps:
+        strength = UNITS.get(mode, "{:g}").format(low)
+        parts.append(f"{mode}, {strength}" + (f" to {high:g}" if high > low else ""))
+    return "; then ".join(parts)
+
+
 def attention_maps(model, fmt, settings, records, path, layers=None, corruption=None):
     """Where the answer looks in both paths, a line per record, as in figures 14 to 16 -> path of the PNG.
 
     settings: of the run, or None for a model that is not one. layers: set of decoder layers, None for all. corruption:
-    (mode, low, high), by default the settings' own, else CrystaL's. Brightness is the mean over heads and layers of true softmax weights,
+    corrupt.Corruption, by default the method's own, else CrystaL's. Brightness is the mean over heads and layers of true softmax weights,
     one scale for both paths of a record; boxes are the record's. What a path says is its greedy first token, green where
     the reference has it too. RecordError: no image, or boxes that are not four numbers each.
     """
@@ -212,14 +222,13 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
     settings = settings or Settings(method="sft")
     method = methods.get(settings.method)(settings)
     layers = set(range(len(model.layers))) if layers is None else layers
-    mode, low, high = corruption = corruption or data.corruption_of(settings if method.corrupts else CrystalSettings())
-    strength = UNITS[mode].format(low) + (f" to {high:g}" if high > low else "")
+    corruption = corruption or method.corruption or Corruption()
     # A veil that lifts where the answer looks: colours stay true, and a question may be about them.
     veil = LinearSegmentedColormap.from_list("veil", [(0, 0, 0, 0.8), (0, 0, 0, 0)])
     bars = [1.2] if fmt.count else []
     lines = fig.subfigures(len(records), 1, squeeze=False)[:, 0]
     which = "all layers" if len(layers) == len(model.layers) else f"layers {', '.join(map(str, sorted(layers)))}"
-    fig.suptitle(f"Attention of the token that predicts the answer, mean over heads and {which}\ncorruption: {mode}, {strength}", fontsize=10)
+    fig.suptitle(f"Attention of the token that predicts the answer, mean over heads and {which}\ncorruption: {described(corruption)}", fontsize=10)
     for line, record in zip(lines, records):
         examples = Seen([record], lambda r, n: method.layout(fmt, r, n), model.image_processor, corruption, settings.seed, copies=fmt.copies)
         batch = data.to_device(data.collate([examples.build(0, 0) | {"bad": []}], model.tokenizer.pad_token_id), model.device, model.hf.dtype)

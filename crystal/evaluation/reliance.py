@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from crystal.attention import AttentionRecorder
 from crystal.attention_bias import AttentionBias
+from crystal.corrupt import Corruption
 from crystal.evaluation import figures
 from crystal.evaluation.benchmarks import score, tidy, wilson
 from crystal.generate import generate
@@ -243,10 +244,10 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
 
 
 @torch.no_grad()
-def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, max_new_tokens=32, seed=0, procs=None, progress=False, biases=None):
+def measure(model, fmt, records, corruption=Corruption(), batch_size=16, max_new_tokens=32, seed=0, procs=None, progress=False, biases=None):
     """A model with latents on records -> everything as one JSON object (see `summarise`); all ranks take their share and return the whole.
 
-    corruption: (mode, low, high). biases: function (batch) -> [attention_bias.AttentionBias], a mask under which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
+    corruption: a corrupt.Corruption. biases: function (batch) -> [attention_bias.AttentionBias], a mask under which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
     """
     procs = procs or distributed.Processes(device=model.device)
     kept, dropped = questions(model, fmt, records, "keep", corruption, seed), questions(model, fmt, records, "drop", corruption, seed)
@@ -307,7 +308,7 @@ def measure(model, fmt, records, corruption=("blur", 2.0, 5.0), batch_size=16, m
     mass = attention_mass(model, fmt, records, batch_size, procs, bar.update)
     bar.close()
     summary = summarise(procs.gather(results), records, partner, seed)
-    return summary | {"attention": mass, "corruption": list(corruption), "seed": seed, "latents": counts.pop()}
+    return summary | {"attention": mass, "corruption": str(corruption), "seed": seed, "latents": counts.pop()}
 
 
 def summarise(results, records, partner, seed=0):
@@ -337,8 +338,7 @@ def summarise(results, records, partner, seed=0):
 
 def text(result):
     """The result of `measure` -> table, attention and verdict as lines."""
-    mode, low, high = result["corruption"]
-    lines = [f"{result['questions']} questions; percent right; differences to the first line are paired, with 95 % intervals; corruption {mode} {low:g} to {high:g}",
+    lines = [f"{result['questions']} questions; percent right; differences to the first line are paired, with 95 % intervals; corruption {result['corruption']}",
              "condition".ljust(36) + "right".rjust(12) + "difference".rjust(12) + "95 % interval".rjust(18) + "answers changed".rjust(17)]
     for c in result["conditions"]:
         line = c["condition"].ljust(36) + f"{100 * c['right']:.1f} ±{50 * (c['high'] - c['low']):.1f}".rjust(12)

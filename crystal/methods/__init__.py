@@ -3,7 +3,8 @@
 `--method name` takes a built-in one, `--method path/to/mine.py` a user's own: a class `Method(settings)`, which inherits
 from sft's (or another's) what it does not change:
     Settings          config.Settings, or a subclass in the method's file: settings of its own, defaults, weights, stages
-    corrupts          whether it needs corrupted images in the batch
+    corruption        how its second image is made: function (image [3,H,W] in [0,1], generator) -> the same shape; None without one.
+                      A corrupt.Corruption reads `--corruption`; Settings.corruptions are the modes that it may name
     tokens            the new special tokens that it adds to the vocabulary
     format(tokenizer) -> layout.Format, which makes the prompt to generate from, and the chat template of the export
     layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, which validation sees
@@ -12,13 +13,14 @@ from sft's (or another's) what it does not change:
     hidden(model, batch, recorder) -> the last states without losses, for evaluation's look at attention
     biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
     losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress: config.Progress
-    monitored           names among them that are logged and not trained
+    monitored         names among them that are logged and not trained
+    metric            the name of the loss, or "loss" for their sum, whose least value at a validation makes the best checkpoint
 """
 import hashlib
 import importlib
 import importlib.util
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from crystal.backbone.model import prepare
@@ -45,6 +47,8 @@ def get(name):
                 del sys.modules[key]
                 if isinstance(error, SyntaxError):
                     raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
+                if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
+                    raise UserError(f"--method {name}: settings do not change once they are made; write @dataclass(frozen=True)") from None
                 raise
         module = sys.modules[key]
     else:
@@ -64,7 +68,7 @@ def parse(argv=None):
     renamed.check_flags(sys.argv[1:] if argv is None else argv)
     settings = config.parse(argv, lambda name: get(name).Settings)
     if settings.method.endswith(".py"):
-        settings.method = str(Path(settings.method).resolve())
+        settings = replace(settings, method=str(Path(settings.method).resolve()))
     return settings
 
 

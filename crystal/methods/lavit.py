@@ -31,7 +31,7 @@ from crystal.runtime.config import UserError, setting
 from crystal.runtime.ops import attn_slice
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings(config.Settings):
     """The paper's values (appendix A.2)."""
 

@@ -21,7 +21,7 @@ from crystal.runtime import config
 from crystal.runtime.config import Stage, UserError, setting
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings(config.Settings):
     """The paper's values, and its controls (table 3)."""
 

@@ -21,7 +21,7 @@ from crystal.runtime.config import changed
 released = partial(changed, crystal.Settings)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings(crystal.Settings):
     """The released code's defaults."""
 

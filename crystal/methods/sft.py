@@ -16,8 +16,9 @@ from crystal.runtime.ops import attn_slice, ce_rows
 class Method:
     """Every part that a method has; another method says where it differs. See methods/__init__.py."""
     Settings = config.Settings
-    corrupts = False
+    corruption = None
     monitored = ()
+    metric = "ce"
 
     def __init__(self, settings):
         self.settings = settings
@@ -82,4 +83,4 @@ def mass_recorder(model, batch, biases=()):
 
 def mass_term(recorder):
     """What a mass_recorder has read -> {"mass": mean over the batch's pairs}; {} of None."""
-    return {"mass": torch.stack(list(recorder.slices.values())).mean()} if recorder else {}
+    return {"mass": recorder.mean().mean()} if recorder else {}

@@ -30,7 +30,7 @@ from crystal.runtime.config import Stage, UserError, setting
 TOKENS = ("<latent>", "</latent>", "<answer>", "</answer>")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings(config.Settings):
     """The paper's values where it gives any."""
 

@@ -10,6 +10,8 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from crystal.corrupt import BUILT_IN, Corruption
+
 
 class UserError(Exception):
     """A mistake of the user's, told in one clear line; entry points print it and exit with code 2."""
@@ -47,11 +49,12 @@ class Progress:
     of_run: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """What every method has; a method's own class adds fields, and may change defaults."""
 
     least_latents = 1        # a method that can do without has 0
+    corruptions = BUILT_IN   # {name: corrupt.Mode}: what --corruption may name, here and in evaluate; a method's file may add its own
 
     # what to train on what
     method: str = setting("crystal", "sft, crystal, released, livr, lavit, valr, or the path of a file of your own that defines Method")
@@ -153,6 +156,14 @@ class Settings:
         stage = next((i for i in range(last) if step < self.span(i)[1]), last)
         start, stop = self.span(stage)
         return Progress(step, stage, (step - start) / (stop - start) if stop > start else 1.0, step / self.max_steps)
+
+
+def corruption_of(text, modes=BUILT_IN):
+    """--corruption -> corrupt.Corruption. UserError if it is none."""
+    try:
+        return Corruption(text, modes)
+    except ValueError as error:
+        raise UserError(f"--corruption {error}") from None
 
 
 def layers_of(text, count):

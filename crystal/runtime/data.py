@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
-from crystal.corrupt import LIMIT, PRIOR, corrupt
 from crystal.layout import IGNORE
 from crystal.runtime.config import UserError
 
@@ -261,8 +260,9 @@ def load_features(record, name):
 class RecordDataset(Dataset):
     """(epoch, index) -> one example: a Layout and the pixels of its images, intact and, if asked for, corrupted.
 
-    image_processor: a families.Images. layout: function (record, image token counts) -> Layout. corruption: (mode, low, high) or None; strength and place
-    are drawn from (seed, epoch, index, image), so that they depend neither on ranks nor on workers nor on a resume.
+    image_processor: a families.Images. layout: function (record, image token counts) -> Layout. corruption: a
+    corrupt.Corruption, or a function (image [3,h,w] in [0,1], generator) -> image; None: no corrupted images. Its generator is seeded by
+    (seed, epoch, index, image), so that what it draws depends neither on ranks nor on workers nor on a resume.
     grey: feed uniformly grey images, what a blind model sees. copies: how often each image stands in the sequence.
     extras: function (record, its RGB PIL images) -> {name: tensor [n,..]}, what else a method wants in the batch.
     """
@@ -310,13 +310,14 @@ class RecordDataset(Dataset):
         example["layout"] = self.layout(record, counts)
         example["extras"] = self.extras(record, images) if self.extras else {}
         if self.corruption:
-            mode, low, high = self.corruption
             corrupted = []
             for n, image in enumerate(images):
                 g = torch.Generator().manual_seed(seed_of(self.seed, epoch, index, n))
-                strength = low + (high - low) * torch.rand((), generator=g).item()
                 x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # [3,h,w]
-                x = corrupt(x, mode, strength, g)
+                try:
+                    x = self.corruption(x, g)
+                except ValueError as error:  # of a function of the user's own
+                    raise RecordError(f"{record.where}: --corruption {self.corruption}: {error}") from error
                 corrupted.append(Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()))
             example["pixel_values_cor"] = self.pixels(corrupted)["pixel_values"]
         return example
@@ -421,12 +422,3 @@ class BatchSampler:
 def loader(examples, order, pad, workers=0, worker_init=None):
     """Batches in the given order (any iterable of lists of (epoch, index)) -> a torch DataLoader of what `collate` returns."""
     return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init)
-
-
-def corruption_of(settings):
-    """(mode, low, high) of the settings: the strength's uniform range, the mode's own unless given."""
-    mode = settings.corruption
-    low, high = PRIOR[mode] if settings.strength_low is None else (settings.strength_low, settings.strength_high)
-    if high > LIMIT[mode]:
-        raise UserError(f"--strength_high {high}: {mode} goes up to {LIMIT[mode]}")
-    return mode, low, high

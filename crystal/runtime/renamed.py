@@ -23,6 +23,11 @@ def settings(saved):
         if name in saved:
             saved[name] = values.get(saved[name], saved[name])
 
+    # Two flags were the ends of the strength's range; the range now stands behind the mode.
+    low, high = saved.pop("strength_low", None), saved.pop("strength_high", None)
+    if low is not None:
+        saved["corruption"] += f"={low}:{high}"
+
     # What a preset chose is saved in each setting; the authors' choices are a method of their own now.
     if saved.pop("preset", "paper") == "released" and saved.get("method") == "crystal":
         saved["method"] = "released"
@@ -48,6 +53,8 @@ def check_flags(argv):
             continue
         if name == "preset":
             raise UserError(f"--preset {following} is now --method {following if following == 'released' else 'crystal'}")
+        if name in ("strength_low", "strength_high"):
+            raise UserError(f"{word} is now part of --corruption, as in --corruption blur=2:8")
         if name in SETTINGS:
             raise UserError(f"{word} is now --{SETTINGS[name]}")
         if following in VALUES.get(name, {}):

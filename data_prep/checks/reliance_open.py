@@ -3,15 +3,12 @@
 CrystaL's sequence, and cross-entropy as the only loss: the image stays in sight, so the answer may read it and pass the latents by.
 LIVR's control "latents only" (table 3). reliance_bottleneck.py is the same with the direct path closed.
 """
-from crystal.methods.crystal import Method as CrystaL
+from crystal.methods.crystal import LatentThought
 from crystal.methods.sft import cross_entropy
 
 
-class Method(CrystaL):
+class Method(LatentThought):
     """Latents in the sequence, cross-entropy alone."""
-
-    corrupts = False
-    monitored = ()
 
     def losses(self, model, batch, progress):
         """{"ce": token mean per pair, averaged over the batch's pairs}."""
