@@ -91,14 +91,6 @@ def add_lora(model, pattern, r=16, alpha=32, dropout=0.0, generator=None):
     return list(found)
 
 
-@torch.no_grad()
-def merge(model):
-    """Turns every LoRALinear of `model` back into its nn.Linear, with weight `merged`, in place. No other weight is touched."""
-    for name, layer in adapters(model).items():
-        layer.base.weight.copy_(layer.merged(layer.base.weight))
-        _replace(model, name, layer.base)
-
-
 def _replace(model, name, module):
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -608,7 +608,7 @@ SETTINGS = [
           "tests/test_settings.py::test_an_adapter_has_rank_r_and_counts_alpha_over_r"),
     Break("lora-merge-without-scale", "crystal/lora.py",
           "self.scale * (self.lora_B @ self.lora_A)", "(self.lora_B @ self.lora_A)",
-          "Merged weights are not what was trained.", "tests/test_lora.py::test_merge"),
+          "Merged weights are not what was trained.", "tests/test_lora.py::test_merged_weights"),
     Break("lora-narrow-adapters", "crystal/lora.py",
           "return torch.float64 if weight.dtype == torch.float64 else torch.float32", "return weight.dtype",
           "Adapters on bfloat16 weights lose small updates.",

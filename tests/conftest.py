@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import crystal.backbone.model
 from crystal import methods
 from crystal.attention_bias import additive_mask
+from crystal.lora import LoRALinear
 from crystal.runtime import data
 from crystal.train import Objective
 
@@ -212,3 +213,14 @@ def gradients(loss, named):
     """[(name, gradient)] of a scalar; a parameter that it does not reach has zeros."""
     grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True, retain_graph=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named, grads)}
+
+
+@torch.no_grad()
+def put_in(model):
+    """Puts every adapter of a model into its Linear: W + (alpha / r) B A, computed as wide as the adapter is kept, rounded once."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            W, A, B = layer.base.weight, layer.lora_A, layer.lora_B
+            W.copy_((W.to(A.dtype) + layer.alpha / layer.r * (B @ A)).to(W.dtype))
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base)

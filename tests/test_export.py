@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import crystal.backbone.model
+from conftest import put_in
 from crystal import export, lora, opening, train
 from crystal.generate import generate
 from crystal.runtime import data
@@ -156,7 +157,7 @@ def test_every_kind_of_base(model_dirs, records_file, tmp_path):
         assert touched and all(TOUCHED["crystal"](n) for n in touched)
 
         model, fmt, _ = opening.open_model(run)  # the run itself, in memory
-        lora.merge(model.hf)
+        put_in(model.hf)
         ours = dict(model.hf.named_parameters())
         stored = {}
         for file in (run / "merged").glob("*.safetensors"):

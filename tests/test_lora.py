@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from conftest import put_in
 from crystal.lora import (
     LoRALinear,
     TrainableTokens,
@@ -17,7 +18,6 @@ from crystal.lora import (
     adapters,
     add_lora,
     load_adapter,
-    merge,
     save_adapter,
 )
 
@@ -159,13 +159,13 @@ def test_dropout_is_seeded_and_only_in_training():
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-5), (torch.float32, 2e-5), (torch.bfloat16, 0.15)], ids=str)
 @TIED
-def test_merge(tied, dtype, tolerance):
+def test_merged_weights(tied, dtype, tolerance):
     # Stock float64 modules still compute RMSNorm in float32, hence 1e-5 there too.
     model, rows = adapted(tied, dtype)
     b = batch(model)
     before, weights = logits(model, b), {n: w.clone() for n, w in model.state_dict().items()}
     layers = adapters(model)
-    merge(model)
+    put_in(model)
     assert not adapters(model) and set(model.state_dict()) == set(tiny(tied).state_dict())
     assert (logits(model, b) - before).abs().max() < tolerance
     for name, W in model.state_dict().items():
@@ -173,7 +173,9 @@ def test_merge(tied, dtype, tolerance):
         if layer is None:
             assert torch.equal(W, weights.get(name, weights.get(name.replace(".bias", ".base.bias")))), name
             continue
-        wide = weights[name.replace(".weight", ".base.weight")].to(layer.lora_A.dtype)
+        own = weights[name.replace(".weight", ".base.weight")]
+        wide = own.to(layer.lora_A.dtype)
+        assert torch.equal(layer.merged(own), W)
         assert torch.equal(W, (wide + 2 * (layer.lora_B @ layer.lora_A)).to(dtype)), name
         assert not torch.equal(W, wide.to(dtype)) and W.dtype == dtype
 
@@ -224,7 +226,7 @@ def test_no_other_row_ever_moves(tied):
         assert torch.equal(W[others], start[name][others]) and ((W - start[name])[IDS].abs().amax(1) > 1e-3).all()
     # Values with the hooks are those of a plain model that holds the same rows, gradients on or not.
     plain = tiny(tied, seed=5)
-    merge(model)
+    put_in(model)
     plain.load_state_dict(model.state_dict())
     with_hooks = logits(model, b)
     assert with_hooks.requires_grad and torch.equal(with_hooks, logits(plain, b))
@@ -335,7 +337,7 @@ def test_peft_and_transformers_load_it(tied, dtype, tmp_path):
             else:  # peft adds the adapter in float32, crystal in x's dtype
                 assert (z - expected).abs().max() < 0.05 * (base - expected).abs().max(), name
         if dtype == torch.float32:
-            merge(model)
+            put_in(model)
             assert (logits(peft.merge_and_unload(), b) - logits(model, b)).abs().max() < 1e-6
 
 
