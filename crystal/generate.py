@@ -59,6 +59,20 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
     return out[:, L:].tolist()
 
 
+def ask(model, fmt, images, question, max_new_tokens=64, latents="keep"):
+    """One question about images -> the answer. images: a list of paths, PIL images or bytes of files. UserError for one that cannot be read.
+
+    latents: "keep" the thought and its latents in the prompt, "drop" the latents, or "free": the model writes them itself. A
+    `<image>` typed in the question is text.
+    """
+    record = data.Record("--image", "", [("user", [""] * len(images) + [question])], "", images)
+    how = "none" if latents == "free" else latents
+    asked = data.RecordDataset([record], lambda r, n: fmt.question(r.turns, n, how), model.image_processor, copies=fmt.copies).build(0, 0)
+    room = thought_length(fmt, model.name) if latents == "free" else 0
+    prompt = (asked["layout"][0], asked["pixel_values"], asked["image_grid_thw"])
+    return generate(model, [prompt], fmt, max_new_tokens + room, latents=latents)[0]
+
+
 def answer_text(model, fmt, ids):
     """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all; no special tokens, trimmed."""
     if fmt.answer_start_id in ids:
@@ -136,11 +150,7 @@ def main(argv=None):
     procs = distributed.start(args.device)
     model, fmt, _ = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
                                method=args.method, trust_method=args.trust_method)
-    record = data.Record("--image", "", [("user", [""] * len(args.image) + [args.question])], "", args.image)  # a list: what is typed stays text
-    asked = data.RecordDataset([record], lambda r, n: fmt.question(r.turns, n, "none" if args.latents == "free" else args.latents), model.image_processor,
-                          copies=fmt.copies).build(0, 0)
-    room = thought_length(fmt, args.model) if args.latents == "free" else 0
-    procs.print(generate(model, [(asked["layout"][0], asked["pixel_values"], asked["image_grid_thw"])], fmt, args.max_new_tokens + room, latents=args.latents)[0])
+    procs.print(ask(model, fmt, args.image, args.question, args.max_new_tokens, args.latents))
     procs.stop()
 
 

@@ -3,6 +3,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_mistake_is_told_before_anything_starts(flags, message, monkeypatch, t
 def test_processes_share_the_batch(method):
     one, two = (methods.parse(["--method", method, *demo.recipe(method, world)]) for world in (1, 2))
     assert one.batch_size == 2 * two.batch_size == demo.BATCH
-    one.batch_size = two.batch_size
+    one = replace(one, batch_size=two.batch_size)
     assert one == two
 
 

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("", "corrupt layout attention_bias attention losses latent_copy feedback lora")],
     [("runtime", "config renamed ops distributed data toy checkpoint")],
-    [("backbone", "families model encoders")],
+    [("backbone", "families model record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening generate")],
     [("evaluation", "benchmarks predictions figures reliance"), ("serving", "chat engine")],
-    [("", "train evaluate export visualize serve compare demo bench")],
+    [("", "run train evaluate export visualize serve compare demo bench __main__")],
 ]
 CRYSTAL = ROOT / "crystal"
 LAYERS = [[CRYSTAL / folder / f"{stem}.py" for folder, stems in layer for stem in stems.split()] for layer in HOUSE]
@@ -138,11 +138,12 @@ def test_only_one_file_knows_torch_distributed():
             assert not found, f"{name(path)} says {found[0]!r}: that belongs in crystal/runtime/distributed.py"
 
 
-def test_imports_are_absolute_and_the_package_is_empty():
+def test_imports_are_absolute_and_the_package_imports_nothing():
     for path in SOURCES:
         relative = [(line, what) for line, what in imports(path) if what.startswith(".")]
         assert not relative, f"{name(path)}: relative imports {relative}"
-    assert not (CRYSTAL / "__init__.py").read_text().strip(), "crystal/__init__.py: importing one file must not import others"
+    outside = [node for node in ast.parse((CRYSTAL / "__init__.py").read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not outside, "crystal/__init__.py: importing one file must not import others"
 
 
 def test_no_module_shadows_the_standard_library():
@@ -153,7 +154,8 @@ def test_no_module_shadows_the_standard_library():
 
 @pytest.mark.parametrize("path", ORDER, ids=name)
 def test_every_file_has_a_test(path):
-    assert (ROOT / "tests" / f"test_{path.stem}.py").is_file(), f"{name(path)} has no tests/test_{path.stem}.py"
+    stem = path.stem.strip("_")  # __main__.py's is test_main.py
+    assert (ROOT / "tests" / f"test_{stem}.py").is_file(), f"{name(path)} has no tests/test_{stem}.py"
 
 
 def test_no_file_names_a_machine():

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from crystal.attention import AttentionRecorder
+from crystal.attention import AttentionRecorder, in_turn
 from crystal.attention_bias import AttentionBias
 from crystal.layout import TAGS, Format, latent_tokens
 from crystal.losses import gaze, semantics
@@ -155,7 +155,7 @@ class Method(SFT):
         recorder = AttentionRecorder(range(len(model.layers)), latents, batch["image"], attn_slice) if s.w_gaze else None
         biases = self.gated(model, batch, self.gamma(progress.of_run))
         mass = mass_recorder(model, batch, biases)
-        recorders = lambda *at: [t(*at) for t in (recorder, mass) if t]
+        recorders = in_turn(*(each for each in (recorder, mass) if each))
         h = model.hidden(batch, recorder=recorders, biases=biases)                                     # [B,L,D]
 
         terms = {"ce": cross_entropy(model, batch, h=h)} | mass_term(mass)

@@ -7,6 +7,7 @@ Whatever is wrong with a record is told with its file, line and field.
 
 B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer positions, N image tokens.
 """
+import io
 import json
 import re
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Record:
     id: str
     turns: list                      # [(role, text)]; the last is the user's question
     answer: str
-    images: list                     # paths, one for each <image> of the turns
+    images: list                     # one for each <image> of the turns: paths, PIL images, bytes of files or functions that open one
     cot: list = field(default_factory=list)
     boxes: list = field(default_factory=list)
     family: str = ""
@@ -74,6 +75,19 @@ def read(path, image_root="", turns="first"):
     return found, dropped
 
 
+def of_dictionaries(items, root=None):
+    """Parsed objects -> list of Record. root: the folder below which their images lie; None: paths are the caller's own, from where he stands.
+
+    An object is what a line of a JSONL file holds; its images may also be PIL images, or the bytes of a file. RecordError names the
+    object by its number in the list, and the field.
+    """
+    records = []
+    for i, item in enumerate(items):
+        found, _ = _records(f"record {i}", item, None if root is None else Path(root).resolve(), "first")
+        records += found
+    return records
+
+
 def check(where, item, root):
     """Whether `read` would take this parsed object: RecordError names the field if not. root: folder of its images."""
     _records(where, item, Path(root).resolve(), "first")
@@ -102,7 +116,13 @@ def _records(where, item, root, keep):
         raise RecordError(f"{where}: field {name!r}: {problem}")
 
     def file(name, p):
-        """A path below the root -> where the file lies."""
+        """A path below the root -> where the file lies. Without a root it may lie anywhere; an image in memory stays what it is."""
+        if not isinstance(p, str):
+            return p
+        if root is None:
+            if not Path(p).is_file():
+                bad(name, f"no such file: {p}")
+            return Path(p)
         told = p if len(p) < 200 else f"{p[:50]}... ({len(p)} characters)"
         try:
             full = (root / p).resolve()
@@ -141,9 +161,9 @@ def _records(where, item, root, keep):
             bad(f"{name}[{i}]", "an <image> marker outside the user's turns")
         turns.append((ROLES[who], text(f"{name}[{i}]", what)))
     paths = item.get("images", item.get("image")) or []
-    paths = [paths] if isinstance(paths, str) else paths
+    paths = paths if isinstance(paths, (list, tuple)) else [paths]
     field_name = "images" if "images" in item else "image"
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+    if not all(isinstance(p, (str, bytes, Image.Image)) for p in paths):  # JSON holds the first alone
         bad(field_name, "a path or a list of paths is needed")
     asked = sum(t.count("<image>") for _, t in turns)
     first_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
@@ -187,16 +207,20 @@ def _records(where, item, root, keep):
 
 
 def load_image(path, where):
-    """An image file, or a function that opens one -> PIL image as `rgb` makes it.
+    """An image file, a function that opens one, the bytes of one, or a PIL image -> PIL image as `rgb` makes it.
 
     RecordError for a broken or oversized one.
     """
+    told = "its bytes" if isinstance(path, bytes) else path
     try:
-        with Image.open(path() if callable(path) else path) as image:
+        if isinstance(path, Image.Image):
+            return rgb(path)
+        source = path() if callable(path) else path
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()  # verify() passes a truncated JPEG
             return rgb(image)
     except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the record's fault
-        raise RecordError(f"{where}: field 'image': {path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise RecordError(f"{where}: field 'image': {told}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def rgb(image):
