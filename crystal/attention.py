@@ -1,16 +1,20 @@
 """The slice of attention's weights that eq. 5 compares: M chosen rows on K chosen columns, never L x L.
 
-B sequences, L sequence length, H query heads, G key/value heads (H a multiple of G), d head size, M rows, K columns.
+B sequences, L sequence length, H query heads, G key/value heads (H a multiple of G), d head size, M rows, K
+columns.
 
     scores   S_mk = scale <q_m, k_k> + bias_mk, -inf where row m cannot see column k
     lse      lse_m = log sum_j exp S_mj over all L keys that row m sees
-    weights  A_mk = exp(S_mk - lse_m): what softmax attention gives to column k, other columns included in the sum
+    weights  A_mk = exp(S_mk - lse_m): what softmax attention gives to column k, other columns included in the
+             sum
 
-Rows m and columns k are positions of one sequence, so causality is col <= row; a query and its key share a position
-(training and prefill; decoding with a cache is left out). Attention itself keeps the last word on its output: nothing
-here touches it, which is why fused attention can stay on while its weights are supervised.
+Rows m and columns k are positions of one sequence, so causality is col <= row; a query and its key share a
+position (training and prefill; decoding with a cache is left out). Attention itself keeps the last word on
+its output: nothing here touches it, which is why fused attention can stay on while its weights are
+supervised.
 
-This file is the specification of the compiled operators. It builds M x L scores and keeps them for the backward pass.
+This file is the specification of the compiled operators. It builds M x L scores and keeps them for the
+backward pass.
 """
 import torch
 import torch.nn.functional as F
@@ -21,67 +25,85 @@ INF = float("inf")
 def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     """Scaled dot products of chosen rows and columns -> [B,H,M,K], float32 (float64 for float64 inputs).
 
-    q            [B,H,L,d], k [B,G,L,d] any float dtype, after rotary embedding; head h of H reads key head h // (H/G)
+    q            [B,H,L,d], k [B,G,L,d] any float dtype, after rotary embedding; head h of H reads key head h
+                 // (H/G)
     rows, cols   [B,M], [B,K] int64 positions in 0..L-1; -1 pads
     scale        factor of the dot products; d**-0.5 by default
-    bias         [B,1,M,L] float, added to the scores of the chosen rows (row m of it belongs to rows[:, m]); -inf blocks
+    bias         [B,1,M,L] float, added to the scores of the chosen rows (row m of it belongs to rows[:, m]);
+                 -inf blocks
     key_padding  [B,L] bool, True where the key is padding
 
-    -inf, with zero gradient, where the column lies after the row, is padding, is blocked, or either index is -1.
-    Raises TypeError for a key_padding that is not bool and for a bias that is not float: a mask of ones and zeros
-    would be read the wrong way round, or added to the scores where it blocks nothing.
+    -inf, with zero gradient, where the column lies after the row, is padding, is blocked, or either index is
+    -1. Raises TypeError for a key_padding that is not bool and for a bias that is not float: a mask of ones
+    and zeros would be read the wrong way round, or added to the scores where it blocks nothing.
     """
     check(q, k, bias, key_padding)
+
+    # Bias and padding are cut to the columns, as the keys are.
     at = cols.clamp(min=0)
     if bias is not None:
-        bias = bias.gather(3, at[:, None, None, :].expand(*bias.shape[:3], -1))  # [B,1,M,K]
+        index = at[:, None, None, :].expand(*bias.shape[:3], -1)
+        bias = bias.gather(3, index)                                # [B,1,M,K]
     if key_padding is not None:
-        key_padding = key_padding.gather(1, at)  # [B,K]
+        key_padding = key_padding.gather(1, at)                     # [B,K]
     return _scores(q, _take(k, cols), rows, cols, scale, bias, key_padding)
 
 
 def attn_lse(q, k, rows, *, scale=None, bias=None, key_padding=None):
-    """log sum exp of a row's scores over all keys that it sees -> [B,H,M], float32 (float64 for float64 inputs).
+    """log sum exp of a row's scores over all keys that it sees -> [B,H,M], float32 (float64 for float64
+    inputs).
 
     Arguments as in attn_scores. -inf, with zero gradient, for a padded row and for one that sees no key.
     """
     check(q, k, bias, key_padding)
-    every = torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1)  # [B,L]
-    scores = _scores(q, k, rows, every, scale, bias, key_padding)  # [B,H,M,L]
-    blind = scores.isneginf().all(-1)  # [B,H,M]
-    # logsumexp has a gradient of NaN where all is -inf: such rows get zeros first and their -inf after
-    return scores.masked_fill(blind[..., None], 0.0).logsumexp(-1).masked_fill(blind, -INF)
+    B, _, L, _ = k.shape
+    every = torch.arange(L, device=k.device).expand(B, -1)          # [B,L]
+    scores = _scores(q, k, rows, every, scale, bias, key_padding)   # [B,H,M,L]
+
+    # logsumexp has a gradient of NaN where all is -inf: such rows get zeros first and their -inf after.
+    blind = scores.isneginf().all(-1)                               # [B,H,M]
+    lse = scores.masked_fill(blind[..., None], 0.0).logsumexp(-1)
+    return lse.masked_fill(blind, -INF)
 
 
 def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding=None):
     """Softmax weights of chosen rows on chosen columns -> A [B,H,M,K], float32 (float64 for float64 inputs).
 
-    Normalised over all keys that the row sees, not over the K columns: a row of A sums to the share of attention that
-    the columns get, at most 1 for distinct columns. Exactly 0, with zero gradient, where attn_scores is -inf; a row that
-    sees no key is all zeros. Arguments as in attn_scores, and
+    Normalised over all keys that the row sees, not over the K columns: a row of A sums to the share of
+    attention that the columns get, at most 1 for distinct columns. Exactly 0, with zero gradient, where
+    attn_scores is -inf; a row that sees no key is all zeros. Arguments as in attn_scores, and
 
-    lse   [B,H,M], the rows' log sum exp where attention has computed it. Only its value counts: the gradient of the
-          normaliser goes to q and k whether or not lse is given or carries a graph, and none goes to lse.
+    lse   [B,H,M], the rows' log sum exp where attention has computed it. Only its value counts: the gradient
+          of the normaliser goes to q and k whether or not lse is given or carries a graph, and none goes to
+          lse.
 
-    With g = dLoss/dA and P the row's softmax over all keys, dLoss/dS_mj = -P_mj sum_k g_mk A_mk, plus g_mk A_mk at j = k.
+    With g = dLoss/dA and P the row's softmax over all keys, dLoss/dS_mj = -P_mj sum_k g_mk A_mk, plus g_mk
+    A_mk at j = k.
     """
-    scores = attn_scores(q, k, rows, cols, scale=scale, bias=bias, key_padding=key_padding)
-    norm = attn_lse(q, k, rows, scale=scale, bias=bias, key_padding=key_padding)
+    how = {"scale": scale, "bias": bias, "key_padding": key_padding}
+    scores = attn_scores(q, k, rows, cols, **how)                   # [B,H,M,K]
+    norm = attn_lse(q, k, rows, **how)                              # [B,H,M]
+
+    # A row that sees no key has scores of -inf alone, and -inf - (-inf) would be NaN.
     blind = norm.isneginf()
     if lse is not None:
         norm = norm + (lse - norm).detach()  # the value is the given one, the gradient still flows
-    return (scores - norm.masked_fill(blind, 0.0)[..., None]).exp()  # -inf - (-inf) would be NaN
+    norm = norm.masked_fill(blind, 0.0)
+    return (scores - norm[..., None]).exp()
 
 
 def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
     """Attention's output and its slice -> (out [B,H,L,d] like q, A [B,H,M,K] of attn_slice).
 
     v     [B,G,L,d]
-    mask  None (causal), bool [B,1,L,L], True where a row sees a key, or float [B,1,L,L] added to the scores. The slice is that of
-          the masked weights, and causal whatever the mask says.
+    mask  None (causal), bool [B,1,L,L], True where a row sees a key, or float [B,1,L,L] added to the scores.
+          The slice is that of the masked weights, and causal whatever the mask says.
     """
-    bias = None if mask is None else row_bias(additive(mask, q.dtype), rows)
-    out = attend(q, k, v, None if mask is None else additive(mask, q.dtype), scale=scale)
+    bias = None
+    if mask is not None:
+        mask = additive(mask, q.dtype)
+        bias = row_bias(mask, rows)
+    out = attend(q, k, v, mask, scale=scale)
     return out, attn_slice(q, k, rows, cols, scale=scale, bias=bias)
 
 
@@ -89,35 +111,48 @@ def attend(q, k, v, mask=None, *, scale=None, dropout=0.0, causal=True):
     """PyTorch's fused attention -> [B,H,L,d] like q.
 
     q [B,H,L,d], k and v [B,G,J,d]; H a multiple of G, J keys, as many as rows where it is causal
-    mask    [B,1,L,J], bool, True where a row sees a key, or float added to the scores; None: causal, or every key where causal is False
-
-    Under a mask the fused attentions of a GPU want a key head for every query head: PyTorch would take its plain one, which writes L x L.
+    mask    [B,1,L,J], bool, True where a row sees a key, or float added to the scores; None: causal, or every
+            key where causal is False
     """
+    # Under a mask the fused attentions of a GPU want a key head for every query head; PyTorch would take its
+    # plain one instead, which writes L x L.
     if mask is not None and q.is_cuda:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale,
+        is_causal=mask is None and causal,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 def additive(mask, dtype):
     """A mask as attention takes it, bool or float -> float, -inf where blocked."""
-    return mask.to(dtype) if mask.is_floating_point() else torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -INF)
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill_(~mask, -INF)
 
 
 def row_bias(mask, rows):
     """Of an additive mask [B,1,L,L] the chosen rows -> [B,1,M,L]."""
-    return mask.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
+    index = rows.clamp(min=0)[:, None, :, None]                     # [B,1,M,1]
+    return mask.gather(2, index.expand(-1, 1, -1, mask.shape[3]))
 
 
 class AttentionRecorder:
     """Reads the slice of chosen layers during one forward; make a new one for each forward.
 
-    It travels as a keyword of the model's forward to the attention function, which calls recorder(layer, q, k, scale) with
-    the q and k that attention uses; the result lies in recorder.slices once the forward is done.
+    It travels as a keyword of the model's forward to the attention function, which calls recorder(layer, q,
+    k, scale) with the q and k that attention uses; the result lies in recorder.slices once the forward is
+    done.
 
     layers             set of decoder layers to read, counted from 0
-    rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: the intact half first)
-    read               attn_slice, attn_scores, which needs no pass over all L keys, or a function called as these two are: a compiled
-                       one (ops.py), or one that goes straight to a loss
+    rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: intact
+                       half first)
+    read               attn_slice, attn_scores, which needs no pass over all L keys, or a function called as
+                       these two are: a compiled one (ops.py), or one that goes straight to a loss
     bias, key_padding  as in attn_scores, where attention has them; right padding needs neither
     """
 
@@ -130,9 +165,11 @@ class AttentionRecorder:
         """q [B,H,L,d], k [B,G,L,d] of decoder layer `layer`; does nothing in a layer that was not chosen."""
         if layer not in self.layers:
             return
-        values = self.read(q, k, self.rows, self.cols, scale=scale, bias=self.bias, key_padding=self.key_padding)
-        # Checkpointing runs the layer again in backward. That run must save the same tensors, so the slice is always
-        # computed; the loss hangs on the first one, so a later one is dropped.
+        how = {"scale": scale, "bias": self.bias, "key_padding": self.key_padding}
+        values = self.read(q, k, self.rows, self.cols, **how)
+
+        # Checkpointing runs the layer again in backward. That run must save the same tensors, so the slice is
+        # always computed; the loss hangs on the first one, so a later one is dropped.
         self._slices.setdefault(layer, values)
 
     def mean(self):
@@ -141,10 +178,15 @@ class AttentionRecorder:
 
     @property
     def slices(self):
-        """dict layer -> [B,H,M,K], or what the function returned, in order of layers. Raises RuntimeError while a chosen layer is missing."""
-        if missing := sorted(self.layers - self._slices.keys()):
-            raise RuntimeError(f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
-                               "run, does the model have these layers, and does its attention function call the recorder?")
+        """{layer: [B,H,M,K], or what the function returned}, in order of layers. RuntimeError while a chosen
+        one is missing.
+        """
+        missing = sorted(self.layers - self._slices.keys())
+        if missing:
+            raise RuntimeError(
+                f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
+                "run, does the model have these layers, and does its attention function call the recorder?"
+            )
         return dict(sorted(self._slices.items()))
 
 
@@ -160,24 +202,33 @@ def in_turn(*recorders):
 
 def _scores(q, k, rows, cols, scale, bias, key_padding):
     """attn_scores after k [B,G,K,d], bias [B,1,M,K] and key_padding [B,K] have been cut to the columns."""
-    (B, H, _, d), (G, K), M = q.shape, k.shape[1:3], rows.shape[1]
+    B, H, _, d = q.shape
+    G, K = k.shape[1:3]
+    M = rows.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q = _take(q, rows).to(dtype).reshape(B, G, H // G * M, d)  # heads of one group stacked as rows: no repeated keys
+    scale = d**-0.5 if scale is None else scale
+
+    # The heads of a group are stacked as rows of one product, so that no key is repeated.
+    q = _take(q, rows).to(dtype).reshape(B, G, H // G * M, d)
     with torch.autocast(q.device.type, enabled=False):  # it would take the product in half precision
-        scores = (q * (d**-0.5 if scale is None else scale)) @ k.to(dtype).transpose(2, 3)  # [B,G,H/G M,K]
+        scores = (q * scale) @ k.to(dtype).transpose(2, 3)          # [B,G,H/G M,K]
     scores = scores.view(B, H, M, K)
-    hidden = (cols[:, None, :] > rows[:, :, None]) | (cols < 0)[:, None, :]  # [B,M,K]; a row at -1 precedes every column
+
+    # Hidden are columns after the row (a row at -1 precedes every column), padding, and what a bias blocks.
+    hidden = (cols[:, None, :] > rows[:, :, None]) | (cols < 0)[:, None, :]  # [B,M,K]
     if key_padding is not None:
         hidden = hidden | key_padding[:, None, :]
-    hidden = hidden[:, None]  # [B,1,M,K]
+    hidden = hidden[:, None]                                        # [B,1,M,K]
     if bias is not None:
-        scores, hidden = scores + bias.to(dtype), hidden | bias.isneginf()
+        scores = scores + bias.to(dtype)
+        hidden = hidden | bias.isneginf()
     return scores.masked_fill(hidden, -INF)
 
 
 def _take(x, at):
     """x [B,h,L,d], positions [B,M] -> [B,h,M,d]; -1 reads position 0, which the caller hides."""
-    return x.gather(2, at.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    index = at.clamp(min=0)[:, None, :, None]                       # [B,1,M,1]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def check(q, k, bias, key_padding):

@@ -1,13 +1,17 @@
-"""Stochastic image corruption: I_cor = C(I; eta, S), eta ~ p(H). CrystaL, equation (3), section 3.2 and appendix A.3.
+"""Stochastic image corruption: I_cor = C(I; eta, S), eta ~ p(H). CrystaL, equation (3), section 3.2 and
+appendix A.3.
 
-The corrupted path must lack what the answer needs, so that the latents copied from the intact path become the only way to get it.
-Four families S, seven modes: spectral decay (`blur`), spatial discontinuity (`mask`, `crop`, `jigsaw`), chromatic distortion
-(`color`) and stochastic noise (`noise`, `impulse`). Every mode keeps the image's size, so both paths share one image grid and one
-set of positions. `Corruption` is what a run's `--corruption` says: one mode with its range of strengths, or a chain of them. Left out on
-purpose: batches (images differ in size).
+The corrupted path must lack what the answer needs, so that the latents copied from the intact path become the
+only way to get it. Four families S, seven modes: spectral decay (`blur`), spatial discontinuity (`mask`,
+`crop`, `jigsaw`), chromatic distortion (`color`) and stochastic noise (`noise`, `impulse`). Every mode keeps
+the image's size, so both paths share one image grid and one set of positions. `Corruption` is what a run's
+`--corruption` says: one mode with its range of strengths, or a chain of them. Left out on purpose: batches
+(images differ in size).
 
-    x    an image [3, H, W], RGB, values in [0, 1]; H and W are its height and width in pixels (in this file H counts no heads)
-    eta  strength, in the unit of its mode: radius [px], s and rho [share], sigma [of 255]; 0 leaves the image as it is
+    x    an image [3, H, W], RGB, values in [0, 1]; H and W are its height and width in pixels (in this file H
+         counts no heads)
+    eta  strength, in the unit of its mode: radius [px], s and rho [share], sigma [of 255]; 0 leaves the image
+         as it is
     S    mode, one of MODES
 """
 import math
@@ -20,44 +24,62 @@ import torch.nn.functional as F
 
 MODES = ("blur", "mask", "crop", "jigsaw", "color", "noise", "impulse")
 
-# Three levels per mode, weak to strong. Appendix A.3, figures 9 to 13, except crop and impulse, which it names but gives no levels for.
+# Three levels per mode, weak to strong: appendix A.3, figures 9 to 13. It names crop and impulse but gives no
+# levels for them; these are ours. Impulse: E(x - b)^2 = 1/3 for x ~ U(0, 1) and b in {0, 1}, so a share of
+# 3 (sigma / 255)^2 does the squared damage of noise at 15, 30 and 50.
 LEVELS = {
     "blur": (2.0, 5.0, 10.0),       # radius = standard deviation of the Gaussian, px
     "mask": (0.2, 0.5, 0.8),        # share of the area set to 0
-    "crop": (0.2, 0.5, 0.8),        # share of the area thrown away; ours: the shares of mask
+    "crop": (0.2, 0.5, 0.8),        # share of the area thrown away
     "jigsaw": (0.2, 0.5, 0.8),      # share of the 16 tiles that move
     "color": (0.5, 1.0, 2.0),       # s: factors in 1 +- s, hue +- min(s / 4, 0.5) turns
     "noise": (15.0, 30.0, 50.0),    # standard deviation, of 255
-    "impulse": (0.01, 0.04, 0.12),  # share of the pixels hit; ours: E(x - b)^2 = 1/3 for x ~ U(0, 1), b in {0, 1}, so
-}                                   # share = 3 (sigma / 255)^2 does the squared damage of noise at 15, 30, 50
+    "impulse": (0.01, 0.04, 0.12),  # share of the pixels hit
+}
 
-# p(H) = U(low, high). The paper prints no prior. Blur's is that of the authors' released code; the others are ours, the range of the
-# named levels (the released code has milder ones: erasing 0.1 to 0.3, colour jitter of 0.4 and hue 0.1).
+# p(H) = U(low, high). The paper prints no prior. Blur's is that of the authors' released code; the others are
+# ours, the range of the named levels (the released code has milder ones: erasing 0.1 to 0.3, colour jitter of
+# 0.4 and hue 0.1).
 PRIOR = {mode: (levels[0], levels[-1]) for mode, levels in LEVELS.items()} | {"blur": (2.0, 5.0)}
 
-# The largest strength accepted. Shares end at 1 by their meaning, the rest where nothing is left of an image and only a slip would go on.
-LIMIT = {"blur": 256.0, "mask": 1.0, "crop": 1.0, "jigsaw": 1.0, "color": 16.0, "noise": 255.0, "impulse": 1.0}
+# The largest strength accepted. Shares end at 1 by their meaning, the rest where nothing is left of an image
+# and only a slip would go on.
+LIMIT = {
+    "blur": 256.0, "mask": 1.0, "crop": 1.0, "jigsaw": 1.0, "color": 16.0, "noise": 255.0, "impulse": 1.0
+}
+
+
+def device_of(generator):
+    """Where a generator draws; torch's own, for None, on the CPU."""
+    return generator.device if generator else "cpu"
 
 
 def uniform(n, generator):
-    """n numbers of U[0, 1) on the generator's device (None: torch's own, CPU), in float64 whatever the image's dtype."""
-    return torch.rand(n, generator=generator, device=generator.device if generator else "cpu", dtype=torch.float64)
+    """n numbers of U[0, 1) on the generator's device, in float64 whatever the image's dtype."""
+    return torch.rand(n, generator=generator, device=device_of(generator), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# spectral decay
+# --- spectral decay ---
 
 def blur(x, radius, generator=None):
-    """Gaussian low-pass of standard deviation `radius` px, as in Pillow's GaussianBlur(radius), which comes near it with box blurs.
+    """Gaussian low-pass of standard deviation `radius` px, as in Pillow's GaussianBlur(radius), which comes
+    near it with box blurs.
 
-    The kernel exp(-t^2 / 2 radius^2), |t| <= ceil(4 radius) (6e-5 of the mass is cut), is divided by its sum and runs along columns,
-    then rows. Beyond an edge the edge pixel repeats, as in Pillow, however far the kernel reaches.
+    The kernel exp(-t^2 / 2 radius^2), |t| <= ceil(4 radius) (6e-5 of the mass is cut), is divided by its sum
+    and runs along columns, then rows. Beyond an edge the edge pixel repeats, as in Pillow, however far the
+    kernel reaches.
     """
-    (_, H, W), reach = x.shape, math.ceil(4 * radius)
-    kernel = [math.exp(-0.5 * (t / radius) * (t / radius)) for t in range(reach + 1)]  # one half: weights of the distances 0..reach
+    H, W = x.shape[1:]
+    reach = math.ceil(4 * radius)
+
+    # One half of the kernel, by distance 0..reach.
+    kernel = [math.exp(-0.5 * (t / radius) * (t / radius)) for t in range(reach + 1)]
     total = 2 * sum(kernel) - kernel[0]
 
-    def convolve(p, dim):  # shifted sums: on a CPU faster than conv2d with a thin kernel, and no TF32 setting of a GPU touches them
+    def convolve(p, dim):
+        """Shifted sums: on a CPU faster than conv2d with a thin kernel, and no TF32 setting of a GPU touches
+        them.
+        """
         n = p.shape[dim] - 2 * reach
         out = p.narrow(dim, reach, n) * (kernel[0] / total)
         for t in range(1, reach + 1):
@@ -65,37 +87,49 @@ def blur(x, radius, generator=None):
             out.add_(p.narrow(dim, reach + t, n), alpha=kernel[t] / total)
         return out
 
-    p = F.pad(x, (0, 0, reach, reach), mode="replicate")  # [3, H + 2 reach, W]
-    strips, rows = [], max(1, 65536 // W)  # strips of 65536 px stay in the cache: 3 times faster at 4000 x 4000
+    # Strips of 65536 px stay in the cache: three times faster at 4000 x 4000.
+    p = F.pad(x, (0, 0, reach, reach), mode="replicate")            # [3, H + 2 reach, W]
+    rows = max(1, 65536 // W)
+    strips = []
     for top in range(0, H, rows):
-        strip = convolve(p[:, top:top + rows + 2 * reach], dim=1)  # [3, <= rows, W]
-        strips.append(convolve(F.pad(strip, (reach, reach), mode="replicate"), dim=2))
+        strip = convolve(p[:, top:top + rows + 2 * reach], dim=1)   # [3, <= rows, W]
+        strip = F.pad(strip, (reach, reach), mode="replicate")
+        strips.append(convolve(strip, dim=2))
     return torch.cat(strips, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# spatial discontinuity
+# --- spatial discontinuity ---
 
 def rectangle(share, H, W, generator, stretch=1.0):
-    """top, left, height, width [px] of a random rectangle with `share` of the area of H x W (to half its longer side, or one px).
+    """top, left, height, width [px] of a random rectangle with `share` of the area of H x W (to half its
+    longer side, or one px).
 
-    Height over width, relative to the image's own aspect, is log-uniform in [1/a, a], a = min(stretch, 1/share): beyond 1/share it
-    would not fit. The place is uniform.
+    Height over width, relative to the image's own aspect, is log-uniform in [1/a, a], a = min(stretch,
+    1/share): beyond 1/share it would not fit. The place is uniform.
     """
     u = uniform(3, generator).tolist()
     a = min(stretch, 1 / share) ** (2 * u[0] - 1)
-    h, w = math.sqrt(share * a) * H, math.sqrt(share / a) * W
-    if h < w:  # round the shorter side and let the longer make up the area
+    h = math.sqrt(share * a) * H
+    w = math.sqrt(share / a) * W
+
+    # The shorter side is rounded, and the longer makes up the area.
+    area = share * H * W
+    if h < w:
         h = max(round(h), 1)
-        w = min(max(round(share * H * W / h), 1), W)
+        w = min(max(round(area / h), 1), W)
     else:
         w = max(round(w), 1)
-        h = min(max(round(share * H * W / w), 1), H)
-    return int(u[1] * (H - h + 1)), int(u[2] * (W - w + 1)), h, w
+        h = min(max(round(area / w), 1), H)
+
+    top = int(u[1] * (H - h + 1))
+    left = int(u[2] * (W - w + 1))
+    return top, left, h, w
 
 
 def mask(x, share, generator=None):
-    """One rectangle of area share `share` set to 0; aspect within 1/3.3 to 3.3 (Random Erasing's bounds) of the image's."""
+    """One rectangle of area share `share` set to 0; aspect within 1/3.3 to 3.3 (Random Erasing's bounds) of
+    the image's.
+    """
     top, left, h, w = rectangle(share, *x.shape[1:], generator, stretch=3.3)
     out = x.clone()
     out[:, top:top + h, left:left + w] = 0
@@ -103,38 +137,47 @@ def mask(x, share, generator=None):
 
 
 def crop(x, share, generator=None):
-    """Throw away all but a window of area share 1 - `share` (at least a pixel) and resize that bilinearly to H x W.
+    """Throw away all but a window of area share 1 - `share` (at least a pixel) and resize that bilinearly to
+    H x W.
 
     The window has the image's aspect: what is lost is context, not proportion.
     """
     H, W = x.shape[1:]
-    top, left, h, w = rectangle(max(1 - share, 1 / (H * W)), H, W, generator)
+    kept = max(1 - share, 1 / (H * W))
+    top, left, h, w = rectangle(kept, H, W, generator)
     window = x[:, top:top + h, left:left + w]  # [3, h, w]
     return F.interpolate(window[None], size=(H, W), mode="bilinear", align_corners=False)[0]
 
 
 def jigsaw(x, share, generator=None):
-    """4 x 4 tiles, of which a random round(16 share) trade places along one random cycle, so that none of them stays.
+    """4 x 4 tiles, of which a random round(16 share) trade places along one random cycle, so that none of
+    them stays.
 
-    Tiles are floor(H/4) x floor(W/4) px; the H mod 4 bottom rows and W mod 4 right columns stay. One tile alone cannot move, and an
-    image under 4 px has none.
+    Tiles are floor(H/4) x floor(W/4) px; the H mod 4 bottom rows and W mod 4 right columns stay. One tile
+    alone cannot move, and an image under 4 px has none.
     """
     h, w = x.shape[1] // 4, x.shape[2] // 4
-    tiles = x[:, :4 * h, :4 * w].reshape(3, 4, h, 4, w).permute(1, 3, 0, 2, 4).reshape(16, 3, h, w)
-    device = generator.device if generator else "cpu"
-    chosen = torch.randperm(16, generator=generator, device=device)[:round(16 * share)].to(x.device)
+    inner = x[:, :4 * h, :4 * w].reshape(3, 4, h, 4, w)
+    tiles = inner.permute(1, 3, 0, 2, 4).reshape(16, 3, h, w)
+
+    # A cycle through distinct tiles has no fixed point.
+    order = torch.randperm(16, generator=generator, device=device_of(generator))
+    chosen = order[:round(16 * share)].to(x.device)
     source = torch.arange(16, device=x.device)
-    source[chosen] = chosen.roll(1)  # a cycle through distinct tiles has no fixed point
+    source[chosen] = chosen.roll(1)
+
+    moved = tiles[source].reshape(4, 4, 3, h, w)
     out = x.clone()
-    out[:, :4 * h, :4 * w] = tiles[source].reshape(4, 4, 3, h, w).permute(2, 0, 3, 1, 4).reshape(3, 4 * h, 4 * w)
+    out[:, :4 * h, :4 * w] = moved.permute(2, 0, 3, 1, 4).reshape(3, 4 * h, 4 * w)
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# chromatic distortion
+# --- chromatic distortion ---
 
 def grey(x):
-    """Luma of ITU-R BT.601, [1, H, W]. torchvision's 0.2989 is 0.299 here, as in Pillow: weights of sum 1 keep grey pixels grey."""
+    """Luma of ITU-R BT.601, [1, H, W]. torchvision's 0.2989 is 0.299 here, as in Pillow: weights of sum 1
+    keep grey pixels grey.
+    """
     return 0.299 * x[0:1] + 0.587 * x[1:2] + 0.114 * x[2:3]
 
 
@@ -144,14 +187,24 @@ def shift_hue(x, turns):
     v = x.amax(0)
     c = v - x.amin(0)
     d = c.where(c > 0, 1)  # grey has no hue: chroma 0 makes any angle right
-    sextant = torch.where(v == r, (g - b) / d, torch.where(v == g, 2 + (b - r) / d, 4 + (r - g) / d)) + 6 * turns  # hue in sixths
-    # Back to RGB: each channel falls from v by c over one sextant and climbs again four sextants on, offset by 5, 3, 1.
-    k = [(n + sextant) % 6 for n in (5, 3, 1)]
-    return torch.stack([v - c * torch.minimum(i, 4 - i).clamp(0, 1) for i in k])  # [3, H, W]
+
+    # Hue in sixths of a turn, counted from the largest channel.
+    green_or_blue = torch.where(v == g, 2 + (b - r) / d, 4 + (r - g) / d)
+    sextant = torch.where(v == r, (g - b) / d, green_or_blue) + 6 * turns
+
+    # Back to RGB: each channel falls from v by c over one sextant and climbs again four sextants on, offset
+    # by 5, 3 and 1.
+    channels = []
+    for offset in (5, 3, 1):
+        k = (offset + sextant) % 6
+        channels.append(v - c * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels)  # [3, H, W]
 
 
 def jitter(x, brightness, contrast, saturation, hue):
-    """torchvision's ColorJitter with given factors (1 leaves as is) and hue shift [turns], in this order, clipped after each."""
+    """torchvision's ColorJitter with given factors (1 leaves as is) and hue shift [turns], in this order,
+    clipped after each.
+    """
     x = (brightness * x).clamp(0, 1)
     x = torch.lerp(grey(x).mean(), x, contrast).clamp(0, 1)  # lerp(a, b, f) = a + f (b - a)
     x = torch.lerp(grey(x), x, saturation).clamp(0, 1)
@@ -159,39 +212,54 @@ def jitter(x, brightness, contrast, saturation, hue):
 
 
 def color(x, s, generator=None):
-    """`jitter` with three factors of U(max(0, 1 - s), 1 + s) and a hue shift of U(-a, a) turns, a = min(s / 4, 0.5)."""
+    """`jitter` with three factors of U(max(0, 1 - s), 1 + s) and a hue shift of U(-a, a) turns, a = min(s /
+    4, 0.5).
+    """
     u = uniform(4, generator).tolist()
-    low, high, a = max(0.0, 1 - s), 1 + s, min(s / 4, 0.5)
-    return jitter(x, *(low + (high - low) * v for v in u[:3]), a * (2 * u[3] - 1))
+    low, high = max(0.0, 1 - s), 1 + s
+    factors = [low + (high - low) * v for v in u[:3]]
+    turns = min(s / 4, 0.5) * (2 * u[3] - 1)
+    return jitter(x, *factors, turns)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# stochastic noise
+# --- stochastic noise ---
 
 def noise(x, sigma, generator=None):
     """Independent Gaussian noise of standard deviation sigma / 255 on every value, then clipped."""
-    device = generator.device if generator else "cpu"
-    return x + sigma / 255 * torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(x.device)
+    e = torch.randn(x.shape, generator=generator, device=device_of(generator), dtype=torch.float32)
+    return x + sigma / 255 * e.to(x.device)
 
 
 def impulse(x, share, generator=None):
-    """Each pixel on its own, all three channels together: black with probability share / 2, white with share / 2."""
+    """Each pixel on its own, all three channels together: black with probability share / 2, white with share
+    / 2.
+    """
     u = uniform(x.shape[1:], generator).to(x.device)  # [H, W]
     return x.masked_fill(u < share, 1).masked_fill(u < share / 2, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# equation (3)
+# --- equation (3) ---
 
 class Mode(NamedTuple):
-    """One mode S. A method's file may add its own to its Settings.corruptions; it is then named, drawn and chained like these."""
-    function: Callable  # (x [3, H, W] in [0, 1], strength, generator) -> x of the same shape; what leaves [0, 1] is clipped
+    """One mode S. A method's file may add its own to its Settings.corruptions; it is then named, drawn and
+    chained like these.
+    """
+
+    function: Callable  # (x [3, H, W], strength, generator) -> x of the same shape; it is clipped to [0, 1]
     low: float          # p(H) = U(low, high) where no strength is given
     high: float
     limit: float        # the largest strength accepted
 
 
-OPERATORS = {"blur": blur, "mask": mask, "crop": crop, "jigsaw": jigsaw, "color": color, "noise": noise, "impulse": impulse}
+OPERATORS = {
+    "blur": blur,
+    "mask": mask,
+    "crop": crop,
+    "jigsaw": jigsaw,
+    "color": color,
+    "noise": noise,
+    "impulse": impulse,
+}
 BUILT_IN = {mode: Mode(OPERATORS[mode], *PRIOR[mode], LIMIT[mode]) for mode in MODES}
 
 
@@ -203,12 +271,14 @@ def check_mode(mode, modes=BUILT_IN):
 
 def draw(low, high, generator=None):
     """eta ~ U(low, high), a float. Also where both are the same it takes one number from the generator."""
-    device = generator.device if generator else "cpu"
-    return low + (high - low) * torch.rand((), generator=generator, device=device, dtype=torch.float32).item()
+    u = torch.rand((), generator=generator, device=device_of(generator), dtype=torch.float32)
+    return low + (high - low) * u.item()
 
 
 def draw_strength(mode="blur", generator=None):
-    """eta ~ p(H) = U(low, high) of PRIOR[mode], a float in the mode's unit. ValueError: unknown mode. Source: equation (3)."""
+    """eta ~ p(H) = U(low, high) of PRIOR[mode], a float in the mode's unit. ValueError: unknown mode. Source:
+    equation (3).
+    """
     check_mode(mode)
     return draw(*PRIOR[mode], generator)
 
@@ -216,51 +286,64 @@ def draw_strength(mode="blur", generator=None):
 def corrupt(image, mode="blur", strength=None, generator=None, modes=BUILT_IN):
     """One corrupted image: equation (3), I_cor = C(I; eta, S).
 
-    image      [3, H, W], RGB in [0, 1], any H, W >= 1, any floating dtype and device. Not modified. float16 and bfloat16 are
-               computed in float32. uint8 is refused: divide by 255 first, once, where the image is read.
+    image      [3, H, W], RGB in [0, 1], any H, W >= 1, any floating dtype and device. Not modified. float16
+               and bfloat16 are computed in float32. uint8 is refused: divide by 255 first, once, where the
+               image is read.
     mode       S, a key of `modes`; the function of each above says what it does.
-    strength   eta in the mode's unit (see LEVELS), 0 <= eta <= LIMIT[mode]; 0 is the identity. None draws it by `draw_strength`.
-    generator  the only source of randomness: one seed, one corruption, the same for every dtype and device of the image while the
-               generator itself stays on one device (on the CPU, say). None is torch's global CPU generator.
+    strength   eta in the mode's unit (see LEVELS), 0 <= eta <= LIMIT[mode]; 0 is the identity. None draws it
+               by `draw_strength`.
+    generator  the only source of randomness: one seed, one corruption, the same for every dtype and device of
+               the image while the generator itself stays on one device (on the CPU, say). None is torch's
+               global CPU generator.
     modes      {name: Mode}, the built-in ones unless a method has added its own.
 
-    Returns a new tensor, shape, dtype and device of `image`, values in [0, 1].
-    Raises ValueError, one line, for an unknown mode, another shape or dtype, values outside [0, 1] or NaN, a strength out of range,
-    and a mode that changes the shape.
+    Returns a new tensor, shape, dtype and device of `image`, values in [0, 1]. Raises ValueError, one line,
+    for an unknown mode, another shape or dtype, values outside [0, 1] or NaN, a strength out of range, and a
+    mode that changes the shape.
     """
     check_mode(mode, modes)
     function, prior_low, prior_high, limit = modes[mode]
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"the image to corrupt must be a torch tensor, got {type(image).__name__}")
     if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"the image to corrupt must have shape [3, H, W], H and W at least 1, got {list(image.shape)}")
+        shape = list(image.shape)
+        raise ValueError(f"the image to corrupt must have shape [3, H, W], H and W at least 1, got {shape}")
     if not image.is_floating_point():
-        raise ValueError(f"the image to corrupt must be floating point in [0, 1], got {image.dtype}: divide 0..255 by 255 first")
+        raise ValueError(
+            f"the image to corrupt must be floating point in [0, 1], got {image.dtype}: "
+            "divide 0..255 by 255 first"
+        )
     x = image if image.dtype == torch.float64 else image.float()
-    low, high = (v.item() for v in x.aminmax())
+    low, high = x.min().item(), x.max().item()
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
         raise ValueError(f"the image to corrupt must have values in [0, 1], got {low:g} to {high:g}")
+
     if strength is None:
         strength = draw(prior_low, prior_high, generator)
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= limit:
+    is_number = isinstance(strength, Real) and not isinstance(strength, bool)
+    if not is_number or not 0 <= strength <= limit:
         raise ValueError(f"the strength of {mode} must be a number from 0 to {limit:g}, got {strength!r}")
     if strength == 0:
         return image.clone()
 
     out = function(x, float(strength), generator)
     if out.shape != x.shape:
-        raise ValueError(f"{mode} made an image of shape {list(out.shape)} from one of {list(x.shape)}; both paths need one size")
+        raise ValueError(
+            f"{mode} made an image of shape {list(out.shape)} from one of {list(x.shape)}; "
+            "both paths need one size"
+        )
     return out.clamp(0, 1).to(image.dtype)  # clamp: also rounding of weights that sum to 1
 
 
 class Corruption:
     """What `--corruption` says: modes one after another, each with the range that its strength is drawn from.
 
-    text: `blur` (the mode's own range), `blur=5` (that strength), `blur=2:8` (a range), `blur=3,noise=15:30` (a chain: the noise
-    is put on the blurred image). modes: {name: Mode}, the names it may use. ValueError, one line, for a text that says something else.
+    text: `blur` (the mode's own range), `blur=5` (that strength), `blur=2:8` (a range), `blur=3,noise=15:30`
+    (a chain: the noise is put on the blurred image). modes: {name: Mode}, the names it may use. ValueError,
+    one line, for a text that says something else.
 
-    Called with an image [3, H, W] in [0, 1] and a generator it returns the corrupted image, as `corrupt` does; `str` gives the text
-    with every range written out. `steps` lists (mode, low, high).
+    Called with an image [3, H, W] in [0, 1] and a generator it returns the corrupted image, as `corrupt`
+    does; `str` gives the text with every range written out. `steps` lists (mode, low, high).
     """
 
     def __init__(self, text="blur", modes=BUILT_IN):
@@ -278,10 +361,15 @@ class Corruption:
             except ValueError:
                 ends = []
             if len(ends) not in (1, 2):
-                raise ValueError(f"{text}: a strength is a number as in {mode}={high:g}, or a range as in {mode}={low:g}:{high:g}")
+                raise ValueError(
+                    f"{text}: a strength is a number as in {mode}={high:g}, "
+                    f"or a range as in {mode}={low:g}:{high:g}"
+                )
             low, high = ends[0], ends[-1]
         if not 0 <= low <= high <= limit:
-            raise ValueError(f"{text}: {mode} goes from 0 to {limit:g}, and a range from its lower end to its higher one")
+            raise ValueError(
+                f"{text}: {mode} goes from 0 to {limit:g}, and a range from its lower end to its higher one"
+            )
         return mode, low, high
 
     def __call__(self, image, generator=None):
@@ -293,4 +381,8 @@ class Corruption:
         return isinstance(other, Corruption) and self.steps == other.steps
 
     def __str__(self):
-        return ",".join(f"{mode}={low:g}" + (f":{high:g}" if high > low else "") for mode, low, high in self.steps)
+        parts = []
+        for mode, low, high in self.steps:
+            to_high = f":{high:g}" if high > low else ""
+            parts.append(f"{mode}={low:g}{to_high}")
+        return ",".join(parts)

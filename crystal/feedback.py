@@ -1,15 +1,20 @@
-"""Latents by hidden-state feedback: the input of a latent is the state before it, not a row of the vocabulary (VaLR; Coconut).
+"""Latents by hidden-state feedback: the input of a latent is the state before it, not a row of the vocabulary
+(VaLR; Coconut).
 
-B sequences, L their length, D hidden size, H heads, G key/value heads, d head size, R pieces, n length of a piece, S keys so far, T updates.
+B sequences, L their length, D hidden size, H heads, G key/value heads, d head size, R pieces, n length of a
+piece, S keys so far, T updates.
 
-    x_t = h_{t-1} for a latent t, else the embedding of token t       h: after the final norm, what the head would read
+    x_t = h_{t-1} for a latent t, else the embedding of token t       h: after the final norm, what the head
+                                                                      would read
 
 So a latent cannot begin before the position in front of it is done. Two ways to compute the same:
-    recurrence   cuts every sequence before each latent and runs the pieces one after the other over a key/value cache: exact
-    parallel     guesses all latents' inputs, runs everything at once, feeds the states back, T times: every update makes at
-                 least one more latent of each sequence exact, so it is exact after as many updates as there are latents
-Both give gradients through every latent into what precedes it. The cache is our own because transformers drops its own
-under activation checkpointing: feedback would then be switched off without a word.
+    recurrence   cuts every sequence before each latent and runs the pieces one after the other over a
+                 key/value cache: exact
+    parallel     guesses all latents' inputs, runs everything at once, feeds the states back, T times: every
+                 update makes at least one more latent of each sequence exact, so it is exact after as many
+                 updates as there are latents
+Both give gradients through every latent into what precedes it. The cache is our own because transformers
+drops its own under activation checkpointing: feedback would then be switched off without a word.
 """
 from contextlib import contextmanager
 
@@ -17,19 +22,23 @@ import torch
 
 
 class KVCache:
-    """Keys and values of one piece and of those before it, by layer; travels as a keyword of the model's forward.
+    """Keys and values of one piece and of those before it, by layer; travels as a keyword of the model's
+    forward.
 
     past: the KVCache of the piece before, or None. Nothing is detached: gradients reach the pieces before.
     """
 
     def __init__(self, past=None):
-        self.past, self.held = past, {}
+        self.past = past
+        self.held = {}
 
     def __call__(self, layer, k, v):
         """k, v [B,G,n,d] of this piece after rotary embedding -> those of all pieces so far [B,G,S,d]."""
         if self.past is not None:
             k_past, v_past = self.past.held[layer]
-            k, v = torch.cat([k_past, k], 2), torch.cat([v_past, v], 2)
+            k = torch.cat([k_past, k], 2)
+            v = torch.cat([v_past, v], 2)
+
         # Checkpointing runs the layer again in backward; later pieces hang on the keys of the first run.
         self.held.setdefault(layer, (k, v))
         return k, v
@@ -38,108 +47,156 @@ class KVCache:
 class Stream:
     """A batch of sequences that grow to the right piece by piece, ragged as they like.
 
-    model: model.Model. layers: decoder layers, counted from 1, whose outputs are wanted beside the last states.
+    model: model.Model. layers: decoder layers, counted from 1, whose outputs are wanted beside the last
+    states.
     """
 
     def __init__(self, model, layers=()):
-        if bad := [i for i in layers if not 1 <= i <= len(model.layers)]:
+        bad = [i for i in layers if not 1 <= i <= len(model.layers)]
+        if bad:
             raise ValueError(f"layer {bad[0]}: the model has layers 1 to {len(model.layers)}")
-        self.model, self.layers = model, tuple(layers)
-        self.cache, self.valid = None, None  # of the pieces so far; valid: bool [B,S], False at padding
+        self.model = model
+        self.layers = tuple(layers)
+
+        # Of the pieces so far: their KVCache, and bool [B,S], False at padding.
+        self.cache = None
+        self.valid = None
 
     def run(self, positions, valid, **inputs):
-        """One piece after all that was kept -> (states [B,n,D], {layer: its output [B,n,D]}, what `keep` wants).
+        """One piece after all that was kept -> (states [B,n,D], {layer: its output [B,n,D]}, what `keep`
+        wants).
 
         positions [3,B,n]; valid: bool [B,n], padding to the right. inputs: input_ids, pixel_values and
         image_grid_thw, or inputs_embeds [B,n,D]. States of padding mean nothing.
         """
-        cache, mask, seen = KVCache(self.cache), None, {}
+        # A piece sees all that is no padding in those before it, and itself causally.
+        mask, all_valid = None, valid
         if self.cache is not None:
-            B, n = valid.shape
-            own = torch.ones(n, n, dtype=torch.bool, device=valid.device).tril() & valid[:, None, :]  # [B,n,n]
-            mask = torch.cat([self.valid[:, None, :].expand(-1, n, -1), own], 2)[:, None]             # [B,1,n,S]
-        # Hooks that compute nothing: that a recomputation does not meet them changes nothing.
-        hooks = [self.model.layers[i - 1].register_forward_hook(lambda _, __, out, i=i: seen.setdefault(i, out)) for i in self.layers]
-        try:
-            given = self.model.keywords(inputs | {"position_ids": positions})
-            h = self.model.hf.model(**given, attention_mask=mask, use_cache=False, kv_cache=cache).last_hidden_state
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return h, seen, (cache, valid if self.valid is None else torch.cat([self.valid, valid], 1))
+            n = valid.shape[1]
+            causal = torch.ones(n, n, dtype=torch.bool, device=valid.device).tril()
+            past = self.valid[:, None, :].expand(-1, n, -1)
+            mask = torch.cat([past, causal & valid[:, None, :]], 2)[:, None]   # [B,1,n,S]
+            all_valid = torch.cat([self.valid, valid], 1)
+
+        cache = KVCache(self.cache)
+        given = self.model.keywords(inputs | {"position_ids": positions})
+        with outputs_of(self.model, self.layers) as seen:
+            out = self.model.hf.model(**given, attention_mask=mask, use_cache=False, kv_cache=cache)
+        return out.last_hidden_state, seen, (cache, all_valid)
 
     def keep(self, piece):
         """Makes a piece that was run part of the past."""
         self.cache, self.valid = piece
 
 
+@contextmanager
+def outputs_of(model, layers):
+    """While it lasts, a forward fills the dictionary that it yields: {layer, counted from 1: its output
+    [B,n,D]}.
+    """
+    seen = {}
+
+    def keep(layer):
+        # These hooks only record, so it does not matter that checkpointing's recomputation skips them.
+        return lambda module, args, out: seen.setdefault(layer, out)
+
+    hooks = [model.layers[i - 1].register_forward_hook(keep(i)) for i in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def recurrence(model, inputs, latents, layers=()):
     """The exact states, piece by piece -> (h [B,L,D] after the final norm, {layer: its output [B,L,D]}).
 
-    inputs: a right-padded batch of data.py, images before the latents. latents: bool [B,L], positions whose input is the
-    state before them; their token ids are not read. layers: see Stream. As many forwards as the longest row of latents plus one.
-    Keys and values are copied once a piece, so training keeps about R/2 times the cache of one forward.
-    Raises ValueError for a latent at position 0 or in padding, and for an image after a latent.
+    inputs: a right-padded batch of data.py, images before the latents. latents: bool [B,L], positions whose
+    input is the state before them; their token ids are not read. layers: see Stream. It runs one forward more
+    than the longest sequence has latents. Keys and values are copied once a piece, so training keeps about
+    R/2 times the cache of one forward. Raises ValueError for a latent at position 0 or in padding, and for an
+    image after a latent.
     """
     starts, lengths = pieces(inputs, latents)                                  # [B,R] each
-    positions, stream, outs = model.positions(inputs), Stream(model, layers), []
+    positions = model.positions(inputs)                                        # [3,B,L]
+    stream, outs = Stream(model, layers), []
     for r in range(starts.shape[1]):
         at, valid = window(starts[:, r], lengths[:, r])                        # [B,n]
+
+        # Every piece but the first begins with a latent, whose input is the state in front of it.
         if r == 0:
             given = first_piece(inputs, at)
         else:
             x = model.hf.get_input_embeddings()(inputs["input_ids"].gather(1, at))
-            given = {"inputs_embeds": torch.cat([fed[:, None].to(x.dtype), x[:, 1:]], 1)}
+            given = {"inputs_embeds": torch.cat([fed.to(x.dtype), x[:, 1:]], 1)}
         h, seen, piece = stream.run(take(positions, at), valid, **given)
         stream.keep(piece)
         outs.append({0: h, **seen})
+
         # A sequence without a piece in this round has no further one, and whatever is fed to it is padding.
-        fed = h.gather(1, (lengths[:, r] - 1).clamp(min=0)[:, None, None].expand(-1, -1, h.shape[2]))[:, 0]  # [B,D]
+        last = (lengths[:, r] - 1).clamp(min=0)                                # [B]
+        fed = states_at(h, last[:, None])                                      # [B,1,D]
     return whole(outs, starts, lengths, inputs["input_ids"].shape[1])
 
 
 def parallel(model, inputs, latents, updates, layers=()):
     """The states after T fixed-point updates of all latents at once; arguments and result as in `recurrence`.
 
-    updates: T >= 0. What precedes the first latent runs once; the rest runs T + 1 times, the last to be read. The first guess for
-    every latent is the state in front of the first one, which is exact for that one: T = n - 1 is exact for n latents.
-    Gradients flow through all updates.
+    updates: T >= 0. What precedes the first latent runs once; the rest runs T + 1 times, the last to be read.
+    The first guess for every latent is the state in front of the first one, which is exact for that one: T =
+    n - 1 is exact for n latents. Gradients flow through all updates.
     """
     if updates < 0:
         raise ValueError(f"{updates} updates: at least 0")
     starts, lengths = pieces(inputs, latents)
     if starts.shape[1] == 1:  # no latents at all
         return recurrence(model, inputs, latents, layers)
-    starts, lengths = starts[:, :2], torch.stack([lengths[:, 0], lengths[:, 1:].sum(1)], 1)
+
+    # Two pieces a sequence: what precedes its first latent, and all the rest.
+    starts = starts[:, :2]
+    lengths = torch.stack([lengths[:, 0], lengths[:, 1:].sum(1)], 1)
     positions, stream = model.positions(inputs), Stream(model, layers)
+
     at, valid = window(starts[:, 0], lengths[:, 0])
     first, seen, piece = stream.run(take(positions, at), valid, **first_piece(inputs, at))
     stream.keep(piece)
     outs = [{0: first, **seen}]
-    before = first.gather(1, (lengths[:, :1] - 1)[:, :, None].expand(-1, -1, first.shape[2]))  # [B,1,D]
+    before = states_at(first, lengths[:, :1] - 1)                              # [B,1,D]
+
+    # The rest, again and again: each latent's input is the state before it, as the last round left it.
     at, valid = window(starts[:, 1], lengths[:, 1])                            # [B,n]
+    at_rest = take(positions, at)                                              # [3,B,n]
     x = model.hf.get_input_embeddings()(inputs["input_ids"].gather(1, at))     # [B,n,D]
     fed = (latents.gather(1, at) & valid)[:, :, None]                          # [B,n,1]
     guess = before.expand_as(x)
     for _ in range(updates + 1):
-        h, seen, _ = stream.run(take(positions, at), valid, inputs_embeds=torch.where(fed, guess.to(x.dtype), x))
+        given = torch.where(fed, guess.to(x.dtype), x)
+        h, seen, _ = stream.run(at_rest, valid, inputs_embeds=given)
         guess = torch.cat([before, h[:, :-1]], 1)
-    return whole([*outs, {0: h, **seen}], starts, lengths, inputs["input_ids"].shape[1])
+    outs.append({0: h, **seen})
+    return whole(outs, starts, lengths, inputs["input_ids"].shape[1])
 
 
 def forward(model, inputs, latents, updates=None, layers=()):
     """`recurrence` for updates None, else `parallel` with so many."""
-    return recurrence(model, inputs, latents, layers) if updates is None else parallel(model, inputs, latents, updates, layers)
+    if updates is None:
+        return recurrence(model, inputs, latents, layers)
+    return parallel(model, inputs, latents, updates, layers)
 
 
 @contextmanager
 def filled(model, h, latents):
-    """While open, a plain forward over the batch takes the latents' inputs from h [B,L,D], what `recurrence` left: it leaves h again.
+    """While it lasts, a plain forward over the batch takes the latents' inputs from h [B,L,D], what
+    `recurrence` left.
 
-    One pass over whole sequences, for whatever watches attention. latents: bool [B,L].
+    So it leaves h again: one pass over whole sequences, for whatever watches attention. latents: bool [B,L].
     """
     before = torch.cat([h[:, :1], h[:, :-1]], 1)
-    hook = model.hf.get_input_embeddings().register_forward_hook(lambda _, __, x: torch.where(latents[:, :, None], before.to(x.dtype), x))
+
+    def fill(module, args, x):
+        return torch.where(latents[:, :, None], before.to(x.dtype), x)
+
+    hook = model.hf.get_input_embeddings().register_forward_hook(fill)
     try:
         yield
     finally:
@@ -150,32 +207,44 @@ def filled(model, h, latents):
 def parallel_error(model, inputs, latents, updates):
     """How far `parallel` is from `recurrence` after each T in `updates` -> {T: (latents, rest)}.
 
-    Relative errors |h_T - h| / |h| in the Euclidean norm over all rows of latents, and over all rows behind a first latent that are none.
+    Relative errors |h_T - h| / |h| in the Euclidean norm over all latents, and over all positions behind a
+    first latent that are none.
     """
     exact, _ = recurrence(model, inputs, latents)
     behind = (latents.cumsum(1) > 0) & inputs["attention_mask"].bool() & ~latents
-    off = lambda h, rows: float((h[rows] - exact[rows]).norm() / exact[rows].norm())
+
+    def error(h, at):
+        return float((h[at] - exact[at]).norm() / exact[at].norm())
+
     found = {}
     for T in updates:
         h, _ = parallel(model, inputs, latents, T)
-        found[T] = (off(h, latents), off(h, behind))
+        found[T] = (error(h, latents), error(h, behind))
     return found
 
 
-# --- where the pieces are ---------------------------------------------------------------------------------------------
+# --- where the pieces are ---
 
 def pieces(inputs, latents):
-    """Every sequence cut before each of its latents -> (starts, lengths), int64 [B,R] each; missing pieces have length 0."""
-    ends = inputs["attention_mask"].sum(1)                                     # [B]
+    """Every sequence cut before each of its latents -> (starts, lengths), int64 [B,R] each; missing pieces
+    have length 0.
+    """
     B, L = latents.shape
+    ends = inputs["attention_mask"].sum(1)[:, None]                            # [B,1]
     place = torch.arange(L, device=latents.device).expand(B, L)
-    if bool((latents & ((place == 0) | (place >= ends[:, None]))).any()):
+    nowhere = (place == 0) | (place >= ends)
+    if bool((latents & nowhere).any()):
         raise ValueError("a latent needs a token before it and may not lie in padding")
-    if bool((inputs["mm_token_type_ids"].bool() & (latents.cumsum(1) > 0)).any()):
+    image = inputs["mm_token_type_ids"].bool()
+    if bool((image & (latents.cumsum(1) > 0)).any()):
         raise ValueError("images must stand before the first latent")
-    cuts = place.masked_fill(~latents, L).sort(1).values[:, : int(latents.sum(1).max())]  # [B,R-1]
-    starts = torch.cat([torch.zeros_like(ends)[:, None], torch.minimum(cuts, ends[:, None])], 1)
-    return starts, torch.cat([starts[:, 1:], ends[:, None]], 1) - starts
+
+    # The latents' positions in order; a sequence with fewer of them is cut at its end again and again.
+    most = int(latents.sum(1).max())
+    cuts = place.masked_fill(~latents, L).sort(1).values[:, :most]             # [B,R-1]
+    starts = torch.cat([torch.zeros_like(ends), torch.minimum(cuts, ends)], 1)
+    lengths = torch.cat([starts[:, 1:], ends], 1) - starts
+    return starts, lengths
 
 
 def window(start, length):
@@ -187,7 +256,11 @@ def window(start, length):
 
 def first_piece(inputs, at):
     """The piece that holds the images, as the model's forward takes it."""
-    return {"input_ids": inputs["input_ids"][:, : at.shape[1]], "pixel_values": inputs["pixel_values"], "image_grid_thw": inputs["image_grid_thw"]}
+    return {
+        "input_ids": inputs["input_ids"][:, : at.shape[1]],
+        "pixel_values": inputs["pixel_values"],
+        "image_grid_thw": inputs["image_grid_thw"],
+    }
 
 
 def take(positions, at):
@@ -195,8 +268,14 @@ def take(positions, at):
     return positions.gather(2, at.expand(3, -1, -1))
 
 
+def states_at(h, at):
+    """h [B,n,D], at [B,m] -> [B,m,D]."""
+    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[2]))
+
+
 def whole(outs, starts, lengths, L):
     """Outputs of the pieces [B,n,D] -> (states, {layer: states}), [B,L,D] each."""
+    # Where each position of the sequence lies in the pieces laid one after the other.
     place = torch.zeros(len(starts), L, dtype=torch.long, device=starts.device)
     offset = 0
     for r, out in enumerate(outs):
@@ -205,8 +284,9 @@ def whole(outs, starts, lengths, L):
         row = torch.arange(len(at), device=at.device)[:, None].expand_as(at)
         place[row[valid], at[valid]] = columns[valid]
         offset += at.shape[1]
+
     gathered = {}
     for name in outs[0]:
         x = torch.cat([out[name] for out in outs], 1)                          # [B,S,D]
-        gathered[name] = x.gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
+        gathered[name] = states_at(x, place)
     return gathered.pop(0), gathered

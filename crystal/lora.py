@@ -1,14 +1,17 @@
 """Low-rank adapters and trainable tokens, kept on disk in PEFT's format.
 
-r rank, `in` and `out` features of a Linear, V vocabulary rows, n of them trainable, D hidden size, `*` any leading shape.
+r rank, `in` and `out` features of a Linear, V tokens of the vocabulary, n of them trainable, D hidden size,
+`*` any leading shape.
 
     W' = W + (alpha / r) B A        LoRA: Hu et al. 2022 (arXiv 2106.09685), section 4.1
     W'[ids] = P                     new tokens, as PEFT's trainable tokens: P holds rows, not differences
 
-In both W is frozen and only A, B and P train. Masking the gradient of a trainable W instead is not enough: AdamW decays
-what it holds whether or not it has a gradient, so all of the vocabulary would shrink. Here the optimiser never sees W.
+In both W is frozen and only A, B and P train. Masking the gradient of a trainable W instead is not enough:
+AdamW decays what it holds whether or not it has a gradient, so all of the vocabulary would shrink. Here the
+optimiser never sees W.
 
-Left out on purpose: adapters on convolutions and embeddings, biases, DoRA, rank-stabilised scaling, several at once.
+Left out on purpose: adapters on convolutions and embeddings, biases, DoRA, rank-stabilised scaling, several
+at once.
 """
 import json
 import re
@@ -30,23 +33,30 @@ def _wide(weight):
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-# --- low-rank adapters -------------------------------------------------------------------------------------------
+# --- low-rank adapters ---
 
 class LoRALinear(nn.Module):
     """A frozen Linear and its low-rank adapter: x [*,in] -> base(x) + (alpha / r) B A dropout(x) [*,out].
 
-    base: the nn.Linear, held, not copied. lora_A [r,in], Kaiming-uniform with a = sqrt 5, and lora_B [out,r], zero,
-    are parameters in float32 (float64 if the base is), computed with in x's dtype. dropout: probability, in training
-    mode only, from torch's global generator. generator: draws lora_A, on its own device, so a seed gives the same
-    adapter on every machine. weight, bias, in_features, out_features are the base's: `weight` is without the adapter.
+    base: the nn.Linear, held, not copied. lora_A [r,in], Kaiming-uniform with a = sqrt 5, and lora_B [out,r],
+    zero, are parameters in float32 (float64 if the base is), computed with in x's dtype. dropout:
+    probability, in training mode only, from torch's global generator. generator: draws lora_A, on its own
+    device, so a seed gives the same adapter on every machine. weight, bias, in_features, out_features are the
+    base's: `weight` is without the adapter.
     """
 
     def __init__(self, base, r=16, alpha=32, dropout=0.0, generator=None):
         super().__init__()
-        self.base, self.r, self.alpha, self.dropout = base, r, alpha, dropout
+        self.base = base
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
         self.scale = alpha / r
+
+        # A is drawn where the generator lives, and then goes to the weight.
         W = base.weight
-        A = torch.empty(r, base.in_features, dtype=_wide(W), device=generator.device if generator is not None else W.device)
+        device = generator.device if generator is not None else W.device
+        A = torch.empty(r, base.in_features, dtype=_wide(W), device=device)
         nn.init.kaiming_uniform_(A, a=5 ** 0.5, generator=generator)
         self.lora_A = nn.Parameter(A.to(W.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=_wide(W), device=W.device))
@@ -59,16 +69,23 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self, W):
-        """W + (alpha / r) B A in W's dtype: the sum is taken in float32 (float64 if W is) and rounded once. W [out,in]."""
-        return (W.to(_wide(W)) + self.scale * (self.lora_B @ self.lora_A).to(W.device, _wide(W))).to(W.dtype)
+        """W + (alpha / r) B A in W's dtype: the sum is taken in float32 (float64 if W is) and rounded once. W
+        [out,in].
+        """
+        wide = _wide(W)
+        BA = (self.lora_B @ self.lora_A).to(W.device, wide)
+        return (W.to(wide) + self.scale * BA).to(W.dtype)
 
     def forward(self, x):
-        shape = (*x.shape[:-1], self.out_features)
-        x = x.reshape(-1, self.in_features)                                                     # [N,in]
-        y = self.base(x)                                                                        # [N,out]
-        z = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))        # [N,r]
+        *leading, features = x.shape
+        x = x.reshape(-1, features)                                          # [N,in]
+        y = self.base(x)                                                     # [N,out]
+        dropped = F.dropout(x, self.dropout, self.training)
+        z = F.linear(dropped, self.lora_A.to(x.dtype))                       # [N,r]
+
         # In place, scale included: y is ours alone, and no other tensor as large as y is written.
-        return y.addmm_(z, self.lora_B.to(y.dtype).T, alpha=self.scale).view(shape)
+        y.addmm_(z, self.lora_B.to(y.dtype).T, alpha=self.scale)
+        return y.view(*leading, self.out_features)
 
 
 def adapters(model):
@@ -77,55 +94,69 @@ def adapters(model):
 
 
 def add_lora(model, pattern, r=16, alpha=32, dropout=0.0, generator=None):
-    """Gives an adapter to every nn.Linear of `model` whose dotted name fully matches -> their names, in order.
+    """Gives an adapter to every nn.Linear of `model` whose dotted name fully matches -> their names, in
+    order.
 
-    pattern: a regular expression. r, alpha, dropout, generator: see LoRALinear. Freezes nothing: that is the caller's.
-    Raises ValueError if nothing matches; a Linear that has an adapter already does not count.
+    pattern: a regular expression. r, alpha, dropout, generator: see LoRALinear. Freezes nothing: that is the
+    caller's. Raises ValueError if nothing matches; a Linear that has an adapter already does not count.
     """
     taken = {layer.base for layer in adapters(model).values()}
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in taken and re.fullmatch(pattern, name)}
+    found = {}
+    for name, module in model.named_modules():
+        is_free = isinstance(module, nn.Linear) and module not in taken
+        if is_free and re.fullmatch(pattern, name):
+            found[name] = module
     if not found:
         raise ValueError(f"no nn.Linear without an adapter has a name that matches {pattern!r}")
+
     for name, base in found.items():
-        _replace(model, name, LoRALinear(base, r, alpha, dropout, generator))
+        parent, _, child = name.rpartition(".")
+        layer = LoRALinear(base, r, alpha, dropout, generator)
+        setattr(model.get_submodule(parent), child, layer)
     return list(found)
 
 
-def _replace(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-# --- trainable rows of the vocabulary ----------------------------------------------------------------------------
+# --- trainable tokens of the vocabulary ---
 
 class TrainableTokens(nn.Module):
     """Trains n rows of the vocabulary and leaves all others exactly where they are.
 
-    embed: the nn.Embedding [V,D]. head: the output nn.Linear [V,D], tied or not; None only where there is none, since
-    without it the rows would miss the head's gradient (it warns). ids: n different rows, list of int.
+    embed: the nn.Embedding [V,D]. head: the output nn.Linear [V,D], tied or not; None only where there is
+    none, since without it the rows would miss the head's gradient (it warns). ids: n different rows, list of
+    int.
 
-    Parameters, in float32 (float64 if the weights are), starting as copies of the weights' rows: `embedding` [n,D] and,
-    if the head is untied, `head` [n,D]. If tied, `embedding` gets both gradients. W is frozen and stays in the model:
+    Parameters, in float32 (float64 if the weights are), starting as copies of the weights' rows: `embedding`
+    [n,D] and, if the head is untied, `head` [n,D]. If tied, `embedding` gets both gradients. W is frozen and
+    stays in the model:
         embed   out + [id is ours] (P - P.detach())[id]
         head    logits[ids] + h (P - P.detach())^T
-    so that values are W's to the bit and gradients reach P. After each optimiser update call `sync()`, which writes P
-    into W's rows. A batch without any of the ids gives P a gradient of zeros (not None). Hooks do nothing under no_grad.
-    Raises ValueError if ids repeat or do not lie in [0, V).
+    so that values are W's to the bit and gradients reach P. After each optimiser update call `sync()`, which
+    writes P into W's rows. A batch without any of the ids gives P a gradient of zeros (not None). Hooks do
+    nothing under no_grad. Raises ValueError if ids repeat or do not lie in [0, V).
     """
 
     def __init__(self, embed, head, ids):
         super().__init__()
         ids = [int(i) for i in ids]
-        if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= embed.num_embeddings:
-            raise ValueError(f"trainable tokens {ids}: need different ids from 0 to {embed.num_embeddings - 1}")
+        different = bool(ids) and len(set(ids)) == len(ids)
+        if not different or min(ids) < 0 or max(ids) >= embed.num_embeddings:
+            last = embed.num_embeddings - 1
+            raise ValueError(f"trainable tokens {ids}: need different ids from 0 to {last}")
         if head is None:
-            warnings.warn("TrainableTokens without an output head: pass a tied head too, or its gradient never reaches the rows", stacklevel=2)
-        self.ids, self.tied = ids, head is None or head.weight is embed.weight
+            warnings.warn(
+                "TrainableTokens without an output head: pass a tied head too, "
+                "or its gradient never reaches the tokens",
+                stacklevel=2,
+            )
+        self.ids = ids
+        self.tied = head is None or head.weight is embed.weight
         self.owners = (embed, head)  # in a tuple: as submodules their weights would be counted as ours
+
         self.register_buffer("index", torch.tensor(ids, device=embed.weight.device), persistent=False)
         self.embedding = self._copy(embed)
         if not self.tied:
             self.head = self._copy(head)
+
         self.hooks = [embed.register_forward_hook(self._after_embed)]
         if head is not None:
             self.hooks.append(head.register_forward_hook(self._after_head))
@@ -136,12 +167,15 @@ class TrainableTokens(nn.Module):
     def pairs(self):
         """[(module, its parameter [n,D])]: one pair if tied, else embedding and head."""
         embed, head = self.owners
-        return [(embed, self.embedding)] if self.tied else [(embed, self.embedding), (head, self.head)]
+        if self.tied:
+            return [(embed, self.embedding)]
+        return [(embed, self.embedding), (head, self.head)]
 
     def _after_embed(self, module, args, out):
         if not torch.is_grad_enabled():
             return None
-        # A product with the one-hot matches [*,n], not a gather of them: their number never has to reach the host.
+        # A product with the one-hot matches [*,n], not a gather of them: their number never has to reach the
+        # host.
         ours = (args[0][..., None] == self.index).to(out.dtype)
         return out + ours @ _carrier(self.embedding, out.dtype)  # [*,D]
 
@@ -149,15 +183,21 @@ class TrainableTokens(nn.Module):
         if not torch.is_grad_enabled():
             return None
         P = self.embedding if self.tied else self.head
+        added = args[0] @ _carrier(P, out.dtype).T  # [*,n]
+
         # In place: a second copy of the logits [*,V] would be the largest tensor of all.
-        return out.index_add_(-1, self.index, args[0] @ _carrier(P, out.dtype).T)
+        return out.index_add_(-1, self.index, added)
 
     @torch.no_grad()
     def sync(self):
-        """Writes P into W's rows, rounded to W's dtype. Raises RuntimeError if W trains: other rows could then move."""
+        """Writes P into W's rows, rounded to W's dtype. Raises RuntimeError if W trains: other rows could
+        then move.
+        """
         for module, P in self.pairs():
             if module.weight.requires_grad:
-                raise RuntimeError("the vocabulary's weight must be frozen (requires_grad False) while its rows train")
+                raise RuntimeError(
+                    "the vocabulary's weight must be frozen (requires_grad False) while its rows train"
+                )
             module.weight.index_copy_(0, self.index, P.to(module.weight.dtype))
 
     def remove(self):
@@ -172,7 +212,7 @@ def _carrier(P, dtype):
     return (P - P.detach()).to(dtype)
 
 
-# --- on disk -----------------------------------------------------------------------------------------------------
+# --- on disk ---
 
 def _tensors(model, new_tokens):
     """{PEFT's key: the live parameter}: what an adapter's file holds."""
@@ -187,22 +227,29 @@ def _tensors(model, new_tokens):
 
 def _token_names(model, new_tokens):
     """{module name: (module, parameter)} of the trainable tokens."""
+    if new_tokens is None:
+        return {}
     names = {module: name for name, module in model.named_modules()}
-    return {names[module]: (module, P) for module, P in (new_tokens.pairs() if new_tokens is not None else [])}
+    return {names[module]: (module, P) for module, P in new_tokens.pairs()}
 
 
 def adapter_state(model, new_tokens):
     """What trains beside the frozen weights, under PEFT's names -> {key: tensor}, detached copies on the CPU.
 
-    model: the transformers model itself, so that names are those PEFT will meet. new_tokens: a TrainableTokens of it, or None.
-    Keys: base_model.model.NAME.lora_A.weight [r,in], .lora_B.weight [out,r], and of embedding and untied head
-    base_model.model.NAME.token_adapter.trainable_tokens_delta [n,D] (rows as they are; the name is PEFT's).
+    model: the transformers model itself, so that names are those PEFT will meet. new_tokens: a
+    TrainableTokens of it, or None. Keys: base_model.model.NAME.lora_A.weight [r,in], .lora_B.weight [out,r],
+    and of embedding and untied head base_model.model.NAME.token_adapter.trainable_tokens_delta [n,D] (rows as
+    they are; the name is PEFT's).
     """
-    return {key: P.detach().to("cpu", copy=True).contiguous() for key, P in _tensors(model, new_tokens).items()}
+    state = {}
+    for key, P in _tensors(model, new_tokens).items():
+        state[key] = P.detach().to("cpu", copy=True).contiguous()
+    return state
 
 
 def adapter_config(model, new_tokens, base_name):
-    """The contents of PEFT's adapter_config.json -> dict. base_name: directory or hub name of the frozen model.
+    """The contents of PEFT's adapter_config.json -> dict. base_name: directory or hub name of the frozen
+    model.
 
     target_modules lists full names: a suffix such as `proj` could match more modules than were wrapped.
     Raises ValueError if the model has no adapter, or adapters that differ in r, alpha or dropout.
@@ -210,18 +257,30 @@ def adapter_config(model, new_tokens, base_name):
     layers = adapters(model)
     kinds = {(layer.r, layer.alpha, layer.dropout) for layer in layers.values()}
     if len(kinds) != 1:
-        raise ValueError(f"one kind of adapter (r, alpha, dropout) can be saved, the model has {len(kinds)}: {sorted(kinds)}")
+        raise ValueError(
+            f"one kind of adapter (r, alpha, dropout) can be saved, the model has {len(kinds)}: {sorted(kinds)}"
+        )
     r, alpha, dropout = kinds.pop()
+    tokens = {name: new_tokens.ids for name in _token_names(model, new_tokens)}
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
-        "r": r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "target_modules": list(layers),
-        "trainable_token_indices": {name: new_tokens.ids for name in _token_names(model, new_tokens)} or None,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_name),
+        "r": r,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(layers),
+        "trainable_token_indices": tokens or None,
     }
 
 
 def save_adapter(directory, model, new_tokens, base_name):
-    """Writes adapter_model.safetensors and adapter_config.json into `directory`, made if absent. See adapter_config."""
+    """Writes adapter_model.safetensors and adapter_config.json into `directory`, made if absent. See
+    adapter_config.
+    """
     directory = Path(directory)
     config = adapter_config(model, new_tokens, base_name)
     directory.mkdir(parents=True, exist_ok=True)
@@ -231,12 +290,17 @@ def save_adapter(directory, model, new_tokens, base_name):
 
 @torch.no_grad()
 def load_adapter(directory, model, new_tokens):
-    """Reads an adapter into a model that has the same adapters and trainable tokens already (add_lora, TrainableTokens).
+    """Reads an adapter into a model that has the same adapters and trainable tokens already (add_lora,
+    TrainableTokens).
 
-    Raises ValueError naming the file and the key where anything differs: a key missing or unknown, a shape, the rank,
-    alpha, the ids of the tokens. Nothing is changed then. Trainable tokens are written into the vocabulary as well (sync).
+    Raises ValueError naming the file and the key where anything differs: a key missing or unknown, a shape,
+    the rank, alpha, the ids of the tokens. Nothing is changed then. Trainable tokens are written into the
+    vocabulary as well (sync).
     """
-    weights, config = Path(directory) / WEIGHTS, Path(directory) / CONFIG
+    weights = Path(directory) / WEIGHTS
+    config = Path(directory) / CONFIG
+
+    # The configurations must agree,
     here = adapter_config(model, new_tokens, "")
     try:
         there = dict(json.loads(config.read_text()))
@@ -245,6 +309,8 @@ def load_adapter(directory, model, new_tokens):
     for key in ("peft_type", "r", "lora_alpha", "trainable_token_indices"):
         if there.get(key) != here[key]:
             raise ValueError(f"{config}: {key} is {there.get(key)!r}, the model has {here[key]!r}")
+
+    # and the tensors' names and shapes.
     try:
         state = load_file(weights)
     except (OSError, SafetensorError) as error:
@@ -255,8 +321,10 @@ def load_adapter(directory, model, new_tokens):
             raise ValueError(f"{weights}: no key {key}, which the model has")
         if key not in wanted:
             raise ValueError(f"{weights}: key {key} has no place in the model")
-        if state[key].shape != wanted[key].shape:
-            raise ValueError(f"{weights}: {key} has shape {list(state[key].shape)}, the model's is {list(wanted[key].shape)}")
+        found, right = list(state[key].shape), list(wanted[key].shape)
+        if found != right:
+            raise ValueError(f"{weights}: {key} has shape {found}, the model's is {right}")
+
     for key, P in wanted.items():
         P.copy_(state[key])
     if new_tokens is not None:

@@ -94,7 +94,7 @@ def test_packed_refuses_copied_rows_that_are_not_one_run(setup):
     s = setup(which=[0])
     copied = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool)
     copied[0, [-5, -3]] = True
-    with pytest.raises(ValueError, match="pair 0: realisation packed needs the copied rows in one run"):
+    with pytest.raises(ValueError, match="pair 0: realisation packed needs the copied positions in one run"):
         dual_forward(s.model, s.batch, copied, "packed")
 
 

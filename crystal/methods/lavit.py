@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.attention_bias import AttentionBias
-from crystal.layout import TAGS, Format, latent_tokens
+from crystal.layout import TAGS, Format, generation_prompt, latent_tokens
 from crystal.losses import gaze, semantics
 from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
@@ -86,7 +86,7 @@ class Latents(Format):
 
     def chat_template(self):
         prompt = "".join(self.tokenizer.convert_ids_to_tokens(self.latents + [self.answer_start_id]))
-        return self.tokenizer.chat_template + "{%- if add_generation_prompt -%}{{- '" + prompt + "' -}}{%- endif -%}"
+        return self.tokenizer.chat_template + generation_prompt(prompt)
 
 
 class Method(SFT):
