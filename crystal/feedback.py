@@ -120,6 +120,7 @@ def recurrence(model, inputs, latents, layers=()):
     starts, lengths = pieces(inputs, latents)                                  # [B,R] each
     positions = model.positions(inputs)                                        # [3,B,L]
     stream, outs = Stream(model, layers), []
+    fed = None  # the state in front of the next piece
     for r in range(starts.shape[1]):
         at, valid = window(starts[:, r], lengths[:, r])                        # [B,n]
 

@@ -17,7 +17,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("runtime", "config renamed ops distributed data toy checkpoint")],
     [("backbone", "families model record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
-    [("", "opening generate")],
+    [("", "opening run_directory generate")],
     [("evaluation", "benchmarks predictions figures reliance"), ("serving", "chat engine")],
     [("", "run train evaluate export visualize serve compare demo bench __main__")],
 ]
@@ -117,12 +117,12 @@ def test_the_specification_needs_torch_alone(path):
 
 
 def test_only_the_backbone_knows_transformers_modelling():
-    """train.py may ask for transformers' version."""
+    """run_directory.py may ask for transformers' version."""
     for path in SOURCES:
         if path.parent == CRYSTAL / "backbone":
             continue
         used = [(line, what) for line, what in imports(path) if what.split(".")[0] == "transformers"]
-        assert not used or path == CRYSTAL / "train.py", f"{name(path)}: {used}"
+        assert not used or path == CRYSTAL / "run_directory.py", f"{name(path)}: {used}"
         assert all(what == "transformers" for _, what in used), f"{name(path)}: {used}"
         attributes = {
             node.attr for node in ast.walk(ast.parse(path.read_text()))

@@ -4,14 +4,11 @@ The updates themselves are compared with a plain loop in test_loop.py. Right val
 written out by hand: a validation that returns what the test says, a method whose loss is known, a checkpoint
 made by hand, a rank that is pretended.
 """
-import copy
 import json
 import re
-import resource
 import shutil
-import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from crystal import evaluate, methods, train
-from crystal.methods.crystal import Settings as CrystalSettings
+from crystal import evaluate, methods, run_directory, train
 from crystal.runtime import checkpoint, config, data
 from crystal.runtime.config import UserError
 from crystal.runtime.distributed import Processes
@@ -159,8 +155,8 @@ def test_a_resume_keeps_every_setting_but_those_of_the_machine_and_the_log(flags
     shutil.rmtree(checkpoint.step_dir(started, 2))
     train.main([*same, "--batch_size", "1", "--accumulation", "2", "--workers", "1", "--checkpointing", "--keep", "5", "--eval_every", "1", "--on_bad_record", "skip"])
     assert [x["step"] for x in metrics(started)] == [1, 2]
-    kept = {f.name for f in fields(config.Settings)} - train.MAY_CHANGE
-    assert kept > {"val_data", "image_root", "turns", "lora_dropout", "weight_decay", "warmup", "clip", "min_pixels"} and len(kept) + len(train.MAY_CHANGE) == len(fields(config.Settings))
+    kept = {f.name for f in fields(config.Settings)} - run_directory.MAY_CHANGE
+    assert kept > {"val_data", "image_root", "turns", "lora_dropout", "weight_decay", "warmup", "clip", "min_pixels"} and len(kept) + len(run_directory.MAY_CHANGE) == len(fields(config.Settings))
 
 
 def test_accumulation_equals_a_larger_batch(flags):
@@ -279,13 +275,6 @@ def test_validation_images_are_under_on_bad_record_too(flags, records_file, tmp_
         train.main(flags("stop", *more))
     with pytest.raises(UserError, match="1 of 3 validation records are broken"):
         train.main(flags("skip", *more, "--on_bad_record", "skip"))
-
-
-@pytest.mark.parametrize("name", ["file", "file/below/it"])
-def test_output_must_be_a_directory(flags, tmp_path, name):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=f"--output .*{name}: .*/file is not a directory that can be written to"):
-        train.main(flags(name, "--max_steps", "1"))
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
@@ -619,15 +608,6 @@ def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
     )
 
 
-def test_versions_and_memory_are_those_of_this_process():
-    root = Path(train.__file__).parents[1]
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert train.versions()["git"] == (git.stdout.strip() if git.returncode == 0 else None)
-    before, told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, train.peak_memory(torch.device("cpu"))
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert before * unit / 1e9 <= told <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 @pytest.mark.parametrize(
     "more, trained", [(("--tune", "tokens"), 7 * 32), (("--tune", "tokens", "--latents", "5"), 9 * 32)]
 )
@@ -647,108 +627,6 @@ def test_how_much_trains_is_told(flags, more, trained, capsys):
 
 
 # ---- resume ------------------------------------------------------------------------------------------------
-
-# A resume may set these anew, and nothing else.
-MAY_CHANGE = {
-    "output",
-    "batch_size",
-    "accumulation",
-    "device",
-    "checkpointing",
-    "workers",
-    "on_bad_record",
-    "eval_every",
-    "eval_records",
-    "save_every",
-    "keep",
-    "log_every",
-    "resume",
-    "overwrite",
-    "tensorboard",
-}
-
-
-def another(value, choices):
-    """A value that differs from this one."""
-    if choices:
-        return next(choice for choice in choices if choice != value)
-    if isinstance(value, bool):
-        return not value
-    return f"{value}x" if isinstance(value, str) else (value or 0) + 1
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """A checkpoint of two parameters by hand, after three updates -> what `restore` is given."""
-    settings = CrystalSettings(batch_size=2, accumulation=3, output=str(tmp_path))
-    saved = {"a": torch.full((2, 3), 0.5), "b": torch.full((4,), -2.0)}
-    moments = {
-        f"{name}.{key}": torch.full_like(value, number)
-        for name, value in saved.items()
-        for key, number in (("exp_avg", 0.25), ("exp_avg_sq", 4.0))
-    }
-    moments |= {f"{name}.step": torch.tensor(3.0) for name in saved}
-    directory = checkpoint.save(
-        tmp_path,
-        3,
-        {"trainable.safetensors": saved, "optimizer.safetensors": moments},
-        {"step": 3, "settings": asdict(settings), "pairs": 12},
-    )
-
-    def restore(settings, world=2):
-        named = [(name, torch.nn.Parameter(torch.zeros_like(value))) for name, value in saved.items()]
-        optimizer, updates = torch.optim.AdamW([p for _, p in named]), []
-        objective = SimpleNamespace(
-            model=SimpleNamespace(after_update=lambda: updates.append(named[0][1].tolist()[0][0]))
-        )
-        step = train.restore(directory, settings, objective, optimizer, named, Processes(world=world))
-        return SimpleNamespace(step=step, named=dict(named), optimizer=optimizer, updates=updates)
-
-    return SimpleNamespace(settings=settings, restore=restore)
-
-
-def test_restored_by_value(stored):
-    found = stored.restore(stored.settings)
-    assert found.step == 3 and found.updates == [0.5]  # the vocabulary follows, once the rows are back
-    assert torch.equal(found.named["a"], torch.full((2, 3), 0.5)) and torch.equal(
-        found.named["b"], torch.full((4,), -2.0)
-    )
-    for p in found.named.values():
-        state = found.optimizer.state[p]
-        assert (
-            float(state["step"]) == 3
-            and bool((state["exp_avg"] == 0.25).all())
-            and bool((state["exp_avg_sq"] == 4.0).all())
-        )
-
-
-@pytest.mark.parametrize("name", [f.name for f in fields(CrystalSettings)])
-def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
-    field = next(f for f in fields(CrystalSettings) if f.name == name)
-    now = copy.copy(stored.settings)
-    object.__setattr__(now, name, another(getattr(now, name), field.metadata["choices"]))  # also what no command line gives
-    if name in ("batch_size", "accumulation"):  # the pairs of an update stay
-        now = replace(now, batch_size=3, accumulation=2)
-    if name in MAY_CHANGE:
-        assert stored.restore(now).step == 3
-    else:
-        with pytest.raises(UserError, match=f"was made with --{name} .*; a resume keeps it"):
-            stored.restore(now)
-
-
-@pytest.mark.parametrize(
-    "batch, accumulation, world, pairs",
-    [(2, 3, 2, 12), (1, 3, 4, 12), (12, 1, 1, 12), (2, 3, 1, 6), (2, 2, 2, 8), (1, 3, 2, 6)],
-)
-def test_a_resume_keeps_the_pairs_of_an_update(stored, batch, accumulation, world, pairs):
-    now = replace(stored.settings, batch_size=batch, accumulation=accumulation)
-    assert train.pairs(now, Processes(world=world)) == pairs
-    if pairs == 12:
-        assert stored.restore(now, world).step == 3
-    else:
-        with pytest.raises(UserError, match=f"an update had 12 pairs, not {pairs}"):
-            stored.restore(now, world)
-
 
 def test_a_resume_in_the_middle_of_a_stage_and_an_epoch_may_split_its_updates_anew(flags, tmp_path):
     """Killed after two of five updates of four records; then one record at a time, all else as before."""
@@ -943,11 +821,11 @@ def test_broken_records_in_a_batch(tmp_path):
     with pytest.raises(UserError, match="^it is cut$"):
         report([], 0, 0, error="it is cut")
     assert not (tmp_path / "run").exists()
-    train.list_bad([], tmp_path / "run", Processes())
-    train.list_bad(["other"], tmp_path / "run", Processes(rank=1, world=2))
+    run_directory.list_bad([], tmp_path / "run", Processes())
+    run_directory.list_bad(["other"], tmp_path / "run", Processes(rank=1, world=2))
     assert not (tmp_path / "run").exists()
     for line in ("one", "two"):
-        train.list_bad([line], tmp_path / "run", Processes())
+        run_directory.list_bad([line], tmp_path / "run", Processes())
     assert (tmp_path / "run" / "bad_records.jsonl").read_text() == '{"problem": "one"}\n{"problem": "two"}\n'
 
 
@@ -984,11 +862,6 @@ def test_tensorboard_gets_every_number_of_every_line(flags, records_file, monkey
     assert written == [
         (line["step"], name, value) for line in lines for name, value in line.items() if name != "step"
     ]
-
-
-def test_a_log_without_its_last_line(tmp_path):
-    (tmp_path / "log").write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3')
-    assert train.logged_lines(tmp_path / "log") == [{"step": 1}, {"step": 2}]
 
 
 def test_a_gradient_without_an_end_stops_before_the_update(flags, tmp_path):

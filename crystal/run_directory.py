@@ -1,0 +1,185 @@
+"""A run's directory: how it begins, what is written into it, what is stored, and what a resume makes of that.
+
+    config.json           the settings, the versions of what computes, the number of processes
+    method.py             the method's file, where it is not built in, as it was run
+    metrics.jsonl         a line an update, and one a validation
+    bad_records.jsonl     records that were left out, and why
+    checkpoints/step-N/   what trains, the optimiser's state, the settings (runtime/checkpoint.py)
+    tensorboard/          with --tensorboard
+
+It becomes a run's own at its first update that works, so that a mistake in a flag leaves an older run whole.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import transformers
+
+from crystal import methods
+from crystal.runtime import checkpoint
+from crystal.runtime.config import UserError
+
+# --- before the first update ---
+
+def check_writable(run):
+    """UserError if a run directory could not be made, or written to, where it is asked for."""
+    nearest = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--output {run}: {nearest} is not a directory that can be written to")
+
+
+def holds_a_run(run):
+    """Whether there is a run in a directory that a new one would spoil."""
+    return (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
+
+
+def check_overwrite(run, settings):
+    """UserError where --overwrite would delete what the new run reads."""
+    names = ("method", "model", "data", "val_data", "image_root")
+    read = [(name, getattr(settings, name)) for name in names]
+    read += [("data", stage.data) for stage in settings.stages]
+    for name, path in read:
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(run.resolve()):
+            raise UserError(
+                f"--overwrite would delete --{name} {path}, which lies in {run}; "
+                "move it, or name another --output"
+            )
+
+
+def begin(run, step, settings, procs):
+    """On rank 0, makes the directory this run's, from update `step` on -> (open log, SummaryWriter or None).
+
+    With --overwrite an older run in it is deleted here, and nowhere else.
+    """
+    # What was logged after the checkpoint that a resume goes on from happens again.
+    path = run / "metrics.jsonl"
+    if settings.resume and path.exists():
+        kept = [line for line in logged_lines(path) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    elif not settings.resume and holds_a_run(run):
+        shutil.rmtree(run)
+
+    run.mkdir(parents=True, exist_ok=True)
+    made_by = methods.fingerprint(settings.method) | {"versions": versions(), "world": procs.world}
+    (run / "config.json").write_text(json.dumps(asdict(settings) | made_by, indent=1) + "\n")
+    methods.keep_copy(settings.method, run)
+
+    board = summary_writer()(run / "tensorboard") if settings.tensorboard else None
+    return open(path, "a"), board
+
+
+# --- while it runs ---
+
+def list_bad(lines, run, procs):
+    """Appends lines to the run's bad_records.jsonl, on rank 0."""
+    if lines and procs.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "bad_records.jsonl", "a") as file:
+            file.writelines(json.dumps({"problem": line}) + "\n" for line in lines)
+
+
+def write(log, board, line):
+    """One line of metrics to the log, and to TensorBoard if there is one."""
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    if board:
+        for name, value in line.items():
+            if name != "step":
+                board.add_scalar(name, value, line["step"])
+
+
+def logged_lines(path):
+    """Lines of a metrics.jsonl; a last one that a killed process left unfinished is not one."""
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def summary_writer():
+    """TensorBoard's SummaryWriter, a class; UserError where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: needs the extra `track`: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def versions():
+    """Versions of what computes, and the code's own commit where there is one."""
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "git": git.stdout.strip() if git.returncode == 0 else None,
+    }
+
+
+# --- checkpoints ---
+
+def store(run, step, settings, optimizer, named, procs, best):
+    """Writes checkpoints/step-N: what trains, the optimiser's state, the settings; the older ones beyond
+    --keep go.
+    """
+    files = {
+        "trainable.safetensors": {n: p.detach() for n, p in named},
+        "optimizer.safetensors": checkpoint.optimizer_tensors(optimizer, named),
+    }
+    state = {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)}
+    checkpoint.save(run, step, files, state | methods.fingerprint(settings.method))
+    if best:
+        checkpoint.mark_best(run, **best)
+    checkpoint.prune(run, settings.keep)
+
+
+def pairs(settings, procs):
+    """Pairs in one update, of all ranks and micro-batches."""
+    return settings.batch_size * settings.accumulation * procs.world
+
+
+# What a resume may set anew: where and how the run computes, what it writes, and how an update's pairs are
+# split. A run that stopped at a broken image goes on with --on_bad_record skip: which records there are, and
+# their order, is the same.
+MAY_CHANGE = {
+    "output", "batch_size", "accumulation", "device", "checkpointing", "workers", "on_bad_record",
+    "eval_every", "eval_records", "save_every", "keep", "log_every", "resume", "overwrite", "tensorboard",
+}
+
+
+def restore(directory, settings, objective, optimizer, named, procs):
+    """Loads what `store` wrote into module and optimiser -> the update to go on from. The ranks may be others
+    than before.
+    """
+    files, state = checkpoint.load(directory)
+    if state["pairs"] != pairs(settings, procs):
+        raise UserError(
+            f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; "
+            "keep batch_size x accumulation x processes"
+        )
+
+    # The method comes before anything is done with it: what a run names is not run.
+    before = state["settings"]["method"]
+    if before != settings.method:
+        raise UserError(made_with(directory, "method", before, settings.method))
+    methods.of_run(state, directory, settings.method)  # tells where the file was edited since
+
+    saved = methods.saved_settings(state["settings"], directory)
+    for field in fields(settings):
+        before, now = getattr(saved, field.name), getattr(settings, field.name)
+        if before != now and field.name not in MAY_CHANGE:
+            raise UserError(made_with(directory, field.name, before, now))
+
+    checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
+    checkpoint.load_optimizer(optimizer, named, files["optimizer.safetensors"])
+    objective.model.after_update()
+    return state["step"]
+
+
+def made_with(directory, name, before, now):
+    """What is said of a setting that a resume would change."""
+    return f"{directory}: was made with --{name} {before!r}, not {now!r}; a resume keeps it"

@@ -1,0 +1,144 @@
+"""A run's directory: what a resume may change, what is restored, what versions are told, where it may lie.
+
+How it begins, is overwritten and goes on in a whole run, test_train.py says.
+"""
+import copy
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from crystal import run_directory, train
+from crystal.methods.crystal import Settings as CrystalSettings
+from crystal.runtime import checkpoint
+from crystal.runtime.config import UserError
+from crystal.runtime.distributed import Processes
+
+
+@pytest.mark.parametrize("name", ["file", "file/below/it"])
+def test_output_must_be_a_directory(tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"--output .*{name}: .*/file is not a directory that can be written to"):
+        train.main(["--output", str(tmp_path / name), "--max_steps", "1"])
+    run_directory.check_writable(tmp_path / "not" / "yet" / "there")
+
+
+def test_versions_and_memory_are_those_of_this_process():
+    root = Path(train.__file__).parents[1]
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert run_directory.versions()["git"] == (git.stdout.strip() if git.returncode == 0 else None)
+    before, told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, train.peak_memory(torch.device("cpu"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert before * unit / 1e9 <= told <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# A resume may set these anew, and nothing else.
+MAY_CHANGE = {
+    "output",
+    "batch_size",
+    "accumulation",
+    "device",
+    "checkpointing",
+    "workers",
+    "on_bad_record",
+    "eval_every",
+    "eval_records",
+    "save_every",
+    "keep",
+    "log_every",
+    "resume",
+    "overwrite",
+    "tensorboard",
+}
+
+
+def another(value, choices):
+    """A value that differs from this one."""
+    if choices:
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, bool):
+        return not value
+    return f"{value}x" if isinstance(value, str) else (value or 0) + 1
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A checkpoint of two parameters by hand, after three updates -> what `restore` is given."""
+    settings = CrystalSettings(batch_size=2, accumulation=3, output=str(tmp_path))
+    saved = {"a": torch.full((2, 3), 0.5), "b": torch.full((4,), -2.0)}
+    moments = {
+        f"{name}.{key}": torch.full_like(value, number)
+        for name, value in saved.items()
+        for key, number in (("exp_avg", 0.25), ("exp_avg_sq", 4.0))
+    }
+    moments |= {f"{name}.step": torch.tensor(3.0) for name in saved}
+    directory = checkpoint.save(
+        tmp_path,
+        3,
+        {"trainable.safetensors": saved, "optimizer.safetensors": moments},
+        {"step": 3, "settings": asdict(settings), "pairs": 12},
+    )
+
+    def restore(settings, world=2):
+        named = [(name, torch.nn.Parameter(torch.zeros_like(value))) for name, value in saved.items()]
+        optimizer, updates = torch.optim.AdamW([p for _, p in named]), []
+        objective = SimpleNamespace(
+            model=SimpleNamespace(after_update=lambda: updates.append(named[0][1].tolist()[0][0]))
+        )
+        step = run_directory.restore(directory, settings, objective, optimizer, named, Processes(world=world))
+        return SimpleNamespace(step=step, named=dict(named), optimizer=optimizer, updates=updates)
+
+    return SimpleNamespace(settings=settings, restore=restore)
+
+
+def test_restored_by_value(stored):
+    found = stored.restore(stored.settings)
+    assert found.step == 3 and found.updates == [0.5]  # the vocabulary follows, once the rows are back
+    assert torch.equal(found.named["a"], torch.full((2, 3), 0.5)) and torch.equal(
+        found.named["b"], torch.full((4,), -2.0)
+    )
+    for p in found.named.values():
+        state = found.optimizer.state[p]
+        assert (
+            float(state["step"]) == 3
+            and bool((state["exp_avg"] == 0.25).all())
+            and bool((state["exp_avg_sq"] == 4.0).all())
+        )
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(CrystalSettings)])
+def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
+    field = next(f for f in fields(CrystalSettings) if f.name == name)
+    now = copy.copy(stored.settings)
+    object.__setattr__(now, name, another(getattr(now, name), field.metadata["choices"]))  # also what no command line gives
+    if name in ("batch_size", "accumulation"):  # the pairs of an update stay
+        now = replace(now, batch_size=3, accumulation=2)
+    if name in MAY_CHANGE:
+        assert stored.restore(now).step == 3
+    else:
+        with pytest.raises(UserError, match=f"was made with --{name} .*; a resume keeps it"):
+            stored.restore(now)
+
+
+@pytest.mark.parametrize(
+    "batch, accumulation, world, pairs",
+    [(2, 3, 2, 12), (1, 3, 4, 12), (12, 1, 1, 12), (2, 3, 1, 6), (2, 2, 2, 8), (1, 3, 2, 6)],
+)
+def test_a_resume_keeps_the_pairs_of_an_update(stored, batch, accumulation, world, pairs):
+    now = replace(stored.settings, batch_size=batch, accumulation=accumulation)
+    assert run_directory.pairs(now, Processes(world=world)) == pairs
+    if pairs == 12:
+        assert stored.restore(now, world).step == 3
+    else:
+        with pytest.raises(UserError, match=f"an update had 12 pairs, not {pairs}"):
+            stored.restore(now, world)
+
+
+def test_a_log_without_its_last_line(tmp_path):
+    (tmp_path / "log").write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3')
+    assert run_directory.logged_lines(tmp_path / "log") == [{"step": 1}, {"step": 2}]
