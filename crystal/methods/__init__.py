@@ -1,20 +1,24 @@
 """A method composes the concepts; one file each, a screen or two. The diff between two files is the lesson.
 
-`--method name` takes a built-in one, `--method path/to/mine.py` a user's own: a class `Method(settings)`, which inherits
-from sft's (or another's) what it does not change:
-    Settings          config.Settings, or a subclass in the method's file: settings of its own, defaults, weights, stages
-    corruption        how its second image is made: function (image [3,H,W] in [0,1], generator) -> the same shape; None without one.
-                      A corrupt.Corruption reads `--corruption`; Settings.corruptions are the modes that it may name
+`--method name` takes a built-in one, `--method path/to/mine.py` a user's own: a class `Method(settings)`,
+which inherits from sft's (or another's) what it does not change:
+    Settings          config.Settings, or a subclass in the method's file: settings of its own, defaults,
+                      weights, stages
+    corruption        how its second image is made: function (image [3,H,W] in [0,1], generator) -> the same
+                      shape; None without one. A corrupt.Corruption reads `--corruption`; Settings.corruptions
+                      are the modes that it may name
     tokens            the new special tokens that it adds to the vocabulary
-    format(tokenizer) -> layout.Format, which makes the prompt to generate from, and the chat template of the export
-    layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, which validation sees
-    extras(record, images) -> {name: tensor [n,..]}, put into the batch as [B,n,..], padded with zeros
+    format(tokenizer) -> layout.Format, which makes the prompt to generate from, and the chat template of the
+    export layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, which
+    validation sees extras(record, images) -> {name: tensor [n,..]}, put into the batch as [B,n,..], padded
+    with zeros
     modules(model)    -> nn.ModuleDict of extra trainable heads (may be empty)
     hidden(model, batch, recorder) -> the last states without losses, for evaluation's look at attention
-    biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
-    losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress: config.Progress
+    biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck` losses(model,
+    batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress: config.Progress
     monitored         names among them that are logged and not trained
-    metric            the name of the loss, or "loss" for their sum, whose least value at a validation makes the best checkpoint
+    metric            the name of the loss, or "loss" for their sum, whose least value at a validation makes
+                      the best checkpoint
 """
 import hashlib
 import importlib
@@ -48,7 +52,10 @@ def get(name):
                 if isinstance(error, SyntaxError):
                     raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
                 if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
-                    raise UserError(f"--method {name}: settings do not change once they are made; write @dataclass(frozen=True)") from None
+                    raise UserError(
+                        f"--method {name}: settings do not change once they are made; "
+                        "write @dataclass(frozen=True)"
+                    ) from None
                 raise
         module = sys.modules[key]
     else:
@@ -59,12 +66,16 @@ def get(name):
     if not hasattr(module, "Method"):
         raise UserError(f"--method {name}: defines no class Method")
     if not issubclass(module.Method, importlib.import_module("crystal.methods.sft").Method):
-        raise UserError(f"--method {name}: its class Method must inherit from crystal.methods.sft's, or another method's")
+        raise UserError(
+            f"--method {name}: its class Method must inherit from crystal.methods.sft's, or another method's"
+        )
     return module.Method
 
 
 def parse(argv=None):
-    """argv -> Settings of the method that it names; a file's path is kept whole, so that its run opens from anywhere."""
+    """argv -> Settings of the method that it names; a file's path is kept whole, so that its run opens from
+    anywhere.
+    """
     renamed.check_flags(sys.argv[1:] if argv is None else argv)
     settings = config.parse(argv, lambda name: get(name).Settings)
     if settings.method.endswith(".py"):
@@ -73,7 +84,9 @@ def parse(argv=None):
 
 
 def fingerprint(name):
-    """What a run and its checkpoints say of the file that made them -> {"method_sha256": digest}; {} of a built-in method."""
+    """What a run and its checkpoints say of the file that made them -> {"method_sha256": digest}; {} of a
+    built-in method.
+    """
     if not name.endswith(".py"):
         return {}
     get(name)
@@ -89,17 +102,22 @@ def keep_copy(name, run):
 
 
 def of_run(state, directory, method="", trust=False):
-    """A checkpoint's state and directory -> the method to open it by: a built-in name, or the path of a file that may be run.
+    """A checkpoint's state and directory -> the method to open it by: a built-in name, or the path of a file
+    that may be run.
 
-    A run directory may come from anywhere, so the file that it names is never run for that alone. `method` (--method FILE) is
-    a file of the user's choice; one that differs from the run's is told on stderr and used. `trust` (--trust_method) takes
-    the run's own copy, if it is still the one that the checkpoint was made by. UserError in every other case.
+    A run directory may come from anywhere, so the file that it names is never run for that alone. `method`
+    (--method FILE) is a file of the user's choice; one that differs from the run's is told on stderr and
+    used. `trust` (--trust_method) takes the run's own copy, if it is still the one that the checkpoint was
+    made by. UserError in every other case.
     """
     saved, digest = state["settings"]["method"], state.get("method_sha256")
     if not isinstance(saved, str):
         raise UserError(f"{directory}: its state names no method")
+
+    # A file may stand for the run's file, and a name only for itself.
     own = saved.endswith(".py")
-    if method and method.endswith(".py") != own or method and not own and method != saved:
+    fits = method.endswith(".py") if own else method == saved
+    if method and not fits:
         raise UserError(f"{directory}: was made with --method {saved!r}, not {method!r}")
     if not own:
         return saved
@@ -112,30 +130,47 @@ def of_run(state, directory, method="", trust=False):
     elif trust:
         file = copy
     else:
-        raise UserError(f"{directory}: made by {saved}, a method of its own, and no file is run because a run names it; "
-                        f"--method FILE runs a file of yours, --trust_method the run's copy {copy}")
+        raise UserError(
+            f"{directory}: made by {saved}, a method of its own, and no file is run because a run names it; "
+            f"--method FILE runs a file of yours, --trust_method the run's copy {copy}"
+        )
     if not file.is_file():
         raise UserError(f"{file}: no such file; --method FILE names the one that the run was made by")
 
     if digest and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
         if not method:
-            raise UserError(f"{file}: not the file that {directory} was made by (SHA-256 differs); read it, and if it is right name it by --method")
-        print(f"note: {file} is not the file that {directory} was made by (SHA-256 differs); it is used all the same", file=sys.stderr)
+            raise UserError(
+                f"{file}: not the file that {directory} was made by (SHA-256 differs); "
+                "read it, and if it is right name it by --method"
+            )
+        print(
+            f"note: {file} is not the file that {directory} was made by (SHA-256 differs); "
+            "it is used all the same",
+            file=sys.stderr,
+        )
     elif not digest and not method:
         raise UserError(f"{directory}: says no SHA-256 of its method; --method FILE runs a file of yours")
     return str(file.resolve())
 
 
 def saved_settings(saved, where):
-    """A run's settings as they were saved (dict) -> Settings of its method. UserError naming `where` if they do not fit."""
+    """A run's settings as they were saved (dict) -> Settings of its method. UserError naming `where` if they
+    do not fit.
+    """
     kind = get(saved["method"]).Settings
-    if wrong := saved.keys() ^ {f.name for f in fields(kind)}:
-        raise UserError(f"{where}: saved by another version of {saved['method']}: its settings differ in {', '.join(sorted(wrong))}")
+    wrong = saved.keys() ^ {f.name for f in fields(kind)}
+    if wrong:
+        raise UserError(
+            f"{where}: saved by another version of {saved['method']}: its settings differ in "
+            f"{', '.join(sorted(wrong))}"
+        )
     return kind(**saved)
 
 
 def attach(model, settings):
-    """Makes a loaded model trainable by the method of the settings -> (Method, layout.Format of its sequences)."""
+    """Makes a loaded model trainable by the method of the settings -> (Method, layout.Format of its
+    sequences).
+    """
     method = get(settings.method)(settings)
     prepare(model, settings, method.tokens)
     return method, method.format(model.tokenizer)

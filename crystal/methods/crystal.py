@@ -1,6 +1,7 @@
 """CrystaL: crystallised latents from two paths, one intact and one corrupted (the paper's section 3).
 
-B pairs, L sequence length, D hidden size, H heads, M answer positions, K columns, N positions that a loss reads.
+B pairs, L sequence length, D hidden size, H heads, M answer positions, K columns, N positions that a loss
+reads.
 
     intact     I_int  Q  <think> .. latents .. </think>  <answer> R        CE_int, teacher of KL and attention
                                        |  copied at every layer
@@ -26,12 +27,23 @@ from crystal.runtime.ops import attn_align, vocab_kl_ce
 class ThoughtSettings(config.Settings):
     """What a method with latents in its thought is asked."""
 
-    thought: str = setting("fixed", "words before the latents: one fixed phrase, or the record's cot", ("fixed", "cot"))
-    labels: str = setting("all", "labels of CE: all that the assistant says, or the answer alone (the thought stands in the prompt anyway)", ("all", "answer"))
+    thought: str = setting(
+        "fixed",
+        "words before the latents: one fixed phrase, or the record's cot",
+        ("fixed", "cot"),
+    )
+    labels: str = setting(
+        "all",
+        "labels of CE: all that the assistant says, or the answer alone (the thought stands in "
+        "the prompt anyway)",
+        ("all", "answer"),
+    )
 
 
 class LatentThought(SFT):
-    """CrystaL's sequence with one path and cross-entropy alone: a base for methods whose latents stand in the thought."""
+    """CrystaL's sequence with one path and cross-entropy alone: a base for methods whose latents stand in the
+    thought.
+    """
 
     Settings = ThoughtSettings
 
@@ -51,17 +63,45 @@ class Settings(ThoughtSettings):
     """The paper's defaults. Where the authors' released code differs, released.py says how."""
 
     # the corruption (eq. 3; table 5)
-    corruption: str = setting("blur", "mode S, its strength and chains: blur, blur=5, blur=2:8, or blur=3,noise=15:30")
-    # the dual path (section 3.3)
-    latent_copy: str = setting("kv", "how latents are shared: hidden states, keys and values, or one packed sequence", ("hidden", "kv", "packed"))
-    copied: str = setting("latents", "positions that the corrupted path takes from the intact one", ("latents", "thought"))
-    # the losses (eq. 4 to 6; table 4)
-    ce: str = setting("per_path", "a token mean per path and their sum, or one mean over both paths' tokens", ("per_path", "pooled"))
-    kl_share: float = setting(1.0, "KL is the mean over this share of a pair's answer positions, the largest ones")
-    answer_positions: str = setting("predicting", "positions of KL and attention: those that predict the answer, or its own", ("predicting", "span"))
+    corruption: str = setting(
+        "blur",
+        "mode S, its strength and chains: blur, blur=5, blur=2:8, or blur=3,noise=15:30",
+    )
+
+    # The dual path (section 3.3)
+    latent_copy: str = setting(
+        "kv",
+        "how latents are shared: hidden states, keys and values, or one packed sequence",
+        ("hidden", "kv", "packed"),
+    )
+    copied: str = setting(
+        "latents",
+        "positions that the corrupted path takes from the intact one",
+        ("latents", "thought"),
+    )
+
+    # The losses (eq. 4 to 6; table 4)
+    ce: str = setting(
+        "per_path",
+        "a token mean per path and their sum, or one mean over both paths' tokens",
+        ("per_path", "pooled"),
+    )
+    kl_share: float = setting(
+        1.0,
+        "KL is the mean over this share of a pair's answer positions, the largest ones",
+    )
+    answer_positions: str = setting(
+        "predicting",
+        "positions of KL and attention: those that predict the answer, or its own",
+        ("predicting", "span"),
+    )
     attn_loss: str = setting("kl", "kind of eq. 5", ("kl", "frobenius", "mse"))
     attn_heads: str = setting("keep", "compare heads one by one, or their mean", ("keep", "mean"))
-    attn_columns: str = setting("latents", "columns of eq. 5; all: image and latents", ("latents", "thought", "all"))
+    attn_columns: str = setting(
+        "latents",
+        "columns of eq. 5; all: image and latents",
+        ("latents", "thought", "all"),
+    )
     attn_layers: str = setting("last", "last, all, or indices as in 12,18,24")
     teacher_grad: bool = setting(False, "let KL and attention loss move the intact path too")
     w_ce_int: float = setting(1.0, "weight of CE_int (and of the pooled CE)")
@@ -77,12 +117,19 @@ class Settings(ThoughtSettings):
         if self.attn_heads == "mean" and self.attn_loss != "kl":
             raise UserError(f"--attn_heads mean goes with --attn_loss kl, not {self.attn_loss}")
         if self.attn_layers != "all":
-            config.layers_of(self.attn_layers, 10**9)  # what is no number is told now; whether the model has the layer, later
+            # What is no number is told now; whether the model has the layer, later.
+            config.layers_of(self.attn_layers, 10**9)
 
     @property
     def weights(self):
         """Weight of each loss term by its name (eq. 6; 1 each in paper and released code)."""
-        return {"ce": self.w_ce_int, "ce_int": self.w_ce_int, "ce_cor": self.w_ce_cor, "kl": self.w_kl, "attn": self.w_attn}
+        return {
+            "ce": self.w_ce_int,
+            "ce_int": self.w_ce_int,
+            "ce_cor": self.w_ce_cor,
+            "kl": self.w_kl,
+            "attn": self.w_attn,
+        }
 
 
 class Method(LatentThought):
@@ -100,9 +147,11 @@ class Method(LatentThought):
         return config.corruption_of(self.settings.corruption, self.settings.corruptions)
 
     def losses(self, model, batch, progress):
-        """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor (or their pooled mean ce), kl, attn.
+        """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor (or their pooled mean ce), kl,
+        attn.
 
-        Beside them, to be monitored: mass_int and mass_cor, the share of the answer positions' attention that the latents get.
+        Beside them, to be monitored: mass_int and mass_cor, the share of the answer positions' attention that
+        the latents get.
         """
         # [B,L], where the corrupted path takes the intact one's states, and [B,M], where eq. 4 and 5 look.
         copied = self.copied(batch)
@@ -110,23 +159,32 @@ class Method(LatentThought):
 
         # Section 3.3: both paths, the latents copied before every layer. Eq. 5 is recorded on the way.
         align = self.alignment(model, batch, answer)
-        mass = AttentionRecorder(align.layers, answer.repeat(2, 1), batch["latents"].repeat(2, 1), latent_mass)
-        h_int, h_cor = dual_forward(model, batch, copied, self.settings.latent_copy, in_turn(align, mass))  # [B,L,D] each
+        both = answer.repeat(2, 1), batch["latents"].repeat(2, 1)
+        mass = AttentionRecorder(align.layers, *both, latent_mass)
+        recorder = in_turn(align, mass)
+        h_int, h_cor = dual_forward(model, batch, copied, self.settings.latent_copy, recorder)  # [B,L,D] each
 
-        terms = self.answer_terms(model, h_int, h_cor, batch["targets"], copied, answer)  # ce_int, ce_cor, kl: [B] each
-        terms["attn"] = align.mean()                                                      # [B]
-        terms["mass_int"], terms["mass_cor"] = mass.mean().chunk(2)                       # [2B]
+        # ce_int, ce_cor and kl, then eq. 5: a number for each pair.
+        terms = self.answer_terms(model, h_int, h_cor, batch["targets"], copied, answer)
+        terms["attn"] = align.mean()
+        terms["mass_int"], terms["mass_cor"] = mass.mean().chunk(2)
         return {name: term.mean() for name, term in terms.items()}
 
     def alignment(self, model, batch, answer):
-        """A recorder of eq. 5: of each chosen layer it keeps the distance [B] of both paths' attention from the answer positions."""
+        """A recorder of eq. 5: of each chosen layer it keeps the distance [B] of both paths' attention from
+        the answer positions.
+        """
         settings = self.settings
         layers = config.layers_of(settings.attn_layers, len(model.layers))
-        distance = partial(attn_align, settings.attn_loss, settings.attn_heads, teacher_grad=settings.teacher_grad)
+        distance = partial(
+            attn_align, settings.attn_loss, settings.attn_heads, teacher_grad=settings.teacher_grad
+        )
         return AttentionRecorder(layers, answer, self.columns(batch), distance)
 
     def answer_terms(self, model, h_int, h_cor, targets, copied, answer):
-        """CE_int and CE_cor (or their pooled mean), and eq. 4 -> {name: [B]}. h_int, h_cor [B,L,D], the last states of both paths."""
+        """CE_int and CE_cor (or their pooled mean), and eq. 4 -> {name: [B]}. h_int, h_cor [B,L,D], the last
+        states of both paths.
+        """
         B, L = targets.shape
         answer = position_mask(answer, L)                                            # [B,L]
 
@@ -135,7 +193,8 @@ class Method(LatentThought):
         labels_int = targets != IGNORE
         labels_cor = labels_int & (answer if pooled else ~copied)
 
-        # One product with the head for both paths, of the positions alone that a loss reads. Their gradients may overwrite it.
+        # One product with the head for both paths, of the positions alone that a loss reads. Their gradients
+        # may overwrite it.
         logits = model.logits(torch.cat([h_int[labels_int | answer], h_cor[labels_cor | answer]]))
 
         # N positions are read by any loss; `pair` says whose each is.
@@ -159,11 +218,17 @@ class Method(LatentThought):
         return terms
 
     def answer_positions(self, batch):
-        """Positions of eq. 4 and 5 [B,M], -1 padded: those that predict the answer, or (released) its own positions."""
-        return batch["answer_positions"] if self.settings.answer_positions == "predicting" else positions(batch["answer"])
+        """Positions of eq. 4 and 5 [B,M], -1 padded: those that predict the answer, or (released) its own
+        positions.
+        """
+        if self.settings.answer_positions == "predicting":
+            return batch["answer_positions"]
+        return positions(batch["answer"])
 
     def columns(self, batch):
-        """Columns of eq. 5 [B,K], -1 padded: the latents, the thought (released), or image and latents (table 4)."""
+        """Columns of eq. 5 [B,K], -1 padded: the latents, the thought (released), or image and latents (table
+        4).
+        """
         if self.settings.attn_columns == "thought":
             return positions(batch["thought"])
         if self.settings.attn_columns == "all":
@@ -171,7 +236,9 @@ class Method(LatentThought):
         return batch["latents"]
 
     def copied(self, batch):
-        """Positions that the corrupted path takes from the intact one, bool [B,L]: the latents, or (released) the whole thought."""
+        """Positions that the corrupted path takes from the intact one, bool [B,L]: the latents, or (released)
+        the whole thought.
+        """
         taken = batch["latents"] if self.settings.copied == "latents" else positions(batch["thought"])
         return position_mask(taken, batch["input_ids"].shape[1])
 

@@ -1,16 +1,22 @@
-"""LaViT: latents that reconstruct what a teacher saw, and look where it looked, while the answer's own view of the image is dimmed.
+"""LaViT: latents that reconstruct what a teacher saw, and look where it looked, while the answer's own view
+of the
+image is dimmed.
 
-B pairs, L sequence length, D hidden size, E the teacher's, H heads, K latents, N image tokens, I images. Equations are LaViT's.
+B pairs, L sequence length, D hidden size, E the teacher's, H heads, K latents, N image tokens, I images.
+Equations are LaViT's.
 
     <prompt: I, question>  <latents 1..K>  <answer> R <|im_end|>
                                |     |        |
-                               |     |        the answer's rows see the image through a gate: ln gamma(t) on their scores (eq. 4, 5)
-                               |     the last latent, through an MLP, meets the teacher's V_sem                          (eq. 6)
-                               each latent's attention to the image meets the teacher's gaze                             (eq. 7)
+                               |     |        the answer positions see the image through a gate: ln gamma(t)
+                                              is added
+                               |     |        to their scores (eq. 4 and 5)
+                               |     the last latent, through an MLP, meets the teacher's V_sem (eq. 6)
+                               each latent's attention to the image meets the teacher's gaze (eq. 7)
 
-The latents are tokens with learned embeddings in the prompt: forced in training, not generated after it. `<answer>` opens the
-response, so that the row which predicts R's first token is the response's and passes the gate; a latent's would go round it.
-data_prep/lavit_teacher.py makes the teacher's part of a record, its field `features`. Of the vocabulary only the new rows train.
+The latents are tokens with learned embeddings in the prompt: forced in training, not generated after it.
+`<answer>` opens the response, so that the position which predicts R's first token is the response's and
+passes the gate; a latent's would go round it. data_prep/lavit_teacher.py makes the teacher's part of a
+record, its field `features`. Of the vocabulary only the new tokens train.
 """
 import math
 from dataclasses import dataclass
@@ -37,28 +43,45 @@ class Settings(config.Settings):
 
     # appendix A.2; the language model trains whole, the vision tower is frozen
     latents: int = setting(4, "K, latent tokens before the answer")
-    tune: str = setting("full", "low-rank adapters, every weight of the language model, or nothing but the new tokens' rows", ("lora", "full", "tokens"))
+    tune: str = setting(
+        "full",
+        "low-rank adapters, every weight of the language model, or nothing but the new tokens' "
+        "rows",
+        ("lora", "full", "tokens"),
+    )
     max_steps: int = setting(1000, "optimiser updates")
     batch_size: int = setting(16, "pairs per process and forward")
     lr: float = setting(5e-6, "peak learning rate")
     weight_decay: float = setting(0.0, "AdamW decay; never on the vocabulary's rows")
     warmup: float = setting(0.03, "share of a stage's steps that warms up linearly")
     decay: str = setting("linear", "way from the peak to 0 after the warm-up", ("cosine", "linear"))
-    # the gate (eq. 4 and 5; table 3)
-    gate: str = setting("cosine", "how the answer's view of the image opens: along a cosine, at once after the warm-up, or open from the start",
-                        ("cosine", "hard", "open"))
+
+    # The gate (eq. 4 and 5; table 3)
+    gate: str = setting(
+        "cosine",
+        "how the answer's view of the image opens: along a cosine, at once after the warm-up, or "
+        "open from the start",
+        ("cosine", "hard", "open"),
+    )
     gate_warmup: float = setting(0.4, "T_w, share of the updates in which it opens")
     gate_start: float = setting(1e-6, "epsilon, gamma at update 0 (cosine)")
-    # the teacher (eq. 6, 7 and 9); a weight of 0 leaves the term out, and what it needs of the record too
+
+    # The teacher (eq. 6, 7 and 9); a weight of 0 leaves the term out, and what it needs of the record too
     w_semantics: float = setting(0.3, "lambda of eq. 6, the teacher's semantics")
     w_gaze: float = setting(0.3, "lambda of eq. 7, the teacher's gaze")
     gaze_top: int = setting(8, "image tokens of the teacher's gaze that are kept, the largest ones")
-    semantics_dim: int = setting(None, "E, length of the teacher's V_sem; default: the model's own hidden size")
+    semantics_dim: int = setting(
+        None,
+        "E, length of the teacher's V_sem; default: the model's own hidden size",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.gate_warmup <= 1 or not 0 < self.gate_start <= 1:
-            raise UserError(f"--gate_warmup {self.gate_warmup} --gate_start {self.gate_start}: each must be above 0 and at most 1")
+            raise UserError(
+                f"--gate_warmup {self.gate_warmup} --gate_start {self.gate_start}: "
+                "each must be above 0 and at most 1"
+            )
         if min(self.w_semantics, self.w_gaze) < 0 or self.gaze_top < 1:
             raise UserError("--w_semantics and --w_gaze must not be negative, --gaze_top must be at least 1")
         if self.turns == "all" and (self.w_semantics or self.w_gaze):
@@ -74,7 +97,8 @@ class Latents(Format):
 
     def __init__(self, tokenizer, count, kind):
         super().__init__(tokenizer)
-        self.count, self.answer_start_id = count, tokenizer.convert_tokens_to_ids(TAGS[2])
+        self.count = count
+        self.answer_start_id = tokenizer.convert_tokens_to_ids(TAGS[2])
         self.latents = tokenizer.convert_tokens_to_ids(latent_tokens(count, kind))
 
     def question(self, turns, image_tokens, latents="keep"):
@@ -82,7 +106,8 @@ class Latents(Format):
         if latents == "none":
             return ids, image, []
         own = [] if latents == "drop" else self.latents
-        return ids + own + [self.answer_start_id], image, list(range(len(ids), len(ids) + len(own)))
+        where = range(len(ids), len(ids) + len(own))
+        return ids + own + [self.answer_start_id], image, list(where)
 
     def chat_template(self):
         prompt = "".join(self.tokenizer.convert_ids_to_tokens(self.latents + [self.answer_start_id]))
@@ -97,25 +122,38 @@ class Method(SFT):
 
     @property
     def tokens(self):
-        return [TAGS[2], *dict.fromkeys(latent_tokens(self.settings.latents, self.settings.latent_kind))]
+        names = latent_tokens(self.settings.latents, self.settings.latent_kind)
+        return [TAGS[2], *dict.fromkeys(names)]
 
     def format(self, tokenizer):
         return Latents(tokenizer, self.settings.latents, self.settings.latent_kind)
 
     def extras(self, record, images):
-        """The teacher's part of a record: gaze [N_T] and its grids [I,2] (rows, columns), v_sem [E]; what no term asks for is left out."""
-        s = self.settings
-        names = ["gaze", "gaze_grid"] * bool(s.w_gaze) + ["v_sem"] * bool(s.w_semantics)
+        """The teacher's part of a record: gaze [N_T] and its grids [I,2] (rows, columns), v_sem [E]; what no
+        term asks for is left out.
+        """
+        names = []
+        if self.settings.w_gaze:
+            names += ["gaze", "gaze_grid"]
+        if self.settings.w_semantics:
+            names.append("v_sem")
         if not names:
             return {}
+
+        wrong = f"{record.where}: field 'features': "
         if "lavit" not in record.features:
-            raise data.RecordError(f"{record.where}: field 'features': no 'lavit' in it; data_prep/lavit_teacher.py makes it, "
-                                   "and --w_gaze 0 --w_semantics 0 trains without a teacher")
+            raise data.RecordError(
+                wrong + "no 'lavit' in it; data_prep/lavit_teacher.py makes it, and "
+                "--w_gaze 0 --w_semantics 0 trains without a teacher"
+            )
         found = data.load_features(record, "lavit")
-        if missing := [name for name in names if name not in found]:
-            raise data.RecordError(f"{record.where}: field 'features': {record.features['lavit']} holds no {missing[0]} for the id {record.id!r}")
-        if s.w_gaze and len(found["gaze_grid"]) != len(images):
-            raise data.RecordError(f"{record.where}: field 'features': the teacher saw {len(found['gaze_grid'])} images, the record has {len(images)}")
+        missing = [name for name in names if name not in found]
+        if missing:
+            file = record.features["lavit"]
+            raise data.RecordError(wrong + f"{file} holds no {missing[0]} for the id {record.id!r}")
+        seen = len(found["gaze_grid"]) if self.settings.w_gaze else len(images)
+        if seen != len(images):
+            raise data.RecordError(wrong + f"the teacher saw {seen} images, the record has {len(images)}")
         return {name: found[name] for name in names}
 
     def modules(self, model):
@@ -123,96 +161,163 @@ class Method(SFT):
         self.heads = nn.ModuleDict()
         if self.settings.w_semantics:
             D = model.hf.config.text_config.hidden_size
+            E = self.settings.semantics_dim or D
             dtype = torch.promote_types(model.hf.dtype, torch.float32)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.settings.seed)
-                self.heads["semantics"] = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, self.settings.semantics_dim or D)).to(dtype)
+                phi = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, E))
+            self.heads["semantics"] = phi.to(dtype)
         return self.heads
 
     def gamma(self, of_run):
-        """Eq. 5: gamma at a fraction of the run; T_w is `gate_warmup` of it. `hard` is 0 until then (table 3)."""
-        s = self.settings
-        if s.gate == "open" or of_run >= s.gate_warmup:
+        """Eq. 5: gamma at a fraction of the run; T_w is `gate_warmup` of it. `hard` is 0 until then (table
+        3).
+        """
+        settings = self.settings
+        if settings.gate == "open" or of_run >= settings.gate_warmup:
             return 1.0
-        if s.gate == "hard":
+        if settings.gate == "hard":
             return 0.0
-        return s.gate_start + (1 - s.gate_start) / 2 * (1 - math.cos(math.pi * of_run / s.gate_warmup))
+        start = settings.gate_start
+        opened = 1 - math.cos(math.pi * of_run / settings.gate_warmup)
+        return start + (1 - start) / 2 * opened
 
     def gated(self, model, batch, gamma):
-        """Eq. 4: the answer's rows see the image with ln gamma added to their scores. At gamma = 1 there is no bias at all."""
+        """Eq. 4: the answer positions see the image with ln gamma added to their scores. At gamma = 1 there
+        is no bias at all.
+        """
         if gamma == 1:
             return []
-        image = batch["input_ids"] == model.hf.config.image_token_id                        # [B,L]
-        return [AttentionBias(position_mask(batch["answer_positions"], image.shape[1]), image, math.log(gamma) if gamma else -math.inf)]
+        image = batch["input_ids"] == model.hf.config.image_token_id                 # [B,L]
+        answer = position_mask(batch["answer_positions"], image.shape[1])            # [B,L]
+        value = math.log(gamma) if gamma else -math.inf
+        return [AttentionBias(answer, image, value)]
 
     def biases(self, model, batch):
-        """What `evaluate --bottleneck` asks: answers that reach the image through the latents and the question alone."""
+        """What `evaluate --bottleneck` asks: answers that reach the image through the latents and the
+        question alone.
+        """
         return self.gated(model, batch, 0.0)
 
     def losses(self, model, batch, progress):
-        """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs; and "mass", to be monitored."""
-        s, B, latents = self.settings, len(batch["input_ids"]), batch["latents"]             # latents [B,K]
-        recorder = AttentionRecorder(range(len(model.layers)), latents, batch["image"], attn_slice) if s.w_gaze else None
+        """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs; and "mass", to be
+        monitored.
+        """
+        settings, latents = self.settings, batch["latents"]                          # [B,K]
+
+        # One forward under the gate. On the way, what the latents see of the image is recorded in every
+        # layer.
         biases = self.gated(model, batch, self.gamma(progress.of_run))
         mass = mass_recorder(model, batch, biases)
-        recorders = in_turn(*(each for each in (recorder, mass) if each))
-        h = model.hidden(batch, recorder=recorders, biases=biases)                                     # [B,L,D]
+        looks = None
+        if settings.w_gaze:
+            looks = AttentionRecorder(range(len(model.layers)), latents, batch["image"], attn_slice)
+        recorders = [recorder for recorder in (looks, mass) if recorder]
+        h = model.hidden(batch, recorder=in_turn(*recorders), biases=biases)         # [B,L,D]
 
         terms = {"ce": cross_entropy(model, batch, h=h)} | mass_term(mass)
-        if s.w_semantics:
-            phi = self.heads["semantics"]
-            if phi[-1].out_features != batch["v_sem"].shape[1]:
-                raise UserError(f"the teacher's V_sem has {batch['v_sem'].shape[1]} numbers: --semantics_dim {batch['v_sem'].shape[1]} is needed")
-            h_z = h[torch.arange(B, device=h.device), latents[:, -1]]                        # [B,D], the last latent
-            terms["semantics"] = semantics(phi(h_z.to(phi[-1].weight.dtype)), batch["v_sem"]).mean()
-        if s.w_gaze:
-            A = torch.stack(list(recorder.slices.values())).mean((0, 2))                          # [B,K,N], over layers and heads
+        if settings.w_semantics:
+            last = h[torch.arange(len(h), device=h.device), latents[:, -1]]          # [B,D], the last latent
+            terms["semantics"] = self.semantics(last, batch["v_sem"])
+        if settings.w_gaze:
+            A = torch.stack(list(looks.slices.values())).mean((0, 2))                # [B,K,N]
             terms["gaze"] = gaze(A, self.targets(model, batch), batch["image"]).mean()
         return terms
 
+    def semantics(self, h_z, v_sem):
+        """Eq. 6: the last latent h_z [B,D], through phi, against the teacher's semantics v_sem [B,E] ->
+        scalar.
+        """
+        phi = self.heads["semantics"]
+        E = v_sem.shape[1]
+        if phi[-1].out_features != E:
+            raise UserError(f"the teacher's V_sem has {E} numbers: --semantics_dim {E} is needed")
+        predicted = phi(h_z.to(phi[-1].weight.dtype))
+        return semantics(predicted, v_sem).mean()
+
     def targets(self, model, batch):
-        """The teacher's gaze on the student's grid -> [B,N]: aligned, its largest kept, a distribution; 0 at padding."""
-        images = iter(model.image_processor.grids(batch["image_grid_thw"]))                  # rows and columns of tokens of every image
-        out = torch.zeros(batch["image"].shape, dtype=batch["gaze"].dtype, device=batch["gaze"].device)
+        """The teacher's gaze on the student's grid -> [B,N]: aligned, its largest kept, a distribution; 0 at
+        padding.
+        """
+        # The token grids of every image, in the order of the batch.
+        images = iter(model.image_processor.grids(batch["image_grid_thw"]))
+        out = torch.zeros_like(batch["image"], dtype=batch["gaze"].dtype)
         for b, (seen, rows) in enumerate(zip(batch["gaze"], batch["gaze_grid"].tolist())):
-            teacher = [grid for grid in rows if all(grid)]                                   # an image less than another record's: 0 x 0
-            n, own = int((batch["image"][b] >= 0).sum()), []
+            # The student's images of this record are the next ones, as many as its image tokens fill.
+            n = int((batch["image"][b] >= 0).sum())
+            own = []
             while sum(h * w for image in own for h, w in image) < n:
                 own.append(next(images))
             flat = [grid for image in own for grid in image]
-            if len(teacher) == len(own) < len(flat):  # a student that sees an image in several grids, of a teacher that sees one
-                parts, times = seen[: sum(h * w for h, w in teacher)].split([h * w for h, w in teacher]), [len(image) for image in own]
-                seen, teacher = (torch.cat([part for part, k in zip(parts, times) for _ in range(k)]), [grid for grid, k in zip(teacher, times) for _ in range(k)])
+
+            # A record with fewer images than another one is padded with grids of 0 x 0.
+            teacher = [grid for grid in rows if all(grid)]
+            if len(teacher) == len(own) < len(flat):
+                times = [len(image) for image in own]
+                seen, teacher = repeated(seen, teacher, times)
             if len(teacher) != len(flat):
-                raise UserError(f"the teacher's gaze has {len(teacher)} grids for a record whose {len(own)} images the student sees in {len(flat)}")
+                raise UserError(
+                    f"the teacher's gaze has {len(teacher)} grids for a record whose {len(own)} images the "
+                    f"student sees in {len(flat)}"
+                )
             out[b, :n] = top(align(seen, teacher, flat), self.settings.gaze_top)
         return out
 
 
-# ---- gaze: pure functions of one sample. N image tokens of I images, each a grid of (rows, columns) --------------------
+# --- gaze: pure functions of one sample. N image tokens of I images, each a grid of (rows, columns) ---
 
 def normalise(S, eps=1e-12):
-    """Eq. 3: S [N], attention that the image tokens get (eq. 2) -> A_traj [N] in [0, 1]; all 0 where S is flat."""
+    """Eq. 3: S [N], attention that the image tokens get (eq. 2) -> A_traj [N] in [0, 1]; all 0 where S is
+    flat.
+    """
     return (S - S.min()) / (S.max() - S.min() + eps)
 
 
 def top(A, k):
-    """A [N] >= 0 -> its k largest as a distribution, 0 elsewhere (section 4.1); all 0 stays so. Of equal ones the first are kept."""
+    """A [N] >= 0 -> its k largest as a distribution, 0 elsewhere (section 4.1); all 0 stays so. Of equal ones
+    the first are kept.
+    """
     kept = torch.zeros_like(A)
     order = A.argsort(descending=True, stable=True)[:k]
     kept[order] = A[order]
     return kept / kept.sum().clamp(min=torch.finfo(A.dtype).tiny)
 
 
+def parts_of(A, grids):
+    """A [n], of which the grids fill the first entries -> each grid's own part."""
+    sizes = [h * w for h, w in grids]
+    return A[: sum(sizes)].split(sizes)
+
+
+def repeated(A, grids, times):
+    """A on a teacher's grids, one an image -> the same for a student that sees image i in times[i] grids: (A,
+    grids).
+    """
+    parts, places = [], []
+    for part, grid, n in zip(parts_of(A, grids), grids, times):
+        parts += [part] * n
+        places += [grid] * n
+    return torch.cat(parts), places
+
+
 def align(A, grids, to):
-    """A [N] on a teacher's grids -> [N'] on a student's, each image bilinearly (appendix C.2); grids that agree change nothing."""
-    parts = A[: sum(h * w for h, w in grids)].split([h * w for h, w in grids])
-    drawn = lambda part, grid, new: F.interpolate(part.view(1, 1, *grid), tuple(new), mode="bilinear", align_corners=False).flatten()
-    return torch.cat([part if tuple(grid) == tuple(new) else drawn(part, grid, new) for part, grid, new in zip(parts, grids, to)])
+    """A [N] on a teacher's grids -> [N'] on a student's, each image bilinearly (appendix C.2).
+
+    Grids that agree change nothing.
+    """
+    drawn = []
+    for part, grid, new in zip(parts_of(A, grids), grids, to):
+        if tuple(grid) != tuple(new):
+            picture = part.view(1, 1, *grid)
+            part = F.interpolate(picture, tuple(new), mode="bilinear", align_corners=False).flatten()
+        drawn.append(part)
+    return torch.cat(drawn)
 
 
 def focus(A, inside):
-    """Eq. 1: share of A [N] on the tokens inside the target, bool [N] -> scalar in [0, 1]; 0 for an A of zeros."""
+    """Eq. 1: share of A [N] on the tokens inside the target, bool [N] -> scalar in [0, 1]; 0 for an A of
+    zeros.
+    """
     return A[inside].sum() / A.sum().clamp(min=torch.finfo(A.dtype).tiny)
 
 
@@ -228,11 +333,19 @@ def salient(A, factor=1.5):
 
 
 def inside(boxes, size, grid):
-    """Boxes [x0,y0,x1,y1] in pixels of an image of size (width, height) -> bool [rows * columns], the tokens that one of them touches."""
-    (width, height), (rows, columns) = size, grid
+    """Boxes [x0,y0,x1,y1] in pixels of an image of size (width, height) -> bool [rows * columns], the tokens
+    that one of them touches.
+    """
+    width, height = size
+    rows, columns = grid
+
+    def touched(low, high, length, cells):
+        """The cells of an axis that low to high touches; the nearest one, outside the image."""
+        first = math.floor(low / length * cells)
+        last = math.ceil(high / length * cells)
+        return slice(min(cells - 1, max(0, first)), min(cells, max(1, last)))
+
     found = torch.zeros(rows, columns, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
-        first = lambda at, length, cells: min(cells - 1, max(0, math.floor(at / length * cells)))
-        last = lambda at, length, cells: min(cells, max(1, math.ceil(at / length * cells)))
-        found[first(y0, height, rows) : last(y1, height, rows), first(x0, width, columns) : last(x1, width, columns)] = True
+        found[touched(y0, y1, height, rows), touched(x0, x1, width, columns)] = True
     return found.flatten()

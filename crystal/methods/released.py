@@ -1,14 +1,16 @@
-"""CrystaL as its authors' released code trains it, where that differs from the paper (github yangzhangok/crystal, bc08a90).
+"""CrystaL as its authors' released code trains it, where that differs from the paper.
 
-|                          | paper                          | released code                                   |
-| what is copied           | the latents                    | the whole thought, tags included                |
-| cross entropy            | a token mean per path, summed  | one mean over all tokens of both paths          |
-| eq. 4                    | mean over the answer           | mean over a tenth of it, the largest divergences |
-| answer positions         | those that predict the answer  | the answer's own                                |
-| eq. 5, heads             | compared one by one            | their mean                                      |
-| eq. 5, columns           | the latents                    | the thought                                     |
-| adapters                 | language model                 | vision tower and merger too                     |
-| dropout before adapters  | none                           | 0.01                                            |
+The code is github yangzhangok/crystal at bc08a90.
+
+|                          | paper                          | released code                          |
+| what is copied           | the latents                    | the whole thought, tags included       |
+| cross entropy            | a token mean per path, summed  | one mean over all tokens of both paths |
+| eq. 4                    | mean over the answer           | mean over the largest tenth of it      |
+| answer positions         | those that predict the answer  | the answer's own                       |
+| eq. 5, heads             | compared one by one            | their mean                             |
+| eq. 5, columns           | the latents                    | the thought                            |
+| adapters                 | language model                 | vision tower and merger too            |
+| dropout before adapters  | none                           | 0.01                                   |
 
 Each is a setting of crystal.py; nothing else differs.
 """

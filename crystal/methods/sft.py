@@ -1,6 +1,8 @@
-"""Plain supervised fine-tuning: cross-entropy on the answer. The baseline that every method has to beat, and builds on.
+"""Plain supervised fine-tuning: cross-entropy on the answer. The baseline that every method has to beat, and
+builds on.
 
-B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M answer positions, K latents.
+B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M answer positions, K
+latents.
 """
 import torch
 import torch.nn as nn
@@ -15,6 +17,7 @@ from crystal.runtime.ops import attn_slice, ce_rows
 
 class Method:
     """Every part that a method has; another method says where it differs. See methods/__init__.py."""
+
     Settings = config.Settings
     corruption = None
     monitored = ()
@@ -31,7 +34,9 @@ class Method:
         return Format(tokenizer)
 
     def layout(self, fmt, record, image_tokens, stage=-1):
-        """The sequence of a record: the prompt that `fmt.question` generates from, then R and its end, which are labels."""
+        """The sequence of a record: the prompt that `fmt.question` generates from, then R and its end, which
+        are labels.
+        """
         return fmt.answered(*fmt.question(record.turns, image_tokens), record.answer)
 
     def extras(self, record, images):
@@ -53,32 +58,46 @@ class Method:
 
 
 def cross_entropy(model, batch, biases=(), h=None):
-    """Token mean per pair, averaged over the batch's pairs -> scalar. biases: a list of attention_bias.AttentionBias.
+    """Token mean per pair, averaged over the batch's pairs -> scalar.
 
-    h [B,L,D]: the last states, where the method has run the forward itself.
+    biases: a list of attention_bias.AttentionBias. h [B,L,D]: the last states, where the method has run the
+    forward.
     """
-    B = len(batch["input_ids"])
-    labelled = batch["targets"] != IGNORE                        # [B,L]
-    pair = labelled.nonzero()[:, 0]                              # [N]
     if h is None:
         h = model.hidden(batch, biases=biases)                   # [B,L,D]
+
+    # The head runs on the N positions that have a label; `pair` says whose each is.
+    labelled = batch["targets"] != IGNORE                        # [B,L]
+    pair = labelled.nonzero()[:, 0]                              # [N]
     logits = model.logits(h[labelled])                           # [N,V]
-    return mean_per_pair(ce_rows(logits, batch["targets"][labelled]), pair, B).mean()
+    ce = ce_rows(logits, batch["targets"][labelled])             # [N]
+    return mean_per_pair(ce, pair, len(labelled)).mean()
 
 
 @torch.no_grad()
 def latent_mass(q, k, rows, cols, **how):
-    """What an AttentionRecorder reads to be monitored: the share of the rows' attention that the columns get, mean over heads and rows -> [B]. Arguments of attn_slice."""
+    """The share of the rows' attention that the columns get, mean over heads and rows -> [B]. Arguments of
+    attn_slice.
+
+    It is what an AttentionRecorder reads to be monitored.
+    """
     A = attn_slice(q, k, rows, cols, **how)                      # [B,H,M,K]
-    return A.sum(-1).mean(1).sum(1) / (rows >= 0).sum(1).clamp(min=1)
+    M = (rows >= 0).sum(1).clamp(min=1)                          # [B]
+    return A.sum(-1).mean(1).sum(1) / M
 
 
 def mass_recorder(model, batch, biases=()):
-    """A recorder of the last layer, for a forward under `biases` (attention_bias.AttentionBias): the share of the answer positions' attention that the latents get; None without latents."""
-    if not batch["latents"].shape[1]:
+    """A recorder of how much attention the answer positions give the latents, in the last layer; None without
+    latents.
+
+    biases: those of the forward, a list of attention_bias.AttentionBias.
+    """
+    answer, latents = batch["answer_positions"], batch["latents"]
+    if not latents.shape[1]:
         return None
-    bias = row_biases(biases, batch["answer_positions"], torch.promote_types(model.hf.dtype, torch.float32))
-    return AttentionRecorder({len(model.layers) - 1}, batch["answer_positions"], batch["latents"], latent_mass, bias=bias)
+    wide = torch.promote_types(model.hf.dtype, torch.float32)
+    last = len(model.layers) - 1
+    return AttentionRecorder({last}, answer, latents, latent_mass, bias=row_biases(biases, answer, wide))
 
 
 def mass_term(recorder):

@@ -1,8 +1,9 @@
 """Settings shared by all methods: one dataclass, its command line and stages.
 
-A field's help is its metadata; its default is the paper's. A method's own settings are a subclass in the method's
-own file, with fields and defaults of its own: a fork is one file. `--method` is looked at first, then its class makes the
-command line, so `--help` lists what the method knows, and another method's flag fails.
+A field's help is its metadata; its default is the paper's. A method's own settings are a subclass in the
+method's own file, with fields and defaults of its own: a fork is one file. `--method` is looked at first,
+then its class makes the command line, so `--help` lists what the method knows, and another method's flag
+fails.
 """
 import argparse
 import sys
@@ -30,7 +31,9 @@ def changed(kind, name, default):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with a warm-up and decay of its own. share: of max_steps; data: records to train on, empty for --data."""
+    """A part of a run with a warm-up and decay of its own. share: of max_steps; data: records to train on,
+    empty for --data.
+    """
     name: str
     share: float
     lr: float
@@ -39,7 +42,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an update stands: how many came before it, in which stage (from 0), and what fraction of stage and run is behind it.
+    """Where an update stands: how many came before it, in which stage (from 0), and what fraction of stage
+    and run is behind it.
 
     Validation and evaluation see the end of the run: the last stage, both fractions 1.
     """
@@ -53,46 +57,104 @@ class Progress:
 class Settings:
     """What every method has; a method's own class adds fields, and may change defaults."""
 
-    least_latents = 1        # a method that can do without has 0
-    corruptions = BUILT_IN   # {name: corrupt.Mode}: what --corruption may name, here and in evaluate; a method's file may add its own
+    # Fewest latents: a method that can do without has 0.
+    least_latents = 1
 
-    # what to train on what
-    method: str = setting("crystal", "sft, crystal, released, livr, lavit, valr, or the path of a file of your own that defines Method")
-    model: str = setting("tiny", "tiny (shipped), a directory in Hugging Face layout, or a hub name")
+    # {name: corrupt.Mode}: what --corruption may name, here and in evaluate; a method's file may add its own.
+    corruptions = BUILT_IN
+
+    # What to train on what
+    method: str = setting(
+        "crystal",
+        "sft, crystal, released, livr, lavit, valr, or the path of a file of your own that "
+        "defines Method",
+    )
+    model: str = setting(
+        "tiny",
+        "tiny (shipped), a directory in Hugging Face layout, or a hub name",
+    )
     data: str = setting("", "training records, JSON or JSONL; empty: toy scenes, generated once")
-    val_data: str = setting("", "validation records; empty: the toy scenes' own, or none with --data")
-    image_root: str = setting("", "folder that image paths start from; empty: the folder of the data file")
+    val_data: str = setting(
+        "",
+        "validation records; empty: the toy scenes' own, or none with --data",
+    )
+    image_root: str = setting(
+        "",
+        "folder that image paths start from; empty: the folder of the data file",
+    )
     output: str = setting("", "run directory; empty: runs/METHOD")
     seed: int = setting(0, "fixes data order, corruption, initial adapters and dropout")
-    # the sequence
+
+    # The sequence
     latents: int = setting(8, "K, latent tokens")
-    latent_kind: str = setting("diverse", "K tokens of their own, or one token K times", ("diverse", "identical"))
-    turns: str = setting("first", "train on the first turn with an image, or make one record per turn", ("first", "all"))
-    # what trains
-    tune: str = setting("lora", "low-rank adapters, every weight of the language model, or nothing but the new tokens' rows", ("lora", "full", "tokens"))
+    latent_kind: str = setting(
+        "diverse",
+        "K tokens of their own, or one token K times",
+        ("diverse", "identical"),
+    )
+    turns: str = setting(
+        "first",
+        "train on the first turn with an image, or make one record per turn",
+        ("first", "all"),
+    )
+
+    # What trains
+    tune: str = setting(
+        "lora",
+        "low-rank adapters, every weight of the language model, or nothing but the new tokens' "
+        "rows",
+        ("lora", "full", "tokens"),
+    )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "scale alpha; an adapter counts alpha / r")
     lora_dropout: float = setting(0.0, "dropout before the adapters")
-    lora_on: str = setting("language", "comma-separated parts that get adapters: language, vision, merger")
-    # the optimiser (appendix A.1; the rest as released)
+    lora_on: str = setting(
+        "language",
+        "comma-separated parts that get adapters: language, vision, merger",
+    )
+
+    # The optimiser (appendix A.1; the rest as released)
     max_steps: int = setting(4000, "optimiser updates")
     batch_size: int = setting(1, "pairs per process and forward")
     accumulation: int = setting(1, "forwards per update")
     lr: float = setting(2e-4, "peak learning rate")
-    lr_tokens: float = setting(1.0, "learning rate of the new tokens' rows, in multiples of --lr; small models with large embeddings need more")
+    lr_tokens: float = setting(
+        1.0,
+        "learning rate of the new tokens' rows, in multiples of --lr; small models with large "
+        "embeddings need more",
+    )
     weight_decay: float = setting(0.1, "AdamW decay; never on the vocabulary's rows")
     warmup: float = setting(0.05, "share of a stage's steps that warms up linearly")
     decay: str = setting("cosine", "way from the peak to 0 after the warm-up", ("cosine", "linear"))
     clip: float = setting(1.0, "largest norm of the gradient")
-    # how it runs
+
+    # How it runs
     device: str = setting("auto", "auto, cpu or cuda")
-    dtype: str = setting("auto", "of the frozen weights; auto: bfloat16 on a GPU, float32 elsewhere", ("auto", "float32", "bfloat16", "float64"))
-    checkpointing: bool = setting(False, "recompute activations in the backward pass (non-reentrant)")
+    dtype: str = setting(
+        "auto",
+        "of the frozen weights; auto: bfloat16 on a GPU, float32 elsewhere",
+        ("auto", "float32", "bfloat16", "float64"),
+    )
+    checkpointing: bool = setting(
+        False,
+        "recompute activations in the backward pass (non-reentrant)",
+    )
     workers: int = setting(0, "processes that prepare batches")
-    min_pixels: int = setting(None, "images are scaled up to at least this area; default: the model's own")
-    max_pixels: int = setting(None, "images are scaled down to at most this area; default: the model's own")
-    on_bad_record: str = setting("stop", "stop at a broken record, or skip, count and list it (above 1 % stop)", ("stop", "skip"))
-    # what it writes
+    min_pixels: int = setting(
+        None,
+        "images are scaled up to at least this area; default: the model's own",
+    )
+    max_pixels: int = setting(
+        None,
+        "images are scaled down to at most this area; default: the model's own",
+    )
+    on_bad_record: str = setting(
+        "stop",
+        "stop at a broken record, or skip, count and list it (above 1 % stop)",
+        ("stop", "skip"),
+    )
+
+    # What it writes
     eval_every: int = setting(250, "validate every so many steps, and at the end; 0: never")
     eval_records: int = setting(256, "validation records used")
     save_every: int = setting(500, "checkpoint every so many steps, and at the end")
@@ -108,11 +170,11 @@ class Settings:
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value not in choices:
                 raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}")
+            if value != value:  # NaN, which every check below lets pass
+                raise UserError(f"--{f.name} nan: a number is needed")
         if self.latents < self.least_latents:
             raise UserError(f"--latents {self.latents}: must be at least {self.least_latents}")
-        for f in fields(self):
-            if getattr(self, f.name) != getattr(self, f.name):  # every check below lets it pass
-                raise UserError(f"--{f.name} nan: a number is needed")
+
         for name in ("max_steps", "batch_size", "accumulation", "lora_r", "keep", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -137,7 +199,9 @@ class Settings:
 
     @property
     def weights(self):
-        """Weight of each loss term by its name (eq. 6). A method with more terms adds theirs; one without a weight is an error."""
+        """Weight of each loss term by its name (eq. 6). A method with more terms adds theirs; one without a
+        weight is an error.
+        """
         return {"ce": 1.0}
 
     @property
@@ -155,7 +219,8 @@ class Settings:
         last = len(self.stages) - 1
         stage = next((i for i in range(last) if step < self.span(i)[1]), last)
         start, stop = self.span(stage)
-        return Progress(step, stage, (step - start) / (stop - start) if stop > start else 1.0, step / self.max_steps)
+        of_stage = (step - start) / (stop - start) if stop > start else 1.0
+        return Progress(step, stage, of_stage, step / self.max_steps)
 
 
 def corruption_of(text, modes=BUILT_IN):
@@ -167,7 +232,9 @@ def corruption_of(text, modes=BUILT_IN):
 
 
 def layers_of(text, count):
-    """--attn_layers and its like -> indices in a model of `count` decoder layers. last, all, or 12,18,24; negative ones count from the end."""
+    """--attn_layers and its like -> indices in a model of `count` decoder layers. last, all, or 12,18,24;
+    negative ones count from the end.
+    """
     if text in ("last", "all"):
         return {count - 1} if text == "last" else set(range(count))
     try:
@@ -189,16 +256,22 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv=None, settings_of=lambda method: Settings):
-    """argv (list of str, or None for sys.argv) -> Settings of the method it names: its defaults, and what was given.
+    """argv (list of str, or None for sys.argv) -> Settings of the method it names: its defaults, and what was
+    given.
 
-    settings_of: a method's name or file -> its Settings class. Entry points use methods.parse, which knows them all.
+    settings_of: a method's name or file -> its Settings class. Entry points use methods.parse, which knows
+    them all.
     """
     look = OneLineParser(add_help=False, allow_abbrev=False)
     look.add_argument("--method", default=Settings.method)
     method = look.parse_known_args(argv)[0].method
     kind = settings_of(method)
-    parser = OneLineParser(prog="train.py", description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        prog="train.py",
+        description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.hint = f"--method {method} --help lists every flag"
     types = typing.get_type_hints(kind)
     for f in fields(kind):
@@ -206,7 +279,8 @@ def parse(argv=None, settings_of=lambda method: Settings):
         if types[f.name] is bool:
             extra = {"action": argparse.BooleanOptionalAction}
         default = method if f.name == "method" else f.default
-        parser.add_argument(f"--{f.name}", default=default, help=f.metadata["help"].replace("%", "%%"), **extra)
+        text = f.metadata["help"].replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=default, help=text, **extra)
     return kind(**vars(parser.parse_args(argv)))
 
 
