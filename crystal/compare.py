@@ -1,13 +1,14 @@
 """Methods side by side: the same data, updates and records seen, several seeds each, a table with intervals.
 
-    python -m crystal.compare --methods sft,crystal,livr --seeds 3 --max_steps 200
-    torchrun --nproc_per_node=2 crystal/compare.py --methods sft,crystal,livr --seeds 3 --max_steps 200
-    python -m crystal.compare --methods "sft,livr,livr: --masked 0" --seeds 5 --model MODEL --data train.jsonl --test test.jsonl
+    python -m crystal.compare --methods sft,crystal,livr --seeds 3 --max_steps 200 torchrun --nproc_per_node=2
+    crystal/compare.py --methods sft,crystal,livr --seeds 3 --max_steps 200 python -m crystal.compare
+    --methods "sft,livr,livr: --masked 0" --seeds 5 --model MODEL --data train.jsonl --test test.jsonl
 
-A method may carry flags of its own after a colon, as a control does. What compare does not know itself goes to train.py, for every
-method alike. Each run has a directory below --output; one that is finished is not repeated, one that was interrupted goes on.
-With the tiny base, flags that demo.py gives a method come first.
+A method may carry flags of its own after a colon, as a control does. What compare does not know itself goes
+to train.py, for every method alike. Each run has a directory below --output; one that is finished is not
+repeated, one that was interrupted goes on. With the tiny base, flags that demo.py gives a method come first.
 """
+
 import json
 import math
 import re
@@ -25,64 +26,117 @@ from crystal.runtime import checkpoint, config, data, distributed
 from crystal.runtime.config import UserError
 
 # 97.5 % quantiles of Student's t for 1, 2, .. degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+)
 
 
 def interval(values):
-    """Numbers, one a seed -> (mean, half width of the 95 % interval of their mean, by Student's t; infinite for a single one)."""
+    """Numbers, one a seed -> (mean, half width of the 95 % interval of their mean, by Student's t; infinite
+    for a single one).
+    """
     n = len(values)
     return mean(values), (T[min(n - 2, len(T) - 1)] * stdev(values) / math.sqrt(n) if n > 1 else math.inf)
 
 
 def table(scores):
-    """{method: [{family: percent} of each seed]} -> text: a line a family, mean and half width over seeds; then differences to the first method.
+    """{method: [{family: percent} of each seed]} -> text: a line a family, mean and half width over seeds;
+    then differences to the first method.
 
     A difference is taken seed by seed: both runs of a seed saw the same records in the same order.
     """
     names, families = list(scores), list(next(iter(scores.values()))[0])
     first = scores[names[0]]
-    against = {f"{name} - {names[0]}": [{f: a[f] - b[f] for f in families} for a, b in zip(scores[name], first)] for name in names[1:]}
+    against = {
+        f"{name} - {names[0]}": [{f: a[f] - b[f] for f in families} for a, b in zip(scores[name], first)]
+        for name in names[1:]
+    }
     lines = []
     for part in (scores, against):
         if part:
             width = {name: max(14, len(name) + 2) for name in part}
             lines.append("family".ljust(12) + "".join(name.rjust(width[name]) for name in part))
             for f in families:
-                cells = {name: ("{:.1f} ±{:.1f}" if len(seeds) > 1 else "{:.1f}").format(*interval([seed[f] for seed in seeds])) for name, seeds in part.items()}
+                cells = {
+                    name: ("{:.1f} ±{:.1f}" if len(seeds) > 1 else "{:.1f}").format(
+                        *interval([seed[f] for seed in seeds])
+                    )
+                    for name, seeds in part.items()
+                }
                 lines.append(f.ljust(12) + "".join(cell.rjust(width[name]) for name, cell in cells.items()))
             lines.append("")
     return "\n".join(lines[:-1])
 
 
 def finished(run, flags):
-    """Results of a run that `flags` made to its end, or None. UserError where the directory holds another's."""
+    """Results of a run that `flags` made to its end, or None. UserError where the directory holds another's.
+    """
     note = run / "compare.json"
     if not note.is_file():
         return None
     saved = json.loads(note.read_text())
     if saved["flags"] != flags:
-        raise UserError(f"{note}: made with {shlex.join(saved['flags'])}; another --output is needed for other settings")
+        raise UserError(
+            f"{note}: made with {shlex.join(saved['flags'])}; another --output is needed for other settings"
+        )
     return saved["percent"]
 
 
 def main(argv=None):
-    parser = config.OneLineParser(prog="compare.py", description="Train and evaluate several methods over several seeds; other flags are train.py's.",
-                                  allow_abbrev=False)
-    parser.add_argument("--methods", default="sft,crystal,livr", help="comma-separated names or files, each with flags of its own after a colon if need be")
+    parser = config.OneLineParser(
+        prog="compare.py",
+        description="Train and evaluate several methods over several seeds; other flags are train.py's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--methods",
+        default="sft,crystal,livr",
+        help="comma-separated names or files, each with flags of its own after a colon if need be",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ..")
-    parser.add_argument("--max_steps", type=int, default=200, help="updates of each run; with --batch_size, the same for all, the budget")
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        default=200,
+        help="updates of each run; with --batch_size, the same for all, the budget",
+    )
     parser.add_argument("--model", default="tiny", help="what all start from")
-    parser.add_argument("--data", default="", help="training records; empty: toy scenes, with val and test records of their own")
+    parser.add_argument(
+        "--data",
+        default="",
+        help="training records; empty: toy scenes, with val and test records of their own",
+    )
     parser.add_argument("--test", default="", help="records to ask")
     parser.add_argument("--questions", type=int, default=1000, help="first so many of them")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--output", default="runs/compare")
     args, more = parser.parse_known_args(argv)
     if min(args.seeds, args.questions, args.max_new_tokens) < 1 or bool(args.data) != bool(args.test):
-        raise UserError("--seeds, --questions and --max_new_tokens must be at least 1, and --data goes with --test")
+        raise UserError(
+            "--seeds, --questions and --max_new_tokens must be at least 1, and --data goes with --test"
+        )
     procs, out = distributed.start(), Path(args.output)
     if not args.data:
         from crystal.runtime import toy
+
         with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(out / "toy")
     records, _ = data.read(args.test or out / "toy" / "test.jsonl")
@@ -96,26 +150,45 @@ def main(argv=None):
         for spec, method, own in specs:
             count += 1
             run = out / f"{re.sub(r'[^A-Za-z0-9.]+', '_', spec.removesuffix('.py'))}-{seed}"
-            flags = ["--method", method, "--model", args.model, *(demo.recipe(method, procs.world) if args.model == "tiny" else []),
-                     "--max_steps", str(args.max_steps), *more, *shlex.split(own), "--seed", str(seed)]
+            flags = [
+                "--method",
+                method,
+                "--model",
+                args.model,
+                *(demo.recipe(method, procs.world) if args.model == "tiny" else []),
+                "--max_steps",
+                str(args.max_steps),
+                *more,
+                *shlex.split(own),
+                "--seed",
+                str(seed),
+            ]
             procs.print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}")
             percent = finished(run, flags)
             procs.barrier()  # all ranks have looked
             if percent is None:
                 if method not in where:  # LaViT's teacher looks once
-                    where[method] = ["--data", args.data] if args.data else demo.data_of(method, out / "toy", out / "sft-0", procs)
+                    where[method] = (
+                        ["--data", args.data]
+                        if args.data
+                        else demo.data_of(method, out / "toy", out / "sft-0", procs)
+                    )
                 going = "--resume" if checkpoint.newest(run) else "--overwrite"
                 train.main([*flags, *where[method], "--output", str(run), going])
                 if not checkpoint.step_dir(run, args.max_steps).is_dir():
                     raise UserError(f"{run}: stopped before its end; the same command goes on from there")
                 model, fmt, _ = opening.open_model(run, device=procs.device, method=method)
-                results = evaluate.answers(model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec, procs=procs)
+                results = evaluate.answers(
+                    model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec, procs=procs
+                )
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}
                 if procs.is_first:
                     (run / "compare.json").write_text(json.dumps({"flags": flags, "percent": percent}) + "\n")
             scores.setdefault(spec, []).append(percent)
         text = table(scores)
-        procs.print(f"\nafter {seed + 1} of {args.seeds} seeds: percent of {len(records)} questions, mean and half width of its 95 % interval over seeds\n{text}\n")
+        procs.print(
+            f"\nafter {seed + 1} of {args.seeds} seeds: percent of {len(records)} questions, mean and half width of its 95 % interval over seeds\n{text}\n"
+        )
     if procs.is_first:
         (out / "table.txt").write_text(text + "\n")
     procs.stop()

@@ -3,10 +3,11 @@
     make demo                    sft and crystal
     make demo METHOD=m           sft and m: livr, lavit, valr, or a file of your own
 
-Both methods start from the shipped tiny model and see the same toy scenes the same number of times. Two cores are two processes that share
-every batch, as four GPUs would. LaViT's teacher is the demo's own sft run, no larger than its student; what its filters would leave out is
-printed, and trained on all the same.
+Both methods start from the shipped tiny model and see the same toy scenes the same number of times. Two cores
+are two processes that share every batch, as four GPUs would. LaViT's teacher is the demo's own sft run, no
+larger than its student; what its filters would leave out is printed, and trained on all the same.
 """
+
 import os
 import sys
 import time
@@ -22,8 +23,9 @@ from crystal.layout import Format
 from crystal.runtime import checkpoint, config, data, distributed, toy
 from crystal.runtime.config import UserError
 
-# Two minutes at most each on two cores; the paper's own settings are train.py's defaults. A model this small forgets how to see
-# while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows learn faster than the rest.
+# Two minutes at most each on two cores; the paper's own settings are train.py's defaults. A model this small
+# forgets how to see while it learns to recite a thought: so the answer alone is a label, and the new tokens'
+# rows learn faster than the rest.
 BATCH = 16
 # Run as a program: crystal imports nothing from data_prep.
 TEACHER = Path(__file__).resolve().parents[1] / "data_prep" / "lavit_teacher.py"
@@ -32,42 +34,86 @@ OWN = {
     "crystal": ["--labels", "answer"],
     "livr": [],
     "lavit": ["--tune", "lora"],
-    "valr": ["--lr_latents", "3e-4", "--lr_tokens", "5", "--first_share", "0.6", "--latents", "4", "--encoders", "tiny"],
+    "valr": [
+        "--lr_latents",
+        "3e-4",
+        "--lr_tokens",
+        "5",
+        "--first_share",
+        "0.6",
+        "--latents",
+        "4",
+        "--encoders",
+        "tiny",
+    ],
     "sft": [],
 }
 
 
 def recipe(method, world=1):
-    """Flags of train.py with which a method, or what is built on it, trains on the tiny base in minutes, in `world` processes."""
+    """Flags of train.py with which a method, or what is built on it, trains on the tiny base in minutes, in
+    `world` processes.
+    """
     kind = methods.get(method)
-    return ["--batch_size", str(BATCH // world), *TRAINING, *next(flags for name, flags in OWN.items() if issubclass(kind, methods.get(name)))]
+    return [
+        "--batch_size",
+        str(BATCH // world),
+        *TRAINING,
+        *next(flags for name, flags in OWN.items() if issubclass(kind, methods.get(name))),
+    ]
 
 
 def data_of(method, scenes, teacher, procs):
-    """Flags that name a method's data below `scenes`; LaViT's is what the run `teacher` saw in it, made here."""
+    """Flags that name a method's data below `scenes`; LaViT's is what the run `teacher` saw in it, made here.
+    """
     files = {"--data": scenes / "train.jsonl", "--val_data": scenes / "val.jsonl"}
     if issubclass(methods.get(method), methods.get("lavit")):
         if not (teacher / "checkpoints").is_dir():
-            raise UserError(f"--method {method}: its teacher {teacher} is not there; sft has to be trained first")
+            raise UserError(
+                f"--method {method}: its teacher {teacher} is not there; sft has to be trained first"
+            )
         for flag, limit in (("--data", 0), ("--val_data", 64)):
             with procs.main_process_first():
                 if procs.is_first:
-                    distributed.run_program(procs.world, TEACHER, [
-                        "--teacher", teacher, "--data", files[flag], "--limit", limit, "--keep", "all",
-                        "--batch_size", 64, "--max_new_tokens", 8, "--overwrite"])
+                    distributed.run_program(
+                        procs.world,
+                        TEACHER,
+                        [
+                            "--teacher",
+                            teacher,
+                            "--data",
+                            files[flag],
+                            "--limit",
+                            limit,
+                            "--keep",
+                            "all",
+                            "--batch_size",
+                            64,
+                            "--max_new_tokens",
+                            8,
+                            "--overwrite",
+                        ],
+                    )
             files[flag] = files[flag].with_suffix(".lavit.jsonl")
     return [str(word) for flag in files.items() for word in flag]
 
 
 def main(argv=None):
-    parser = config.OneLineParser(prog="demo.py", description="Train, evaluate, draw and export on the tiny model.")
+    parser = config.OneLineParser(
+        prog="demo.py", description="Train, evaluate, draw and export on the tiny model."
+    )
     parser.add_argument("--method", default="crystal")
     parser.add_argument("--max_steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=1000, help="test questions for the table")
     parser.add_argument("--output", default="runs/demo")
-    parser.add_argument("--processes", type=int, choices=(1, 2, 4, 8), default=1 if 1 in (torch.cuda.device_count(), os.cpu_count()) else 2,
-                        help="that share the work")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        choices=(1, 2, 4, 8),
+        default=1 if 1 in (torch.cuda.device_count(), os.cpu_count()) else 2,
+        help="that share the work",
+    )
     args = parser.parse_args(argv)
     if args.questions < 1:
         raise UserError(f"--questions {args.questions}: must be at least 1")
@@ -91,33 +137,65 @@ def main(argv=None):
         name = Path(method).stem
         say(f"{n + 2}. Training {name}: {args.max_steps} updates of {BATCH} from the same base")
         if "--encoders" in recipe(method):
-            procs.print("its encoder is small and has random weights: it shows that everything runs, and teaches little")
-        flags = [*data_of(method, scenes, out / "sft", procs), "--max_steps", str(args.max_steps), "--seed", str(args.seed), "--save_every", "1000",
-                 "--eval_every", "60", "--log_every", "30", "--overwrite"]
-        runs[name] = train.main(["--method", method, "--output", str(out / name), *recipe(method, procs.world), *flags])
+            procs.print(
+                "its encoder is small and has random weights: it shows that everything runs, and teaches little"
+            )
+        flags = [
+            *data_of(method, scenes, out / "sft", procs),
+            "--max_steps",
+            str(args.max_steps),
+            "--seed",
+            str(args.seed),
+            "--save_every",
+            "1000",
+            "--eval_every",
+            "60",
+            "--log_every",
+            "30",
+            "--overwrite",
+        ]
+        runs[name] = train.main(
+            ["--method", method, "--output", str(out / name), *recipe(method, procs.world), *flags]
+        )
         if not checkpoint.step_dir(runs[name], args.max_steps).is_dir():
             raise UserError(f"{runs[name]}: stopped before its end")
     run = runs[Path(args.method).stem]
 
-    say(f"{len(chosen) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of the 95 % interval")
+    say(
+        f"{len(chosen) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of the 95 % interval"
+    )
     how = dict(batch_size=100, max_new_tokens=8, procs=procs)
     base = crystal.backbone.model.load("tiny", device=procs.device)
     seeing = evaluate.answers(base, Format(base.tokenizer), records, progress="base", **how)
-    twin = load_file(crystal.backbone.model.TINY.parent / "blind" / "model.safetensors")  # under a hub's names, the tied head left out
+    twin = load_file(
+        crystal.backbone.model.TINY.parent / "blind" / "model.safetensors"
+    )  # under a hub's names, the tied head left out
     names = crystal.backbone.model.parameter_names(base.hf, twin)
     weights = {names[name]: tensor for name, tensor in twin.items()}
     weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
     base.hf.load_state_dict(weights)
-    found = {"blind": evaluate.answers(base, Format(base.tokenizer), records, grey=True, progress="blind", **how), "base": seeing}
+    found = {
+        "blind": evaluate.answers(base, Format(base.tokenizer), records, grey=True, progress="blind", **how),
+        "base": seeing,
+    }
     masses = ""
     for (name, directory), method in zip(runs.items(), chosen):
         model, fmt, settings = opening.open_model(directory, device=procs.device, method=method)
         asked, mass = evaluate.diagnose(model, fmt, methods.get(settings.method)(settings), records, **how)
-        found |= {name if column == "as trained" else f"{name}, {column}": results for column, results in asked.items()}
+        found |= {
+            name if column == "as trained" else f"{name}, {column}": results
+            for column, results in asked.items()
+        }
         if mass is not None:
-            masses += f"{name}: mean attention from answers to latents, over layers, heads and rows: {mass:.4f}\n"
+            masses += (
+                f"{name}: mean attention from answers to latents, over layers, heads and rows: {mass:.4f}\n"
+            )
     if procs.is_first:
-        text = evaluate.table({column: evaluate.by_family(results) for column, results in found.items()}) + "\n" + masses.rstrip()
+        text = (
+            evaluate.table({column: evaluate.by_family(results) for column, results in found.items()})
+            + "\n"
+            + masses.rstrip()
+        )
         print(text)
         (out / "table.txt").write_text(text + "\n")
         show(run, args.method, records[0], scenes, out, len(chosen) + 3, procs.device)
@@ -125,16 +203,20 @@ def main(argv=None):
         say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
         print(f"""  tutorials/00_first_run.md                       read how it works, step by step
   .venv/bin/python crystal/train.py --help        every setting
-  .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 {' '.join(recipe(args.method))} --eval_every 200
-  .venv/bin/python -m crystal.evaluate --model {run} --data {scenes}/test.jsonl{f' --method {args.method}' if args.method.endswith('.py') else ''}
+  .venv/bin/python -m crystal.train --method {args.method} --max_steps 2000 {" ".join(recipe(args.method))} --eval_every 200
+  .venv/bin/python -m crystal.evaluate --model {run} --data {scenes}/test.jsonl{f" --method {args.method}" if args.method.endswith(".py") else ""}
   .venv/bin/python -m crystal.generate --model {run}/merged --image {records[0].images[0]} --question "What colour is the star?" """)
     procs.stop()
 
 
 def show(run, method, record, scenes, out, n, device):
-    """Pictures of a run of a method, its export, and the export's answer to one record's question; the headings count from `n`."""
+    """Pictures of a run of a method, its export, and the export's answer to one record's question; the
+    headings count from `n`.
+    """
     print(f"\n== {n}. Pictures", flush=True)
-    for path in visualize.pictures(run, scenes / "test.jsonl", out / "pictures", device=device, method=method):
+    for path in visualize.pictures(
+        run, scenes / "test.jsonl", out / "pictures", device=device, method=method
+    ):
         print(path)
 
     print(f"\n== {n + 1}. Export and one question", flush=True)

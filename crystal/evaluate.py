@@ -6,13 +6,14 @@
 
     python -m crystal.evaluate --model runs/livr --data runs/toy/test.jsonl --diagnose
 
-Greedy answers. Records are compared exactly, case and a final full stop aside; a TSV of VLMEvalKit's by its rules (benchmarks.py). Every rank
-answers its share and writes each prediction as it comes, so that a run that was killed goes on where it stood.
---reliance is the causal test (reliance.py). --diagnose is LIVR's section 4.4.1 for any method, quickly: without latents, under
-the method's own mask, and both.
+Greedy answers. Records are compared exactly, case and a final full stop aside; a TSV of VLMEvalKit's by its
+rules (benchmarks.py). Every rank answers its share and writes each prediction as it comes, so that a run that
+was killed goes on where it stood. --reliance is the causal test (reliance.py). --diagnose is LIVR's section
+4.4.1 for any method, quickly: without latents, under the method's own mask, and both.
 
 B questions, M answer positions, K latents, H heads.
 """
+
 import json
 import sys
 import time
@@ -39,12 +40,22 @@ from crystal.runtime.config import UserError
 
 
 class Bar:
-    """How far a rank is: a bar on a terminal, elsewhere a line each half minute, both with the time left. Nothing without a name."""
+    """How far a rank is: a bar on a terminal, elsewhere a line each half minute, both with the time left.
+    Nothing without a name.
+    """
 
     def __init__(self, total, name, procs):
         on = bool(name) and procs.is_first
-        self.bar = tqdm(total=total, desc=name, unit="question", disable=not (on and sys.stderr.isatty()), leave=False)
-        self.lines, self.name, self.total, self.done, self.started = on and self.bar.disable, name, total, 0, time.perf_counter()
+        self.bar = tqdm(
+            total=total, desc=name, unit="question", disable=not (on and sys.stderr.isatty()), leave=False
+        )
+        self.lines, self.name, self.total, self.done, self.started = (
+            on and self.bar.disable,
+            name,
+            total,
+            0,
+            time.perf_counter(),
+        )
         self.told = self.started
 
     def update(self, n):
@@ -54,28 +65,55 @@ class Bar:
         if self.lines and now - self.told > 30:
             self.told = now
             left = (now - self.started) / self.done * (self.total - self.done)
-            print(f"{self.name}: {self.done} of {self.total} questions, about {left / 60:.0f} min left", flush=True)
+            print(
+                f"{self.name}: {self.done} of {self.total} questions, about {left / 60:.0f} min left",
+                flush=True,
+            )
 
     def close(self):
         self.bar.close()
 
 
-def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None, grey=False, seed=0, max_new_tokens=32, procs=None, progress="",
-            biases=None, done=None, tell=lambda result: None):
+def answers(
+    model,
+    fmt,
+    records,
+    batch_size=32,
+    latents="keep",
+    corruption=None,
+    grey=False,
+    seed=0,
+    max_new_tokens=32,
+    procs=None,
+    progress="",
+    biases=None,
+    done=None,
+    tell=lambda result: None,
+):
     """Records -> one dict each, in order: id, family, question, answer, prediction, extracted, correct.
 
-    latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them; "free" lets the model
-    write them, each result then says how many it wrote. corruption: a corrupt.Corruption answers from corrupted images; grey
-    answers from grey ones. biases: function (batch) -> [attention_bias.AttentionBias], a mask at test time. Ranks share the records and
-    all return the whole list. done: results of an earlier run by index, which are not asked again; tell is called with each
-    new result.
+    latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them;
+    "free" lets the model write them, each result then says how many it wrote. corruption: a
+    corrupt.Corruption answers from corrupted images; grey answers from grey ones. biases: function (batch) ->
+    [attention_bias.AttentionBias], a mask at test time. Ranks share the records and all return the whole
+    list. done: results of an earlier run by index, which are not asked again; tell is called with each new
+    result.
     """
     procs = procs or distributed.Processes(device=model.device)
     if latents == "mask":
         latents, biases = "keep", hide_latents(fmt, biases)
-    prompt = "none" if latents == "free" else latents  # the plain chat prompt: thought and latents are the model's to write
-    examples = data.RecordDataset(records, lambda r, n: fmt.question(r.turns, n, prompt), model.image_processor, corruption, seed, grey=grey,
-                             copies=fmt.copies)
+    prompt = (
+        "none" if latents == "free" else latents
+    )  # the plain chat prompt: thought and latents are the model's to write
+    examples = data.RecordDataset(
+        records,
+        lambda r, n: fmt.question(r.turns, n, prompt),
+        model.image_processor,
+        corruption,
+        seed,
+        grey=grey,
+        copies=fmt.copies,
+    )
     done = done or {}
     left = [i for i in range(len(records)) if i not in done]
     mine, found = left[procs.rank :: procs.world], []
@@ -95,8 +133,19 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
             r = records[i]
             extracted, correct = score(r, prediction)
             asked = r.turns[-1][1] if isinstance(r.turns[-1][1], str) else r.turns[-1][1][-1]
-            found.append({"index": i, "id": r.id, "family": r.family or "all", "question": asked, "answer": r.answer,
-                          "prediction": prediction, "extracted": extracted, "correct": correct} | ({"latents": wrote[i]} if wrote else {}))
+            found.append(
+                {
+                    "index": i,
+                    "id": r.id,
+                    "family": r.family or "all",
+                    "question": asked,
+                    "answer": r.answer,
+                    "prediction": prediction,
+                    "extracted": extracted,
+                    "correct": correct,
+                }
+                | ({"latents": wrote[i]} if wrote else {})
+            )
             tell(found[-1])
         bar.update(len(batch))
     bar.close()
@@ -105,51 +154,81 @@ def answers(model, fmt, records, batch_size=32, latents="keep", corruption=None,
 
 # --- diagnostics ----------------------------------------------------------------------------------------------------------
 
+
 def hide_latents(fmt, biases=None):
-    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function (batch) -> [attention_bias.AttentionBias]."""
+    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function
+    (batch) -> [attention_bias.AttentionBias].
+    """
     if not fmt.count or fmt.feeds_back or fmt.writes_own_latents:
-        raise UserError("--latents mask: the prompt holds no latents" + (" (the model makes them after it: --latents drop)" if fmt.count else ""))
+        raise UserError(
+            "--latents mask: the prompt holds no latents"
+            + (" (the model makes them after it: --latents drop)" if fmt.count else "")
+        )
 
     def both(batch):
-        latents = torch.isin(batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device))  # [B,L]
+        latents = torch.isin(
+            batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device)
+        )  # [B,L]
         return [*(biases(batch) if biases else []), AttentionBias(~latents, latents)]
 
     return both
 
 
 def diagnose(model, fmt, method, records, **how):
-    """LIVR's section 4.4.1 -> ({column: results of `answers`}, mean attention from answers to latents or None).
+    """LIVR's section 4.4.1 -> ({column: results of `answers`}, mean attention from answers to latents or
+    None).
 
-    Columns: as trained; latents dropped; under the method's mask, if it has one; and both. how: as for `answers`.
+    Columns: as trained; latents dropped; under the method's mask, if it has one; and both. how: as for
+    `answers`.
     """
     mask = lambda batch: method.biases(model, batch)
     masked = type(method).biases is not SFT.biases
-    columns = {"as trained": {}, "latents dropped": {"latents": "drop"}, "bottleneck": {"biases": mask}, "bottleneck, dropped": {"latents": "drop", "biases": mask}}
-    columns = {name: c for name, c in columns.items() if (fmt.count or "latents" not in c) and (masked or "biases" not in c)}
+    columns = {
+        "as trained": {},
+        "latents dropped": {"latents": "drop"},
+        "bottleneck": {"biases": mask},
+        "bottleneck, dropped": {"latents": "drop", "biases": mask},
+    }
+    columns = {
+        name: c
+        for name, c in columns.items()
+        if (fmt.count or "latents" not in c) and (masked or "biases" not in c)
+    }
     found = {name: answers(model, fmt, records, progress=name, **c, **how) for name, c in columns.items()}
-    return found, attention_on_latents(model, fmt, method, records, how.get("batch_size", 32), how.get("procs")) if fmt.count else None
+    return found, attention_on_latents(
+        model, fmt, method, records, how.get("batch_size", 32), how.get("procs")
+    ) if fmt.count else None
 
 
 @torch.no_grad()
 def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None):
-    """Share of attention that the rows which predict the reference answers give to the K latents together, no mask -> float.
+    """Share of attention that the rows which predict the reference answers give to the K latents together, no
+    mask -> float.
 
     Mean over all layers, heads and answer positions of a record, then over records.
     """
     procs = procs or distributed.Processes(device=model.device)
-    examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, copies=fmt.copies)
+    examples = data.RecordDataset(
+        records, lambda r, n: method.layout(fmt, r, n), model.image_processor, copies=fmt.copies
+    )
     total, mine = 0.0, list(range(procs.rank, len(records), procs.world))
     for at in range(0, len(mine), batch_size):
-        batch = data.collate([examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id)
+        batch = data.collate(
+            [examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]],
+            model.tokenizer.pad_token_id,
+        )
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        recorder = AttentionRecorder(range(len(model.layers)), batch["answer_positions"], batch["latents"], ops.attn_slice)
+        recorder = AttentionRecorder(
+            range(len(model.layers)), batch["answer_positions"], batch["latents"], ops.attn_slice
+        )
         method.hidden(model, batch, recorder)
-        mass = torch.stack([x.sum(-1).mean(1) for x in recorder.slices.values()]).mean(0)   # [B,M]
+        mass = torch.stack([x.sum(-1).mean(1) for x in recorder.slices.values()]).mean(0)  # [B,M]
         total += float((mass.sum(1) / (batch["answer_positions"] >= 0).sum(1)).sum())
     return procs.sum(total) / len(records)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------------
+
 
 def by_family(results):
     """Results of `answers` -> {family: (hits, n)}, families in order of appearance, then "all"."""
@@ -163,7 +242,9 @@ def by_family(results):
 
 
 def table(columns):
-    """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 % interval."""
+    """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 %
+    interval.
+    """
     families = list(dict.fromkeys(f for c in columns.values() for f in c))
     families = [f for f in families if f != "all"] + ["all"]
     width = {c: max(12, len(c) + 2) for c in columns}
@@ -179,63 +260,142 @@ def table(columns):
 
 
 def benchmark_text(name, records, results):
-    """Scores of a benchmark as lines, what was read how, and how many answers no rule could read -> (text, JSON object)."""
+    """Scores of a benchmark as lines, what was read how, and how many answers no rule could read -> (text,
+    JSON object).
+    """
     rules = sorted({r.rule for r in records})
     lines = benchmarks.scores(name, [r | {"row": records[r["index"]].row} for r in results])
     unread = sum(r["extracted"] is None for r in results) / len(results)
     width = max(12, *(len(line) + 2 for line in lines))
-    out = [f"{name or 'a benchmark of its own'}: {len(results)} questions", "".ljust(width) + "rows".rjust(8) + "score".rjust(9) + "95 % interval".rjust(18)]
+    out = [
+        f"{name or 'a benchmark of its own'}: {len(results)} questions",
+        "".ljust(width) + "rows".rjust(8) + "score".rjust(9) + "95 % interval".rjust(18),
+    ]
     for line, (value, n, interval) in lines.items():
-        out.append(line.ljust(width) + str(n).rjust(8) + f"{100 * value:.2f}".rjust(9) + (f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "").rjust(18))
+        out.append(
+            line.ljust(width)
+            + str(n).rjust(8)
+            + f"{100 * value:.2f}".rjust(9)
+            + (f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "").rjust(18)
+        )
     out += [f"read by: {rule}: {benchmarks.EXTRACTION[rule]}" for rule in rules]
     out.append(f"answers that could not be read, counted as wrong: {100 * unread:.1f} %")
-    return "\n".join(out), {"benchmark": name, "scores": {line: {"score": v, "rows": n, "interval": i} for line, (v, n, i) in lines.items()},
-                            "extraction": {rule: benchmarks.EXTRACTION[rule] for rule in rules}, "unread": unread}
+    return "\n".join(out), {
+        "benchmark": name,
+        "scores": {line: {"score": v, "rows": n, "interval": i} for line, (v, n, i) in lines.items()},
+        "extraction": {rule: benchmarks.EXTRACTION[rule] for rule in rules},
+        "unread": unread,
+    }
 
 
 def written_text(results, K):
-    """Results of `--latents free` -> (a line: how many answers came after all K latents, after some, after none; the shares)."""
+    """Results of `--latents free` -> (a line: how many answers came after all K latents, after some, after
+    none; the shares).
+    """
     counts = [r["latents"] for r in results]
-    shares = {"all": sum(n >= K for n in counts), "some": sum(0 < n < K for n in counts), "none": sum(n == 0 for n in counts)}
+    shares = {
+        "all": sum(n >= K for n in counts),
+        "some": sum(0 < n < K for n in counts),
+        "none": sum(n == 0 for n in counts),
+    }
     shares = {name: n / len(counts) for name, n in shares.items()}
-    return f"latents that the model wrote itself: all {K} in " + f"{100 * shares['all']:.1f} % of the answers, some in {100 * shares['some']:.1f} %, none in {100 * shares['none']:.1f} %", shares
+    return (
+        f"latents that the model wrote itself: all {K} in "
+        + f"{100 * shares['all']:.1f} % of the answers, some in {100 * shares['some']:.1f} %, none in {100 * shares['none']:.1f} %",
+        shares,
+    )
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------
 
+
 def main(argv=None):
-    parser = config.OneLineParser(prog="evaluate.py", description="Accuracy on records or a benchmark, with intervals; --reliance: are the latents used?")
-    parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
+    parser = config.OneLineParser(
+        prog="evaluate.py",
+        description="Accuracy on records or a benchmark, with intervals; --reliance: are the latents used?",
+    )
+    parser.add_argument(
+        "--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name"
+    )
     model_flags(parser)
-    parser.add_argument("--data", "--benchmark", required=True, help="records, JSON or JSONL, or a benchmark's TSV in VLMEvalKit's format")
-    parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
-    parser.add_argument("--reliance", action="store_true", help="intervene on the latents' states, and say whether they are used")
-    parser.add_argument("--diagnose", action="store_true", help="four quick columns: as trained, without latents, under the method's mask, both; and the attention they get")
-    parser.add_argument("--bottleneck", action="store_true", help="answer under the method's mask, as LIVR's: the image is seen through latents alone")
-    parser.add_argument("--latents", default="keep", choices=("keep", "drop", "mask", "free"),
-                        help="keep the thought and its latents in the prompt, leave the latents out, let no other token see them, or let the model write them and report how often it does")
-    parser.add_argument("--corruption", default="", help="answer from corrupted images, made as train.py's --corruption says: blur, blur=5, blur=2:8, or blur=3,noise=30")
+    parser.add_argument(
+        "--data",
+        "--benchmark",
+        required=True,
+        help="records, JSON or JSONL, or a benchmark's TSV in VLMEvalKit's format",
+    )
+    parser.add_argument(
+        "--image_root", default="", help="folder that image paths start from; empty: the folder of the data"
+    )
+    parser.add_argument(
+        "--reliance",
+        action="store_true",
+        help="intervene on the latents' states, and say whether they are used",
+    )
+    parser.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="four quick columns: as trained, without latents, under the method's mask, both; and the attention they get",
+    )
+    parser.add_argument(
+        "--bottleneck",
+        action="store_true",
+        help="answer under the method's mask, as LIVR's: the image is seen through latents alone",
+    )
+    parser.add_argument(
+        "--latents",
+        default="keep",
+        choices=("keep", "drop", "mask", "free"),
+        help="keep the thought and its latents in the prompt, leave the latents out, let no other token see them, or let the model write them and report how often it does",
+    )
+    parser.add_argument(
+        "--corruption",
+        default="",
+        help="answer from corrupted images, made as train.py's --corruption says: blur, blur=5, blur=2:8, or blur=3,noise=30",
+    )
     parser.add_argument("--grey", action="store_true", help="answer from grey images")
-    parser.add_argument("--scores", default="", help="whose scores a TSV gets, if its name does not tell: " + ", ".join(benchmarks.SCORES))
+    parser.add_argument(
+        "--scores",
+        default="",
+        help="whose scores a TSV gets, if its name does not tell: " + ", ".join(benchmarks.SCORES),
+    )
     parser.add_argument("--suffix", default="", help="text to put behind every prompt of a TSV")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0, help="of corruption, of the pairs that swap latents, and of the bootstrap")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of corruption, of the pairs that swap latents, and of the bootstrap",
+    )
     parser.add_argument("--limit", type=int, default=0, help="first so many records; 0: all")
-    parser.add_argument("--out", default="", help="predictions, a line of JSON per question (with --reliance a folder, with --diagnose a line for each way of asking); a TSV's and --reliance's default to the model's folder")
-    parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds predictions already")
+    parser.add_argument(
+        "--out",
+        default="",
+        help="predictions, a line of JSON per question (with --reliance a folder, with --diagnose a line for each way of asking); a TSV's and --reliance's default to the model's folder",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start anew where --out holds predictions already"
+    )
     args = parser.parse_args(argv)
     tsv = Path(args.data).suffix == ".tsv"
-    for mode, on, idle in (("--reliance", args.reliance, ("diagnose", "latents", "grey", "scores")), ("--diagnose", args.diagnose, ("latents", "bottleneck", "scores")),
-                           ("records that are no TSV", not tsv, ("scores", "suffix"))):
-        if on and (given := [f"--{name}" for name in idle if getattr(args, name) != parser.get_default(name)]):
+    for mode, on, idle in (
+        ("--reliance", args.reliance, ("diagnose", "latents", "grey", "scores")),
+        ("--diagnose", args.diagnose, ("latents", "bottleneck", "scores")),
+        ("records that are no TSV", not tsv, ("scores", "suffix")),
+    ):
+        if on and (
+            given := [f"--{name}" for name in idle if getattr(args, name) != parser.get_default(name)]
+        ):
             raise UserError(f"{given[0]} changes nothing with {mode}; leave it out")
     if args.scores and args.scores not in benchmarks.SCORES:
         raise UserError(f"--scores {args.scores}: choose one of {', '.join(benchmarks.SCORES)}")
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 0:
         raise UserError("--batch_size and --max_new_tokens must be at least 1, --limit must not be negative")
     if args.corruption and not (args.method or args.trust_method):
-        config.corruption_of(args.corruption)  # a mistake is told before a model is loaded; a method's file may have modes of its own
+        config.corruption_of(
+            args.corruption
+        )  # a mistake is told before a model is loaded; a method's file may have modes of its own
     procs = distributed.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last answer
     ops.announce(procs.print)
     if tsv:
@@ -247,10 +407,19 @@ def main(argv=None):
     if dropped:
         procs.print(f"{dropped} later turns are not asked")
     records = records[: args.limit or None]
-    model, fmt, settings = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
-                                      method=args.method, trust_method=args.trust_method)
+    model, fmt, settings = open_model(
+        args.model,
+        args.checkpoint,
+        procs.device,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        method=args.method,
+        trust_method=args.trust_method,
+    )
     method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
-    corruption = config.corruption_of(args.corruption, method.settings.corruptions) if args.corruption else None
+    corruption = (
+        config.corruption_of(args.corruption, method.settings.corruptions) if args.corruption else None
+    )
     if args.bottleneck and type(method).biases is SFT.biases:
         raise UserError(f"--bottleneck: {method.settings.method} has no mask")
     biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
@@ -259,20 +428,48 @@ def main(argv=None):
     folder = Path(args.model) if Path(args.model).is_dir() else Path("runs") / Path(args.model).name
     if args.reliance:
         how = corruption or method.corruption or Corruption()
-        reliance.run(model, fmt, records, args.out or folder / "reliance" / Path(args.data).stem, {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "bottleneck": args.bottleneck},
-                     corruption=how, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, seed=args.seed, procs=procs, biases=biases)
+        reliance.run(
+            model,
+            fmt,
+            records,
+            args.out or folder / "reliance" / Path(args.data).stem,
+            {
+                "model": args.model,
+                "checkpoint": args.checkpoint,
+                "data": args.data,
+                "bottleneck": args.bottleneck,
+            },
+            corruption=how,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            procs=procs,
+            biases=biases,
+        )
         procs.stop()
         return
     if args.diagnose:
-        found, mass = diagnose(model, fmt, method, records, batch_size=args.batch_size, corruption=corruption, grey=args.grey, seed=args.seed,
-                               max_new_tokens=args.max_new_tokens, procs=procs)
+        found, mass = diagnose(
+            model,
+            fmt,
+            method,
+            records,
+            batch_size=args.batch_size,
+            corruption=corruption,
+            grey=args.grey,
+            seed=args.seed,
+            max_new_tokens=args.max_new_tokens,
+            procs=procs,
+        )
         procs.print(table({name: by_family(part) for name, part in found.items()}))
         if mass is not None:
             procs.print(f"mean attention from answers to latents, over layers, heads and rows: {mass:.4f}")
         out = args.out or (folder / "evaluation" / f"{Path(args.data).stem}.diagnose.jsonl" if tsv else "")
         if out and procs.is_first:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).write_text("".join(json.dumps(r | {"asked": name}) + "\n" for name, part in found.items() for r in part))
+            Path(out).write_text(
+                "".join(json.dumps(r | {"asked": name}) + "\n" for name, part in found.items() for r in part)
+            )
             print(f"wrote {out}")
         procs.stop()
         return
@@ -281,26 +478,65 @@ def main(argv=None):
     out = args.out or (folder / "evaluation" / f"{Path(args.data).stem}.jsonl" if tsv else "")
     name = args.scores or benchmarks.known_as(args.data)
     pixels = {edge: n for edge, n in dict(model.image_processor.size).items() if n}
-    asked = {"model": args.model, "checkpoint": args.checkpoint, "data": args.data, "latents": args.latents, "bottleneck": args.bottleneck, "corruption": str(corruption or ""),
-             "grey": args.grey,
-             "pixels": pixels, "max_new_tokens": args.max_new_tokens, "suffix": args.suffix, "limit": args.limit, "seed": args.seed,
-             "prompt": fmt.tokenizer.decode(fmt.question(records[0].turns, [1] * len(records[0].images), "none" if args.latents == "free" else args.latents)[0])}
+    asked = {
+        "model": args.model,
+        "checkpoint": args.checkpoint,
+        "data": args.data,
+        "latents": args.latents,
+        "bottleneck": args.bottleneck,
+        "corruption": str(corruption or ""),
+        "grey": args.grey,
+        "pixels": pixels,
+        "max_new_tokens": args.max_new_tokens,
+        "suffix": args.suffix,
+        "limit": args.limit,
+        "seed": args.seed,
+        "prompt": fmt.tokenizer.decode(
+            fmt.question(
+                records[0].turns,
+                [1] * len(records[0].images),
+                "none" if args.latents == "free" else args.latents,
+            )[0]
+        ),
+    }
     if settings and settings.method.endswith(".py"):
         asked["method"] = methods.fingerprint(settings.method)["method_sha256"]
     predictions = Predictions(out, asked, args.overwrite, procs) if out else None
     kept = {"done": predictions.done, "tell": predictions.tell} if predictions else {}
-    results = answers(model, fmt, records, args.batch_size, args.latents, corruption, args.grey, args.seed, args.max_new_tokens,
-                      procs=procs, progress="evaluate", biases=biases, **kept)
+    results = answers(
+        model,
+        fmt,
+        records,
+        args.batch_size,
+        args.latents,
+        corruption,
+        args.grey,
+        args.seed,
+        args.max_new_tokens,
+        procs=procs,
+        progress="evaluate",
+        biases=biases,
+        **kept,
+    )
     if tsv:
         text, outcome = benchmark_text(name, records, results)
     else:
         families = by_family(results)
-        text, outcome = table({Path(args.model).name: families}), {"families": {f: {"right": h / n, "rows": n, "interval": wilson(h, n)} for f, (h, n) in families.items()}}
+        text, outcome = (
+            table({Path(args.model).name: families}),
+            {
+                "families": {
+                    f: {"right": h / n, "rows": n, "interval": wilson(h, n)} for f, (h, n) in families.items()
+                }
+            },
+        )
     if args.latents == "free":
         line, shares = written_text(results, fmt.count)
         text, outcome = f"{text}\n{line}", outcome | {"written": shares}
     procs.print(text)
-    procs.print(f"{len(results)} questions in {time.perf_counter() - started:.0f} s; pixels {pixels}; first prompt:\n{asked['prompt']!r}")
+    procs.print(
+        f"{len(results)} questions in {time.perf_counter() - started:.0f} s; pixels {pixels}; first prompt:\n{asked['prompt']!r}"
+    )
     if predictions:
         predictions.close(results, outcome)
         procs.print(f"wrote {predictions.path} and {predictions.about.name}")

@@ -1,13 +1,16 @@
 """What a run learned, in other tools' formats: a PEFT adapter, and a merged stock directory.
 
-    python -m crystal.export --run runs/crystal                 writes runs/crystal/merged and runs/crystal/adapter
+    python -m crystal.export --run runs/crystal                 writes runs/crystal/merged and
+                                                                runs/crystal/adapter
 
-The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it with no
-crystal code. Its chat template's generation prompt holds the latents where the method has them (CrystaL's ends with
-`<think> ..latents. </think><answer>`), and all of that is special tokens or prompt, so what is decoded is the bare answer.
-Latents that a model feeds back to itself (VaLR) are beyond those tools: they answer without them, since generation_config.json
-suppresses the tag that opens them. crystal reads `crystal.json` in the directory and decodes with them.
+The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it
+with no crystal code. Its chat template's generation prompt holds the latents where the method has them
+(CrystaL's ends with `<think> ..latents. </think><answer>`), and all of that is special tokens or prompt, so
+what is decoded is the bare answer. Latents that a model feeds back to itself (VaLR) are beyond those tools:
+they answer without them, since generation_config.json suppresses the tag that opens them. crystal reads
+`crystal.json` in the directory and decodes with them.
 """
+
 import json
 import shutil
 import sys
@@ -27,10 +30,12 @@ from crystal.runtime.config import UserError
 
 
 def export(run, which="best", merged=None, adapter=None, method="", trust_method=False):
-    """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then renamed.
+    """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then
+    renamed.
 
-    Returns the directories written: a run of `--tune full` has no adapter. The base's weights are never in memory
-    together: beside what was trained, this needs three times the memory of the largest matrix that changes, the vocabulary.
+    Returns the directories written: a run of `--tune full` has no adapter. The base's weights are never in
+    memory together: beside what was trained, this needs three times the memory of the largest matrix that
+    changes, the vocabulary.
     """
     model, fmt, settings = open_run(run, which, weights=False, method=method, trust_method=trust_method)
     written = []
@@ -41,14 +46,22 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
             for name in ("config.json", "generation_config.json", "video_preprocessor_config.json"):
                 if (base / name).exists():
                     shutil.copyfile(base / name, out / name)
-            if (base / "processor_config.json").exists():  # less the image processor's settings: they are written below, and twice they could disagree
+            if (
+                base / "processor_config.json"
+            ).exists():  # less the image processor's settings: they are written below, and twice they could disagree
                 rules = json.loads((base / "processor_config.json").read_text())
-                (out / "processor_config.json").write_text(json.dumps({n: x for n, x in rules.items() if n != "image_processor"}, indent=2) + "\n")
+                (out / "processor_config.json").write_text(
+                    json.dumps({n: x for n, x in rules.items() if n != "image_processor"}, indent=2) + "\n"
+                )
             if fmt.feeds_back:
-                (out / MARK).write_text(json.dumps({"method": settings.method, "latents": settings.latents}) + "\n")
+                (out / MARK).write_text(
+                    json.dumps({"method": settings.method, "latents": settings.latents}) + "\n"
+                )
                 file = out / "generation_config.json"
                 rules = json.loads(file.read_text()) if file.exists() else {}
-                file.write_text(json.dumps(rules | {"suppress_tokens": [fmt.latent_start_id]}, indent=2) + "\n")
+                file.write_text(
+                    json.dumps(rules | {"suppress_tokens": [fmt.latent_start_id]}, indent=2) + "\n"
+                )
             save_tokenizer(model, fmt, out)
             model.image_processor.save_pretrained(out)
         written.append(Path(merged))
@@ -61,9 +74,13 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
 
 
 def changes(model, settings):
-    """{parameter's name: function from the base's weight W to the trained one, in W's dtype} of all that training changed."""
+    """{parameter's name: function from the base's weight W to the trained one, in W's dtype} of all that
+    training changed.
+    """
     if settings.tune == "full":
-        found = {n: lambda W, p=p: p.to(W.dtype) for n, p in model.hf.named_parameters() if p.device.type != "meta"}
+        found = {
+            n: lambda W, p=p: p.to(W.dtype) for n, p in model.hf.named_parameters() if p.device.type != "meta"
+        }
     else:
         found = {f"{n}.weight": layer.merged for n, layer in lora.adapters(model.hf).items()}
     if model.new_tokens is not None:
@@ -79,25 +96,32 @@ def changes(model, settings):
 def merge(base, out, model, changes):
     """Copies the base's safetensors files as they are and writes the changed tensors over their own bytes.
 
-    Untouched weights are the base's to the bit because nothing else is written: dtypes, order and shards stay, and names but
-    for what a wrapper put before them, since stock tools would not find their weights.
+    Untouched weights are the base's to the bit because nothing else is written: dtypes, order and shards
+    stay, and names but for what a wrapper put before them, since stock tools would not find their weights.
     UserError if the base has no safetensors files or a changed tensor is not in them.
     """
     index = base / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     left = set(changes) - ({"lm_head.weight"} if model.tied else set())
     for name in names:
         if Path(name).name != name or not (base / name).is_file():
             raise UserError(f"{base}: no file {name}; an export needs the base's safetensors files")
         shutil.copyfile(base / name, out / name)
-        with open(base / name, "rb") as file:  # the format: the header's length in 8 bytes, the header in JSON, the tensors
+        with open(
+            base / name, "rb"
+        ) as file:  # the format: the header's length in 8 bytes, the header in JSON, the tensors
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
         own_names = {crystal.backbone.model.unwrapped(key): entry for key, entry in header.items()}
         renamed = any(crystal.backbone.model.unwrapped(key) != key for key in header)
         with safe_open(base / name, "pt") as tensors, open(out / name, "r+b") as file:
             if renamed:
-                # Shorter names leave room, which spaces fill as the format allows: the tensors stay where they are.
+                # Shorter names leave room, which spaces fill as the format allows: the tensors stay where
+                # they are.
                 text = json.dumps(own_names, separators=(",", ":"), ensure_ascii=False)
                 file.seek(8)
                 file.write(text.encode().ljust(start - 8))
@@ -106,7 +130,9 @@ def merge(base, out, model, changes):
                     W = tensors.get_tensor(key)
                     new = change(W)
                     if new.shape != W.shape:
-                        raise UserError(f"{base / name}: {key} has shape {tuple(W.shape)}, the trained one {tuple(new.shape)}")
+                        raise UserError(
+                            f"{base / name}: {key} has shape {tuple(W.shape)}, the trained one {tuple(new.shape)}"
+                        )
                     file.seek(start + header[key]["data_offsets"][0])
                     file.write(new.contiguous().view(torch.uint8).numpy())
                     left.discard(parameter)
@@ -114,12 +140,16 @@ def merge(base, out, model, changes):
         raise UserError(f"{base}: {sorted(left)[0]} was trained, but no safetensors file there has it")
     if index.exists():
         shards = json.loads(index.read_text())
-        shards["weight_map"] = {crystal.backbone.model.unwrapped(key): name for key, name in shards["weight_map"].items()}
+        shards["weight_map"] = {
+            crystal.backbone.model.unwrapped(key): name for key, name in shards["weight_map"].items()
+        }
         (out / index.name).write_text(json.dumps(shards, indent=2) + "\n")
 
 
 def save_tokenizer(model, fmt, out):
-    """Saves the tokenizer with a chat template that ends in the method's own prompt (see Format.chat_template)."""
+    """Saves the tokenizer with a chat template that ends in the method's own prompt (see
+    Format.chat_template).
+    """
     template = model.tokenizer.chat_template
     model.tokenizer.chat_template = fmt.chat_template()
     model.tokenizer.save_pretrained(out)
@@ -127,7 +157,9 @@ def save_tokenizer(model, fmt, out):
 
 
 class fresh:
-    """A directory that appears whole or not at all: filled under another name, then renamed over an older one."""
+    """A directory that appears whole or not at all: filled under another name, then renamed over an older
+    one.
+    """
 
     def __init__(self, path):
         self.path, self.part = Path(path), Path(f"{path}.part")
@@ -145,18 +177,26 @@ class fresh:
 
 
 def main(argv=None):
-    parser = config.OneLineParser(prog="export.py", description="Export a run as a PEFT adapter and a merged directory.")
+    parser = config.OneLineParser(
+        prog="export.py", description="Export a run as a PEFT adapter and a merged directory."
+    )
     parser.add_argument("--run", required=True, help="run directory of train.py")
     method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
-    parser.add_argument("--out", default="", help="folder to write merged/ and adapter/ into; empty: the run directory")
+    parser.add_argument(
+        "--out", default="", help="folder to write merged/ and adapter/ into; empty: the run directory"
+    )
     args = parser.parse_args(argv)
     out = Path(args.out or args.run)
-    written = export(args.run, args.checkpoint, out / "merged", out / "adapter", args.method, args.trust_method)
+    written = export(
+        args.run, args.checkpoint, out / "merged", out / "adapter", args.method, args.trust_method
+    )
     print(f"wrote {' and '.join(map(str, written))}")
     if (out / "merged" / MARK).exists():
-        print("Its latents are states that the model feeds back to itself: crystal.generate and crystal.evaluate decode them; transformers, vLLM and other\n"
-              "tools load the directory, but cannot. There it answers without latents: generation_config.json suppresses the tag that opens them.")
+        print(
+            "Its latents are states that the model feeds back to itself: crystal.generate and crystal.evaluate decode them; transformers, vLLM and other\n"
+            "tools load the directory, but cannot. There it answers without latents: generation_config.json suppresses the tag that opens them."
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Ask a model: prompts in, answers out, greedily. transformers generates; latents fed back by the model itself need a loop of ours.
+"""Ask a model: prompts in, answers out, greedily. transformers generates; latents fed back by the model
+itself need a loop of ours.
 
-    python -m crystal.generate --model runs/crystal/merged --image photo.jpg --question "What colour is the small star?"
+    python -m crystal.generate --model runs/crystal/merged --image photo.jpg --question "What colour is the
+    small star?"
 
-B questions, L prompt length (padded to the left for transformers, to the right in `decode_feedback`), P patches, K latents, D hidden size, V vocabulary.
+B questions, L prompt length (padded to the left for transformers, to the right in `decode_feedback`), P
+patches, K latents, D hidden size, V vocabulary.
 """
+
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,17 +26,21 @@ from crystal.runtime.config import UserError
 
 def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):
     """Prompts and the rest as `write` takes them -> list of decoded answers."""
-    return [answer_text(model, fmt, ids) for ids in write(model, prompts, fmt, max_new_tokens, biases, latents, streamer)]
+    return [
+        answer_text(model, fmt, ids)
+        for ids in write(model, prompts, fmt, max_new_tokens, biases, latents, streamer)
+    ]
 
 
 @torch.no_grad()
 def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):
-    """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of the ids written after each.
+    """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of the ids
+    written after each.
 
-    biases: function (batch) -> [attention_bias.AttentionBias] over the prompts, as a method's `biases`; what is generated sees of its
-    prompt what the prompt's last row sees. latents: "drop" keeps a model that writes or opens its latents itself from doing so;
-    other formats leave them out of the prompt. streamer: an object with put(tokens [B]) and end(), told each step's tokens as they
-    come (first put: the prompts).
+    biases: function (batch) -> [attention_bias.AttentionBias] over the prompts, as a method's `biases`; what
+    is generated sees of its prompt what the prompt's last row sees. latents: "drop" keeps a model that writes
+    or opens its latents itself from doing so; other formats leave them out of the prompt. streamer: an object
+    with put(tokens [B]) and end(), told each step's tokens as they come (first put: the prompts).
     """
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
     pad = model.tokenizer.pad_token_id
@@ -44,37 +52,55 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
         mask[i, place] = 1
     images = {}
     if any(p is not None for _, p, _ in prompts):
-        images = {"pixel_values": torch.cat([p for _, p, _ in prompts if p is not None]).to(model.device, model.hf.dtype),
-                  "image_grid_thw": torch.cat([g for _, _, g in prompts if g is not None]).to(model.device)}
+        images = {
+            "pixel_values": torch.cat([p for _, p, _ in prompts if p is not None]).to(
+                model.device, model.hf.dtype
+            ),
+            "image_grid_thw": torch.cat([g for _, _, g in prompts if g is not None]).to(model.device),
+        }
     batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device), **images}
     kinds = (batch["input_ids"] == fmt.image).int()
     if fmt.feeds_back:
         whole = {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}
         return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
-    blocked = biases(batch | {"answer_positions": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+    blocked = (
+        biases(batch | {"answer_positions": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
+    )
     never = {"suppress_tokens": fmt.latents} if latents == "drop" and fmt.writes_own_latents else {}
     with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
-        out = model.hf.generate(**model.keywords(batch | {"mm_token_type_ids": kinds}), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=fmt.end,
-                                pad_token_id=pad, streamer=streamer, **never)
+        out = model.hf.generate(
+            **model.keywords(batch | {"mm_token_type_ids": kinds}),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=fmt.end,
+            pad_token_id=pad,
+            streamer=streamer,
+            **never,
+        )
     return out[:, L:].tolist()
 
 
 def ask(model, fmt, images, question, max_new_tokens=64, latents="keep"):
-    """One question about images -> the answer. images: a list of paths, PIL images or bytes of files. UserError for one that cannot be read.
+    """One question about images -> the answer. images: a list of paths, PIL images or bytes of files.
+    UserError for one that cannot be read.
 
-    latents: "keep" the thought and its latents in the prompt, "drop" the latents, or "free": the model writes them itself. A
-    `<image>` typed in the question is text.
+    latents: "keep" the thought and its latents in the prompt, "drop" the latents, or "free": the model writes
+    them itself. A `<image>` typed in the question is text.
     """
     record = data.Record("--image", "", [("user", [""] * len(images) + [question])], "", images)
     how = "none" if latents == "free" else latents
-    asked = data.RecordDataset([record], lambda r, n: fmt.question(r.turns, n, how), model.image_processor, copies=fmt.copies).build(0, 0)
+    asked = data.RecordDataset(
+        [record], lambda r, n: fmt.question(r.turns, n, how), model.image_processor, copies=fmt.copies
+    ).build(0, 0)
     room = thought_length(fmt, model.name) if latents == "free" else 0
     prompt = (asked["layout"][0], asked["pixel_values"], asked["image_grid_thw"])
     return generate(model, [prompt], fmt, max_new_tokens + room, latents=latents)[0]
 
 
 def answer_text(model, fmt, ids):
-    """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all; no special tokens, trimmed."""
+    """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all; no
+    special tokens, trimmed.
+    """
     if fmt.answer_start_id in ids:
         ids = ids[ids.index(fmt.answer_start_id) + 1 :]
     if fmt.answer_end_id in ids:
@@ -83,32 +109,54 @@ def answer_text(model, fmt, ids):
 
 
 def thought_length(fmt, name):
-    """Tokens that a model needs for the thought, its latents and the tags, if it is to write them itself. UserError if it never learned to."""
+    """Tokens that a model needs for the thought, its latents and the tags, if it is to write them itself.
+    UserError if it never learned to.
+    """
     if fmt.think_start_id is None:
-        raise UserError(f"--latents free: {name} has no latents that it learned to write; a run directory of crystal is needed")
+        raise UserError(
+            f"--latents free: {name} has no latents that it learned to write; a run directory of crystal is needed"
+        )
     return len(fmt.thinking()[0]) + 2
 
 
 @torch.no_grad()
 def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=None, max_thought=256):
-    """Greedy decoding that switches modes at the tags of latents -> list of the ids each row says, pads for its latents.
+    """Greedy decoding that switches modes at the tags of latents -> list of the ids each row says, pads for
+    its latents.
 
-    After `fmt.latent_start_id` the next fmt.count inputs are the states before them (feedback.py), then `fmt.latent_end_id` is forced and tokens
-    are inputs again; every row by its own clock, over one cache. batch: right-padded prompts. latents: "drop" never chooses `begin`.
-    max_new_tokens: from `<answer>` on; before it a row may say max_thought tokens that are no latents.
+    After `fmt.latent_start_id` the next fmt.count inputs are the states before them (feedback.py), then
+    `fmt.latent_end_id` is forced and tokens are inputs again; every row by its own clock, over one cache.
+    batch: right-padded prompts. latents: "drop" never chooses `begin`. max_new_tokens: from `<answer>` on;
+    before it a row may say max_thought tokens that are no latents.
     """
     tell = streamer.put if streamer else lambda tokens: None
     tell(batch["input_ids"])
-    free, finish = -1, 0  # what a row does next: choose a token, close the latents, or (1 and more) that many latents
+    free, finish = (
+        -1,
+        0,
+    )  # what a row does next: choose a token, close the latents, or (1 and more) that many latents
     stream, prompt = Stream(model), batch["attention_mask"].bool()
-    positions = model.positions(batch)                                         # [3,B,L]
-    h, _, piece = stream.run(positions, prompt, input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"])
-    last = h[torch.arange(len(h)), prompt.sum(1) - 1]                          # [B,D]
-    at = positions.masked_fill(~prompt, 0).amax((0, 2)) + 1                                            # [B]: text counts on from the largest of the three axes
-    said, mode, budget, done = [[] for _ in last], [free] * len(last), [max_thought] * len(last), [False] * len(last)
+    positions = model.positions(batch)  # [3,B,L]
+    h, _, piece = stream.run(
+        positions,
+        prompt,
+        input_ids=batch["input_ids"],
+        pixel_values=batch["pixel_values"],
+        image_grid_thw=batch["image_grid_thw"],
+    )
+    last = h[torch.arange(len(h)), prompt.sum(1) - 1]  # [B,D]
+    at = (
+        positions.masked_fill(~prompt, 0).amax((0, 2)) + 1
+    )  # [B]: text counts on from the largest of the three axes
+    said, mode, budget, done = (
+        [[] for _ in last],
+        [free] * len(last),
+        [max_thought] * len(last),
+        [False] * len(last),
+    )
     while True:
         stream.keep(piece)
-        logits = model.logits(last)                                            # [B,V]
+        logits = model.logits(last)  # [B,V]
         if latents == "drop":
             logits[:, fmt.latent_start_id] = float("-inf")
         tokens, fed = logits.argmax(-1).tolist(), [m > 0 and not d for m, d in zip(mode, done)]
@@ -129,27 +177,45 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=
             if streamer:
                 streamer.end()
             return said
-        x = model.hf.get_input_embeddings()(torch.tensor(tokens, device=last.device))          # [B,D]
+        x = model.hf.get_input_embeddings()(torch.tensor(tokens, device=last.device))  # [B,D]
         x = torch.where(torch.tensor(fed, device=last.device)[:, None], last.to(x.dtype), x)
-        going = ~torch.tensor(done, device=last.device)[:, None]                               # [B,1]
+        going = ~torch.tensor(done, device=last.device)[:, None]  # [B,1]
         h, _, piece = stream.run(at[None, :, None].expand(3, -1, 1), going, inputs_embeds=x[:, None])
         last, at = h[:, 0], at + 1
 
 
 def main(argv=None):
-    parser = config.OneLineParser(prog="generate.py", description="Ask a run, a checkpoint or an exported directory one question.")
-    parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
+    parser = config.OneLineParser(
+        prog="generate.py", description="Ask a run, a checkpoint or an exported directory one question."
+    )
+    parser.add_argument(
+        "--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name"
+    )
     model_flags(parser)
-    parser.add_argument("--image", action="append", default=[], help="an image file; give it again for several")
+    parser.add_argument(
+        "--image", action="append", default=[], help="an image file; give it again for several"
+    )
     parser.add_argument("--question", required=True)
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--latents", default="keep", choices=("keep", "drop", "free"), help="keep the thought and its latents in the prompt, leave the latents out, or let the model write them itself")
+    parser.add_argument(
+        "--latents",
+        default="keep",
+        choices=("keep", "drop", "free"),
+        help="keep the thought and its latents in the prompt, leave the latents out, or let the model write them itself",
+    )
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: must be at least 1")
     procs = distributed.start(args.device)
-    model, fmt, _ = open_model(args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
-                               method=args.method, trust_method=args.trust_method)
+    model, fmt, _ = open_model(
+        args.model,
+        args.checkpoint,
+        procs.device,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        method=args.method,
+        trust_method=args.trust_method,
+    )
     procs.print(ask(model, fmt, args.image, args.question, args.max_new_tokens, args.latents))
     procs.stop()
 

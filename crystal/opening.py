@@ -1,8 +1,11 @@
-"""What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, or a name on the hub.
+"""What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, or a name on
+the hub.
 
-A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into it. An export is an
-ordinary model directory, and crystal.json in it says what stock tools cannot know of its latents.
+A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into it. An
+export is an ordinary model directory, and crystal.json in it says what stock tools cannot know of its
+latents.
 """
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,28 +23,56 @@ MARK = "crystal.json"  # in a merged directory that stock tools use in part
 
 
 def method_flags(parser):
-    """Adds what every command that opens a run takes: whose code it may run, if the run's method is a file (see methods.of_run)."""
-    parser.add_argument("--method", default="", help="of a run whose method is a file of its own: the file to run, which you name because you know it")
-    parser.add_argument("--trust_method", action="store_true", help="of such a run: run the copy of the file that the run directory keeps")
+    """Adds what every command that opens a run takes: whose code it may run, if the run's method is a file
+    (see methods.of_run).
+    """
+    parser.add_argument(
+        "--method",
+        default="",
+        help="of a run whose method is a file of its own: the file to run, which you name because you know it",
+    )
+    parser.add_argument(
+        "--trust_method",
+        action="store_true",
+        help="of such a run: run the copy of the file that the run directory keeps",
+    )
 
 
 def model_flags(parser):
-    """Adds what every command that asks a model takes: --checkpoint, --device, --min_pixels and --max_pixels, and `method_flags`."""
+    """Adds what every command that asks a model takes: --checkpoint, --device, --min_pixels and --max_pixels,
+    and `method_flags`.
+    """
     method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--min_pixels", type=int, help="images are scaled up to at least this area; default: the model's own")
-    parser.add_argument("--max_pixels", type=int, help="images are scaled down to at most this area; default: the model's own")
+    parser.add_argument(
+        "--min_pixels", type=int, help="images are scaled up to at least this area; default: the model's own"
+    )
+    parser.add_argument(
+        "--max_pixels", type=int, help="images are scaled down to at most this area; default: the model's own"
+    )
 
 
-def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, max_pixels=None, weights=True, method="", trust_method=False):
-    """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or None).
+def open_model(
+    name,
+    which="best",
+    device="cpu",
+    dtype=None,
+    min_pixels=None,
+    max_pixels=None,
+    weights=True,
+    method="",
+    trust_method=False,
+):
+    """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or
+    None).
 
-    which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's number.
-    dtype: of what is no run; None takes bfloat16 on a GPU, float32 elsewhere; a run keeps its own. min_pixels, max_pixels:
-    see model.load; of a run they default to what it was trained with. weights False: of a run, what it trained has values
-    and the frozen rest is shapes alone. method, trust_method: what a run that was made by a file of its own needs, see
-    methods.of_run; the settings then name the file that was run.
+    which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's
+    number. dtype: of what is no run; None takes bfloat16 on a GPU, float32 elsewhere; a run keeps its own.
+    min_pixels, max_pixels: see model.load; of a run they default to what it was trained with. weights False:
+    of a run, what it trained has values and the frozen rest is shapes alone. method, trust_method: what a run
+    that was made by a file of its own needs, see methods.of_run; the settings then name the file that was
+    run.
     """
     run = Path(name)
     if not (run / "checkpoints").is_dir():
@@ -49,7 +80,9 @@ def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, ma
             raise UserError(f"{run}: a run without checkpoints")
         if method:
             raise UserError(f"--method {method}: {name} is no run of train.py, and opens without")
-        dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)  # as train.py's --dtype auto
+        dtype = dtype or (
+            torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        )  # as train.py's --dtype auto
         model = crystal.backbone.model.load(name, dtype, device, min_pixels, max_pixels)
         return model, exported_format(crystal.backbone.model.resolve(name), model.tokenizer), None
     directory = find(run, which)
@@ -57,7 +90,14 @@ def open_model(name, which="best", device="cpu", dtype=None, min_pixels=None, ma
     allowed = methods.of_run(state, directory, method, trust_method)
     settings = methods.saved_settings(state["settings"] | {"method": allowed}, directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
-    model = crystal.backbone.model.load(settings.model, dtype, device, min_pixels or settings.min_pixels, max_pixels or settings.max_pixels, weights)
+    model = crystal.backbone.model.load(
+        settings.model,
+        dtype,
+        device,
+        min_pixels or settings.min_pixels,
+        max_pixels or settings.max_pixels,
+        weights,
+    )
     settings = replace(settings, checkpointing=False)
     _, fmt = methods.attach(model, settings)
     named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
@@ -82,14 +122,18 @@ def open_run(run, which="best", device="cpu", weights=True, method="", trust_met
 
 
 def exported_format(directory, tokenizer):
-    """The Format of a directory that is no run: plain, or what its crystal.json says. UserError if that is broken."""
+    """The Format of a directory that is no run: plain, or what its crystal.json says. UserError if that is
+    broken.
+    """
     file = Path(directory) / MARK
     if not file.is_file():
         return Format(tokenizer)
     try:
         saved = json.loads(file.read_text())
         if saved["method"].endswith(".py"):  # a directory may come from anywhere: what it names is not run
-            raise UserError(f"{file}: exported by {saved['method']}, a method of its own; open the run directory instead")
+            raise UserError(
+                f"{file}: exported by {saved['method']}, a method of its own; open the run directory instead"
+            )
         method = methods.get(saved["method"])
         return method(method.Settings(**saved)).format(tokenizer)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,6 +8,7 @@
 B pairs, L sequence length, D hidden size, H heads, M queries, K keys or latents.
 Everything is computed as training and evaluation compute it, by the same functions; nothing is stored.
 """
+
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,9 +25,11 @@ from crystal.runtime import checkpoint, config, data
 
 @dataclass
 class Forward:
-    """What a method makes of a batch. terms: {name: scalar}, monitored ones too. h_int, h_cor: last states [B,L,D] of both paths.
+    """What a method makes of a batch. terms: {name: scalar}, monitored ones too. h_int, h_cor: last states
+    [B,L,D] of both paths.
 
-    h_cor is None where the method has one path. Nobody may read a copied position of it: there each way of copying leaves something else.
+    h_cor is None where the method has one path. Nobody may read a copied position of it: there each way of
+    copying leaves something else.
     """
 
     terms: dict
@@ -36,7 +39,8 @@ class Forward:
 
 @dataclass
 class Attention:
-    """Softmax weights of one record: A_int and A_cor {layer: [H,M,K]}, of queries [M] and keys [K], positions in the sequence.
+    """Softmax weights of one record: A_int and A_cor {layer: [H,M,K]}, of queries [M] and keys [K], positions
+    in the sequence.
 
     A_cor is None where the method has one path.
     """
@@ -50,34 +54,55 @@ class Attention:
 class Run:
     """A model to ask and to look into.
 
-    name: a run directory, an export, "tiny", a model's directory or a hub name. checkpoint: of a run, "best", "last" or a step.
-    device: "auto", "cpu" or "cuda". min_pixels, max_pixels: bounds on an image's area. method, trust_method: which file may be
-    run if the run's method is a file of its own, see methods.of_run. UserError, in one line, if it cannot be opened.
+    name: a run directory, an export, "tiny", a model's directory or a hub name. checkpoint: of a run, "best",
+    "last" or a step. device: "auto", "cpu" or "cuda". min_pixels, max_pixels: bounds on an image's area.
+    method, trust_method: which file may be run if the run's method is a file of its own, see methods.of_run.
+    UserError, in one line, if it cannot be opened.
 
-    model: backbone.model.Model. format: layout.Format. settings, method: the run's, plain fine-tuning's for what is no run.
+    model: backbone.model.Model. format: layout.Format. settings, method: the run's, plain fine-tuning's for
+    what is no run.
     """
 
-    def __init__(self, name="tiny", checkpoint="best", device="auto", min_pixels=None, max_pixels=None, method="", trust_method=False):
+    def __init__(
+        self,
+        name="tiny",
+        checkpoint="best",
+        device="auto",
+        min_pixels=None,
+        max_pixels=None,
+        method="",
+        trust_method=False,
+    ):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name, self.checkpoint = name, checkpoint
         self.model, self.format, settings = open_model(
-            name, checkpoint, device, min_pixels=min_pixels, max_pixels=max_pixels, method=method, trust_method=trust_method
+            name,
+            checkpoint,
+            device,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            method=method,
+            trust_method=trust_method,
         )
         self.is_run = settings is not None
         self.settings = settings or config.Settings(method="sft")
         self.method = methods.get(self.settings.method)(self.settings)
 
     def answer(self, image, question, max_new_tokens=64, latents="keep"):
-        """The answer to a question, greedily. image: a path, a PIL image, bytes of a file, a list of these, or None.
+        """The answer to a question, greedily. image: a path, a PIL image, bytes of a file, a list of these,
+        or None.
 
-        latents: "keep" the thought and its latents in the prompt, or "drop" them. A `<image>` typed in the question is text.
+        latents: "keep" the thought and its latents in the prompt, or "drop" them. A `<image>` typed in the
+        question is text.
         """
         return ask(self.model, self.format, images_of(image), question, max_new_tokens, latents)
 
     def records(self, given, image_root=None):
-        """Records -> list of data.Record. given: a path to a JSON or JSONL file, a dictionary in any format that such a file may have,
-        or a list of these; a dictionary's images may also be PIL images or bytes. RecordError, in one line, for a broken one.
+        """Records -> list of data.Record. given: a path to a JSON or JSONL file, a dictionary in any format
+        that such a file may have,
+        or a list of these; a dictionary's images may also be PIL images or bytes. RecordError, in one line,
+        for a broken one.
         """
         if isinstance(given, dict):
             given = [given]
@@ -90,14 +115,20 @@ class Run:
         return found
 
     def batch(self, records, image_root=None, seed=None):
-        """Records, as `records` takes them -> the batch that training sees (data.collate says what is in it), on the model's device.
+        """Records, as `records` takes them -> the batch that training sees (data.collate says what is in it),
+        on the model's device.
 
         seed: of the corruption; None takes the run's.
         """
         records = self.records(records, image_root)
         examples = data.RecordDataset(
-            records, lambda record, n: self.method.layout(self.format, record, n), self.model.image_processor, self.method.corruption,
-            self.settings.seed if seed is None else seed, copies=self.format.copies, extras=self.method.extras,
+            records,
+            lambda record, n: self.method.layout(self.format, record, n),
+            self.model.image_processor,
+            self.method.corruption,
+            self.settings.seed if seed is None else seed,
+            copies=self.format.copies,
+            extras=self.method.extras,
         )
         built = [examples.build(i, 0) | {"bad": []} for i in range(len(records))]
         batch = data.collate(built, self.model.tokenizer.pad_token_id)
@@ -105,7 +136,9 @@ class Run:
 
     @cached_property
     def heads(self):
-        """The heads that the method trained beside the model (LaViT's semantics, VaLR's projections), as a ModuleDict; often empty."""
+        """The heads that the method trained beside the model (LaViT's semantics, VaLR's projections), as a
+        ModuleDict; often empty.
+        """
         heads = self.method.modules(self.model).to(self.model.device)
         named = [(f"heads.{name}", p) for name, p in heads.named_parameters() if p.requires_grad]
         if self.is_run and named:
@@ -113,18 +146,24 @@ class Run:
             files, _ = checkpoint.load(directory)
             saved = files["trainable.safetensors"]
             with torch.no_grad():
-                checkpoint.load_parameters(named, {n: t for n, t in saved.items() if n.startswith("heads.")}, directory)
+                checkpoint.load_parameters(
+                    named, {n: t for n, t in saved.items() if n.startswith("heads.")}, directory
+                )
         return heads.eval()
 
     def forward(self, batch):
-        """Both paths of a batch and every term of its loss, at the end of the run's curriculum -> Forward. It keeps the graph."""
+        """Both paths of a batch and every term of its loss, at the end of the run's curriculum -> Forward. It
+        keeps the graph.
+        """
         self.heads  # the method's losses reach them by themselves, once they have been made
         terms = self.method.losses(self.model, batch, self.settings.progress(self.settings.max_steps))
         h_int, h_cor = self.paths(batch)
         return Forward(terms, h_int, h_cor)
 
     def paths(self, batch, recorder=None):
-        """The last states of both paths, or of the one there is, without a loss -> (h_int, h_cor or None), [B,L,D] each."""
+        """The last states of both paths, or of the one there is, without a loss -> (h_int, h_cor or None),
+        [B,L,D] each.
+        """
         if self.method.corruption is None:
             return self.method.hidden(self.model, batch, recorder), None
         return dual_forward(self.model, batch, self.method.copied(batch), self.settings.latent_copy, recorder)
@@ -133,13 +172,15 @@ class Run:
     def attention(self, record, queries=None, keys=None, layers=None):
         """Where one record's answer looks, in both paths -> Attention.
 
-        record: as `records` takes it. queries: positions; None: those that predict the answer. keys: positions; None: the
-        latents, or the image where there are none. layers: those to read; None: all.
+        record: as `records` takes it. queries: positions; None: those that predict the answer. keys:
+        positions; None: the latents, or the image where there are none. layers: those to read; None: all.
         """
         batch = self.batch(record)
         device = batch["input_ids"].device
         usual = batch["latents"] if batch["latents"].shape[1] else batch["image"]
-        queries = batch["answer_positions"] if queries is None else torch.as_tensor([list(queries)], device=device)
+        queries = (
+            batch["answer_positions"] if queries is None else torch.as_tensor([list(queries)], device=device)
+        )
         keys = usual if keys is None else torch.as_tensor([list(keys)], device=device)
         layers = range(len(self.model.layers)) if layers is None else layers
 
@@ -152,12 +193,14 @@ class Run:
 
     @torch.no_grad()
     def latents(self, record):
-        """The states of one record's latents on the intact image: before each decoder layer and after the last -> [layers + 1,K,D]."""
+        """The states of one record's latents on the intact image: before each decoder layer and after the
+        last -> [layers + 1,K,D].
+        """
         batch = self.batch(record)
         where = batch["latents"]
         with recorded(self.model, where) as states:
             last = self.method.hidden(self.model, batch)
-        before = torch.stack(states[-len(self.model.layers):])[:, 0]            # [layers,K,D]
+        before = torch.stack(states[-len(self.model.layers) :])[:, 0]  # [layers,K,D]
         return torch.cat([before, last[0, where[0]][None]])
 
 

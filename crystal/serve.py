@@ -3,13 +3,15 @@
     python -m crystal.serve --model runs/crystal/merged --port 8000
     curl http://127.0.0.1:8000/v1/models
 
-`/v1/models`, `/v1/chat/completions` (streamed or not) and `/health`, over starlette, uvicorn and pydantic. It takes what
-generate.py takes, a run, an exported directory or a hub name, and gives generate.py's answers: greedy, so a request for
-anything else (a temperature, tools, several choices) is refused and not quietly answered another way.
+`/v1/models`, `/v1/chat/completions` (streamed or not) and `/health`, over starlette, uvicorn and pydantic. It
+takes what generate.py takes, a run, an exported directory or a hub name, and gives generate.py's answers:
+greedy, so a request for anything else (a temperature, tools, several choices) is refused and not quietly
+answered another way.
 
-What a request may say is chat.py's: images as data URLs alone, every size bounded, whatever is wrong with it a line of JSON with a
-4xx. Requests that wait together are answered by one call of `generate`.
+What a request may say is chat.py's: images as data URLs alone, every size bounded, whatever is wrong with it
+a line of JSON with a 4xx. Requests that wait together are answered by one call of `generate`.
 """
+
 import asyncio
 import hmac
 import ipaddress
@@ -37,7 +39,10 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    print(f"error: serve.py needs the extra `serve`: pip install starlette uvicorn pydantic ({error})", file=sys.stderr)
+    print(
+        f"error: serve.py needs the extra `serve`: pip install starlette uvicorn pydantic ({error})",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 from crystal.opening import model_flags, open_model
@@ -50,41 +55,73 @@ KEY = "CRYSTAL_API_KEY"  # of the environment: a flag would stand in the list of
 
 # --- the server --------------------------------------------------------------------------------------------------
 
+
 class Server:
     """The endpoints of one model. `app` is an ASGI application; start the engine before it takes requests."""
 
     def __init__(self, model, fmt, name, limits, latents="keep", key=None, hosts=()):
         self.name, self.limits, self.key, self.hosts, self.places = name, limits, key, hosts, 0
         self.engine = Engine(model, fmt, latents, limits.batch)
-        self.decoded = asyncio.Semaphore(2 * limits.batch)  # pictures become large when they are decoded: of the rest only the bodies wait
+        self.decoded = asyncio.Semaphore(
+            2 * limits.batch
+        )  # pictures become large when they are decoded: of the rest only the bodies wait
         self.context = model.hf.config.get_text_config().max_position_embeddings
         self.created = int(time.time())
-        routes = [Route("/health", self.health), Route("/v1/models", self.guarded(self.models)),
-                  Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"])]
-        self.app = Starlette(routes=routes, exception_handlers={
-            Refusal: lambda request, error: error.response(),
-            HTTPException: lambda request, error: Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response(),
-            Exception: lambda request, error: Refusal(500, f"internal error: {type(error).__name__}").response()})
+        routes = [
+            Route("/health", self.health),
+            Route("/v1/models", self.guarded(self.models)),
+            Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
+        ]
+        self.app = Starlette(
+            routes=routes,
+            exception_handlers={
+                Refusal: lambda request, error: error.response(),
+                HTTPException: lambda request, error: Refusal(
+                    error.status_code, f"{request.method} {request.url.path}: {error.detail}"
+                ).response(),
+                Exception: lambda request, error: Refusal(
+                    500, f"internal error: {type(error).__name__}"
+                ).response(),
+            },
+        )
 
     async def health(self, request):
         alive = self.engine.is_alive()
-        return JSONResponse({"status": "ok" if alive else "the model's thread has ended", "model": self.name, "places_taken": self.places,
-                             "places": self.limits.queue}, 200 if alive else 500)
+        return JSONResponse(
+            {
+                "status": "ok" if alive else "the model's thread has ended",
+                "model": self.name,
+                "places_taken": self.places,
+                "places": self.limits.queue,
+            },
+            200 if alive else 500,
+        )
 
     def guarded(self, endpoint):
         """The endpoint, for those who may ask: the right host name and, where there is a key, the key."""
+
         async def guard(request):
             host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-            if self.hosts and host not in self.hosts:  # a web page whose name was pointed at this machine must not ask
+            if (
+                self.hosts and host not in self.hosts
+            ):  # a web page whose name was pointed at this machine must not ask
                 raise Refusal(403, f"host {host!r}: this server answers to {', '.join(self.hosts)}")
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
                 raise Refusal(401, "wrong or missing API key (Authorization: Bearer ...)")
             return await endpoint(request)
+
         return guard
 
     async def models(self, request):
-        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created, "owned_by": "crystal"}]})
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [
+                    {"id": self.name, "object": "model", "created": self.created, "owned_by": "crystal"}
+                ],
+            }
+        )
 
     async def chat(self, request):
         if self.places >= self.limits.queue:
@@ -95,7 +132,9 @@ class Server:
         try:
             if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
                 await self.body(request, keep=False)
-                raise Refusal(415, "content-type must be application/json")  # a web page may send others to any address unasked
+                raise Refusal(
+                    415, "content-type must be application/json"
+                )  # a web page may send others to any address unasked
             asked = parse(await self.body(request))
             if asked.model != self.name:
                 raise Refusal(404, f"model: no {asked.model!r} here, this server has {self.name!r}", "model")
@@ -104,7 +143,9 @@ class Server:
             job.holds = True
             if await request.is_disconnected():
                 raise Refusal(499, "the client hung up")
-            job.prompt, job.limit = await asyncio.to_thread(self.prepare, asked)  # decoding a picture must not stop the others
+            job.prompt, job.limit = await asyncio.to_thread(
+                self.prepare, asked
+            )  # decoding a picture must not stop the others
             self.engine.submit(job)
             head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
             if job.stream:
@@ -115,8 +156,20 @@ class Server:
                 if kind == "failed":
                     raise Refusal(500, value)
                 if kind == "done":
-                    choice = {"index": 0, "message": {"role": "assistant", "content": value.text}, "logprobs": None, "finish_reason": value.finish}
-                    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(job, value)})
+                    choice = {
+                        "index": 0,
+                        "message": {"role": "assistant", "content": value.text},
+                        "logprobs": None,
+                        "finish_reason": value.finish,
+                    }
+                    return JSONResponse(
+                        {
+                            **head,
+                            "object": "chat.completion",
+                            "choices": [choice],
+                            "usage": usage_of(job, value),
+                        }
+                    )
             raise Refusal(499, "the client hung up")
         finally:
             if response is None:  # a stream leaves when it ends
@@ -131,7 +184,9 @@ class Server:
                 self.decoded.release()
 
     async def body(self, request, keep=True):
-        """A request's body, bounded in bytes and time. What is too much is read and dropped, so that the client gets to read why."""
+        """A request's body, bounded in bytes and time. What is too much is read and dropped, so that the
+        client gets to read why.
+        """
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -163,7 +218,11 @@ class Server:
         except ValueError as error:  # an image whose sides differ two hundredfold, for one
             raise Refusal(400, f"messages: {error}", "messages") from None
         if len(prompt[0]) + limit > self.context:
-            raise Refusal(400, f"messages: {len(prompt[0])} tokens and {limit} new ones, the model's context is {self.context}", "messages")
+            raise Refusal(
+                400,
+                f"messages: {len(prompt[0])} tokens and {limit} new ones, the model's context is {self.context}",
+                "messages",
+            )
         return prompt, limit
 
     async def events(self, job, request=None):
@@ -180,10 +239,17 @@ class Server:
                 return
 
     async def chunks(self, job, head, usage):
-        """Server-sent events: the role, the text as it comes, why it ended, the tokens if asked for, [DONE]."""
+        """Server-sent events: the role, the text as it comes, why it ended, the tokens if asked for, [DONE].
+        """
+
         def chunk(delta=None, finish=None, **more):
-            choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+            choices = (
+                []
+                if delta is None
+                else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+            )
             return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+
         yield chunk({"role": "assistant", "content": ""})
         async for kind, value in self.events(job):
             if kind == "text":
@@ -215,10 +281,15 @@ class Stream(StreamingResponse):
 def usage_of(job, answer):
     """The `usage` object of an answer: tokens of prompt and answer."""
     prompt = len(job.prompt[0])
-    return {"prompt_tokens": prompt, "completion_tokens": answer.tokens, "total_tokens": prompt + answer.tokens}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer.tokens,
+        "total_tokens": prompt + answer.tokens,
+    }
 
 
 # --- the command -------------------------------------------------------------------------------------------------
+
 
 def listen(host, port):
     """A listening socket (port 0: any free one). UserError if it cannot be had."""
@@ -241,19 +312,40 @@ def is_loopback(address):
 
 
 def main(argv=None):
-    parser = config.OneLineParser(prog="serve.py", description="Serve a model at an OpenAI-compatible chat endpoint.")
-    parser.add_argument("--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name")
+    parser = config.OneLineParser(
+        prog="serve.py", description="Serve a model at an OpenAI-compatible chat endpoint."
+    )
+    parser.add_argument(
+        "--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name"
+    )
     model_flags(parser)
     parser.add_argument("--name", default="", help="the model's name for clients; empty: the directory's")
-    parser.add_argument("--host", default="127.0.0.1", help=f"address to listen on; one that others reach needs a key in the environment variable {KEY}")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=f"address to listen on; one that others reach needs a key in the environment variable {KEY}",
+    )
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence")
-    for name, help in (("body", "largest request in bytes"), ("images", "most images of a request"), ("pixels", "largest image in pixels"),
-                       ("tokens", "most new tokens that a request may ask for"), ("default_tokens", "new tokens of a request that names no number"),
-                       ("queue", "most requests that wait or are being answered; beyond it 503"), ("batch", "most requests answered by one call")):
+    parser.add_argument(
+        "--latents", default="keep", choices=("keep", "drop"), help="leave the latents out of the sequence"
+    )
+    for name, help in (
+        ("body", "largest request in bytes"),
+        ("images", "most images of a request"),
+        ("pixels", "largest image in pixels"),
+        ("tokens", "most new tokens that a request may ask for"),
+        ("default_tokens", "new tokens of a request that names no number"),
+        ("queue", "most requests that wait or are being answered; beyond it 503"),
+        ("batch", "most requests answered by one call"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=getattr(Limits, name), help=help)
     args = parser.parse_args(argv)
-    limits = Limits(**{name: getattr(args, name) for name in ("body", "images", "pixels", "tokens", "default_tokens", "queue", "batch")})
+    limits = Limits(
+        **{
+            name: getattr(args, name)
+            for name in ("body", "images", "pixels", "tokens", "default_tokens", "queue", "batch")
+        }
+    )
     if low := [name for name, value in vars(limits).items() if value < 1 and name != "images"]:
         raise UserError(f"--{low[0]} {getattr(limits, low[0])}: must be at least 1")
     if limits.images < 0:
@@ -264,16 +356,38 @@ def main(argv=None):
     address, port = sock.getsockname()[:2]
     local = is_loopback(address)
     if not local and not key:
-        raise UserError(f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first")
-    model, fmt, _ = open_model(args.model, args.checkpoint, distributed.start(args.device).device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
-                               method=args.method, trust_method=args.trust_method)
+        raise UserError(
+            f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first"
+        )
+    model, fmt, _ = open_model(
+        args.model,
+        args.checkpoint,
+        distributed.start(args.device).device,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        method=args.method,
+        trust_method=args.trust_method,
+    )
     name = args.name or Path(args.model).resolve().name
-    server = Server(model, fmt, name, limits, args.latents, key, ("127.0.0.1", "localhost", "[::1]", args.host) if local else ())
+    server = Server(
+        model,
+        fmt,
+        name,
+        limits,
+        args.latents,
+        key,
+        ("127.0.0.1", "localhost", "[::1]", args.host) if local else (),
+    )
     server.engine.start()
-    runner = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=30, lifespan="off"))
+    runner = uvicorn.Server(
+        uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=30, lifespan="off")
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn ends on them, then sends them again
-    print(f"serving {name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 (stop with Ctrl-C)", flush=True)
+    print(
+        f"serving {name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 (stop with Ctrl-C)",
+        flush=True,
+    )
     runner.run(sockets=[sock])
     server.engine.stop()
     server.engine.join()  # Python must not end under a thread that is inside torch

@@ -1,14 +1,16 @@
 """What a frozen vision encoder sees of every image of a data set, computed once.
 
-    python data_prep/encoder_features.py --encoder facebook/dinov3-vitl16-pretrain-lvd1689m --data train.jsonl --name dino
-    python crystal/train.py --method valr --data train.dino.jsonl --encoders features:dino:1024
+    python data_prep/encoder_features.py --encoder facebook/dinov3-vitl16-pretrain-lvd1689m --data train.jsonl
+    --name dino python crystal/train.py --method valr --data train.dino.jsonl --encoders features:dino:1024
 
-writes safetensors files of --shard records each below the image root, tensors ID/IMAGE [patches, size] in float32, and next to the
-records a copy of them whose field `features` names those files. A file that the same encoder made of the same records is not made
-again, one that lacks broken records only by --on_bad_record stop: the same command goes on where it was stopped. torchrun shares the work.
-An encoder that transformers does not have (VaLR's pi^3, of geometry) enters the same way: write files like these with it. Training on the
+writes safetensors files of --shard records each below the image root, tensors ID/IMAGE [patches, size] in
+float32, and next to the records a copy of them whose field `features` names those files. A file that the same
+encoder made of the same records is not made again, one that lacks broken records only by --on_bad_record
+stop: the same command goes on where it was stopped. torchrun shares the work. An encoder that transformers
+does not have (VaLR's pi^3, of geometry) enters the same way: write files like these with it. Training on the
 files equals training with the encoder.
 """
+
 import hashlib
 import json
 import sys
@@ -37,7 +39,9 @@ def hash_of(encoder):
 
 
 def about(path):
-    """What a file of features says of itself, {} where there is none: made_with, a hash, and broken, {id: what is wrong}."""
+    """What a file of features says of itself, {} where there is none: made_with, a hash, and broken, {id:
+    what is wrong}.
+    """
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get("crystal", "{}"))
@@ -46,18 +50,30 @@ def about(path):
 
 
 def main(argv=None):
-    parser = config.OneLineParser(prog="encoder_features.py", description="Precompute a vision encoder's patch features of a data set.")
+    parser = config.OneLineParser(
+        prog="encoder_features.py", description="Precompute a vision encoder's patch features of a data set."
+    )
     parser.add_argument("--encoder", required=True, help="tiny, a directory, or a hub name")
     parser.add_argument("--data", required=True, help="records, JSON or JSONL, each with an id of its own")
-    parser.add_argument("--image_root", default="", help="folder that image paths start from; empty: the folder of the data")
+    parser.add_argument(
+        "--image_root", default="", help="folder that image paths start from; empty: the folder of the data"
+    )
     parser.add_argument("--name", required=True, help="what to call the features in the records")
-    parser.add_argument("--on_bad_record", default="stop", choices=("stop", "skip"), help="stop at a broken record, or leave it out and tell (above 1 %% stop)")
+    parser.add_argument(
+        "--on_bad_record",
+        default="stop",
+        choices=("stop", "skip"),
+        help="stop at a broken record, or leave it out and tell (above 1 %% stop)",
+    )
     parser.add_argument("--shard", type=int, default=1000, help="records a file")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: must be at least 1")
-    procs, skip = distributed.start(args.device, timeout=86400.0), args.on_bad_record == "skip"  # ranks wait for the slowest one's last file
+    procs, skip = (
+        distributed.start(args.device, timeout=86400.0),
+        args.on_bad_record == "skip",
+    )  # ranks wait for the slowest one's last file
     source, root = Path(args.data), Path(args.image_root or Path(args.data).parent)
     records, bad, _ = usable(source, root, skip)
     total, seen = len(records) + len(bad), list(bad)
@@ -69,9 +85,13 @@ def main(argv=None):
     for at in range(0, len(records), args.shard):
         file = f"{args.name}/{source.stem}-{at // args.shard:05d}.safetensors"
         parts[file] = records[at : at + args.shard]
-        made_with[file] = hashlib.sha256(json.dumps([made_by, *([r.id, *map(str, r.images)] for r in parts[file])]).encode()).hexdigest()
+        made_with[file] = hashlib.sha256(
+            json.dumps([made_by, *([r.id, *map(str, r.images)] for r in parts[file])]).encode()
+        ).hexdigest()
         known = about(root / file)
-        if known.get("made_with") != made_with[file] or (known["broken"] and not skip):  # an image may have been mended
+        if known.get("made_with") != made_with[file] or (
+            known["broken"] and not skip
+        ):  # an image may have been mended
             todo.append(file)
     procs.barrier()  # all ranks have seen the same ones missing
     procs.print(f"{len(records)} records in {len(parts)} files, {len(parts) - len(todo)} there already")
@@ -84,7 +104,9 @@ def main(argv=None):
                 leave_out(str(error), seen, skip, total, "records")
                 broken[r.id] = str(error)
                 continue
-            tensors |= {f"{r.id}/{n}": F.cpu().contiguous() for n, F in enumerate(encoder(pixels.to(procs.device)))}
+            tensors |= {
+                f"{r.id}/{n}": F.cpu().contiguous() for n, F in enumerate(encoder(pixels.to(procs.device)))
+            }
         notes = json.dumps({"made_with": made_with[file], "broken": broken})
         replace_file(root / file, lambda path: save_file(tensors, path, {"crystal": notes}))
         print(f"{file}: {len(parts[file]) - len(broken)} records", flush=True)
@@ -96,7 +118,9 @@ def main(argv=None):
             for line in broken.values():  # those of all ranks, and of runs before this one
                 leave_out(line, bad, skip, total, "records")
             files |= {r.where: file for r in part if r.id not in broken}
-        print(f"wrote {write_records(source, args.name, files, bad)}: --encoders features:{args.name}:{encoder.dim}")
+        print(
+            f"wrote {write_records(source, args.name, files, bad)}: --encoders features:{args.name}:{encoder.dim}"
+        )
     procs.stop()
 
 

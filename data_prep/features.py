@@ -1,4 +1,7 @@
-"""What the commands share that compute features of records (lavit_teacher.py, encoder_features.py): which records, whole files, a copy with paths."""
+"""What the commands share that compute features of records (lavit_teacher.py, encoder_features.py): which
+records, whole files, a copy with paths.
+"""
+
 import json
 import os
 from pathlib import Path
@@ -9,7 +12,8 @@ from data_prep.broken import leave_out
 
 
 def usable(source, root, skip, limit=0):
-    """The first `limit` records of a source (0: all) -> (those with an id of their own and an image, lines that name the others, later turns dropped).
+    """The first `limit` records of a source (0: all) -> (those with an id of their own and an image, lines
+    that name the others, later turns dropped).
 
     UserError as in broken.leave_out.
     """
@@ -21,7 +25,9 @@ def usable(source, root, skip, limit=0):
             if isinstance(r, data.RecordError):
                 raise r
             if r.id == r.where or r.id in known:
-                raise data.RecordError(f"{r.where}: field 'id': missing, or that of another record; a record's features are found by it")
+                raise data.RecordError(
+                    f"{r.where}: field 'id': missing, or that of another record; a record's features are found by it"
+                )
             if not r.images:
                 raise data.RecordError(f"{r.where}: field 'image': missing; there is nothing to look at")
         except data.RecordError as error:
@@ -39,7 +45,8 @@ def replace_file(path, write):
 
 
 def write_records(source, name, files, bad):
-    """Next to the source a copy of its records that have a file, {record's `where`: path below the image root}, as their feature `name` -> Path.
+    """Next to the source a copy of its records that have a file, {record's `where`: path below the image
+    root}, as their feature `name` -> Path.
 
     bad: lines that name the records left out, printed. UserError if none is left.
     """
@@ -49,6 +56,10 @@ def write_records(source, name, files, bad):
         raise UserError(f"{source}: no record is left")
     out = source.with_suffix(f".{name}.jsonl")
     items = data.items(source, source.read_text(encoding="utf-8"))
-    lines = [json.dumps(item | {"features": (item.get("features") or {}) | {name: files[where]}}) + "\n" for where, item in items if where in files]
+    lines = [
+        json.dumps(item | {"features": (item.get("features") or {}) | {name: files[where]}}) + "\n"
+        for where, item in items
+        if where in files
+    ]
     replace_file(out, lambda path: Path(path).write_text("".join(lines)))
     return out

@@ -4,6 +4,7 @@
 
 The same arguments give the same bytes.
 """
+
 import sys
 from pathlib import Path
 
@@ -26,7 +27,6 @@ def main():
         if getattr(args, name) < 0:
             raise config.UserError(f"--{name} {getattr(args, name)}: must not be negative")
     generate(args.out, args.seed, args.train, args.val, args.test)
-
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Frozen vision encoders: what VaLR's latents are aligned to while they learn; nothing at inference needs one.
+"""Frozen vision encoders: what VaLR's latents are aligned to while they learn; nothing at inference needs
+one.
 
 I images, h and w their size in pixels as the encoder wants it, P patches, E feature size.
 
-Any checkpoint of a kind in KINDS, a directory or a hub name: DINOv3, DINOv2, and SigLIP and SigLIP 2 with a fixed resolution.
-`tiny` is a DINOv3 of two small layers with RANDOM weights: it shows that everything runs, and teaches little.
-Images are prepared here, from the checkpoint's own preprocessor_config.json: transformers' DINOv3 processor needs torchvision.
+Any checkpoint of a kind in KINDS, a directory or a hub name: DINOv3, DINOv2, and SigLIP and SigLIP 2 with a
+fixed resolution. `tiny` is a DINOv3 of two small layers with RANDOM weights: it shows that everything runs,
+and teaches little. Images are prepared here, from the checkpoint's own preprocessor_config.json:
+transformers' DINOv3 processor needs torchvision.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,9 +25,27 @@ from transformers import (
 from crystal.backbone.model import load_weights, why
 from crystal.runtime.config import UserError
 
-KINDS = {"dinov3_vit": DINOv3ViTModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
-TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14, image_size=112, initializer_range=0.1)
-IMAGENET = {"size": {"height": 112, "width": 112}, "resample": 2, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+KINDS = {
+    "dinov3_vit": DINOv3ViTModel,
+    "dinov2": Dinov2Model,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    patch_size=14,
+    image_size=112,
+    initializer_range=0.1,
+)
+IMAGENET = {
+    "size": {"height": 112, "width": 112},
+    "resample": 2,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in which processors are configured
 
 
@@ -36,17 +57,27 @@ class Encoder(nn.Module):
         self.name, self.hf, self.rules = name, hf.eval().requires_grad_(False), rules
         self.dim = hf.config.hidden_size
         # DINO puts its class token and registers in front of the patches, SigLIP has none.
-        self.prefix = 0 if isinstance(hf, SiglipVisionModel) else 1 + getattr(hf.config, "num_register_tokens", 0)
+        self.prefix = (
+            0 if isinstance(hf, SiglipVisionModel) else 1 + getattr(hf.config, "num_register_tokens", 0)
+        )
 
     def pixels(self, image):
         """PIL image, RGB -> [3,h,w], resized, cropped where the checkpoint says so, normalised."""
         rules = self.rules
-        x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
+        x = (
+            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            .view(image.height, image.width, 3)
+            .permute(2, 0, 1)
+            .float()
+            / 255
+        )
         size = rules["size"]
         if "shortest_edge" in size:
             scale = size["shortest_edge"] / min(image.height, image.width)
             size = {"height": round(image.height * scale), "width": round(image.width * scale)}
-        x = F.interpolate(x[None], (size["height"], size["width"]), mode=RESAMPLE[rules.get("resample", 2)], antialias=True)[0].clamp(0, 1)
+        x = F.interpolate(
+            x[None], (size["height"], size["width"]), mode=RESAMPLE[rules.get("resample", 2)], antialias=True
+        )[0].clamp(0, 1)
         if rules.get("do_center_crop"):
             h, w = rules["crop_size"]["height"], rules["crop_size"]["width"]
             top, left = (x.shape[1] - h) // 2, (x.shape[2] - w) // 2
@@ -57,7 +88,9 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixels):
         """[I,3,h,w] -> patch features [I,P,E] of the last layer, row by row over the image, float32."""
-        with torch.autocast(pixels.device.type, enabled=False):  # features computed in training equal those computed before it
+        with torch.autocast(
+            pixels.device.type, enabled=False
+        ):  # features computed in training equal those computed before it
             return self.hf(pixel_values=pixels.float()).last_hidden_state[:, self.prefix :]
 
     def train(self, mode=True):
@@ -65,7 +98,9 @@ class Encoder(nn.Module):
 
 
 def load(name, device="cpu"):
-    """`tiny`, a directory or a hub name -> Encoder. UserError if it cannot be loaded or is of an unknown kind."""
+    """`tiny`, a directory or a hub name -> Encoder. UserError if it cannot be loaded or is of an unknown
+    kind.
+    """
     if name == "tiny":
         with torch.random.fork_rng(devices=[]):  # drawn once for all runs and ranks, and no other draw moves
             torch.manual_seed(0)
@@ -73,10 +108,14 @@ def load(name, device="cpu"):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type not in KINDS:
-            raise UserError(f"--encoders {name}: model type {config.model_type!r} is none of {', '.join(KINDS)}; "
-                            "features of another can be precomputed: features:NAME:SIZE")
+            raise UserError(
+                f"--encoders {name}: model type {config.model_type!r} is none of {', '.join(KINDS)}; "
+                "features of another can be precomputed: features:NAME:SIZE"
+            )
         rules, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        hf = load_weights(KINDS[config.model_type], name, torch.float32, part=True)  # SigLIP's text tower has no place here
+        hf = load_weights(
+            KINDS[config.model_type], name, torch.float32, part=True
+        )  # SigLIP's text tower has no place here
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--encoders {name}: cannot be loaded: {why(error)}") from error
     if missing := {"size", "image_mean", "image_std"} - rules.keys():

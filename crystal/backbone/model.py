@@ -1,11 +1,14 @@
 """A checkpoint directory becomes a model: loading, latent rows, registered attention.
 
-`tiny`, a directory and a hub name take the same road; no path here asks which it is; what differs between kinds of models is
-families.py's. B sequences, L length, D hidden size, H query heads, G key/value heads, d head size, V vocabulary rows, I images.
+`tiny`, a directory and a hub name take the same road; no path here asks which it is; what differs between
+kinds of models is families.py's. B sequences, L length, D hidden size, H query heads, G key/value heads, d
+head size, V vocabulary rows, I images.
 
-transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers leaves open: a
-registered attention function, a pre-hook on each decoder layer, and keywords of the forward that travel to both.
+transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers leaves
+open: a registered attention function, a pre-hook on each decoder layer, and keywords of the forward that
+travel to both.
 """
+
 import re
 import warnings
 from contextlib import contextmanager
@@ -37,17 +40,31 @@ from crystal.runtime.config import UserError
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
-# What wrappers put before (torch.compile also amid) the names of the weights that they save: DataParallel, torch.compile, PEFT.
+# What wrappers put before (torch.compile also amid) the names of the weights that they save: DataParallel,
+# torch.compile, PEFT.
 WRAPPERS = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": "", r"(?<=\.)_orig_mod\.": ""}
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, latent_copy=None, recorder=None, kv_cache=None, **_):
+
+def attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    latent_copy=None,
+    recorder=None,
+    kv_cache=None,
+    **_,
+):
     """The decoder's attention: torch's SDPA, with the corrupted path's copied columns and the slice of eq. 5.
 
-    query [B,H,L,d], key and value [B,G,L,d] -> ([B,L,H,d], None). attention_mask: None (causal), a bool mask, or an
-    additive one; scores are never written out. kv_cache: see feedback.py.
+    query [B,H,L,d], key and value [B,G,L,d] -> ([B,L,H,d], None). attention_mask: None (causal), a bool mask,
+    or an additive one; scores are never written out. kv_cache: see feedback.py.
     """
     if kv_cache is not None:
         key, value = kv_cache(module.layer_idx, key, value)
@@ -62,11 +79,13 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     return out.transpose(1, 2).contiguous(), None
 
 
-def vision_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_):
+def vision_attention(
+    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_
+):
     """The vision tower's attention: every image (or window) in as few calls as there are lengths.
 
-    query, key, value [1,H,P,d], P patches of all windows one after the other; cu_seq_lens_q [windows+1] their bounds.
-    transformers calls window by window unless the name of the function says `flash`; this name does.
+    query, key, value [1,H,P,d], P patches of all windows one after the other; cu_seq_lens_q [windows+1] their
+    bounds. transformers calls window by window unless the name of the function says `flash`; this name does.
     """
     lengths = cu_seq_lens_q.diff()
     outs, order = [], []
@@ -84,7 +103,9 @@ def vision_attention(module, query, key, value, attention_mask=None, scaling=Non
 
 
 def attention_mask(*args, **kwargs):
-    """transformers' mask, bool or None. A row of left padding, which would see no key, sees the first: nothing reads it, and no attention makes NaN of it."""
+    """transformers' mask, bool or None. A row of left padding, which would see no key, sees the first:
+    nothing reads it, and no attention makes NaN of it.
+    """
     mask = sdpa_mask(*args, **kwargs)
     if mask is None:
         return None
@@ -93,23 +114,34 @@ def attention_mask(*args, **kwargs):
 
 
 AttentionInterface.register("crystal", attention)
-AttentionMaskInterface.register("crystal", attention_mask)  # a function without a mask of its own would get None always
+AttentionMaskInterface.register(
+    "crystal", attention_mask
+)  # a function without a mask of its own would get None always
 AttentionInterface.register("crystal_flash_vision", vision_attention)
-# Under a mask the gradient of cuDNN's attention, torch's first choice on an H100, is NaN at some lengths (pytorch/pytorch#196678).
+# Under a mask the gradient of cuDNN's attention, torch's first choice on an H100, is NaN at some lengths
+# (pytorch/pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
 
+
 class Model(nn.Module):
     """A transformers model with its tokenizer and image processor, seen as crystal needs it.
 
-    hf: the transformers model. image_processor: a families.Images. new_tokens: TrainableTokens of those that were added, or None. dtype, device: of the weights.
+    hf: the transformers model. image_processor: a families.Images. new_tokens: TrainableTokens of those that
+    were added, or None. dtype, device: of the weights.
     """
 
     def __init__(self, hf, tokenizer, image_processor, family, name):
         super().__init__()
-        self.hf, self.tokenizer, self.image_processor, self.family, self.name = hf, tokenizer, image_processor, family, name
+        self.hf, self.tokenizer, self.image_processor, self.family, self.name = (
+            hf,
+            tokenizer,
+            image_processor,
+            family,
+            name,
+        )
         self.new_tokens = None
         tokenizer.image_marks = family.marks  # the formats know a tokenizer, not its model
         hf.set_attn_implementation({"text_config": "crystal", "vision_config": family.vision_attention})
@@ -125,36 +157,55 @@ class Model(nn.Module):
         return self.hf.lm_head.weight is self.hf.get_input_embeddings().weight
 
     def add_tokens(self, tokens, seed=0):
-        """Gives `tokens` spare vocabulary rows, initialised like an average token, and makes those rows trainable.
+        """Gives `tokens` spare vocabulary rows, initialised like an average token, and makes those rows
+        trainable.
 
-        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has learned for it. The
-        vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns the ids.
+        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has learned
+        for it. The vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns
+        the ids.
         """
         known = self.tokenizer.get_vocab().keys() & set(tokens)
-        self.tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
+        self.tokenizer.add_special_tokens(
+            {"additional_special_tokens": tokens}, replace_extra_special_tokens=False
+        )
         ids = self.tokenizer.convert_tokens_to_ids(tokens)
         embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
         if max(ids) >= embed.num_embeddings:
-            raise UserError(f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has {embed.num_embeddings} rows; use fewer --latents, "
-                            "or a model with more spare rows")
+            raise UserError(
+                f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has {embed.num_embeddings} rows; use fewer --latents, "
+                "or a model with more spare rows"
+            )
         fresh = [i for i, token in zip(ids, tokens) if token not in known]
         g = torch.Generator().manual_seed(seed)
         for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:
             used = weight.detach()[: min(fresh, default=1)].float()
-            # An average row plus a little spread: close enough to be harmless, far enough apart to become different.
+            # An average row plus a little spread: close enough to be harmless, far enough apart to become
+            # different.
             noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
             weight.data[fresh] = (used.mean(0) + noise).to(weight.dtype)
         self.new_tokens = TrainableTokens(embed, head, ids)
         return ids
 
     def add_adapters(self, settings):
-        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names. UserError for a part without any."""
+        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names. UserError for a
+        part without any.
+        """
         patterns = [getattr(self.family, part) for part in settings.lora_on.split(",")]
         for pattern in patterns:
-            if not any(re.fullmatch(pattern, n) for n, m in self.hf.named_modules() if isinstance(m, nn.Linear)):
-                raise UserError(f"{self.name}: --lora_on {settings.lora_on}: no Linear of it matches {pattern!r} in its row of families.py")
-        return add_lora(self.hf, "|".join(f"(?:{pattern})" for pattern in patterns), settings.lora_r, settings.lora_alpha, settings.lora_dropout,
-                        torch.Generator().manual_seed(settings.seed))
+            if not any(
+                re.fullmatch(pattern, n) for n, m in self.hf.named_modules() if isinstance(m, nn.Linear)
+            ):
+                raise UserError(
+                    f"{self.name}: --lora_on {settings.lora_on}: no Linear of it matches {pattern!r} in its row of families.py"
+                )
+        return add_lora(
+            self.hf,
+            "|".join(f"(?:{pattern})" for pattern in patterns),
+            settings.lora_r,
+            settings.lora_alpha,
+            settings.lora_dropout,
+            torch.Generator().manual_seed(settings.seed),
+        )
 
     def image_tokens(self, grid):
         """image_grid_thw [I,3] -> how many tokens each image takes in the sequence (list of int)."""
@@ -165,26 +216,42 @@ class Model(nn.Module):
         return self.image_processor.positions(self.hf.model, batch)
 
     def keywords(self, inputs):
-        """Tensors of a batch, named as everywhere in crystal -> keywords of the transformers model's forward and generate."""
+        """Tensors of a batch, named as everywhere in crystal -> keywords of the transformers model's forward
+        and generate.
+        """
         return self.image_processor.keywords(inputs)
 
     def hidden(self, inputs, latent_copy=None, recorder=None, biases=()):
         """inputs: tensors of a batch (right-padded) -> hidden states after the final norm [B,L,D].
 
-        latent_copy, recorder: see latent_copy.py and attention.py. biases: a list of attention_bias.AttentionBias.
+        latent_copy, recorder: see latent_copy.py and attention.py. biases: a list of
+        attention_bias.AttentionBias.
         """
         positions = inputs["position_ids"] if "position_ids" in inputs else self.positions(inputs)
         # Right padding needs no mask: causality alone keeps real tokens from seeing what comes after them.
-        mask = additive_mask(biases, inputs["attention_mask"], torch.promote_types(self.hf.dtype, torch.float32)) if biases else None
-        given = {n: inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw")} | {"position_ids": positions}
-        return self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, latent_copy=latent_copy, recorder=recorder).last_hidden_state
+        mask = (
+            additive_mask(biases, inputs["attention_mask"], torch.promote_types(self.hf.dtype, torch.float32))
+            if biases
+            else None
+        )
+        given = {n: inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw")} | {
+            "position_ids": positions
+        }
+        return self.hf.model(
+            **self.keywords(given),
+            attention_mask=mask,
+            use_cache=False,
+            latent_copy=latent_copy,
+            recorder=recorder,
+        ).last_hidden_state
 
     @contextmanager
     def seeing(self, mask):
-        """Inside, a cached forward sees `mask`, the additive mask [B,1,L,L] of a prompt (bottleneck.additive_mask), padding included.
+        """Inside, a cached forward sees `mask`, the additive mask [B,1,L,L] of a prompt
+        (bottleneck.additive_mask), padding included.
 
-        The first forward is the prompt's; a row after it sees of the prompt what the prompt's last row sees, and every
-        generated row up to itself.
+        The first forward is the prompt's; a row after it sees of the prompt what the prompt's last row sees,
+        and every generated row up to itself.
         """
         seen, L = 0, mask.shape[-1]
 
@@ -193,9 +260,11 @@ class Model(nn.Module):
             n = kwargs["inputs_embeds"].shape[1]
             now, seen = mask, seen + n
             if seen > L:
-                old = mask[:, :, -1:].expand(-1, -1, n, -1)                                    # [B,1,n,L]
-                new = torch.full((n, seen - L), float("-inf"), dtype=mask.dtype, device=mask.device).triu(seen - L - n + 1)
-                now = torch.cat([old, new.expand(len(mask), 1, -1, -1)], -1)                   # [B,1,n,seen]
+                old = mask[:, :, -1:].expand(-1, -1, n, -1)  # [B,1,n,L]
+                new = torch.full((n, seen - L), float("-inf"), dtype=mask.dtype, device=mask.device).triu(
+                    seen - L - n + 1
+                )
+                now = torch.cat([old, new.expand(len(mask), 1, -1, -1)], -1)  # [B,1,n,seen]
             return args, {**kwargs, "attention_mask": now}
 
         hook = self.hf.model.language_model.register_forward_pre_hook(replace, with_kwargs=True)
@@ -205,7 +274,9 @@ class Model(nn.Module):
             hook.remove()
 
     def logits(self, h):
-        """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads, and no others."""
+        """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads, and no
+        others.
+        """
         return self.hf.lm_head(h)
 
     def trainable(self):
@@ -227,35 +298,50 @@ def resolve(name):
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: no config.json; --model wants a directory in Hugging Face layout")
         return str(path)
-    # owner/name asks a hub; where `owner` is a folder here, or that of all runs, a mistyped path is likelier than a hub's owner.
-    local = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1 or (len(path.parts) > 1 and path.parent.is_dir())
+    # owner/name asks a hub; where `owner` is a folder here, or that of all runs, a mistyped path is likelier
+    # than a hub's owner.
+    local = (
+        name.startswith((".", "/", "~", "runs/"))
+        or name.count("/") > 1
+        or (len(path.parts) > 1 and path.parent.is_dir())
+    )
     if path.exists() or local:
-        raise UserError(f"{path}: no such directory; --model wants tiny, a directory in Hugging Face layout, or a hub name (owner/name)")
+        raise UserError(
+            f"{path}: no such directory; --model wants tiny, a directory in Hugging Face layout, or a hub name (owner/name)"
+        )
     return name
 
 
 def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=None, weights=True):
     """A model directory or hub name -> Model, frozen and in evaluation mode.
 
-    min_pixels, max_pixels: bounds on an image's area in pixels after resizing; None keeps the directory's own.
-    weights False: shapes alone, on torch's "meta" device, for those who need names and no values.
-    Raises UserError if it cannot be loaded or is of a family that crystal does not know. Remote code never runs.
+    min_pixels, max_pixels: bounds on an image's area in pixels after resizing; None keeps the directory's
+    own. weights False: shapes alone, on torch's "meta" device, for those who need names and no values. Raises
+    UserError if it cannot be loaded or is of a family that crystal does not know. Remote code never runs.
     """
     source = resolve(name)
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in FAMILIES:
-            raise UserError(f"{name}: model type {config.model_type!r} has no row in families.py (known: {', '.join(FAMILIES)}); "
-                            "tutorials/10_backbones.md shows how to add one")
+            raise UserError(
+                f"{name}: model type {config.model_type!r} has no row in families.py (known: {', '.join(FAMILIES)}); "
+                "tutorials/10_backbones.md shows how to add one"
+            )
         family = FAMILIES[config.model_type]
         pixels = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
         if pixels and not family.images.bounded:
-            raise UserError(f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its image_grid_pinpoints say into what tiles an image is cut")
+            raise UserError(
+                f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its image_grid_pinpoints say into what tiles an image is cut"
+            )
         if min(pixels.values(), default=1) < 1 or (len(pixels) == 2 and min_pixels > max_pixels):
-            raise UserError(f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the first not above the second")
+            raise UserError(
+                f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the first not above the second"
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, backend="pil", **pixels)
+        processor = AutoImageProcessor.from_pretrained(
+            source, trust_remote_code=False, backend="pil", **pixels
+        )
         if weights:
             hf = load_weights(AutoModelForImageTextToText, source, dtype)
         else:
@@ -271,16 +357,23 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
 def load_weights(kind, source, dtype, part=False):
     """kind.from_pretrained(source), but only if every weight of the model comes from the files.
 
-    transformers leaves a weight random where the files hold none of its name, and goes on. Here that is a ValueError which
-    names the weights, as are tensors of another shape and those that the model has no place for. part: the model is one
-    tower of what the files hold, so that the others' tensors are no mistake. Names that a wrapper left (WRAPPERS) are read
-    as meant.
+    transformers leaves a weight random where the files hold none of its name, and goes on. Here that is a
+    ValueError which names the weights, as are tensors of another shape and those that the model has no place
+    for. part: the model is one tower of what the files hold, so that the others' tensors are no mistake.
+    Names that a wrapper left (WRAPPERS) are read as meant.
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of many lines says what the one line below says
     try:
-        hf, found = kind.from_pretrained(source, trust_remote_code=False, use_safetensors=True, dtype=dtype, key_mapping=WRAPPERS,
-                                         ignore_mismatched_sizes=True, output_loading_info=True)
+        hf, found = kind.from_pretrained(
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            key_mapping=WRAPPERS,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     finally:
         transformers_logging.set_verbosity(level)
 
@@ -305,13 +398,19 @@ def named(names, most=3):
 
 
 def why(error):
-    """What transformers says of files that it cannot load, as one line; of a directory whose weights are pickles, that they are not what is wanted."""
+    """What transformers says of files that it cannot load, as one line; of a directory whose weights are
+    pickles, that they are not what is wanted.
+    """
     text = " ".join(str(error).split())[:500]
-    return text + " (weights are read from safetensors alone: a pickle can run code)" * ("safetensors" in text)
+    return text + " (weights are read from safetensors alone: a pickle can run code)" * (
+        "safetensors" in text
+    )
 
 
 def directory(name):
-    """Where a model's files lie: the directory itself, or the local copy of a hub's; UserError if it cannot be had."""
+    """Where a model's files lie: the directory itself, or the local copy of a hub's; UserError if it cannot
+    be had.
+    """
     source = resolve(name)
     if Path(source).is_dir():
         return Path(source)
@@ -322,7 +421,9 @@ def directory(name):
 
 
 def parameter_names(hf, keys):
-    """{a tensor's name in a checkpoint file: the parameter's in the model}; older files of a family, and wrappers, use other prefixes."""
+    """{a tensor's name in a checkpoint file: the parameter's in the model}; older files of a family, and
+    wrappers, use other prefixes.
+    """
     renamings, names = get_model_conversion_mapping(hf, WRAPPERS), {}
     for name in keys:
         key = name
@@ -333,7 +434,8 @@ def parameter_names(hf, keys):
 
 
 def unwrapped(name):
-    """A tensor's name in a checkpoint file without what a wrapper put before it: what stock tools look for."""
+    """A tensor's name in a checkpoint file without what a wrapper put before it: what stock tools look for.
+    """
     for pattern, nothing in WRAPPERS.items():
         name = re.sub(pattern, nothing, name)
     return name
@@ -342,8 +444,9 @@ def unwrapped(name):
 def prepare(model, settings, tokens=()):
     """Makes a loaded model trainable as the settings say: new tokens, and adapters, full weights or neither.
 
-    tokens: the new special tokens of the method. Token rows come last and stay trainable whatever was frozen before
-    them. The vision tower trains only if its adapters are asked for; otherwise nothing in it needs a graph.
+    tokens: the new special tokens of the method. Token rows come last and stay trainable whatever was frozen
+    before them. The vision tower trains only if its adapters are asked for; otherwise nothing in it needs a
+    graph.
     """
     if settings.tune == "lora":
         model.add_adapters(settings)

@@ -1,8 +1,9 @@
 """Pictures: what the corruption does, how the losses went, where the answer looks in both paths.
 
-B pairs (here 1), H query heads, N tokens of the drawn image on a grid of h x w, K latents. Of a pair, index 0 is the
-intact path and index 1 the corrupted one. Left out on purpose: images of a record after its first.
+B pairs (here 1), H query heads, N tokens of the drawn image on a grid of h x w, K latents. Of a pair, index 0
+is the intact path and index 1 the corrupted one. Left out on purpose: images of a record after its first.
 """
+
 import json
 import math
 from contextlib import nullcontext
@@ -24,7 +25,15 @@ from crystal.runtime import data
 from crystal.runtime.config import Settings, UserError
 from crystal.runtime.ops import attn_slice
 
-UNITS = {"blur": "r = {:g} px", "mask": "s = {:g}", "crop": "s = {:g}", "jigsaw": "ρ = {:g}", "color": "s = {:g}", "noise": "σ = {:g}", "impulse": "s = {:g}"}
+UNITS = {
+    "blur": "r = {:g} px",
+    "mask": "s = {:g}",
+    "crop": "s = {:g}",
+    "jigsaw": "ρ = {:g}",
+    "color": "s = {:g}",
+    "noise": "σ = {:g}",
+    "impulse": "s = {:g}",
+}
 PATHS = ("intact", "corrupted")
 COLOURS = ("tab:blue", "tab:orange")
 MASSES = {"mass_int": "intact", "mass_cor": "corrupted"}
@@ -32,7 +41,9 @@ UNDRAWN = ("step", "tokens_per_s", "peak_memory_gb")  # of metrics.jsonl: speed 
 
 
 def figure(width, height):
-    """An Agg figure of width x height inches that pyplot does not know of: nothing to close, no display needed."""
+    """An Agg figure of width x height inches that pyplot does not know of: nothing to close, no display
+    needed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -54,12 +65,17 @@ def show(ax, image):
     """Draws a PIL image in its own pixel coordinates, small ones enlarged without blurring their pixels."""
     small = image.copy()
     small.thumbnail((800, 800))  # a photograph of 4000 px would be resampled at every save
-    ax.imshow(np.asarray(small), extent=(0, image.width, image.height, 0), interpolation="nearest" if image.width < 400 else "antialiased")
+    ax.imshow(
+        np.asarray(small),
+        extent=(0, image.width, image.height, 0),
+        interpolation="nearest" if image.width < 400 else "antialiased",
+    )
     ax.set(xticks=[], yticks=[])
     return small.height, small.width
 
 
 # --- the corruption -------------------------------------------------------------------------------------------------
+
 
 def corruption_grid(image, path, seed=0):
     """Every mode of corrupt.MODES at its three named levels, as in figures 9 to 13 -> path of the PNG.
@@ -85,10 +101,12 @@ def corruption_grid(image, path, seed=0):
 
 # --- the losses -----------------------------------------------------------------------------------------------------
 
+
 def read_metrics(run):
     """A run's metrics.jsonl -> (training, validation), each {name: [(step, value)]} in order of steps.
 
-    A step that a resumed run took again counts once, as it went last. UserError: no such file, a broken line, no steps.
+    A step that a resumed run took again counts once, as it went last. UserError: no such file, a broken line,
+    no steps.
     """
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
@@ -106,24 +124,34 @@ def read_metrics(run):
                 group.setdefault(name.removeprefix("val_"), {})[step] = value
     if not training:
         raise UserError(f"{file}: holds no training step yet")
-    return tuple({name: sorted(points.items()) for name, points in group.items()} for group in (training, validation))
+    return tuple(
+        {name: sorted(points.items()) for name, points in group.items()} for group in (training, validation)
+    )
 
 
 def smooth(values, window):
-    """Centred running mean over `window` (odd) values, fewer at the ends: sequence -> list of the same length."""
+    """Centred running mean over `window` (odd) values, fewer at the ends: sequence -> list of the same
+    length.
+    """
     return [float(np.mean(values[max(0, i - window // 2) : i + window // 2 + 1])) for i in range(len(values))]
 
 
 def loss_curves(run, path):
-    """Every term of a run's metrics.jsonl over its updates, a panel each, whatever the method calls them -> path of the PNG.
+    """Every term of a run's metrics.jsonl over its updates, a panel each, whatever the method calls them ->
+    path of the PNG.
 
-    Training is light as it was and dark as a running mean; validation is points. The share of attention that latents get,
-    learning rate and gradient norm come last. Logarithmic where positive values span a factor of 10. UserError: see read_metrics.
+    Training is light as it was and dark as a running mean; validation is points. The share of attention that
+    latents get, learning rate and gradient norm come last. Logarithmic where positive values span a factor of
+    10. UserError: see read_metrics.
     """
     training, validation = read_metrics(run)
     masses = [n for n in MASSES if n in training]
     last = ["lr", "grad_norm"]
-    panels = [[n] for n in training if n not in masses + last] + ([masses] if masses else []) + [[n] for n in last if n in training]
+    panels = (
+        [[n] for n in training if n not in masses + last]
+        + ([masses] if masses else [])
+        + [[n] for n in last if n in training]
+    )
     columns, rows = min(4, len(panels)), -(-len(panels) // 4)
     fig = figure(3.1 * columns, 2.5 * rows + 0.5)
     axes = fig.subplots(rows, columns, squeeze=False).flatten()
@@ -133,9 +161,22 @@ def loss_curves(run, path):
         for name, colour in zip(names, COLOURS):
             steps, values = zip(*training[name])
             ax.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-            ax.plot(steps, values if name == "lr" else smooth(values, window), color=colour, linewidth=1.5, label=MASSES.get(name))
+            ax.plot(
+                steps,
+                values if name == "lr" else smooth(values, window),
+                color=colour,
+                linewidth=1.5,
+                label=MASSES.get(name),
+            )
             held = validation.get(name, [])
-            ax.plot(*zip(*held) if held else ((), ()), "o", color=colour, markersize=4, markeredgecolor="black", zorder=3)
+            ax.plot(
+                *zip(*held) if held else ((), ()),
+                "o",
+                color=colour,
+                markersize=4,
+                markeredgecolor="black",
+                zorder=3,
+            )
             seen += [*values, *(v for _, v in held)]
         if names != ["lr"] and min(seen) > 0 and max(seen) > 10 * min(seen):
             ax.set_yscale("log")
@@ -143,21 +184,27 @@ def loss_curves(run, path):
         ax.tick_params(which="both", labelsize=7)
         if names == masses:
             ax.legend(fontsize=7, frameon=False)
-    for ax in axes[len(panels):]:
+    for ax in axes[len(panels) :]:
         ax.remove()
-    fig.suptitle(f"{Path(run).name}, by update; line: training (dark: mean of {window}){'; points: validation' * bool(validation)}", fontsize=10)
+    fig.suptitle(
+        f"{Path(run).name}, by update; line: training (dark: mean of {window}){'; points: validation' * bool(validation)}",
+        fontsize=10,
+    )
     return save(fig, path)
 
 
 # --- the answer's attention -----------------------------------------------------------------------------------------
 
+
 @dataclass
 class AnswerAttention:
-    """Softmax weights of the row that predicts the answer's first token, mean over heads and layers; index 0 intact, 1 corrupted.
+    """Softmax weights of the row that predicts the answer's first token, mean over heads and layers; index 0
+    intact, 1 corrupted.
 
-    image [2,h,w] on the first image's tokens, latents [2,K] (K = 0 without latents), rest [2] on every other key that
-    the row sees: each path's three parts sum to 1. logits [2,V] are that row's. float32 on the CPU.
+    image [2,h,w] on the first image's tokens, latents [2,K] (K = 0 without latents), rest [2] on every other
+    key that the row sees: each path's three parts sum to 1. logits [2,V] are that row's. float32 on the CPU.
     """
+
     image: torch.Tensor
     latents: torch.Tensor
     rest: torch.Tensor
@@ -173,23 +220,36 @@ def answer_attention(model, batch, settings, layers, copied=None, fed=None):
     fed: bool [1,L], latents that each path feeds back to itself (feedback.py); None where there are none.
     """
     h, w = model.image_processor.grids(batch["image_grid_thw"])[0][0]
-    row = batch["answer_positions"][:, :1]                                                     # [1,1]
-    image = batch["image"][:, : h * w]                                             # [1,N]; the first image's come first
-    cols = torch.cat([image, batch["latents"]], 1)                                 # [1,N+K]
+    row = batch["answer_positions"][:, :1]  # [1,1]
+    image = batch["image"][:, : h * w]  # [1,N]; the first image's come first
+    cols = torch.cat([image, batch["latents"]], 1)  # [1,N+K]
     recorder = AttentionRecorder(layers, row.repeat(2, 1), cols.repeat(2, 1), attn_slice)
     inputs = nullcontext()
     if fed is not None:
-        both = [feedback.recurrence(model, batch | {"pixel_values": batch[pixels]}, fed)[0] for pixels in ("pixel_values", "pixel_values_cor")]
+        both = [
+            feedback.recurrence(model, batch | {"pixel_values": batch[pixels]}, fed)[0]
+            for pixels in ("pixel_values", "pixel_values_cor")
+        ]
         inputs = feedback.filled(model, torch.cat(both), fed.repeat(2, 1))
     with inputs:
-        states = torch.cat(dual_forward(model, batch, copied, getattr(settings, "latent_copy", "kv"), recorder))  # [2,L,D]
-    weights = torch.stack([x.mean(1)[:, 0] for x in recorder.slices.values()]).mean(0).float().cpu()  # [2,N+K]
-    return AnswerAttention(weights[:, : h * w].unflatten(1, (h, w)), weights[:, h * w :], 1 - weights.sum(1),
-                           model.logits(states[:, int(row)]).float().cpu())
+        states = torch.cat(
+            dual_forward(model, batch, copied, getattr(settings, "latent_copy", "kv"), recorder)
+        )  # [2,L,D]
+    weights = (
+        torch.stack([x.mean(1)[:, 0] for x in recorder.slices.values()]).mean(0).float().cpu()
+    )  # [2,N+K]
+    return AnswerAttention(
+        weights[:, : h * w].unflatten(1, (h, w)),
+        weights[:, h * w :],
+        1 - weights.sum(1),
+        model.logits(states[:, int(row)]).float().cpu(),
+    )
 
 
 class Seen(data.RecordDataset):
-    """Examples that remember the first image of each call, so that the picture drawn is the one the model was given."""
+    """Examples that remember the first image of each call, so that the picture drawn is the one the model was
+    given.
+    """
 
     def pixels(self, images):
         self.images = getattr(self, "images", []) + images[:1]
@@ -210,15 +270,17 @@ def described(corruption):
 def attention_maps(model, fmt, settings, records, path, layers=None, corruption=None):
     """Where the answer looks in both paths, a line per record, as in figures 14 to 16 -> path of the PNG.
 
-    settings: of the run, or None for a model that is not one. layers: set of decoder layers, None for all. corruption:
-    corrupt.Corruption, by default the method's own, else CrystaL's. Brightness is the mean over heads and layers of true softmax weights,
-    one scale for both paths of a record; boxes are the record's. What a path says is its greedy first token, green where
-    the reference has it too. RecordError: no image, or boxes that are not four numbers each.
+    settings: of the run, or None for a model that is not one. layers: set of decoder layers, None for all.
+    corruption: corrupt.Corruption, by default the method's own, else CrystaL's. Brightness is the mean over
+    heads and layers of true softmax weights, one scale for both paths of a record; boxes are the record's.
+    What a path says is its greedy first token, green where the reference has it too. RecordError: no image,
+    or boxes that are not four numbers each.
     """
     fig = figure(9.6 if fmt.count else 7.4, 4.1 * len(records) + 0.5)
     from matplotlib.colors import (
         LinearSegmentedColormap,  # after figure(), which tells of a missing matplotlib
     )
+
     settings = settings or Settings(method="sft")
     method = methods.get(settings.method)(settings)
     layers = set(range(len(model.layers))) if layers is None else layers
@@ -227,11 +289,27 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
     veil = LinearSegmentedColormap.from_list("veil", [(0, 0, 0, 0.8), (0, 0, 0, 0)])
     bars = [1.2] if fmt.count else []
     lines = fig.subfigures(len(records), 1, squeeze=False)[:, 0]
-    which = "all layers" if len(layers) == len(model.layers) else f"layers {', '.join(map(str, sorted(layers)))}"
-    fig.suptitle(f"Attention of the token that predicts the answer, mean over heads and {which}\ncorruption: {described(corruption)}", fontsize=10)
+    which = (
+        "all layers" if len(layers) == len(model.layers) else f"layers {', '.join(map(str, sorted(layers)))}"
+    )
+    fig.suptitle(
+        f"Attention of the token that predicts the answer, mean over heads and {which}\ncorruption: {described(corruption)}",
+        fontsize=10,
+    )
     for line, record in zip(lines, records):
-        examples = Seen([record], lambda r, n: method.layout(fmt, r, n), model.image_processor, corruption, settings.seed, copies=fmt.copies)
-        batch = data.to_device(data.collate([examples.build(0, 0) | {"bad": []}], model.tokenizer.pad_token_id), model.device, model.hf.dtype)
+        examples = Seen(
+            [record],
+            lambda r, n: method.layout(fmt, r, n),
+            model.image_processor,
+            corruption,
+            settings.seed,
+            copies=fmt.copies,
+        )
+        batch = data.to_device(
+            data.collate([examples.build(0, 0) | {"bad": []}], model.tokenizer.pad_token_id),
+            model.device,
+            model.hf.dtype,
+        )
         copied = method.copied(batch) if hasattr(method, "copied") else None
         fed = None if not fmt.feeds_back else position_mask(batch["latents"], batch["input_ids"].shape[1])
         seen = answer_attention(model, batch, settings, layers, copied, fed)
@@ -243,31 +321,50 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
         ends = [seen.image.min().item(), seen.image.max().item()]
         longest = max(seen.latents.max().item(), 1e-12) if bars else None
         for p, (ax, image) in enumerate(zip(maps, examples.images)):
-            heat = F.interpolate(seen.image[p][None, None], size=show(ax, image), mode="bilinear")[0, 0].numpy()
+            heat = F.interpolate(seen.image[p][None, None], size=show(ax, image), mode="bilinear")[
+                0, 0
+            ].numpy()
             ax.imshow(heat, cmap=veil, vmin=ends[0], vmax=ends[1], extent=(0, image.width, image.height, 0))
-            ax.set_xlabel(f"attention to an image token: {ends[0]:.2%} dark, {ends[1]:.2%} bright", fontsize=8)
+            ax.set_xlabel(
+                f"attention to an image token: {ends[0]:.2%} dark, {ends[1]:.2%} bright", fontsize=8
+            )
             draw_boxes(ax, record)
             said = int(seen.logits[p].argmax())
-            shares = [f"image {seen.image[p].sum():.0%}"] + [f"latents {seen.latents[p].sum():.0%}"] * len(bars) + [f"rest {seen.rest[p]:.0%}"]
-            ax.set_title(f"{PATHS[p]}, says “{tidy(fmt.tokenizer.decode([said]).strip(), 20)}”\n{', '.join(shares)}", fontsize=9,
-                         color="darkgreen" if said == target else "firebrick")
+            shares = (
+                [f"image {seen.image[p].sum():.0%}"]
+                + [f"latents {seen.latents[p].sum():.0%}"] * len(bars)
+                + [f"rest {seen.rest[p]:.0%}"]
+            )
+            ax.set_title(
+                f"{PATHS[p]}, says “{tidy(fmt.tokenizer.decode([said]).strip(), 20)}”\n{', '.join(shares)}",
+                fontsize=9,
+                color="darkgreen" if said == target else "firebrick",
+            )
             if bars:
                 chart = axes[2 * p + 1]
                 count = len(seen.latents[p])  # of all segments
                 chart.barh(range(1, count + 1), seen.latents[p].numpy(), color=COLOURS[p])
-                chart.set(xlim=(0, 1.05 * longest), ylim=(count + 0.5, 0.5), xticks=[0, longest], xticklabels=["0", f"{longest:.1%}"],
-                          yticks=range(1, count + 1, 1 + (count - 1) // 16))
+                chart.set(
+                    xlim=(0, 1.05 * longest),
+                    ylim=(count + 0.5, 0.5),
+                    xticks=[0, longest],
+                    xticklabels=["0", f"{longest:.1%}"],
+                    yticks=range(1, count + 1, 1 + (count - 1) // 16),
+                )
                 chart.tick_params(labelsize=7)
                 chart.set_title("each latent", fontsize=9)
     return save(fig, path)
 
 
 def draw_boxes(ax, record):
-    """The record's boxes [x0, y0, x1, y1], pixels of the image, as outlines. RecordError for anything else."""
+    """The record's boxes [x0, y0, x1, y1], pixels of the image, as outlines. RecordError for anything else.
+    """
     boxes = record.boxes if isinstance(record.boxes, list) else [record.boxes]
     for box in boxes:
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, Real) for v in box)):
-            raise data.RecordError(f"{record.where}: field 'boxes': a list of [x0, y0, x1, y1] in pixels is needed, got {str(box)[:60]}")
+            raise data.RecordError(
+                f"{record.where}: field 'boxes': a list of [x0, y0, x1, y1] in pixels is needed, got {str(box)[:60]}"
+            )
         x0, y0, x1, y1 = box
         for colour, width in (("black", 2.6), ("white", 1.2)):  # seen on any background
             ax.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=colour, linewidth=width)

@@ -1,4 +1,5 @@
 """Predictions on disk: written as they come, shared by ranks, and gone on with after a kill."""
+
 import json
 from pathlib import Path
 
@@ -8,19 +9,27 @@ from crystal.runtime.config import UserError
 class Predictions:
     """PATH.jsonl, a line per question, and PATH.json, what was asked how and what came of it.
 
-    While a run lasts each rank appends to a part of its own, PATH.jsonl.RANK; `close` puts the parts together in order. Opening goes on with
-    whatever is there (`done`: results by index), if it was asked in the same way; UserError if not. A line cut short by a kill is asked again.
+    While a run lasts each rank appends to a part of its own, PATH.jsonl.RANK; `close` puts the parts together
+    in order. Opening goes on with whatever is there (`done`: results by index), if it was asked in the same
+    way; UserError if not. A line cut short by a kill is asked again.
     """
 
     def __init__(self, path, settings, overwrite, procs):
-        self.path, self.about, self.settings, self.procs = Path(path), Path(path).with_suffix(".json"), settings, procs
+        self.path, self.about, self.settings, self.procs = (
+            Path(path),
+            Path(path).with_suffix(".json"),
+            settings,
+            procs,
+        )
         self.file, self.done = None, {}
         parts = [p for p in self.path.parent.glob(f"{self.path.name}.*") if p.suffix[1:].isdigit()]
         if not overwrite and (parts or self.path.exists()):
             before = json.loads(self.about.read_text()).get("settings") if self.about.exists() else None
             if before != settings:
                 changed = sorted(k for k in settings if before is None or before.get(k) != settings[k])
-                raise UserError(f"{self.path}: holds predictions that were made otherwise ({', '.join(changed)}); --overwrite starts anew, --out names another file")
+                raise UserError(
+                    f"{self.path}: holds predictions that were made otherwise ({', '.join(changed)}); --overwrite starts anew, --out names another file"
+                )
             for part in [self.path, *parts]:
                 for line in part.read_text().split("\n")[:-1] if part.exists() else ():
                     try:
@@ -57,7 +66,8 @@ class Predictions:
         self.file.flush()
 
     def close(self, results, outcome):
-        """Puts all results (of all ranks, in order) in the place of the parts; `outcome` joins the settings."""
+        """Puts all results (of all ranks, in order) in the place of the parts; `outcome` joins the settings.
+        """
         if self.file:
             self.file.close()
         self.procs.barrier()

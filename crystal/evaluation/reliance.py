@@ -1,23 +1,30 @@
-"""Are the latents used? Interventions on their hidden states, the answer's attention, and a verdict whose rule is fixed beforehand.
+"""Are the latents used? Interventions on their hidden states, the answer's attention, and a verdict whose
+rule is fixed beforehand.
 
     python -m crystal.evaluate --model runs/crystal --data runs/toy/test.jsonl --reliance
 
-Dropping latents shortens the sequence to one that the model was never trained on, and attention mass says where a model looks, not what it
-takes. The causal question is another: does the answer change when the latents hold what they would hold for another image? So every condition
-below keeps weights, question and positions, and replaces the hidden states of the K latents at the input of every decoder layer. All later rows
-see a latent through its key and value alone, so replacing its states replaces all that the answer can know of it.
+Dropping latents shortens the sequence to one that the model was never trained on, and attention mass says
+where a model looks, not what it takes. The causal question is another: does the answer change when the
+latents hold what they would hold for another image? So every condition below keeps weights, question and
+positions, and replaces the hidden states of the K latents at the input of every decoder layer. All later rows
+see a latent through its key and value alone, so replacing its states replaces all that the answer can know of
+it.
 
     as trained                           everything as the model learned it
     latents dropped                      the sequence without them
-    latents: mean, noise                 states replaced by their mean over the data, or by Gaussian noise of their mean and spread
+    latents: mean, noise                 states replaced by their mean over the data, or by Gaussian noise of
+                                         their mean and spread
     latents: swapped                     states of another image with another answer: the causal test
-    image hidden, latents kept           every later row but the latents is blind to the image (LIVR's bottleneck), and the floor without latents
+    image hidden, latents kept           every later row but the latents is blind to the image (LIVR's
+                                         bottleneck), and the floor without latents
     image corrupted, latents intact      what CrystaL trains; and corrupted latents with it
 
-THE RULE: the latents are used if the 95 % interval of (as trained - swapped), paired by question, lies above 0.
+THE RULE: the latents are used if the 95 % interval of (as trained - swapped), paired by question, lies above
+0.
 
 B questions, L prompt length, K latents, N image tokens, M answer positions, H heads, D hidden size.
 """
+
 import json
 import sys
 import time
@@ -45,7 +52,10 @@ RULE = "used if the paired 95 % interval of (as trained - swapped) lies above 0"
 
 @dataclass(frozen=True)
 class Condition:
-    """latents: keep or drop them. states: whose stand at the latents. hidden: the image is, from later rows. corrupted: the image is."""
+    """latents: keep or drop them. states: whose stand at the latents. hidden: the image is, from later rows.
+    corrupted: the image is.
+    """
+
     name: str
     latents: str = "keep"
     states: str = "own"
@@ -70,16 +80,23 @@ CONDITIONS = (
 
 # --- interventions ----------------------------------------------------------------------------------------------------
 
+
 @contextmanager
 def before_layers(model, change):
-    """While it lasts, change(n, h [B,L,D], kwargs) -> (h, kwargs) runs before decoder layer n in every forward, generation's too."""
+    """While it lasts, change(n, h [B,L,D], kwargs) -> (h, kwargs) runs before decoder layer n in every
+    forward, generation's too.
+    """
+
     def hook(n):
         def run(layer, args, kwargs):
             h, kwargs = change(n, args[0] if args else kwargs["hidden_states"], kwargs)
             return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
         return run
 
-    handles = [layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in enumerate(model.layers)]
+    handles = [
+        layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in enumerate(model.layers)
+    ]
     try:
         yield
     finally:
@@ -89,11 +106,15 @@ def before_layers(model, change):
 
 @contextmanager
 def recorded(model, where):
-    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each layer. where: positions [B,K]."""
+    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each layer.
+    where: positions [B,K].
+    """
     states = []
 
     def change(n, h, kwargs):
-        if h.shape[1] > 1:  # the prompt; one row is a token being decoded, which reads the latents from the cache
+        if (
+            h.shape[1] > 1
+        ):  # the prompt; one row is a token being decoded, which reads the latents from the cache
             states.append(h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2])))
         return h, kwargs
 
@@ -104,6 +125,7 @@ def recorded(model, where):
 @contextmanager
 def replaced(model, where, states):
     """The latents at positions where [B,K] have the given states: [B,K,D] for each layer."""
+
     def change(n, h, kwargs):
         if h.shape[1] > 1:
             h = h.scatter(1, where[:, :, None].expand(-1, -1, h.shape[2]), states[n].to(h.dtype))
@@ -114,13 +136,18 @@ def replaced(model, where, states):
 
 
 def hidden_image(ask):
-    """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the prompt and while decoding."""
+    """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the prompt
+    and while decoding.
+    """
     return lambda batch: [AttentionBias(~ask.image & ~ask.latents, ask.image)]
 
 
 @dataclass
 class Asked:
-    """A batch of prompts as `generate` pads them, to the left. ids: lists; where: latents [B,K]; image, latents, mask: [B,L]."""
+    """A batch of prompts as `generate` pads them, to the left. ids: lists; where: latents [B,K]; image,
+    latents, mask: [B,L].
+    """
+
     prompts: list
     where: torch.Tensor
     image: torch.Tensor
@@ -132,9 +159,14 @@ def asked(model, examples, pixels="pixel_values"):
     """Examples of `questions` -> Asked. pixels: or "pixel_values_cor" for the corrupted images."""
     prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in examples]
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
-    where = torch.tensor([[L - len(ids) + i for i in e["layout"][2]] for e, (ids, _, _) in zip(examples, prompts)], dtype=torch.long)
+    where = torch.tensor(
+        [[L - len(ids) + i for i in e["layout"][2]] for e, (ids, _, _) in zip(examples, prompts)],
+        dtype=torch.long,
+    )
     image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
-    marks = set(model.tokenizer.convert_tokens_to_ids(list(model.family.marks)))  # those around an image may repeat it: they count as image
+    marks = set(
+        model.tokenizer.convert_tokens_to_ids(list(model.family.marks))
+    )  # those around an image may repeat it: they count as image
     for b, (e, (ids, _, _)) in enumerate(zip(examples, prompts)):
         left = L - len(ids)
         mask[b, left:] = 1
@@ -162,9 +194,11 @@ def questions(model, fmt, records, latents="keep", corruption=None, seed=0):
 
 
 def donors(records, seed=0):
-    """For each record the index of one with another image and another answer, to swap latents with: [len(records)].
+    """For each record the index of one with another image and another answer, to swap latents with:
+    [len(records)].
 
-    If there is one, it was asked the same question; else it is of the same family; else any. UserError if all answers are alike.
+    If there is one, it was asked the same question; else it is of the same family; else any. UserError if all
+    answers are alike.
     """
     g = torch.Generator().manual_seed(data.seed_of(seed, 1))
     keys = [[(0, str(r.turns)) for r in records], [(1, r.family) for r in records], [(2,) for r in records]]
@@ -177,44 +211,71 @@ def donors(records, seed=0):
         for tier in keys:
             group = groups[tier[i]]
             start = int(torch.randint(len(group), (), generator=g))
-            donor = next((j for j in group[start:] + group[:start] if tidy(records[j].answer) != tidy(record.answer) and records[j].images != record.images), None)
+            donor = next(
+                (
+                    j
+                    for j in group[start:] + group[:start]
+                    if tidy(records[j].answer) != tidy(record.answer) and records[j].images != record.images
+                ),
+                None,
+            )
             if donor is not None:
                 break
         if donor is None:
-            raise UserError(f"--reliance: no other image with another answer than {record.answer!r} to swap {record.where}'s latents with")
+            raise UserError(
+                f"--reliance: no other image with another answer than {record.answer!r} to swap {record.where}'s latents with"
+            )
         found.append(donor)
     return found
 
 
 # --- the numbers --------------------------------------------------------------------------------------------------------
 
-def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
-    """Right or wrong [n] under two conditions -> (mean difference a - b, low, high): percentile interval of the paired bootstrap over questions.
 
-    A difference is -1, 0 or 1, so resampling n questions with replacement is one multinomial draw of how many of each.
+def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
+    """Right or wrong [n] under two conditions -> (mean difference a - b, low, high): percentile interval of
+    the paired bootstrap over questions.
+
+    A difference is -1, 0 or 1, so resampling n questions with replacement is one multinomial draw of how many
+    of each.
     """
     d = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
     n = len(d)
-    counts = np.random.default_rng(seed).multinomial(n, [(d == v).mean() for v in (-1, 0, 1)], size=draws)  # [draws,3]
+    counts = np.random.default_rng(seed).multinomial(
+        n, [(d == v).mean() for v in (-1, 0, 1)], size=draws
+    )  # [draws,3]
     low, high = np.quantile((counts[:, 2] - counts[:, 0]) / n, [(1 - level) / 2, (1 + level) / 2])
     return float(d.mean()), float(low), float(high)
 
 
 def verdict(difference, low, high):
-    """The paired difference (as trained - swapped) and its 95 % interval, as shares -> (used, one line in plain words)."""
+    """The paired difference (as trained - swapped) and its 95 % interval, as shares -> (used, one line in
+    plain words).
+    """
     numbers = f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     if low > 0:
-        return True, f"The latents are used: with another image's latents fewer answers are right ({numbers})."
+        return (
+            True,
+            f"The latents are used: with another image's latents fewer answers are right ({numbers}).",
+        )
     if high < 0:
-        return False, f"The latents are not used to advantage: with another image's latents more answers are right ({numbers})."
-    return False, f"No use of the latents is shown: another image's latents leave as many answers right ({numbers}, which holds 0)."
+        return (
+            False,
+            f"The latents are not used to advantage: with another image's latents more answers are right ({numbers}).",
+        )
+    return (
+        False,
+        f"No use of the latents is shown: another image's latents leave as many answers right ({numbers}, which holds 0).",
+    )
 
 
 @torch.no_grad()
 def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambda n: None):
-    """Share of the answer positions' attention, by decoder layer, mean over heads, rows and questions -> {"latents": [..], "image": [..]}.
+    """Share of the answer positions' attention, by decoder layer, mean over heads, rows and questions ->
+    {"latents": [..], "image": [..]}.
 
-    The rows are those that predict the reference answer's tokens, with the answer given; the weights are the true softmax's.
+    The rows are those that predict the reference answer's tokens, with the answer given; the weights are the
+    true softmax's.
     """
     procs = procs or distributed.Processes(device=model.device)
     examples = questions(model, fmt, records)
@@ -223,46 +284,92 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
     def layout(record, image_tokens):
         ids, image, latents = ask(record, image_tokens)
         whole = ids + fmt.text(record.answer)
-        return Layout(whole, [IGNORE] * len(whole), image, latents=latents, answer_positions=list(range(len(ids) - 1, len(whole) - 1)))
+        return Layout(
+            whole,
+            [IGNORE] * len(whole),
+            image,
+            latents=latents,
+            answer_positions=list(range(len(ids) - 1, len(whole) - 1)),
+        )
 
     examples.layout = layout
-    sums = {"latents": torch.zeros(len(layers), dtype=torch.float64), "image": torch.zeros(len(layers), dtype=torch.float64)}
+    sums = {
+        "latents": torch.zeros(len(layers), dtype=torch.float64),
+        "image": torch.zeros(len(layers), dtype=torch.float64),
+    }
     mine = list(range(procs.rank, len(records), procs.world))
     for at in range(0, len(mine), batch_size):
-        batch = data.collate([examples[0, i] for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id)
+        batch = data.collate(
+            [examples[0, i] for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id
+        )
         if "error" in batch:
             raise data.RecordError(batch["error"])
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        recorders = {name: AttentionRecorder(layers, batch["answer_positions"], batch[name], attn_slice) for name in sums}
+        recorders = {
+            name: AttentionRecorder(layers, batch["answer_positions"], batch[name], attn_slice)
+            for name in sums
+        }
         model.hidden(batch, recorder=lambda *args: [recorder(*args) for recorder in recorders.values()])
-        rows = (batch["answer_positions"] >= 0).sum(1)                                              # [B]
+        rows = (batch["answer_positions"] >= 0).sum(1)  # [B]
         for name, recorder in recorders.items():
-            mass = torch.stack([x.sum(-1).mean(1).sum(1) / rows for x in recorder.slices.values()])  # [layers,B]; x [B,H,M,columns]
+            mass = torch.stack(
+                [x.sum(-1).mean(1).sum(1) / rows for x in recorder.slices.values()]
+            )  # [layers,B]; x [B,H,M,columns]
             sums[name] += mass.double().sum(1).cpu()
         advance(len(rows))
     return {name: (procs.sum(total) / len(records)).tolist() for name, total in sums.items()}
 
 
 @torch.no_grad()
-def measure(model, fmt, records, corruption=Corruption(), batch_size=16, max_new_tokens=32, seed=0, procs=None, progress=False, biases=None):
-    """A model with latents on records -> everything as one JSON object (see `summarise`); all ranks take their share and return the whole.
+def measure(
+    model,
+    fmt,
+    records,
+    corruption=Corruption(),
+    batch_size=16,
+    max_new_tokens=32,
+    seed=0,
+    procs=None,
+    progress=False,
+    biases=None,
+):
+    """A model with latents on records -> everything as one JSON object (see `summarise`); all ranks take
+    their share and return the whole.
 
-    corruption: a corrupt.Corruption. biases: function (batch) -> [attention_bias.AttentionBias], a mask under which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
+    corruption: a corrupt.Corruption. biases: function (batch) -> [attention_bias.AttentionBias], a mask under
+    which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
     """
     procs = procs or distributed.Processes(device=model.device)
-    kept, dropped = questions(model, fmt, records, "keep", corruption, seed), questions(model, fmt, records, "drop", corruption, seed)
+    kept, dropped = (
+        questions(model, fmt, records, "keep", corruption, seed),
+        questions(model, fmt, records, "drop", corruption, seed),
+    )
     if len(records) < max(2, procs.world):
         raise UserError(f"--reliance: {len(records)} questions for {procs.world} process(es) are too few")
     counts = {len(kept.build(i, 0)["layout"][2]) for i in (0, len(records) - 1)}
     if 0 in counts:
-        raise UserError(f"{model.name}: " + ("it makes its latents while it answers (VaLR, --thought cot), and --reliance replaces those of a prompt; --latents drop asks it without them"
-                                             if fmt.count else "no latents stand in its prompts, so there is nothing to test"))
+        raise UserError(
+            f"{model.name}: "
+            + (
+                "it makes its latents while it answers (VaLR, --thought cot), and --reliance replaces those of a prompt; --latents drop asks it without them"
+                if fmt.count
+                else "no latents stand in its prompts, so there is nothing to test"
+            )
+        )
     if len(counts) > 1:
-        raise UserError(f"{model.name}: --reliance needs the same number of latents in every prompt, not {sorted(counts)}")
+        raise UserError(
+            f"{model.name}: --reliance needs the same number of latents in every prompt, not {sorted(counts)}"
+        )
     partner = donors(records, seed)
     mine = list(range(procs.rank, len(records), procs.world))
     batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
-    bar = tqdm(total=3 * len(mine), desc="reliance", unit="question", disable=not (progress and procs.is_first and sys.stderr.isatty()), leave=False)
+    bar = tqdm(
+        total=3 * len(mine),
+        desc="reliance",
+        unit="question",
+        disable=not (progress and procs.is_first and sys.stderr.isatty()),
+        leave=False,
+    )
     results = []  # {"index", "condition", "prediction", "correct"}
 
     always = biases or (lambda batch: [])
@@ -270,7 +377,14 @@ def measure(model, fmt, records, corruption=Corruption(), batch_size=16, max_new
     def answer(batch, prompts, condition, blind=lambda batch: []):
         both = (lambda batch: [*always(batch), *blind(batch)]) if condition.hidden or biases else None
         for i, prediction in zip(batch, generate(model, prompts, fmt, max_new_tokens, both)):
-            results.append({"index": i, "condition": condition.name, "prediction": prediction, "correct": score(records[i], prediction)[1]})
+            results.append(
+                {
+                    "index": i,
+                    "condition": condition.name,
+                    "prediction": prediction,
+                    "correct": score(records[i], prediction)[1],
+                }
+            )
 
     # As trained; on the way, mean and spread of the latents' states over all questions.
     moments = None  # [2,layers,K,D]: sums of states and of their squares
@@ -278,25 +392,38 @@ def measure(model, fmt, records, corruption=Corruption(), batch_size=16, max_new
         ask = asked(model, [kept.build(i, 0) for i in batch])
         with recorded(model, ask.where) as states:
             answer(batch, ask.prompts, AS_TRAINED)
-        states = torch.stack(states).double()                                           # [layers,B,K,D]
+        states = torch.stack(states).double()  # [layers,B,K,D]
         sums = torch.stack([states.sum(1), states.square().sum(1)])
         moments = sums if moments is None else moments + sums
         bar.update(len(batch))
     moments = procs.sum(moments) / len(records)
-    mean, spread = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()    # [layers,K,D]
+    mean, spread = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()  # [layers,K,D]
 
     for batch in batches:
         examples = {"keep": [kept.build(i, 0) for i in batch], "drop": [dropped.build(i, 0) for i in batch]}
         others = asked(model, [kept.build(partner[i], 0) for i in batch])
         intact = asked(model, examples["keep"])
         sources = {"mean": mean[:, None].expand(-1, len(batch), -1, -1)}
-        noise = [torch.randn(mean.shape, generator=torch.Generator().manual_seed(data.seed_of(seed, 2, i)), dtype=mean.dtype) for i in batch]
-        sources["noise"] = mean[:, None] + spread[:, None] * torch.stack(noise, 1).to(mean.device)  # [layers,B,K,D]
+        noise = [
+            torch.randn(
+                mean.shape,
+                generator=torch.Generator().manual_seed(data.seed_of(seed, 2, i)),
+                dtype=mean.dtype,
+            )
+            for i in batch
+        ]
+        sources["noise"] = mean[:, None] + spread[:, None] * torch.stack(noise, 1).to(
+            mean.device
+        )  # [layers,B,K,D]
         for name, source in (("swapped", others), ("intact", intact)):
             with recorded(model, source.where) as sources[name]:
                 generate(model, source.prompts, fmt, 1, biases)
         for condition in CONDITIONS[1:]:
-            ask = asked(model, examples[condition.latents], "pixel_values_cor" if condition.corrupted else "pixel_values")
+            ask = asked(
+                model,
+                examples[condition.latents],
+                "pixel_values_cor" if condition.corrupted else "pixel_values",
+            )
             if condition.hidden:
                 answer(batch, ask.prompts, condition, hidden_image(ask))
             elif condition.states != "own":
@@ -312,9 +439,11 @@ def measure(model, fmt, records, corruption=Corruption(), batch_size=16, max_new
 
 
 def summarise(results, records, partner, seed=0):
-    """Predictions of every condition -> questions, conditions (shares with intervals), followed, rule, used, verdict.
+    """Predictions of every condition -> questions, conditions (shares with intervals), followed, rule, used,
+    verdict.
 
-    followed: share of the answers that became the other image's answer when its latents were put in, and how many were that as trained.
+    followed: share of the answers that became the other image's answer when its latents were put in, and how
+    many were that as trained.
     """
     table = {c.name: [None] * len(records) for c in CONDITIONS}
     for r in results:
@@ -326,30 +455,62 @@ def summarise(results, records, partner, seed=0):
         line = {"condition": name, "right": sum(right[name]) / len(records), "low": low, "high": high}
         if name != base:
             difference, low, high = paired_bootstrap(right[name], right[base], seed)
-            line |= {"difference": difference, "difference_low": low, "difference_high": high,
-                     "changed": sum(r["prediction"] != t["prediction"] for r, t in zip(rows, table[base])) / len(records)}
+            line |= {
+                "difference": difference,
+                "difference_low": low,
+                "difference_high": high,
+                "changed": sum(r["prediction"] != t["prediction"] for r, t in zip(rows, table[base]))
+                / len(records),
+            }
         conditions.append(line)
-    followed = {name: sum(score(records[j], r["prediction"])[1] for j, r in zip(partner, table[name])) / len(records) for name in (SWAPPED.name, base)}
+    followed = {
+        name: sum(score(records[j], r["prediction"])[1] for j, r in zip(partner, table[name])) / len(records)
+        for name in (SWAPPED.name, base)
+    }
     used, words = verdict(*paired_bootstrap(right[base], right[SWAPPED.name], seed))
-    return {"questions": len(records), "conditions": conditions, "followed": followed, "rule": RULE, "used": used, "verdict": words}
+    return {
+        "questions": len(records),
+        "conditions": conditions,
+        "followed": followed,
+        "rule": RULE,
+        "used": used,
+        "verdict": words,
+    }
 
 
 # --- what a reader sees -------------------------------------------------------------------------------------------------
 
+
 def text(result):
     """The result of `measure` -> table, attention and verdict as lines."""
-    lines = [f"{result['questions']} questions; percent right; differences to the first line are paired, with 95 % intervals; corruption {result['corruption']}",
-             "condition".ljust(36) + "right".rjust(12) + "difference".rjust(12) + "95 % interval".rjust(18) + "answers changed".rjust(17)]
+    lines = [
+        f"{result['questions']} questions; percent right; differences to the first line are paired, with 95 % intervals; corruption {result['corruption']}",
+        "condition".ljust(36)
+        + "right".rjust(12)
+        + "difference".rjust(12)
+        + "95 % interval".rjust(18)
+        + "answers changed".rjust(17),
+    ]
     for c in result["conditions"]:
-        line = c["condition"].ljust(36) + f"{100 * c['right']:.1f} ±{50 * (c['high'] - c['low']):.1f}".rjust(12)
+        line = c["condition"].ljust(36) + f"{100 * c['right']:.1f} ±{50 * (c['high'] - c['low']):.1f}".rjust(
+            12
+        )
         if "difference" in c:
             interval = f"{100 * c['difference_low']:+.1f} to {100 * c['difference_high']:+.1f}"
-            line += f"{100 * c['difference']:+.1f}".rjust(12) + interval.rjust(18) + f"{100 * c['changed']:.1f}".rjust(17)
+            line += (
+                f"{100 * c['difference']:+.1f}".rjust(12)
+                + interval.rjust(18)
+                + f"{100 * c['changed']:.1f}".rjust(17)
+            )
         lines.append(line)
-    lines.append(f"answers that are the other image's: {100 * result['followed'][SWAPPED.name]:.1f} % with its latents, {100 * result['followed'][AS_TRAINED.name]:.1f} % as trained")
+    lines.append(
+        f"answers that are the other image's: {100 * result['followed'][SWAPPED.name]:.1f} % with its latents, {100 * result['followed'][AS_TRAINED.name]:.1f} % as trained"
+    )
     lines.append("attention of the answer positions by layer, percent")
     for name, mass in result["attention"].items():
-        lines.append(f"  to {result['latents']} latents".ljust(20) if name == "latents" else "  to the image".ljust(20))
+        lines.append(
+            f"  to {result['latents']} latents".ljust(20) if name == "latents" else "  to the image".ljust(20)
+        )
         lines[-1] += "".join(f"{100 * m:6.1f}" for m in mass)
     return "\n".join([*lines, f"rule: {result['rule']}", f"verdict: {result['verdict']}"])
 
@@ -360,15 +521,29 @@ def picture(result, path):
     ax = fig.subplots()
     layers = range(len(result["attention"]["image"]))
     for (name, mass), colour in zip(result["attention"].items(), figures.COLOURS):
-        ax.plot(layers, [100 * m for m in mass], "o-", color=colour, markersize=3, label=f"{result['latents']} latents" if name == "latents" else name)
-    ax.set(xlabel="decoder layer", ylabel="attention of the answer positions, %", ylim=(0, None), xticks=list(layers) if len(layers) < 13 else None)
+        ax.plot(
+            layers,
+            [100 * m for m in mass],
+            "o-",
+            color=colour,
+            markersize=3,
+            label=f"{result['latents']} latents" if name == "latents" else name,
+        )
+    ax.set(
+        xlabel="decoder layer",
+        ylabel="attention of the answer positions, %",
+        ylim=(0, None),
+        xticks=list(layers) if len(layers) < 13 else None,
+    )
     ax.legend(frameon=False)
     ax.set_title("used" if result["used"] else "no use shown", fontsize=10)
     return figures.save(fig, path)
 
 
 def run(model, fmt, records, out, about, **how):
-    """`measure`, printed by the first rank and written below `out`: reliance.json, reliance.txt, attention.png. about: what else the JSON says."""
+    """`measure`, printed by the first rank and written below `out`: reliance.json, reliance.txt,
+    attention.png. about: what else the JSON says.
+    """
     procs = how["procs"]
     started = time.perf_counter()
     result = measure(model, fmt, records, progress=True, **how)
@@ -379,5 +554,8 @@ def run(model, fmt, records, out, about, **how):
         (out / "reliance.json").write_text(json.dumps(about | result, indent=1) + "\n")
         (out / "reliance.txt").write_text(text(result) + "\n")
         picture(result, out / "attention.png")
-        print(f"wrote {out}/reliance.json, reliance.txt and attention.png in {time.perf_counter() - started:.0f} s", flush=True)
+        print(
+            f"wrote {out}/reliance.json, reliance.txt and attention.png in {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
     return result

@@ -1,12 +1,14 @@
 """Files become records, records become batches.
 
-Reads what people already have: LLaVA `conversations` ({"from","value"}) or `messages` ({"role","content"}), as a JSON
-list or as JSONL, with `image` or `images` below an image root and the optional fields `id`, `cot`, `boxes`, `family` and
-`features` ({name: safetensors file below the image root}, what was computed for the record beforehand).
-Whatever is wrong with a record is told with its file, line and field.
+Reads what people already have: LLaVA `conversations` ({"from","value"}) or `messages` ({"role","content"}),
+as a JSON list or as JSONL, with `image` or `images` below an image root and the optional fields `id`, `cot`,
+`boxes`, `family` and `features` ({name: safetensors file below the image root}, what was computed for the
+record beforehand). Whatever is wrong with a record is told with its file, line and field.
 
-B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer positions, N image tokens.
+B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer positions, N
+image tokens.
 """
+
 import io
 import json
 import re
@@ -33,11 +35,11 @@ class RecordError(UserError):
 class Record:
     """One question about images, checked; the head of this file says where it comes from."""
 
-    where: str                       # "train.jsonl:17", for messages
+    where: str  # "train.jsonl:17", for messages
     id: str
-    turns: list                      # [(role, text)]; the last is the user's question
+    turns: list  # [(role, text)]; the last is the user's question
     answer: str
-    images: list                     # one for each <image> of the turns: paths, PIL images, bytes of files or functions that open one
+    images: list  # one for each <image> of the turns: paths, PIL images, bytes of files or functions that open one
     cot: list = field(default_factory=list)
     boxes: list = field(default_factory=list)
     family: str = ""
@@ -46,11 +48,13 @@ class Record:
 
 # --- files become records ---------------------------------------------------------------------------------------
 
+
 def read(path, image_root="", turns="first"):
     """A JSON or JSONL file -> (list of Record or RecordError in file order, number of turns dropped).
 
-    turns: "first" keeps the conversation up to the first answer after an image, "all" makes a record of every answer.
-    A broken record stands in the list as its error, so that the caller decides; a file without any is a UserError.
+    turns: "first" keeps the conversation up to the first answer after an image, "all" makes a record of every
+    answer. A broken record stands in the list as its error, so that the caller decides; a file without any is
+    a UserError.
     """
     path = Path(path)
     root = Path(image_root) if image_root else path.parent
@@ -76,10 +80,11 @@ def read(path, image_root="", turns="first"):
 
 
 def of_dictionaries(items, root=None):
-    """Parsed objects -> list of Record. root: the folder below which their images lie; None: paths are the caller's own, from where he stands.
+    """Parsed objects -> list of Record. root: the folder below which their images lie; None: paths are the
+    caller's own, from where he stands.
 
-    An object is what a line of a JSONL file holds; its images may also be PIL images, or the bytes of a file. RecordError names the
-    object by its number in the list, and the field.
+    An object is what a line of a JSONL file holds; its images may also be PIL images, or the bytes of a file.
+    RecordError names the object by its number in the list, and the field.
     """
     records = []
     for i, item in enumerate(items):
@@ -89,7 +94,9 @@ def of_dictionaries(items, root=None):
 
 
 def check(where, item, root):
-    """Whether `read` would take this parsed object: RecordError names the field if not. root: folder of its images."""
+    """Whether `read` would take this parsed object: RecordError names the field if not. root: folder of its
+    images.
+    """
     _records(where, item, Path(root).resolve(), "first")
 
 
@@ -107,16 +114,22 @@ def items(path, text):
             try:
                 yield f"{path}:{number}", json.loads(line)
             except json.JSONDecodeError as error:
-                yield f"{path}:{number}", RecordError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+                yield (
+                    f"{path}:{number}",
+                    RecordError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}"),
+                )
 
 
 def _records(where, item, root, keep):
     """One parsed object -> ([Record], turns dropped); raises RecordError naming the field."""
+
     def bad(name, problem):
         raise RecordError(f"{where}: field {name!r}: {problem}")
 
     def file(name, p):
-        """A path below the root -> where the file lies. Without a root it may lie anywhere; an image in memory stays what it is."""
+        """A path below the root -> where the file lies. Without a root it may lie anywhere; an image in
+        memory stays what it is.
+        """
         if not isinstance(p, str):
             return p
         if root is None:
@@ -135,7 +148,8 @@ def _records(where, item, root, keep):
             bad(name, f"{told!r} is not a path: {getattr(error, 'strerror', None) or error}")
 
     def text(name, value):
-        """A JSON string may hold half of a surrogate pair, which is no text: tokenizers and files refuse it."""
+        """A JSON string may hold half of a surrogate pair, which is no text: tokenizers and files refuse it.
+        """
         if found := re.search("[\ud800-\udfff]", value):
             bad(name, f"character {found.start()} is {ascii(found[0])}, half of a surrogate pair")
         return value
@@ -150,11 +164,20 @@ def _records(where, item, root, keep):
         bad(name, "missing or empty; a list of turns is needed")
     turns = []
     for i, turn in enumerate(talk):
-        who, what = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) if isinstance(turn, dict) else (None, None)
+        who, what = (
+            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
+            if isinstance(turn, dict)
+            else (None, None)
+        )
         if not isinstance(who, str) or who not in ROLES:
             bad(f"{name}[{i}]", f"unknown speaker {who!r}; use {', '.join(ROLES)}")
         if isinstance(what, list):  # OpenAI's content parts
-            what = "".join("<image>" if isinstance(p, dict) and str(p.get("type", "")).startswith("image") else str(p.get("text", "") if isinstance(p, dict) else p) for p in what)
+            what = "".join(
+                "<image>"
+                if isinstance(p, dict) and str(p.get("type", "")).startswith("image")
+                else str(p.get("text", "") if isinstance(p, dict) else p)
+                for p in what
+            )
         if not isinstance(what, str):
             bad(f"{name}[{i}]", "its text is missing")
         if ROLES[who] != "user" and "<image>" in what:
@@ -180,7 +203,9 @@ def _records(where, item, root, keep):
         bad("cot", "a text or a list of texts is needed")
     cot = [text("cot", step) for step in cot]
     boxes = item.get("boxes") or []
-    if not isinstance(boxes, list) or not all(isinstance(b, list) and len(b) == 4 and all(isinstance(x, (int, float)) for x in b) for b in boxes):
+    if not isinstance(boxes, list) or not all(
+        isinstance(b, list) and len(b) == 4 and all(isinstance(x, (int, float)) for x in b) for b in boxes
+    ):
         bad("boxes", "a list of [x0, y0, x1, y1] in pixels is needed")
     features = item.get("features") or {}
     if not isinstance(features, dict) or not all(isinstance(p, str) for p in features.values()):
@@ -200,14 +225,27 @@ def _records(where, item, root, keep):
         if keep == "all" or answers == 1:
             if not said.strip():
                 bad(f"{name}[{i}]", "the answer is empty")
-            records.append(Record(where, str(item.get("id", where)), before, said.strip(), images[:seen], cot, boxes, str(item.get("family", "")), features))
+            records.append(
+                Record(
+                    where,
+                    str(item.get("id", where)),
+                    before,
+                    said.strip(),
+                    images[:seen],
+                    cot,
+                    boxes,
+                    str(item.get("family", "")),
+                    features,
+                )
+            )
     if not records:
         bad(name, "no answer of the assistant's to learn")
     return records, answers - len(records)
 
 
 def load_image(path, where):
-    """An image file, a function that opens one, the bytes of one, or a PIL image -> PIL image as `rgb` makes it.
+    """An image file, a function that opens one, the bytes of one, or a PIL image -> PIL image as `rgb` makes
+    it.
 
     RecordError for a broken or oversized one.
     """
@@ -220,7 +258,9 @@ def load_image(path, where):
             image.load()  # verify() passes a truncated JPEG
             return rgb(image)
     except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the record's fault
-        raise RecordError(f"{where}: field 'image': {told}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise RecordError(
+            f"{where}: field 'image': {told}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
 
 
 def rgb(image):
@@ -262,16 +302,20 @@ def eight_bits(image):
 
 
 def load_features(record, name):
-    """What was computed for a record beforehand under one name of its `features` -> {key: tensor}, on the CPU.
+    """What was computed for a record beforehand under one name of its `features` -> {key: tensor}, on the
+    CPU.
 
-    One file serves many records: its tensors are named ID/KEY. RecordError if the record, the file or the id has nothing of that name.
+    One file serves many records: its tensors are named ID/KEY. RecordError if the record, the file or the id
+    has nothing of that name.
     """
     if name not in record.features:
         raise RecordError(f"{record.where}: field 'features': no {name!r} in it")
     path, start = record.features[name], f"{record.id}/"
     try:
         with safe_open(path, "pt") as file:
-            found = {key.removeprefix(start): file.get_tensor(key) for key in file.keys() if key.startswith(start)}
+            found = {
+                key.removeprefix(start): file.get_tensor(key) for key in file.keys() if key.startswith(start)
+            }
     except (OSError, SafetensorError) as error:
         raise RecordError(f"{record.where}: field 'features': {path}: {error}") from error
     if not found:
@@ -281,17 +325,31 @@ def load_features(record, name):
 
 # --- records become batches -------------------------------------------------------------------------------------
 
+
 class RecordDataset(Dataset):
-    """(epoch, index) -> one example: a Layout and the pixels of its images, intact and, if asked for, corrupted.
+    """(epoch, index) -> one example: a Layout and the pixels of its images, intact and, if asked for,
+    corrupted.
 
     image_processor: a families.Images. layout: function (record, image token counts) -> Layout. corruption: a
-    corrupt.Corruption, or a function (image [3,h,w] in [0,1], generator) -> image; None: no corrupted images. Its generator is seeded by
-    (seed, epoch, index, image), so that what it draws depends neither on ranks nor on workers nor on a resume.
-    grey: feed uniformly grey images, what a blind model sees. copies: how often each image stands in the sequence.
-    extras: function (record, its RGB PIL images) -> {name: tensor [n,..]}, what else a method wants in the batch.
+    corrupt.Corruption, or a function (image [3,h,w] in [0,1], generator) -> image; None: no corrupted images.
+    Its generator is seeded by (seed, epoch, index, image), so that what it draws depends neither on ranks nor
+    on workers nor on a resume. grey: feed uniformly grey images, what a blind model sees. copies: how often
+    each image stands in the sequence. extras: function (record, its RGB PIL images) -> {name: tensor [n,..]},
+    what else a method wants in the batch.
     """
 
-    def __init__(self, records, layout, image_processor, corruption=None, seed=0, skip=False, grey=False, copies=1, extras=None):
+    def __init__(
+        self,
+        records,
+        layout,
+        image_processor,
+        corruption=None,
+        seed=0,
+        skip=False,
+        grey=False,
+        copies=1,
+        extras=None,
+    ):
         self.records, self.layout, self.image_processor = records, layout, image_processor
         self.corruption, self.seed, self.skip, self.grey = corruption, seed, skip, grey
         self.copies, self.extras = copies, extras
@@ -314,9 +372,11 @@ class RecordDataset(Dataset):
         return {"error": bad[0]}  # told, not raised: a worker's exception would arrive as a page of traceback
 
     def build(self, index, epoch):
-        """One record -> {"layout": Layout, "extras": {name: tensor [n,..]}, "pixel_values", "image_grid_thw", and with a corruption "pixel_values_cor"}.
+        """One record -> {"layout": Layout, "extras": {name: tensor [n,..]}, "pixel_values", "image_grid_thw",
+        and with a corruption "pixel_values_cor"}.
 
-        Pixels as in `pixels`. RecordError for a record that is broken, or lacks what corruption or extras need.
+        Pixels as in `pixels`. RecordError for a record that is broken, or lacks what corruption or extras
+        need.
         """
         record = self.records[index]
         if isinstance(record, RecordError):
@@ -347,13 +407,16 @@ class RecordDataset(Dataset):
         return example
 
     def pixels(self, images):
-        """RGB PIL images of one record -> {"pixel_values" [P,..], "image_grid_thw" [I,3]} of all copies, see families.Images; both None without images.
+        """RGB PIL images of one record -> {"pixel_values" [P,..], "image_grid_thw" [I,3]} of all copies, see
+        families.Images; both None without images.
 
         ValueError where the processor refuses an image, one far too narrow, say.
         """
         if not images:
             return {"pixel_values": None, "image_grid_thw": None}
-        out = self.image_processor(images=[image for image in images for _ in range(self.copies)], return_tensors="pt")
+        out = self.image_processor(
+            images=[image for image in images for _ in range(self.copies)], return_tensors="pt"
+        )
         return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
 
 
@@ -369,10 +432,12 @@ def seed_of(*numbers):
 def collate(examples, pad):
     """Examples -> a batch of tensors, right-padded:
 
-    input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K], answer_positions [B,M],
-    image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor) [P,..] and image_grid_thw [I,3], see families.Images; and a
-    method's extras [B,n,..], padded with zeros. Beside the tensors bad, the messages of the records that were skipped.
-    Where an example is an error, {"error": the first one, "bad": []}: told, since one rank that raised alone would leave the others waiting.
+    input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K],
+    answer_positions [B,M], image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor)
+    [P,..] and image_grid_thw [I,3], see families.Images; and a method's extras [B,n,..], padded with zeros.
+    Beside the tensors bad, the messages of the records that were skipped. Where an example is an error,
+    {"error": the first one, "bad": []}: told, since one rank that raised alone would leave the others
+    waiting.
     """
     if errors := [e["error"] for e in examples if "error" in e]:
         return {"error": errors[0], "bad": []}
@@ -417,8 +482,9 @@ def to_device(batch, device, dtype):
 class BatchSampler:
     """Which records form which batch: an endless stream of shuffles, one per epoch, cut into global batches.
 
-    Yields lists of (epoch, index), a micro-batch of this rank each, from update `start` on. Update s of the run always
-    sees the same records, however many ranks and micro-batches share them and wherever a run was resumed.
+    Yields lists of (epoch, index), a micro-batch of this rank each, from update `start` on. Update s of the
+    run always sees the same records, however many ranks and micro-batches share them and wherever a run was
+    resumed.
     """
 
     def __init__(self, count, batch_size, accumulation, rank, world, seed, start, stop):
@@ -438,11 +504,21 @@ class BatchSampler:
                 for n in range(first, first + self.batch_size):
                     if n // self.count != epoch:
                         epoch = n // self.count
-                        shuffle = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch))).tolist()
+                        shuffle = torch.randperm(
+                            self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch))
+                        ).tolist()
                     batch.append((epoch, shuffle[n % self.count]))
                 yield batch
 
 
 def loader(examples, order, pad, workers=0, worker_init=None):
-    """Batches in the given order (any iterable of lists of (epoch, index)) -> a torch DataLoader of what `collate` returns."""
-    return DataLoader(examples, batch_sampler=order, collate_fn=lambda e: collate(e, pad), num_workers=workers, worker_init_fn=worker_init)
+    """Batches in the given order (any iterable of lists of (epoch, index)) -> a torch DataLoader of what
+    `collate` returns.
+    """
+    return DataLoader(
+        examples,
+        batch_sampler=order,
+        collate_fn=lambda e: collate(e, pad),
+        num_workers=workers,
+        worker_init_fn=worker_init,
+    )

@@ -1,7 +1,9 @@
 """What was renamed since commit 9890c43: old runs and exports open, and an old flag says its new name.
 
-One table for everything that stands on a user's disk or in a user's scripts. Nothing else in crystal knows an old name.
+One table for everything that stands on a user's disk or in a user's scripts. Nothing else in crystal knows an
+old name.
 """
+
 import re
 
 from crystal.runtime.config import UserError
@@ -13,11 +15,16 @@ SETTINGS = {"realisation": "latent_copy", "lr_rows": "lr_tokens", "answer_rows":
 VALUES = {"tune": {"rows": "tokens"}}
 
 # Tensors of a checkpoint, trained ones and the optimizer's state of them.
-TENSORS = {r"^model\.rows\.rows\b": "model.new_tokens.embedding", r"^model\.rows\.head_rows\b": "model.new_tokens.head"}
+TENSORS = {
+    r"^model\.rows\.rows\b": "model.new_tokens.embedding",
+    r"^model\.rows\.head_rows\b": "model.new_tokens.head",
+}
 
 
 def settings(saved):
-    """A run's settings as they were saved, dict -> the same under today's names; today's own are left as they are."""
+    """A run's settings as they were saved, dict -> the same under today's names; today's own are left as they
+    are.
+    """
     saved = {SETTINGS.get(name, name): value for name, value in saved.items()}
     for name, values in VALUES.items():
         if name in saved:
@@ -45,14 +52,18 @@ def tensors(saved):
 
 
 def check_flags(argv):
-    """UserError, one line with the new name, for the first flag or value in `argv` (list of str) that was renamed."""
+    """UserError, one line with the new name, for the first flag or value in `argv` (list of str) that was
+    renamed.
+    """
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for word, following in zip(words, [*words[1:], ""]):
         name = word.removeprefix("--")
         if word == name:
             continue
         if name == "preset":
-            raise UserError(f"--preset {following} is now --method {following if following == 'released' else 'crystal'}")
+            raise UserError(
+                f"--preset {following} is now --method {following if following == 'released' else 'crystal'}"
+            )
         if name in ("strength_low", "strength_high"):
             raise UserError(f"{word} is now part of --corruption, as in --corruption blur=2:8")
         if name in SETTINGS:

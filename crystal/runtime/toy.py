@@ -1,9 +1,10 @@
 """Toy scenes: small drawn objects and short questions about them, in LLaVA's format.
 
-A scene is a picture of 112 x 112 pixels. Its 4 x 4 grid of cells of 28 pixels is the grid of image tokens of a Qwen2.5-VL
-(14 pixel patches, merged 2 x 2), and at most one object has its centre in a cell. An object is named by its shape, and it is only 5
-to 19 pixels wide: a Gaussian blur of 5 pixels leaves a coloured cloud that no longer tells a star from a ring, so every question
-depends on a small detail. The families are CV-Bench's:
+A scene is a picture of 112 x 112 pixels. Its 4 x 4 grid of cells of 28 pixels is the grid of image tokens of
+a Qwen2.5-VL (14 pixel patches, merged 2 x 2), and at most one object has its centre in a cell. An object is
+named by its shape, and it is only 5 to 19 pixels wide: a Gaussian blur of 5 pixels leaves a coloured cloud
+that no longer tells a star from a ring, so every question depends on a small detail. The families are
+CV-Bench's:
 
     count      How many stars are there?                              1 2 3 4
     relation   Is the star to the left or right of the ring?          left right above below
@@ -11,14 +12,17 @@ depends on a small detail. The families are CV-Bench's:
     nearer     Which is nearer to the star, the ring or the heart?    a shape
     attribute  What colour is the star?                               a colour
 
-All objects are equally large in the scene, so the nearer ones look larger, and they hide what is behind them. The light falls
-from the top, and from the left it is warm: what a patch shows of the background tells where the patch is.
+All objects are equally large in the scene, so the nearer ones look larger, and they hide what is behind them.
+The light falls from the top, and from the left it is warm: what a patch shows of the background tells where
+the patch is.
 
     python data_prep/toy.py --out data/toy --seed 0 --train 4000 --val 500 --test 2500
 
-writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same arguments give the same
-bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with x1 and y1 exclusive.
+writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same arguments
+give the same bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with x1 and y1
+exclusive.
 """
+
 import hashlib
 import json
 import math
@@ -33,21 +37,41 @@ from PIL import Image, ImageDraw
 SIDE, CELLS = 112, 4
 CELL = SIDE // CELLS  # pixels; one image token
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
-COLOURS = {"red": (215, 40, 40), "orange": (240, 140, 20), "yellow": (245, 225, 60), "green": (50, 170, 60),
-           "blue": (50, 80, 220), "purple": (150, 60, 190), "white": (245, 245, 245), "black": (20, 20, 20)}
-SIZES = {"tiny": 9, "small": 12, "large": 15, "huge": 18}  # width in pixels at each of four depths, the farthest first
+COLOURS = {
+    "red": (215, 40, 40),
+    "orange": (240, 140, 20),
+    "yellow": (245, 225, 60),
+    "green": (50, 170, 60),
+    "blue": (50, 80, 220),
+    "purple": (150, 60, 190),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+SIZES = {
+    "tiny": 9,
+    "small": 12,
+    "large": 15,
+    "huge": 18,
+}  # width in pixels at each of four depths, the farthest first
 FAMILIES = ("count", "relation", "depth", "nearer", "attribute")
-ANSWERS = {"count": ("1", "2", "3", "4"), "relation": ("left", "right", "above", "below"), "depth": ("front", "behind"),
-           "nearer": SHAPES, "attribute": tuple(COLOURS)}
-# Hardness adds noise and shrinks the objects a little; zoom shrinks them all. The base model learns from the easier scenes, so
-# that the demo's, which it has never seen the like of, leave something to learn.
+ANSWERS = {
+    "count": ("1", "2", "3", "4"),
+    "relation": ("left", "right", "above", "below"),
+    "depth": ("front", "behind"),
+    "nearer": SHAPES,
+    "attribute": tuple(COLOURS),
+}
+# Hardness adds noise and shrinks the objects a little; zoom shrinks them all. The base model learns from the
+# easier scenes, so that the demo's, which it has never seen the like of, leave something to learn.
 HARDNESS = {"base": (0.0, 0.6), "demo": (0.8, 1.2)}
 ZOOM = {"base": 1.0, "demo": 0.72}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object. x, y: its centre in pixels; level: 0 (far, tiny) to 3 (near, huge); width in pixels."""
+    """One drawn object. x, y: its centre in pixels; level: 0 (far, tiny) to 3 (near, huge); width in pixels.
+    """
+
     shape: str
     colour: str
     x: int
@@ -80,6 +104,7 @@ class Thing:
 @dataclass(frozen=True)
 class Scene:
     """things: far to near, the order of drawing; counted: the one shape that may occur more than once."""
+
     things: tuple
     counted: str
     hardness: float
@@ -99,6 +124,7 @@ class Scene:
 @dataclass(frozen=True)
 class Question:
     """boxes: of the objects asked about; cot: two sentences that lead to the answer."""
+
     family: str
     text: str
     answer: str
@@ -107,7 +133,8 @@ class Question:
 
 
 def rng_for(*names):
-    """A numpy generator of its own for every tuple of names, so streams with different names share no scene."""
+    """A numpy generator of its own for every tuple of names, so streams with different names share no scene.
+    """
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
@@ -121,14 +148,16 @@ def draw_for(stream, rng, count=None):
 
 
 def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
-    """Place 5 to 8 objects: `count` of one shape (1 to 4, drawn if None) and four of other shapes, one of each.
+    """Place 5 to 8 objects: `count` of one shape (1 to 4, drawn if None) and four of other shapes, one of
+    each.
 
-    Two neighbours are pushed together in half of the scenes, so that the nearer one hides a part of the farther one.
+    Two neighbours are pushed together in half of the scenes, so that the nearer one hides a part of the
+    farther one.
     """
     count = int(rng.integers(1, 5)) if count is None else count
     kinds = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
     shapes = [kinds[0]] * count + kinds[1:5]
-    cells = [(int(c) % CELLS, int(c) // CELLS) for c in rng.permutation(CELLS * CELLS)[:len(shapes)]]
+    cells = [(int(c) % CELLS, int(c) // CELLS) for c in rng.permutation(CELLS * CELLS)[: len(shapes)]]
     centres = [[c * CELL + CELL // 2 + int(rng.integers(-4, 5)) for c in cell] for cell in cells]
     if rng.random() < 0.5:
         push_together(centres, cells, round(6 * zoom))
@@ -144,7 +173,9 @@ def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
 
 
 def push_together(centres, cells, gap):
-    """Move the first two neighbours found to `gap` pixels from the border between their cells; changes `centres`."""
+    """Move the first two neighbours found to `gap` pixels from the border between their cells; changes
+    `centres`.
+    """
     for i, (xi, yi) in enumerate(cells):
         for j, (xj, yj) in enumerate(cells):
             if (xj - xi, yj - yi) == (1, 0):
@@ -166,25 +197,25 @@ def mask(shape, width):
     points = lambda *xy: [(big * x, big * y) for x, y in xy]
     turn = lambda n, i: (0.5 + n * math.sin(i * math.pi / 5), 0.53 - n * math.cos(i * math.pi / 5))
     if shape == "circle":
-        pen.ellipse(points((.03, .03), (.97, .97)), fill=255)
+        pen.ellipse(points((0.03, 0.03), (0.97, 0.97)), fill=255)
     elif shape == "square":
-        pen.rectangle(points((.08, .08), (.92, .92)), fill=255)
+        pen.rectangle(points((0.08, 0.08), (0.92, 0.92)), fill=255)
     elif shape == "triangle":
-        pen.polygon(points((.5, .02), (1, .95), (0, .95)), fill=255)
+        pen.polygon(points((0.5, 0.02), (1, 0.95), (0, 0.95)), fill=255)
     elif shape == "star":
         pen.polygon(points(*(turn(0.55 if i % 2 == 0 else 0.22, i) for i in range(10))), fill=255)
     elif shape == "cross":
-        pen.rectangle(points((.34, 0), (.66, 1)), fill=255)
-        pen.rectangle(points((0, .34), (1, .66)), fill=255)
+        pen.rectangle(points((0.34, 0), (0.66, 1)), fill=255)
+        pen.rectangle(points((0, 0.34), (1, 0.66)), fill=255)
     elif shape == "diamond":
-        pen.polygon(points((.5, 0), (.92, .5), (.5, 1), (.08, .5)), fill=255)
+        pen.polygon(points((0.5, 0), (0.92, 0.5), (0.5, 1), (0.08, 0.5)), fill=255)
     elif shape == "ring":
         pen.ellipse(points((0, 0), (1, 1)), fill=255)
-        pen.ellipse(points((.27, .27), (.73, .73)), fill=0)
+        pen.ellipse(points((0.27, 0.27), (0.73, 0.73)), fill=0)
     elif shape == "heart":
-        pen.ellipse(points((0, .08), (.54, .58)), fill=255)
-        pen.ellipse(points((.46, .08), (1, .58)), fill=255)
-        pen.polygon(points((.03, .45), (.97, .45), (.5, 1)), fill=255)
+        pen.ellipse(points((0, 0.08), (0.54, 0.58)), fill=255)
+        pen.ellipse(points((0.46, 0.08), (1, 0.58)), fill=255)
+        pen.polygon(points((0.03, 0.45), (0.97, 0.45), (0.5, 1)), fill=255)
     return image.resize((width, width), Image.Resampling.BOX)
 
 
@@ -214,7 +245,8 @@ def pick(rng, items):
 
 
 def ask(scene, family, rng, answer=None):
-    """One random question of a family, its answer `answer` if given; None if the scene has no such question."""
+    """One random question of a family, its answer `answer` if given; None if the scene has no such question.
+    """
     choices = [(found, things) for found, things in CHOICES[family](scene) if answer in (None, found)]
     if not choices:
         return None
@@ -223,7 +255,8 @@ def ask(scene, family, rng, answer=None):
     return Question(family, pick(rng, texts), found, tuple(thing.box for thing in things), cot)
 
 
-# What can be asked of a scene: every (answer, things), the things in the order in which the question names them.
+# What can be asked of a scene: every (answer, things), the things in the order in which the question names
+# them.
 
 
 def count_choices(scene):
@@ -267,14 +300,23 @@ def where(thing):
 def count_words(answer, *things):
     name = plural(things[0].shape)
     texts = (f"How many {name} are there?", f"How many {name} can you see?")
-    return texts, (f"I look for {name}: {' and '.join(thing.place for thing in things)}.", f"That makes {answer}.")
+    return texts, (
+        f"I look for {name}: {' and '.join(thing.place for thing in things)}.",
+        f"That makes {answer}.",
+    )
 
 
 def relation_words(answer, a, b):
     if answer in ("left", "right"):
-        texts = (f"Is the {a.shape} to the left or right of the {b.shape}?", f"Is the {a.shape} left or right of the {b.shape}?")
+        texts = (
+            f"Is the {a.shape} to the left or right of the {b.shape}?",
+            f"Is the {a.shape} left or right of the {b.shape}?",
+        )
     else:
-        texts = (f"Is the {a.shape} above or below the {b.shape}?", f"Is the {a.shape} placed above or below the {b.shape}?")
+        texts = (
+            f"Is the {a.shape} above or below the {b.shape}?",
+            f"Is the {a.shape} placed above or below the {b.shape}?",
+        )
     return texts, (where(a), where(b))
 
 
@@ -293,10 +335,20 @@ def attribute_words(answer, a):
     return texts, (where(a), f"It is {answer}.")
 
 
-CHOICES = {"count": count_choices, "relation": relation_choices, "depth": depth_choices, "nearer": nearer_choices,
-           "attribute": attribute_choices}
-WORDS = {"count": count_words, "relation": relation_words, "depth": depth_words, "nearer": nearer_words,
-         "attribute": attribute_words}
+CHOICES = {
+    "count": count_choices,
+    "relation": relation_choices,
+    "depth": depth_choices,
+    "nearer": nearer_choices,
+    "attribute": attribute_choices,
+}
+WORDS = {
+    "count": count_words,
+    "relation": relation_words,
+    "depth": depth_words,
+    "nearer": nearer_words,
+    "attribute": attribute_words,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
@@ -319,7 +371,10 @@ def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
 
     Raises RuntimeError if two splits share a scene.
     """
-    out, wanted = Path(out), {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 2}
+    out, wanted = (
+        Path(out),
+        {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 2},
+    )
     manifest = out / "manifest.json"
     if manifest.exists() and json.loads(manifest.read_text()) == wanted:
         print(f"toy scenes: {out} is complete")
@@ -333,7 +388,9 @@ def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
             for index in range(wanted[split]):
                 scene, question = draw_pair(stream, split, seed, index)
                 if seen.setdefault(scene.digest, split) != split:
-                    raise RuntimeError(f"{split} and {seen[scene.digest]} share a scene; take another seed than {seed}")
+                    raise RuntimeError(
+                        f"{split} and {seen[scene.digest]} share a scene; take another seed than {seed}"
+                    )
                 name = f"images/{split}/{index + 1:06d}.png"
                 Image.fromarray(render(scene)).save(out / name)
                 lines.write(json.dumps(record(f"{split}-{index + 1:06d}", name, question)) + "\n")
@@ -344,6 +401,15 @@ def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
 
 def record(name, image, question):
     """One line of a LLaVA JSONL."""
-    turns = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]
-    return {"id": name, "image": image, "conversations": turns, "family": question.family, "boxes": list(question.boxes),
-            "cot": list(question.cot)}
+    turns = [
+        {"from": "human", "value": f"<image>\n{question.text}"},
+        {"from": "gpt", "value": question.answer},
+    ]
+    return {
+        "id": name,
+        "image": image,
+        "conversations": turns,
+        "family": question.family,
+        "boxes": list(question.boxes),
+        "cot": list(question.cot),
+    }

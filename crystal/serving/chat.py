@@ -1,8 +1,9 @@
 """What a chat request may say: OpenAI's wire format, checked, and bounded before it costs anything.
 
-Images arrive as data URLs and in no other way: no file and no address that a client names is opened. A field that cannot be honoured is
-refused, and every refusal is one line that names the field.
+Images arrive as data URLs and in no other way: no file and no address that a client names is opened. A field
+that cannot be honoured is refused, and every refusal is one line that names the field.
 """
+
 import base64
 import io
 from dataclasses import dataclass
@@ -14,21 +15,27 @@ from starlette.responses import JSONResponse
 
 from crystal.runtime.data import rgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may open; of an animation the first picture counts
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+)  # what Pillow may open; of an animation the first picture counts
 
 
 @dataclass
 class Limits:
     """What a request may cost, and the server hold; main has a flag for most."""
 
-    body: int = 32 * 2**20         # bytes of a request
-    body_seconds: float = 60.0     # for a request's body to arrive
-    images: int = 16               # of one request
-    pixels: int = 50_000_000       # of one image as sent; the model's own bounds come after it
-    tokens: int = 4096             # new tokens that a request may ask for
-    default_tokens: int = 512      # new tokens of a request that names no number
-    queue: int = 64                # requests that wait or are being answered
-    batch: int = 8                 # requests answered by one call
+    body: int = 32 * 2**20  # bytes of a request
+    body_seconds: float = 60.0  # for a request's body to arrive
+    images: int = 16  # of one request
+    pixels: int = 50_000_000  # of one image as sent; the model's own bounds come after it
+    tokens: int = 4096  # new tokens that a request may ask for
+    default_tokens: int = 512  # new tokens of a request that names no number
+    queue: int = 64  # requests that wait or are being answered
+    batch: int = 8  # requests answered by one call
 
 
 class Refusal(Exception):
@@ -40,11 +47,22 @@ class Refusal(Exception):
 
     def response(self):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        headers = {"Retry-After": "1"} if self.status == 503 else {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
-        return JSONResponse({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}, self.status, headers)
+        headers = (
+            {"Retry-After": "1"}
+            if self.status == 503
+            else {"WWW-Authenticate": "Bearer"}
+            if self.status == 401
+            else None
+        )
+        return JSONResponse(
+            {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}},
+            self.status,
+            headers,
+        )
 
 
 # --- the wire format ---------------------------------------------------------------------------------------------
+
 
 class Strict(BaseModel):
     """A field that nobody knows is refused, not passed over."""
@@ -114,12 +132,18 @@ def parse(body):
         first = error.errors(include_url=False)[0]
         where = ".".join(str(x) for x in first["loc"])
         what = "not known to this server" if first["type"] == "extra_forbidden" else first["msg"]
-        hint = "; this server answers greedily" if where in ("temperature", "n") or where.endswith("_penalty") else ""
+        hint = (
+            "; this server answers greedily"
+            if where in ("temperature", "n") or where.endswith("_penalty")
+            else ""
+        )
         raise Refusal(400, f"{where}: {what}{hint}" if where else what, where or None) from None
 
 
 def turns_of(messages, limits):
-    """Messages -> (turns for layout.Format with texts between images as a list, the images' data URLs with their place)."""
+    """Messages -> (turns for layout.Format with texts between images as a list, the images' data URLs with
+    their place).
+    """
     turns, urls = [], []
     for i, message in enumerate(messages):
         texts = [""]
@@ -143,7 +167,11 @@ def image_of(url, where, limits):
     """A data URL -> RGB PIL image. Nothing is decoded before its size is known."""
     head, comma, data = url.partition(",")
     if not head.startswith("data:"):
-        raise Refusal(400, f"{where}: must be a data URL (data:image/png;base64,...); this server opens no address and no file", where)
+        raise Refusal(
+            400,
+            f"{where}: must be a data URL (data:image/png;base64,...); this server opens no address and no file",
+            where,
+        )
     if not comma or not head.endswith(";base64"):
         raise Refusal(400, f"{where}: a data URL must be base64 (data:image/png;base64,...)", where)
     try:
@@ -153,11 +181,17 @@ def image_of(url, where, limits):
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             if image.width * image.height > limits.pixels:
-                raise Refusal(400, f"{where}: {image.width} x {image.height} pixels, at most {limits.pixels} are allowed", where)
+                raise Refusal(
+                    400,
+                    f"{where}: {image.width} x {image.height} pixels, at most {limits.pixels} are allowed",
+                    where,
+                )
             image.load()
             return rgb(image)
     except Refusal:
         raise
-    except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the request's fault
+    except (
+        Exception
+    ) as error:  # Pillow raises a dozen kinds for broken files, all of them the request's fault
         reason = " ".join(str(error).split()).split(" <_io")[0] or type(error).__name__
         raise Refusal(400, f"{where}: not a readable image ({', '.join(FORMATS)}): {reason}", where) from None

@@ -1,7 +1,9 @@
 """One model, many requests at once: those that wait together are answered by one call of generate.
 
-Any number of threads may `prepare` and `submit`; one thread runs the model. Answers are generate.py's: batches pad, padding changes nothing.
+Any number of threads may `prepare` and `submit`; one thread runs the model. Answers are generate.py's:
+batches pad, padding changes nothing.
 """
+
 import asyncio
 import copy
 import logging
@@ -15,16 +17,19 @@ log = logging.getLogger("crystal.serving.engine")
 
 @dataclass(eq=False)
 class Job:
-    """A prompt on its way to the model, and where its events go: ("text", new text), ("done", Answer) or ("failed", line)."""
+    """A prompt on its way to the model, and where its events go: ("text", new text), ("done", Answer) or
+    ("failed", line).
+    """
+
     stream: bool
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    prompt: tuple = ()               # ids, pixel_values, image_grid_thw
-    limit: int = 0                   # new tokens
+    prompt: tuple = ()  # ids, pixel_values, image_grid_thw
+    limit: int = 0  # new tokens
     said: list = field(default_factory=list)  # ids as they come
-    sent: str = ""                   # text told so far
-    holds: bool = False              # one of the places for decoded pictures
-    gone: bool = False               # the client hung up
+    sent: str = ""  # text told so far
+    holds: bool = False  # one of the places for decoded pictures
+    gone: bool = False  # the client hung up
 
     def tell(self, *event):
         """From the model's thread to the request's loop, unless the client is gone."""
@@ -46,13 +51,16 @@ class Abandoned(Exception):
 
 
 class Engine(threading.Thread):
-    """The one thread that runs the model: takes what waits, up to a batch of equal token limits, oldest first."""
+    """The one thread that runs the model: takes what waits, up to a batch of equal token limits, oldest
+    first.
+    """
 
     def __init__(self, model, fmt, latents, batch, window=0.01):
         super().__init__(daemon=True)
         self.model, self.fmt, self.latents, self.batch, self.window = model, fmt, latents, batch, window
         self.jobs, self.ready, self.stopping = [], threading.Condition(), False
-        # A tokenizer keeps state while it encodes (are special tokens split?), so the one that reads prompts is not the one that writes answers.
+        # A tokenizer keeps state while it encodes (are special tokens split?), so the one that reads prompts
+        # is not the one that writes answers.
         self.reader, self.reading = copy.deepcopy(fmt), threading.Lock()
 
     def prepare(self, turns, images):
@@ -82,7 +90,9 @@ class Engine(threading.Thread):
             self.ready.wait_for(lambda: self.jobs or self.stopping)
             if self.stopping:
                 return None
-            self.ready.wait_for(lambda: len(self.jobs) >= self.batch, self.window)  # those that come together go together
+            self.ready.wait_for(
+                lambda: len(self.jobs) >= self.batch, self.window
+            )  # those that come together go together
             self.jobs = [job for job in self.jobs if not job.gone]
             batch = [job for job in self.jobs if job.limit == self.jobs[0].limit][: self.batch]
             self.jobs = [job for job in self.jobs if job not in batch]
@@ -96,7 +106,14 @@ class Engine(threading.Thread):
     def answer(self, batch):
         """One call of generate; where it fails, each job by itself."""
         try:
-            texts = generate.generate(self.model, [job.prompt for job in batch], self.fmt, batch[0].limit, latents=self.latents, streamer=Steps(self, batch))
+            texts = generate.generate(
+                self.model,
+                [job.prompt for job in batch],
+                self.fmt,
+                batch[0].limit,
+                latents=self.latents,
+                streamer=Steps(self, batch),
+            )
         except Abandoned:
             return
         except Exception as error:
@@ -104,14 +121,18 @@ class Engine(threading.Thread):
                 log.exception("a request failed")
                 batch[0].tell("failed", f"the model failed on this request: {type(error).__name__}")
             texts = None
-        if texts is None:  # too little memory for the whole batch, say: one by one, so that each gets what it can
+        if (
+            texts is None
+        ):  # too little memory for the whole batch, say: one by one, so that each gets what it can
             for job in batch if len(batch) > 1 else ():
                 self.answer([job])
             return
         for job, text in zip(batch, texts):
             if text.startswith(job.sent) and text != job.sent:
                 job.tell("text", text[len(job.sent) :])
-            tokens = len(job.said) or len(self.fmt.text(text))  # a method that generates in its own way may not tell its steps
+            tokens = len(job.said) or len(
+                self.fmt.text(text)
+            )  # a method that generates in its own way may not tell its steps
             cut = tokens >= job.limit and self.fmt.end not in job.said
             job.tell("done", Answer(text, tokens, "length" if cut else "stop"))
 
@@ -133,10 +154,14 @@ class Steps:
             if fmt.end in job.said:
                 continue  # padding beside longer answers
             job.said.append(token)
-            if not job.stream or ((fmt.feeds_back or fmt.writes_own_latents) and fmt.answer_start_id not in job.said):
+            if not job.stream or (
+                (fmt.feeds_back or fmt.writes_own_latents) and fmt.answer_start_id not in job.said
+            ):
                 continue  # a thought of its own is no answer yet
             text = generate.answer_text(model, fmt, job.said)
-            if text.startswith(job.sent) and text != job.sent and not text.endswith("\ufffd"):  # half a character waits
+            if (
+                text.startswith(job.sent) and text != job.sent and not text.endswith("\ufffd")
+            ):  # half a character waits
                 job.tell("text", text[len(job.sent) :])
                 job.sent = text
         if all(job.gone for job in self.batch):
