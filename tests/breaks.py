@@ -3685,7 +3685,7 @@ MEASURES = [
           """[-self.batch :]
 """,
           "The oldest request waits for ever under load.",
-          "tests/test_engine.py"),
+          "tests/test_engine.py::test_the_oldest_are_answered_first"),
     Break("engine-stop-for-length", "crystal/serving/engine.py",
           """"length" if cut else "stop\"""",
           """"stop" if cut else "length\"""",

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from test_structure import ORDER
+from test_structure import ORDER, SPECIFICATION
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+INDEX = ROOT / "tutorials" / "README.md"
+TREE = ROOT / "tutorials" / "tree.md"
 PAGES = [README, *sorted((ROOT / "tutorials").glob("*.md"))]
 CODE = {".py", ".md", ".cpp", ".cu", ".h", ".toml", ".ini", ".sh"}  # suffixes of the repository's own files
 DATA = {".json", ".jsonl", ".txt", ".png", ".jpg", ".safetensors", ".log", ".jinja"}  # may as well be a user's
@@ -96,9 +98,32 @@ def test_blocks_run_and_print_what_the_page_says(page):
             assert agrees(expected, printed, "approximately" in info), f"{name(page)}:{line}: the page says\n{expected}\nand the block prints\n{printed}"
 
 
-def test_tutorials_carry_their_number():
+def test_tutorials_carry_their_number_and_stand_in_the_index():
+    index = INDEX.read_text()
     for page in (ROOT / "tutorials").glob("*.md"):
-        assert page.read_text().startswith(f"# {page.name[:2]}. "), page.name
+        if page.name[0].isdigit():
+            assert page.read_text().startswith(f"# {page.name[:2]}. "), page.name
+        assert page == INDEX or f"]({page.name})" in index, f"tutorials/README.md does not name {page.name}"
+
+
+def test_a_page_runs_by_its_number(tmp_path):
+    """The page's own blocks, in its order; a number that no page has lists them all."""
+    run = [sys.executable, str(ROOT / "tutorials" / "run.py")]
+    done = subprocess.run([*run, "01"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [content for info, _, content, _ in fences((ROOT / "tutorials" / "01_corruption.md").read_text()) if info == "text"]
+    assert expected and all(text in done.stdout for text in expected)
+    listed = subprocess.run([*run, "99"], cwd=tmp_path, capture_output=True, text=True)
+    assert listed.returncode == 2 and "  12. From Python" in listed.stdout and len(listed.stdout.splitlines()) == 14
+
+
+def test_the_eight_files_are_as_long_as_the_readme_says():
+    """To a tenth, so that not every change of a line is one of the README."""
+    said = re.findall(r"\| \[`(\w+\.py)`\]\(crystal/\1\) \| (\d+) \|", README.read_text())
+    assert [file for file, _ in said] == [path.name for path in SPECIFICATION]
+    for file, lines in said:
+        real = len((ROOT / "crystal" / file).read_text().splitlines())
+        assert abs(int(lines) - real) <= real / 10, f"README.md: {file} has {real} lines, not {lines}"
 
 
 @each_page
@@ -202,25 +227,22 @@ def test_help_is_readable(module, capsys, monkeypatch):
     assert "option_strings" not in HELP[module], f"{module}: a % in a help text must be doubled"
 
 
-# --- the README's tree -------------------------------------------------------------------------------------------
+# --- the tree -------------------------------------------------------------------------------------------
 
 
 def tree():
-    """{path: line number} of the block under `## The tree`: two spaces a level, then names (x.py, x.md, x/), then a comment."""
-    text = README.read_text()
-    assert "\n## The tree\n" in text, "README.md: no heading `## The tree`"
-    start = text.index("\n## The tree\n")
-    info, line, content, _ = fences("\n" * text[:start].count("\n") + text[start:])[0]
+    """{path: line number} of the tree's page: two spaces a level, then names (x.py, x.md, x/), then a comment."""
+    info, line, content, _ = fences(TREE.read_text())[0]
     found, above = {}, []
     for number, row in enumerate(content.rstrip("\n").split("\n"), line):
         indent = len(row) - len(row.lstrip(" "))
-        assert indent % 2 == 0 and indent // 2 <= len(above), f"README.md:{number}: indentation is two spaces a level"
+        assert indent % 2 == 0 and indent // 2 <= len(above), f"tree.md:{number}: indentation is two spaces a level"
         above, names = above[: indent // 2], []
         for word in row.split():
             if not re.fullmatch(r"[\w.]+(?:/|\.\w+)", word):
                 break
             names.append(word.rstrip("/"))
-        assert names, f"README.md:{number}: a line of the tree begins with a name"
+        assert names, f"tree.md:{number}: a line of the tree begins with a name"
         found |= {"/".join([*above, entry]): number for entry in names}
         above.append(names[-1])
     return found
@@ -229,16 +251,16 @@ def tree():
 def test_tree_lists_what_is_there():
     listed = tree()
     for path, number in listed.items():
-        assert (ROOT / path).exists(), f"README.md:{number}: no such file: {path}"
+        assert (ROOT / path).exists(), f"tree.md:{number}: no such file: {path}"
     there = [p for folder, kind in (("crystal", "**/*.py"), ("data_prep", "**/*.py"), ("tutorials", "*.md"))
              for p in sorted((ROOT / folder).glob(kind)) if p.stem != "__init__"]
     missing = [name(p) for p in there if name(p) not in listed]
-    assert not missing, f"README.md: the tree leaves out {', '.join(missing)}"
+    assert not missing, f"tree.md: the tree leaves out {', '.join(missing)}"
 
 
 def test_tree_is_in_the_order_of_reading():
     listed = [path for path in tree() if path.startswith("crystal/") and path.endswith(".py")]
-    assert listed == [name(path) for path in ORDER], "README.md: the tree's order is not tests/test_structure.py's HOUSE"
+    assert listed == [name(path) for path in ORDER], "tree.md: the tree's order is not tests/test_structure.py's HOUSE"
 
 
 # --- the checks themselves ---------------------------------------------------------------------------------------

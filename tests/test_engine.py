@@ -1,5 +1,6 @@
 """The thread that runs the model; test_serve.py has it behind the endpoint, with many clients."""
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,3 +71,16 @@ def test_a_batch_that_nobody_waits_for_is_dropped(opened):
         job.tell = lambda *event: told.append(event)
     engine.answer(jobs)
     assert [len(job.said) for job in jobs] == [1, 1] and not told
+
+
+def test_the_oldest_are_answered_first():
+    """More jobs wait than a batch holds: the first come first, those of another limit wait their turn."""
+    engine = Engine(SimpleNamespace(), SimpleNamespace(copies=1), "keep", 2, window=0)
+    jobs = [SimpleNamespace(name=name, limit=limit, gone=gone) for name, limit, gone in
+            (("gone", 5, True), ("a", 5, False), ("b", 7, False), ("c", 5, False), ("d", 5, False), ("e", 7, False))]
+    for job in jobs:
+        engine.submit(job)
+    batches = [[job.name for job in engine.next_batch()] for _ in range(3)]
+    assert batches == [["a", "c"], ["b", "e"], ["d"]] and engine.jobs == []
+    engine.stop()
+    assert engine.next_batch() is None
