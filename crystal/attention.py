@@ -184,7 +184,8 @@ class AttentionRecorder:
         missing = sorted(self.layers - self._slices.keys())
         if missing:
             raise RuntimeError(
-                f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has the forward "
+                f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has "
+                "the forward "
                 "run, does the model have these layers, and does its attention function call the recorder?"
             )
         return dict(sorted(self._slices.items()))

@@ -71,7 +71,8 @@ def main(argv=None):
         sizes = []
     if len(sizes) != 7 or min(sizes, default=0) < 1 or min(a.rows, a.vocab, a.repeats) < 1:
         raise UserError(
-            f"--slice {a.slice} --rows {a.rows} --vocab {a.vocab} --repeats {a.repeats}: seven sizes B,L,M,K,H,G,d, all of them at least 1"
+            f"--slice {a.slice} --rows {a.rows} --vocab {a.vocab} --repeats {a.repeats}: seven sizes "
+            "B,L,M,K,H,G,d, all of them at least 1"
         )
     wanted = a.only.split(",")
     if unknown := set(wanted) - set(CASES):
@@ -82,7 +83,8 @@ def main(argv=None):
 
     machine = probe(device, getattr(torch, a.dtype))
     print(
-        f"machine: {machine['name']}, {machine['threads']} threads, torch {torch.__version__}: copy {machine['copy_gb_s']:.1f} GB/s, "
+        f"machine: {machine['name']}, {machine['threads']} threads, torch {torch.__version__}: copy "
+        f"{machine['copy_gb_s']:.1f} GB/s, "
         f"product {machine['tflop_s']:.3f} TFLOP/s, empty call {machine['empty_us']:.1f} us"
     )
     rows = []
@@ -95,7 +97,7 @@ def main(argv=None):
     print(f"wrote {a.out}")
 
 
-# ---- the machine -----------------------------------------------------------------------------------------------------
+# --- the machine ---
 
 
 def clock(f, device):
@@ -133,9 +135,8 @@ def probe(device, dtype):
     x = torch.ones((1 << 30 if big else 1 << 27) // 4, device=device)
     y, n, empty = torch.empty_like(x), 8192 if big else 1024, torch.zeros(1, device=device)
     copied = 2 * x.numel() * 4 / best(lambda: y.copy_(x), device)
-    squares = [
-        torch.randn(n, n, device=device).to(t) for t in {dtype, torch.float32}
-    ]  # a GPU multiplies ones faster: it draws less power
+    # A GPU multiplies ones faster: it draws less power.
+    squares = [torch.randn(n, n, device=device).to(t) for t in {dtype, torch.float32}]
     product = max(2 * n**3 / best(lambda: s @ s, device) for s in squares)
     return {
         "name": torch.cuda.get_device_name() if big else platform.processor() or platform.machine(),
@@ -148,7 +149,7 @@ def probe(device, dtype):
     }
 
 
-# ---- one operator ----------------------------------------------------------------------------------------------------
+# --- one operator ---
 
 
 def measure(name, title, leaves, peers, floor, machine, repeats, device):
@@ -186,7 +187,8 @@ def measure(name, title, leaves, peers, floor, machine, repeats, device):
     ]  # ms
     ours, rows = sum(map(statistics.median, times["compiled"])), []
     print(
-        f"  {'':24} {'forward ms':>22} {'backward ms':>22} {'of the floor':>13} {'x ours':>7} {'kept MB':>8} {'peak MB':>8} {'runs':>5}"
+        f"  {'':24} {'forward ms':>22} {'backward ms':>22} {'of the floor':>13} {'x ours':>7} "
+        f"{'kept MB':>8} {'peak MB':>8} {'runs':>5}"
     )
     for peer, f in peers.items():
         row = {"operator": name, "case": title, "peer": peer}
@@ -211,7 +213,8 @@ def measure(name, title, leaves, peers, floor, machine, repeats, device):
         rows.append(row)
         spread = [f"{m:.3f} ({q[0]:.3f} to {q[1]:.3f})" for m, q in zip(medians, quartiles)]
         print(
-            f"  {peer:24} {spread[0]:>22} {spread[1]:>22} {row['share_of_floor']:>12.0%} {row['times_ours']:>7.2f} {kept / 1e6:>8.1f} {peak / 1e6:>8.1f} {row['repeats']:>5}"
+            f"  {peer:24} {spread[0]:>22} {spread[1]:>22} {row['share_of_floor']:>12.0%} "
+            f"{row['times_ours']:>7.2f} {kept / 1e6:>8.1f} {peak / 1e6:>8.1f} {row['repeats']:>5}"
         )
     print(f"  {'floor':24} {floors[0]:>22.3f} {floors[1]:>22.3f}")
     return rows
@@ -247,7 +250,8 @@ def gate(name, able, exact_leaves, reference, device):
         )
         if not own <= times * plain + ulp:
             raise UserError(
-                f"{name}: the compiled operator's {kind} are off by {own:.2e}, plain PyTorch's by {plain:.2e}; nothing is timed"
+                f"{name}: the compiled operator's {kind} are off by {own:.2e}, plain PyTorch's by "
+                f"{plain:.2e}; nothing is timed"
             )
     print(
         "  largest error of values and gradients: "
@@ -301,7 +305,7 @@ def compiled_by_torch(f, wanted):
     return torch.compile(f, dynamic=False) if wanted else "left out (--no-compile)"
 
 
-# ---- the operators and their peers -----------------------------------------------------------------------------------
+# --- the operators and their peers ---
 
 
 def vocab_case(a, sizes, device):
@@ -322,9 +326,8 @@ def vocab_case(a, sizes, device):
     def by_liger(z, z2):
         from liger_kernel.transformers.functional import liger_cross_entropy, liger_kl_div
 
-        ce, ce2 = (
-            liger_cross_entropy(x.clone(), labels, reduction="none") for x in (z, z2)
-        )  # it overwrites what it is given
+        # It overwrites what it is given.
+        ce, ce2 = (liger_cross_entropy(x.clone(), labels, reduction="none") for x in (z, z2))
         return (
             ce,
             ce2,
@@ -360,9 +363,8 @@ def heads(a, sizes, device):
         for n in (H, G)
     ]
     rows = torch.arange(max(0, L - M), L, device=device).expand(B, -1).contiguous()  # the answer comes last
-    cols = (
-        torch.arange(max(0, L - M - K), max(1, L - M), device=device).expand(B, -1).contiguous()
-    )  # the latents just before it
+    # The latents just before it.
+    cols = torch.arange(max(0, L - M - K), max(1, L - M), device=device).expand(B, -1).contiguous()
     return leaves, rows, cols
 
 
@@ -495,10 +497,11 @@ def attention_case(a, sizes, device):
         "torch.compile": compiled_by_torch(eager, a.compile),
         "attention alone": lambda *x: (attention.attend(*x),),
     }
+    # Two products over half of L x L.
     flops, moved = (
         2 * B * H * L * (L + 1) * d,
         sum(x.numel() * x.element_size() for x in (*leaves, v)),
-    )  # two products over half of L x L
+    )
     return (
         f"attention and slice, B {B}, L {L}, M {M}, K {K}, H {H}, G {G}, d {d}, {a.dtype}",
         [*leaves, v],

@@ -187,7 +187,8 @@ def main(argv=None):
             scores.setdefault(spec, []).append(percent)
         text = table(scores)
         procs.print(
-            f"\nafter {seed + 1} of {args.seeds} seeds: percent of {len(records)} questions, mean and half width of its 95 % interval over seeds\n{text}\n"
+            f"\nafter {seed + 1} of {args.seeds} seeds: percent of {len(records)} questions, mean and half "
+            f"width of its 95 % interval over seeds\n{text}\n"
         )
     if procs.is_first:
         (out / "table.txt").write_text(text + "\n")

@@ -138,7 +138,8 @@ def main(argv=None):
         say(f"{n + 2}. Training {name}: {args.max_steps} updates of {BATCH} from the same base")
         if "--encoders" in recipe(method):
             procs.print(
-                "its encoder is small and has random weights: it shows that everything runs, and teaches little"
+                "its encoder is small and has random weights: it shows that everything runs, and teaches "
+                "little"
             )
         flags = [
             *data_of(method, scenes, out / "sft", procs),
@@ -162,14 +163,14 @@ def main(argv=None):
     run = runs[Path(args.method).stem]
 
     say(
-        f"{len(chosen) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of the 95 % interval"
+        f"{len(chosen) + 2}. Accuracy on {len(records)} held-out questions, percent with the half width of "
+        "the 95 % interval"
     )
     how = dict(batch_size=100, max_new_tokens=8, procs=procs)
     base = crystal.backbone.model.load("tiny", device=procs.device)
     seeing = evaluate.answers(base, Format(base.tokenizer), records, progress="base", **how)
-    twin = load_file(
-        crystal.backbone.model.TINY.parent / "blind" / "model.safetensors"
-    )  # under a hub's names, the tied head left out
+    # Under a hub's names, the tied head left out.
+    twin = load_file(crystal.backbone.model.TINY.parent / "blind" / "model.safetensors")
     names = crystal.backbone.model.parameter_names(base.hf, twin)
     weights = {names[name]: tensor for name, tensor in twin.items()}
     weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]

@@ -46,9 +46,8 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
             for name in ("config.json", "generation_config.json", "video_preprocessor_config.json"):
                 if (base / name).exists():
                     shutil.copyfile(base / name, out / name)
-            if (
-                base / "processor_config.json"
-            ).exists():  # less the image processor's settings: they are written below, and twice they could disagree
+            # Less the image processor's settings: they are written below, and twice they could disagree.
+            if (base / "processor_config.json").exists():
                 rules = json.loads((base / "processor_config.json").read_text())
                 (out / "processor_config.json").write_text(
                     json.dumps({n: x for n, x in rules.items() if n != "image_processor"}, indent=2) + "\n"
@@ -111,9 +110,8 @@ def merge(base, out, model, changes):
         if Path(name).name != name or not (base / name).is_file():
             raise UserError(f"{base}: no file {name}; an export needs the base's safetensors files")
         shutil.copyfile(base / name, out / name)
-        with open(
-            base / name, "rb"
-        ) as file:  # the format: the header's length in 8 bytes, the header in JSON, the tensors
+        # The format: the header's length in 8 bytes, the header in JSON, the tensors.
+        with open(base / name, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
         own_names = {crystal.backbone.model.unwrapped(key): entry for key, entry in header.items()}
@@ -131,7 +129,8 @@ def merge(base, out, model, changes):
                     new = change(W)
                     if new.shape != W.shape:
                         raise UserError(
-                            f"{base / name}: {key} has shape {tuple(W.shape)}, the trained one {tuple(new.shape)}"
+                            f"{base / name}: {key} has shape {tuple(W.shape)}, the trained one "
+                            f"{tuple(new.shape)}"
                         )
                     file.seek(start + header[key]["data_offsets"][0])
                     file.write(new.contiguous().view(torch.uint8).numpy())
@@ -194,8 +193,10 @@ def main(argv=None):
     print(f"wrote {' and '.join(map(str, written))}")
     if (out / "merged" / MARK).exists():
         print(
-            "Its latents are states that the model feeds back to itself: crystal.generate and crystal.evaluate decode them; transformers, vLLM and other\n"
-            "tools load the directory, but cannot. There it answers without latents: generation_config.json suppresses the tag that opens them."
+            "Its latents are states that the model feeds back to itself: crystal.generate and "
+            "crystal.evaluate decode them; transformers, vLLM and other\n"
+            "tools load the directory, but cannot. There it answers without latents: "
+            "generation_config.json suppresses the tag that opens them."
         )
 
 

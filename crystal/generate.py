@@ -114,7 +114,8 @@ def thought_length(fmt, name):
     """
     if fmt.think_start_id is None:
         raise UserError(
-            f"--latents free: {name} has no latents that it learned to write; a run directory of crystal is needed"
+            f"--latents free: {name} has no latents that it learned to write; a run directory of crystal "
+            "is needed"
         )
     return len(fmt.thinking()[0]) + 2
 
@@ -131,10 +132,11 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=
     """
     tell = streamer.put if streamer else lambda tokens: None
     tell(batch["input_ids"])
+    # What a row does next: choose a token, close the latents, or (1 and more) that many latents.
     free, finish = (
         -1,
         0,
-    )  # what a row does next: choose a token, close the latents, or (1 and more) that many latents
+    )
     stream, prompt = Stream(model), batch["attention_mask"].bool()
     positions = model.positions(batch)  # [3,B,L]
     h, _, piece = stream.run(
@@ -201,7 +203,8 @@ def main(argv=None):
         "--latents",
         default="keep",
         choices=("keep", "drop", "free"),
-        help="keep the thought and its latents in the prompt, leave the latents out, or let the model write them itself",
+        help="keep the thought and its latents in the prompt, leave the latents out, or let the model "
+        "write them itself",
     )
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:

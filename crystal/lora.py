@@ -258,7 +258,8 @@ def adapter_config(model, new_tokens, base_name):
     kinds = {(layer.r, layer.alpha, layer.dropout) for layer in layers.values()}
     if len(kinds) != 1:
         raise ValueError(
-            f"one kind of adapter (r, alpha, dropout) can be saved, the model has {len(kinds)}: {sorted(kinds)}"
+            f"one kind of adapter (r, alpha, dropout) can be saved, the model has {len(kinds)}: "
+            f"{sorted(kinds)}"
         )
     r, alpha, dropout = kinds.pop()
     tokens = {name: new_tokens.ids for name in _token_names(model, new_tokens)}

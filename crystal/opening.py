@@ -29,7 +29,8 @@ def method_flags(parser):
     parser.add_argument(
         "--method",
         default="",
-        help="of a run whose method is a file of its own: the file to run, which you name because you know it",
+        help="of a run whose method is a file of its own: the file to run, which you name because you know "
+        "it",
     )
     parser.add_argument(
         "--trust_method",
@@ -80,9 +81,8 @@ def open_model(
             raise UserError(f"{run}: a run without checkpoints")
         if method:
             raise UserError(f"--method {method}: {name} is no run of train.py, and opens without")
-        dtype = dtype or (
-            torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        )  # as train.py's --dtype auto
+        # As train.py's --dtype auto.
+        dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         model = crystal.backbone.model.load(name, dtype, device, min_pixels, max_pixels)
         return model, exported_format(crystal.backbone.model.resolve(name), model.tokenizer), None
     directory = find(run, which)

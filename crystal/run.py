@@ -16,7 +16,7 @@ import torch
 
 from crystal import methods
 from crystal.attention import AttentionRecorder, attn_slice
-from crystal.evaluation.reliance import recorded
+from crystal.evaluation.interventions import recorded
 from crystal.generate import ask
 from crystal.latent_copy import dual_forward
 from crystal.opening import find, open_model

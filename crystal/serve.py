@@ -53,7 +53,7 @@ from crystal.serving.engine import Engine, Job
 KEY = "CRYSTAL_API_KEY"  # of the environment: a flag would stand in the list of processes
 
 
-# --- the server --------------------------------------------------------------------------------------------------
+# --- the server ---
 
 
 class Server:
@@ -62,9 +62,8 @@ class Server:
     def __init__(self, model, fmt, name, limits, latents="keep", key=None, hosts=()):
         self.name, self.limits, self.key, self.hosts, self.places = name, limits, key, hosts, 0
         self.engine = Engine(model, fmt, latents, limits.batch)
-        self.decoded = asyncio.Semaphore(
-            2 * limits.batch
-        )  # pictures become large when they are decoded: of the rest only the bodies wait
+        # Pictures become large when they are decoded: of the rest only the bodies wait.
+        self.decoded = asyncio.Semaphore(2 * limits.batch)
         self.context = model.hf.config.get_text_config().max_position_embeddings
         self.created = int(time.time())
         routes = [
@@ -102,9 +101,8 @@ class Server:
 
         async def guard(request):
             host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-            if (
-                self.hosts and host not in self.hosts
-            ):  # a web page whose name was pointed at this machine must not ask
+            # A web page whose name was pointed at this machine must not ask.
+            if self.hosts and host not in self.hosts:
                 raise Refusal(403, f"host {host!r}: this server answers to {', '.join(self.hosts)}")
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
@@ -132,9 +130,8 @@ class Server:
         try:
             if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
                 await self.body(request, keep=False)
-                raise Refusal(
-                    415, "content-type must be application/json"
-                )  # a web page may send others to any address unasked
+                # A web page may send others to any address unasked.
+                raise Refusal(415, "content-type must be application/json")
             asked = parse(await self.body(request))
             if asked.model != self.name:
                 raise Refusal(404, f"model: no {asked.model!r} here, this server has {self.name!r}", "model")
@@ -143,9 +140,8 @@ class Server:
             job.holds = True
             if await request.is_disconnected():
                 raise Refusal(499, "the client hung up")
-            job.prompt, job.limit = await asyncio.to_thread(
-                self.prepare, asked
-            )  # decoding a picture must not stop the others
+            # Decoding a picture must not stop the others.
+            job.prompt, job.limit = await asyncio.to_thread(self.prepare, asked)
             self.engine.submit(job)
             head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
             if job.stream:
@@ -220,7 +216,8 @@ class Server:
         if len(prompt[0]) + limit > self.context:
             raise Refusal(
                 400,
-                f"messages: {len(prompt[0])} tokens and {limit} new ones, the model's context is {self.context}",
+                f"messages: {len(prompt[0])} tokens and {limit} new ones, the model's context is "
+                f"{self.context}",
                 "messages",
             )
         return prompt, limit
@@ -288,7 +285,7 @@ def usage_of(job, answer):
     }
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command ---
 
 
 def listen(host, port):
@@ -357,7 +354,8 @@ def main(argv=None):
     local = is_loopback(address)
     if not local and not key:
         raise UserError(
-            f"--host {args.host}: others can reach this address; set a key in the environment variable {KEY} first"
+            f"--host {args.host}: others can reach this address; set a key in the environment variable "
+            f"{KEY} first"
         )
     model, fmt, _ = open_model(
         args.model,
@@ -385,7 +383,8 @@ def main(argv=None):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn ends on them, then sends them again
     print(
-        f"serving {name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 (stop with Ctrl-C)",
+        f"serving {name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 (stop with "
+        "Ctrl-C)",
         flush=True,
     )
     runner.run(sockets=[sock])

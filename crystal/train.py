@@ -39,7 +39,7 @@ from crystal.run_directory import (
     summary_writer,
     write,
 )
-from crystal.runtime import checkpoint, config, data, distributed, ops
+from crystal.runtime import checkpoint, config, data, distributed, ops, sampling
 from crystal.runtime.config import UserError
 
 
@@ -80,14 +80,14 @@ def learning_rate(step, settings):
 
 
 def main(argv=None):
-    # ------------------------------------------------------------------------------------------ settings
+    # --- settings ---
     settings = methods.parse(argv)
     run = settings.run_dir
     check_writable(run)
     if settings.tensorboard:
         summary_writer()  # whether there is one
 
-    # ----------------------------------------------------------------------------------------- processes
+    # --- processes ---
     procs = distributed.start(settings.device)
     device = procs.device
     dtype = dtype_of(settings, device)
@@ -101,7 +101,7 @@ def main(argv=None):
     weights_dtype = torch.float32 if mixed else dtype
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
 
-    # --------------------------------------------------------------------------------------------- model
+    # --- model ---
     ops.announce(procs.print)
     with procs.main_process_first():  # a hub name is downloaded once
         model = crystal.backbone.model.load(
@@ -120,15 +120,15 @@ def main(argv=None):
         f"{procs.world} process(es) on {device.type}, {kind}"
     )
 
-    # ---------------------------------------------------------------------------------------------- data
+    # --- data ---
     # One set to train on for each stage; what was broken is listed once the directory is this run's.
     train_sets, val_set, unlisted = open_data(settings, method, model, fmt, procs)
     pad = model.tokenizer.pad_token_id
 
-    # ----------------------------------------------------------------------------------------- optimiser
+    # --- optimiser ---
     optimizer = optimizer_of(named, model, settings)
 
-    # -------------------------------------------------------------------------------------------- resume
+    # --- resume ---
     step = 0
     if settings.resume:
         newest = checkpoint.newest(run, procs.print)
@@ -144,7 +144,7 @@ def main(argv=None):
             )
         check_overwrite(run, settings)
 
-    # ---------------------------------------------------------------------------------------------- loop
+    # --- loop ---
     wrapped = procs.wrap(objective)
     stages = [stage_batches(i, examples, step, settings, pad, procs) for i, examples in enumerate(train_sets)]
     batches = itertools.chain.from_iterable(stages)
@@ -255,7 +255,7 @@ def main(argv=None):
                 store(run, step, settings, optimizer, named, procs, None)
             last_saved = step
 
-    # ----------------------------------------------------------------------------------------------- end
+    # --- end ---
     bar.close()
     if stopping and step < settings.max_steps:
         by = stop.asked or "a signal"
@@ -378,7 +378,7 @@ def stage_batches(stage, examples, step, settings, pad, procs):
     none.
     """
     start, stop = settings.span(stage)
-    order = data.BatchSampler(
+    order = sampling.BatchSampler(
         len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world,
         seed=settings.seed, start=max(start, step), stop=stop,
     )

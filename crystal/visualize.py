@@ -53,9 +53,8 @@ def pictures(
     if count < 1:
         raise UserError(f"--count {count}: must be at least 1")
     out = Path(out_dir)
-    paths = [
-        loss_curves(run_dir, out / "losses.png")
-    ]  # first: it needs no model, and tells a run from what is none
+    # First: it needs no model, and tells a run from what is none.
+    paths = [loss_curves(run_dir, out / "losses.png")]
     records, _ = data.read(data_path, image_root)
     if broken := [r for r in records if isinstance(r, data.RecordError)]:
         raise broken[0]

@@ -85,7 +85,8 @@ def question(path, depth_path, name, out, gap, seed):
     depth = np.asarray(data.load_image(depth_path, depth_path).convert("L"))  # [h,w]
     if depth.shape != (image.height, image.width):
         raise data.RecordError(
-            f"{depth_path}: is {depth.shape[1]} x {depth.shape[0]}, the photograph {image.width} x {image.height}"
+            f"{depth_path}: is {depth.shape[1]} x {depth.shape[0]}, the photograph {image.width} x "
+            f"{image.height}"
         )
     rng = np.random.default_rng(
         int.from_bytes(hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8], "big")
@@ -133,9 +134,8 @@ def run(images, depth, out, count=0, gap=20, seed=0, skip=False, say=print):
             break
         map_path = depth / Path(name).with_name(f"{Path(name).stem}_depth.png")
         if not map_path.is_file():
-            map_path = (
-                depth / f"{Path(name).stem}_depth.png"
-            )  # Depth Anything writes all maps into one folder
+            # Depth Anything writes all maps into one folder.
+            map_path = depth / f"{Path(name).stem}_depth.png"
         if not map_path.is_file():
             lacking.append(name)
             continue
@@ -150,7 +150,8 @@ def run(images, depth, out, count=0, gap=20, seed=0, skip=False, say=print):
             records.append(record)
     if not records:
         raise UserError(
-            f"{depth}: no question could be made: {len(lacking)} of {len(names)} photographs have no NAME_depth.png, {flat} have too flat a depth map"
+            f"{depth}: no question could be made: {len(lacking)} of {len(names)} photographs have no "
+            f"NAME_depth.png, {flat} have too flat a depth map"
         )
     (out / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for line in bad:

@@ -48,7 +48,7 @@ class BadRow(Exception):
     """One row cannot be used; the message names its column."""
 
 
-# --- the parts ---------------------------------------------------------------------------------------------------
+# --- the parts ---
 
 
 def find(parts):
@@ -82,7 +82,8 @@ def opened(path):
     names = part.schema_arrow.names
     if missing := [name for name in COLUMNS if name not in names]:
         raise UserError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(names)}; the CoVT parts have {', '.join(COLUMNS)}"
+            f"{path}: no column {missing[0]!r}; it has {', '.join(names)}; the CoVT parts have "
+            f"{', '.join(COLUMNS)}"
         )
     kind = part.schema_arrow.field("image").type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
@@ -150,7 +151,7 @@ def choose(files, subsets, sample, seed):
     return wanted, len(kept)
 
 
-# --- one row -----------------------------------------------------------------------------------------------------
+# --- one row ---
 
 
 def convert(row, where, images):
@@ -209,7 +210,7 @@ def same(path, raw):
     return path.stat().st_size == len(raw) and path.read_bytes() == raw
 
 
-# --- the conversion ----------------------------------------------------------------------------------------------
+# --- the conversion ---
 
 
 def run(parts, out, subsets=(), sample=0, seed=0, skip=False, say=print):

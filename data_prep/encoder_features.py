@@ -70,10 +70,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: must be at least 1")
+    # Ranks wait for the slowest one's last file.
     procs, skip = (
         distributed.start(args.device, timeout=86400.0),
         args.on_bad_record == "skip",
-    )  # ranks wait for the slowest one's last file
+    )
     source, root = Path(args.data), Path(args.image_root or Path(args.data).parent)
     records, bad, _ = usable(source, root, skip)
     total, seen = len(records) + len(bad), list(bad)
@@ -89,9 +90,8 @@ def main(argv=None):
             json.dumps([made_by, *([r.id, *map(str, r.images)] for r in parts[file])]).encode()
         ).hexdigest()
         known = about(root / file)
-        if known.get("made_with") != made_with[file] or (
-            known["broken"] and not skip
-        ):  # an image may have been mended
+        # An image may have been mended.
+        if known.get("made_with") != made_with[file] or (known["broken"] and not skip):
             todo.append(file)
     procs.barrier()  # all ranks have seen the same ones missing
     procs.print(f"{len(records)} records in {len(parts)} files, {len(parts) - len(todo)} there already")
@@ -119,7 +119,8 @@ def main(argv=None):
                 leave_out(line, bad, skip, total, "records")
             files |= {r.where: file for r in part if r.id not in broken}
         print(
-            f"wrote {write_records(source, args.name, files, bad)}: --encoders features:{args.name}:{encoder.dim}"
+            f"wrote {write_records(source, args.name, files, bad)}: --encoders "
+            f"features:{args.name}:{encoder.dim}"
         )
     procs.stop()
 

@@ -26,7 +26,8 @@ def usable(source, root, skip, limit=0):
                 raise r
             if r.id == r.where or r.id in known:
                 raise data.RecordError(
-                    f"{r.where}: field 'id': missing, or that of another record; a record's features are found by it"
+                    f"{r.where}: field 'id': missing, or that of another record; a record's features are "
+                    "found by it"
                 )
             if not r.images:
                 raise data.RecordError(f"{r.where}: field 'image': missing; there is nothing to look at")

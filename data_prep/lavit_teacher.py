@@ -100,9 +100,8 @@ def look(model, fmt, method, records, batch_size):
         batch = data.to_device(batch, model.device, model.hf.dtype)
         recorder = Looks(text_rows(batch), batch["image"])
         h = method.hidden(model, batch, recorder)  # [B,L,E]
-        images = model.image_processor.grids(
-            batch["image_grid_thw"]
-        )  # rows and columns of tokens of every image
+        # Rows and columns of tokens of every image.
+        images = model.image_processor.grids(batch["image_grid_thw"])
         for r, S, cols, states, sizes_of in zip(
             group, recorder.S.cpu(), batch["image"], h, batch["sizes"].tolist()
         ):
@@ -192,7 +191,8 @@ def report(lines, share):
     """What each filter keeps, alone and after those before it -> text."""
     n, kept = len(lines), lines
     out = [
-        f"{n} records, entropy of the gaze {sum(x['entropy'] for x in lines) / n:.3f}, salient tokens {sum(x['salient'] for x in lines) / n:.1f}"
+        f"{n} records, entropy of the gaze {sum(x['entropy'] for x in lines) / n:.3f}, salient tokens "
+        f"{sum(x['salient'] for x in lines) / n:.1f}"
     ]
     judged = [x["focus"] for x in lines if x["focus"] is not None]
     if judged:
@@ -281,10 +281,11 @@ def main(argv=None):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: must not be negative")
+    # Ranks wait for the slowest one's last shard.
     procs, skip = (
         distributed.start(args.device, timeout=86400.0),
         args.on_bad_record == "skip",
-    )  # ranks wait for the slowest one's last shard
+    )
     source, root = Path(args.data), Path(args.image_root or Path(args.data).parent)
     records, bad, dropped = usable(source, root, skip, args.limit)
     total, seen = len(records) + len(bad), list(bad)
@@ -298,7 +299,8 @@ def main(argv=None):
     stale = note.is_file() and json.loads(note.read_text()) != made_with
     if stale and not args.overwrite:
         raise UserError(
-            f"{note}: the shards there were made by another teacher, of other records or with other settings; --overwrite makes them anew"
+            f"{note}: the shards there were made by another teacher, of other records or with other "
+            "settings; --overwrite makes them anew"
         )
     procs.barrier()  # all ranks have looked
     if procs.is_first:
@@ -309,11 +311,12 @@ def main(argv=None):
 
     procs.barrier()
     logs = [log(part) for part in parts]
+    # An image may have been mended.
     todo = [
         i
         for i, lines in enumerate(logs)
         if not lines or (not skip and any("broken" in line for line in lines))
-    ]  # an image may have been mended
+    ]
     procs.barrier()  # all ranks have seen the same ones missing
     procs.print(
         f"{len(records)} records in {len(parts)} shards, {len(parts) - len(todo)} there already"
@@ -335,7 +338,8 @@ def main(argv=None):
         method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
         if fmt.copies > 1:
             raise UserError(
-                f"{args.teacher}: shows itself each image {fmt.copies} times; a gaze needs a teacher that sees it once"
+                f"{args.teacher}: shows itself each image {fmt.copies} times; a gaze needs a teacher that "
+                "sees it once"
             )
         for i in todo[procs.rank :: procs.world]:
             tensors, lines = shard(
@@ -353,7 +357,8 @@ def main(argv=None):
             )
             done += len(lines)
             procs.print(
-                f"shard {i + 1}/{len(parts)}: {done * procs.world / (time.perf_counter() - started):.1f} records/s"
+                f"shard {i + 1}/{len(parts)}: {done * procs.world / (time.perf_counter() - started):.1f} "
+                "records/s"
             )
     procs.barrier()
 

@@ -33,7 +33,8 @@ def convert(item, where, images, prompt):
     for name in FIELDS:
         if name not in item:
             raise data.RecordError(
-                f"{where}: no field {name!r}; it has {', '.join(map(str, item))}; TallyQA's questions have {', '.join(FIELDS)}"
+                f"{where}: no field {name!r}; it has {', '.join(map(str, item))}; TallyQA's questions have "
+                f"{', '.join(FIELDS)}"
             )
     if not isinstance(item["answer"], int) or isinstance(item["answer"], bool) or item["answer"] < 0:
         raise data.RecordError(f"{where}: field 'answer': {item['answer']!r} is not a count")
@@ -92,7 +93,8 @@ def run(questions, images, out, kind="all", sample=0, seed=0, prompt="", skip=Fa
         say(f"left out: {line}")
     counts = {k: sum(r["family"] == k for r in records) for k in ("simple", "complex")}
     say(
-        f"{len(records)} records in {out} ({counts['simple']} simple, {counts['complex']} complex), {len(bad)} broken ones left out"
+        f"{len(records)} records in {out} ({counts['simple']} simple, {counts['complex']} complex), "
+        f"{len(bad)} broken ones left out"
     )
     return len(records)
 

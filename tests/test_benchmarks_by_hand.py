@@ -13,7 +13,7 @@ from PIL import Image
 
 import by_hand
 from crystal import evaluate
-from crystal.evaluation import benchmarks
+from crystal.evaluation import asking, benchmarks
 from crystal.evaluation.benchmarks import known_as, option, read, scores, yes_no
 from crystal.runtime import data
 from crystal.runtime.config import UserError
@@ -217,7 +217,7 @@ def hand(model_dirs, tmp_path, monkeypatch):
         return [kept.answers.pop(0) for _ in prompts]
 
     monkeypatch.setattr(evaluate, "open_model", lambda *args, **how: (s.real, s.fmt, None))
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(asking, "generate", generate)
     monkeypatch.chdir(tmp_path)
     return kept
 

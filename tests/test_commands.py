@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from crystal import bench, compare, demo, evaluate, export, generate, opening, serve, train, visualize
+from crystal.evaluation import asking
 from crystal.runtime import checkpoint, config, toy
 from test_benchmarks import picture
 from test_opening import run, saved  # noqa: F401  a fixture, and what reads its files
@@ -247,7 +248,7 @@ def commands():
     own = [
         path
         for path in files
-        if re.search(r"= (config\.)?OneLineParser\(prog|= (config\.)?OneLineParser\(desc", path.read_text())
+        if re.search(r"= (config\.)?OneLineParser\(\s*(prog|desc)", path.read_text())
     ]
     return sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -580,7 +581,7 @@ def fed(monkeypatch):
         calls.append(SimpleNamespace(prompts=prompts, room=max_new_tokens, biases=biases, latents=latents))
         return ["red"] * len(prompts)
 
-    monkeypatch.setattr(evaluate, "generate", record)
+    monkeypatch.setattr(asking, "generate", record)
     return calls
 
 
@@ -670,7 +671,7 @@ def test_evaluate_asks_with_and_without_latents(attached, fed, records_file, mon
         wrote.append((prompts, max_new_tokens))
         return [fmt.latents + [fmt.answer_start_id] + fmt.text("red") + [fmt.answer_end_id]] * len(prompts)
 
-    monkeypatch.setattr(evaluate, "write", write)
+    monkeypatch.setattr(asking, "write", write)
     flags = ["--data", str(records_file), "--limit", "1", "--max_new_tokens", "4", "--device", "cpu"]
     for latents in ("keep", "drop", "mask", "free"):
         evaluate.main([*flags, "--latents", latents])
@@ -896,8 +897,8 @@ def test_evaluate_scores_a_benchmark_as_told(attached, fed, tmp_path, monkeypatc
         for i, (answer, group) in enumerate(zip("AAABB", "xxxxy"))
     ]
     (tmp_path / "mine.tsv").write_text("\n".join(lines) + "\n")
-    told = evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda *args: ["A" for _ in told(*args)])
+    told = asking.generate
+    monkeypatch.setattr(asking, "generate", lambda *args: ["A" for _ in told(*args)])
     for flags, score in (([], 3 / 5), (["--scores", "HRBench4K"], 3 / 8)):
         evaluate.main(
             [

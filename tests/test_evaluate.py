@@ -3,16 +3,16 @@ import csv
 import json
 
 import pytest
+from test_benchmarks import picture
 
 import crystal.backbone.model
 from crystal import evaluate
 from crystal.corrupt import Corruption
 from crystal.evaluate import by_family, table
-from crystal.evaluation import benchmarks
+from crystal.evaluation import asking, benchmarks
 from crystal.layout import Format
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from test_benchmarks import picture
 
 
 def test_table_by_family():
@@ -32,13 +32,13 @@ def test_answers_from_what_is_shown(records_file):
         fed.append(prompts)
         return ["red"] * len(prompts)
 
-    old, evaluate.generate = evaluate.generate, record
+    old, asking.generate = asking.generate, record
     try:
         for how in ({}, {"grey": True}, {"corruption": Corruption("blur=5")}):
-            results = evaluate.answers(model, fmt, records, batch_size=2, **how)
+            results = asking.answers(model, fmt, records, batch_size=2, **how)
             assert [r["id"] for r in results] == ["0", "1", "2"] and [r["correct"] for r in results] == [True, False, False]
     finally:
-        evaluate.generate = old
+        asking.generate = old
     assert len(fed) == 6 and len(fed[0]) == 2
     assert fed[0][0][0] == fed[2][0][0] == fed[4][0][0]  # one prompt
     x, g, c = (fed[i][0][1] for i in (0, 2, 4))
@@ -61,11 +61,11 @@ def test_free_latents_are_counted(setup, monkeypatch):
     """Of three answers one comes after all latents, one after some, one after none."""
     s = setup()
     end = [s.fmt.answer_start_id] + s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
-    monkeypatch.setattr(evaluate, "write", lambda model, prompts, fmt, n, *_: [s.fmt.thinking()[0] + end, s.fmt.latents[:2] + end, s.fmt.text("red")][: len(prompts)])
-    results = evaluate.answers(s.model, s.fmt, s.records, latents="free")
+    monkeypatch.setattr(asking, "write", lambda model, prompts, fmt, n, *_: [s.fmt.thinking()[0] + end, s.fmt.latents[:2] + end, s.fmt.text("red")][: len(prompts)])
+    results = asking.answers(s.model, s.fmt, s.records, latents="free")
     assert [r["latents"] for r in results] == [3, 2, 0] and [r["prediction"] for r in results] == ["red"] * 3
     with pytest.raises(UserError, match="--latents mask: the prompt holds no latents .the model makes them"):
-        evaluate.hide_latents(setup("--thought", "cot").fmt)
+        asking.hide_latents(setup("--thought", "cot").fmt)
     line, shares = evaluate.written_text(results, 3)
     assert shares == {"all": 1 / 3, "some": 1 / 3, "none": 1 / 3} and "all 3 in 33.3 %" in line
 
@@ -87,7 +87,7 @@ def told(out):
 
 def test_a_benchmark_from_file_to_scores(tmp_path, monkeypatch, capsys):
     path, out = tsv(tmp_path / "BLINK.tsv"), tmp_path / "p.jsonl"
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, fmt, n, *_: ["A", "the dog", "cat or dog"][: len(prompts)])
+    monkeypatch.setattr(asking, "generate", lambda model, prompts, fmt, n, *_: ["A", "the dog", "cat or dog"][: len(prompts)])
     flags = ["--benchmark", str(path), "--device", "cpu", "--batch_size", "3", "--out", str(out), "--min_pixels", "3136", "--max_pixels", "6272"]
     evaluate.main(flags)
     printed = capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return ["A"] * len(prompts)
 
-    monkeypatch.setattr(evaluate, "generate", answer)
+    monkeypatch.setattr(asking, "generate", answer)
     flags = ["--data", str(path), "--device", "cpu", "--batch_size", "2", "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(flags)
@@ -146,7 +146,7 @@ def test_bad_flags_are_one_line(tmp_path, records_file):
 def test_diagnose_asks_with_the_seed_and_keeps_what_a_tsv_was_answered(tmp_path, monkeypatch, capsys):
     path, fed = tsv(tmp_path / "x.tsv", 2), []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, fmt, n, *_: fed.append(prompts[0][1]) or ["A"] * len(prompts))
+    monkeypatch.setattr(asking, "generate", lambda model, prompts, fmt, n, *_: fed.append(prompts[0][1]) or ["A"] * len(prompts))
     for seed in "001":
         evaluate.main(["--data", str(path), "--diagnose", "--corruption", "noise=50", "--seed", seed, "--device", "cpu"])
     assert (fed[0] == fed[1]).all() and not (fed[0] == fed[2]).all()

@@ -2,225 +2,27 @@
 
 Right answers follow from by_hand.py's rules; intervals are scipy's; attention is counted; every printed table is written out.
 """
-import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import by_hand
 import pytest
-import torch
+from hand import AS_TRAINED, BOTTLENECK, DROPPED, Masked, counted_mass, said
+from hand import hand, ingredients  # noqa: F401  (fixtures)
 from PIL import Image
 from scipy.stats import binomtest
 
-import by_hand
 from crystal import evaluate, methods
-from crystal.attention_bias import AttentionBias
 from crystal.corrupt import Corruption
-from crystal.evaluation import reliance
-from crystal.methods.sft import Method as SFT
-from crystal.runtime import data
+from crystal.evaluation import asking, reliance
 from crystal.runtime.config import UserError
-
-BLACK = Corruption("mask=1")  # corruption: every pixel becomes 0
-
-AS_TRAINED = ["black", "white", "dark", "light", "light", "white.", "white", "grey"]
-DROPPED = ["nothing", "nothing", "dark", "light", "light", "pale", "nothing", "nothing"]
-BLIND = ["nothing"] * 8
-CORRUPTED = ["black", "black", "black", "black", "black", "white.", "black", "black"]
-GREY = ["grey", "grey", "grey", "grey", "grey", "white.", "grey", "grey"]  # 128 of 255 is nearest to grey's 120
-BOTTLENECK = ["black", "white", "nothing", "nothing", "nothing", "white.", "nothing", "grey"]
-RIGHT = [True, True, True, True, True, False, True, True]  # of the first
-
-
-class Masked(SFT):
-    """A method with LIVR's kind of mask: rows that are neither image nor latent do not see the image. Its sequences are CrystaL's."""
-
-    def biases(self, model, batch):
-        latents = torch.isin(batch["input_ids"], torch.tensor(self.latents))
-        picture = batch["input_ids"] == self.image
-        return [AttentionBias(~latents & ~picture, picture)]
-
-
-@pytest.fixture(scope="module")
-def ingredients(model_dirs):
-    return by_hand.ingredients(model_dirs[True])
-
-
-@pytest.fixture
-def hand(ingredients, tmp_path, monkeypatch):
-    """The model by hand in the place of whatever --model names, CrystaL's format with three latents, the eight records."""
-    s, file = ingredients, by_hand.write_records(tmp_path)
-    hand = SimpleNamespace(model=by_hand.model_by_hand(s.real), fmt=s.fmt, file=file, records=data.read(file)[0], settings=copy.copy(s.settings),
-                           opened=[], fed=[])
-    monkeypatch.setattr(Masked, "latents", s.fmt.latents, raising=False)
-    monkeypatch.setattr(Masked, "image", s.fmt.image, raising=False)
-
-    def generate(model, prompts, fmt, n, biases=None, latents="keep"):
-        hand.fed.append((len(prompts), n, latents))
-        return by_hand.generate(model, prompts, fmt, n, biases)
-
-    def open_model(name, which, device, **how):
-        hand.opened.append((name, which, str(device), how))
-        return hand.model, hand.fmt, hand.settings
-
-    monkeypatch.setattr(evaluate, "generate", generate)
-    monkeypatch.setattr(evaluate, "open_model", open_model)
-    monkeypatch.chdir(tmp_path)
-    return hand
-
-
-def said(results):
-    return [r["prediction"] for r in results]
-
-
-# --- one way of asking after the other ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("how, expected", [({}, AS_TRAINED), ({"latents": "drop"}, DROPPED), ({"latents": "mask"}, DROPPED), ({"grey": True}, GREY), ({"corruption": BLACK}, CORRUPTED),
-                                           ({"corruption": Corruption("mask=0")}, AS_TRAINED), ({"latents": "drop", "grey": True}, ["nothing", "nothing", "grey", "grey", "grey", "pale", "nothing", "nothing"])],
-                         ids=["keep", "drop", "mask", "grey", "corrupted", "corrupted by nothing", "drop and grey"])
-def test_what_each_way_of_asking_is_answered(hand, how, expected):
-    results = evaluate.answers(hand.model, hand.fmt, hand.records, batch_size=3, max_new_tokens=5, **how)
-    assert said(results) == expected
-    assert [r["index"] for r in results] == list(range(8)) and [r["id"] for r in results] == [f"q{i}" for i in range(8)]
-    latents = how.get("latents", "keep")
-    assert hand.fed == [(3, 5, "keep" if latents == "mask" else latents)] * 2 + [(2, 5, "keep" if latents == "mask" else latents)]
-
-
-def test_a_result_in_full(hand):
-    """Case and a final full stop do not count; a family's absence is "all"; the question is the last turn's last part."""
-    hand.records[6].family = ""
-    hand.records[7].turns = [("user", ["", "not this see", "see five"])]
-    hand.records[7].images *= 2
-    results = evaluate.answers(hand.model, hand.fmt, hand.records)
-    assert results[6] == {"index": 6, "id": "q6", "family": "all", "question": "<image>\nboth four", "answer": "White.", "prediction": "white", "extracted": "white", "correct": True}
-    assert results[5] == {"index": 5, "id": "q5", "family": "b", "question": "<image>\nguess three", "answer": "grey", "prediction": "white.", "extracted": "white", "correct": False}
-    assert results[7]["question"] == "see five" and [r["correct"] for r in results] == RIGHT
-
-
-def test_masks_add_up(hand):
-    """--bottleneck alone closes the picture to the answer; with the latents masked too nothing is left."""
-    mask = lambda batch: Masked(None).biases(hand.model, batch)
-    assert said(evaluate.answers(hand.model, hand.fmt, hand.records, biases=mask)) == BOTTLENECK
-    both = said(evaluate.answers(hand.model, hand.fmt, hand.records, latents="mask", biases=mask))
-    assert both == ["nothing"] * 5 + ["pale"] + ["nothing"] * 2
-
-
-def test_the_mask_that_hides_latents(hand):
-    """Every token but a latent is blind to the latents, the latents are not, and nothing else is hidden."""
-    ids = torch.tensor([[1, hand.fmt.latents[0], 2, hand.fmt.latents[2]]])
-    bias, = evaluate.hide_latents(hand.fmt)({"input_ids": ids})
-    assert bias.queries.tolist() == [[True, False, True, False]] and bias.keys.tolist() == [[False, True, False, True]] and bias.value == float("-inf")
-    own = AttentionBias(bias.keys, bias.keys)
-    assert evaluate.hide_latents(hand.fmt, lambda batch: [own])({"input_ids": ids})[0] is own
-
-
-def test_corruption_depends_on_the_seed(hand):
-    fed = []
-    for seed in (0, 0, 1):
-        hand.fed.clear()
-        examples = []
-        original = by_hand.generate
-
-        def keep(model, prompts, fmt, n, biases=None, latents="keep"):
-            examples.extend(pixels for _, pixels, _ in prompts)
-            return original(model, prompts, fmt, n, biases)
-
-        evaluate.generate = keep
-        evaluate.answers(hand.model, hand.fmt, hand.records[:2], corruption=Corruption("noise=50"), seed=seed)
-        fed.append(torch.cat(examples))
-    assert torch.equal(fed[0], fed[1]) and not torch.equal(fed[0], fed[2])
-    deviation = (fed[0] - fed[2]).std()
-    assert 0.2 < float(deviation) < 1.2  # two noises of 50 of 255 apart, in units of the processor's
-
-
-@pytest.mark.parametrize("rank, done, mine", [(0, [], [0, 2, 4, 6]), (1, [], [1, 3, 5, 7]), (0, [0, 3], [1, 4, 6]), (1, [0, 3], [2, 5, 7])])
-def test_the_shares_of_ranks(hand, rank, done, mine):
-    """What is left to ask is dealt out one by one; what an earlier run answered is not asked again and stands in its place."""
-    told = []
-    procs = SimpleNamespace(rank=rank, world=2, is_first=rank == 0, device=torch.device("cpu"), gather=lambda items: [*items, {"index": 99}])
-    before = {i: {"index": i, "prediction": "earlier"} for i in done}
-    results = evaluate.answers(hand.model, hand.fmt, hand.records, batch_size=3, procs=procs, done=before, tell=told.append)
-    assert [r["index"] for r in told] == mine
-    assert [r["index"] for r in results] == sorted([*mine, *done]) + [99]
-    assert [r["prediction"] for r in results if r["index"] in done] == ["earlier"] * len(done)
-    assert [r["prediction"] for r in told] == [AS_TRAINED[i] for i in mine]
-
-
-def test_free_asks_the_bare_question_with_room_for_the_thought(hand, monkeypatch):
-    asked = []
-
-    def write(model, prompts, fmt, n, biases):
-        asked.append((n, biases, [any(token in ids for token in (fmt.think_start_id, *fmt.latents)) for ids, _, _ in prompts]))
-        return [fmt.thinking()[0] + [fmt.answer_start_id] + fmt.text("black") + [fmt.answer_end_id, fmt.end] for _ in prompts]
-
-    monkeypatch.setattr(evaluate, "write", write)
-    results = evaluate.answers(hand.model, hand.fmt, hand.records[:2], latents="free", max_new_tokens=7)
-    thought = len(hand.fmt.thinking()[0])  # <think>, words, three latents, a full stop, </think>
-    assert asked == [(7 + thought + 2, None, [False, False])]  # and <answer> and one to spare
-    assert said(results) == ["black", "black"] and [r["latents"] for r in results] == [3, 3]
 
 
 def test_written_text_by_number():
     line, shares = evaluate.written_text([{"latents": n} for n in (4, 4, 5, 1, 0, 3, 3, 0)], 4)
     assert line == "latents that the model wrote itself: all 4 in 37.5 % of the answers, some in 37.5 %, none in 25.0 %"
     assert shares == {"all": 0.375, "some": 0.375, "none": 0.25}
-
-
-# --- diagnosis --------------------------------------------------------------------------------------------------------
-
-def counted_mass(hand):
-    """Attention of the rows from <answer> to the one before the end: see by_hand.weigh."""
-    total = 0.0
-    for record in hand.records:
-        grid = data.RecordDataset([record], None, hand.model.image_processor).pixels([data.load_image(record.images[0], "")])["image_grid_thw"]
-        ids, image, _ = hand.fmt.question(record.turns, hand.model.image_processor.tokens(grid))
-        R, K, N = len(hand.fmt.text(record.answer)), 3, len(image)
-        rows = range(len(ids) - 1, len(ids) + R + 1)  # <answer>, R's tokens, </answer>
-        plain = sum(K / (t + 1) for t in rows) / len(rows)
-        heavy = sum(2 * K / (t + 1 + K + 2 * N) for t in rows) / len(rows)
-        total += (plain + (plain + heavy) / 2) / 2
-    return total / len(hand.records)
-
-
-@pytest.mark.parametrize("size", [3, 8])
-def test_attention_on_latents_by_counting(hand, size):
-    method = methods.get("crystal")(hand.settings)
-    hand.model.hidden = None
-    method.hidden = lambda model, batch, recorder: by_hand.weigh(batch, recorder)
-    assert evaluate.attention_on_latents(hand.model, hand.fmt, method, hand.records, size) == pytest.approx(counted_mass(hand), abs=1e-6)
-
-
-def test_attention_on_latents_of_two_ranks(hand):
-    method = methods.get("crystal")(hand.settings)
-    method.hidden = lambda model, batch, recorder: by_hand.weigh(batch, recorder)
-    parts = []
-    for rank in (0, 1):
-        procs = SimpleNamespace(rank=rank, world=2, device=torch.device("cpu"), sum=lambda x: parts.append(x) or x)
-        evaluate.attention_on_latents(hand.model, hand.fmt, method, hand.records, 3, procs)
-    assert sum(parts) / 8 == pytest.approx(counted_mass(hand), abs=1e-6) and parts[0] != parts[1]
-
-
-def test_diagnosis_has_four_columns(hand):
-    crystal = methods.get("crystal")(hand.settings)
-    masked = Masked(hand.settings)
-    for method in (crystal, masked):
-        method.layout = crystal.layout
-        method.hidden = lambda model, batch, recorder: by_hand.weigh(batch, recorder)
-    found, mass = evaluate.diagnose(hand.model, hand.fmt, masked, hand.records, batch_size=3)
-    assert {name: said(results) for name, results in found.items()} == {
-        "as trained": AS_TRAINED, "latents dropped": DROPPED, "bottleneck": BOTTLENECK, "bottleneck, dropped": ["nothing"] * 5 + ["pale"] + ["nothing"] * 2}
-    assert mass == pytest.approx(counted_mass(hand), abs=1e-6)
-    assert list(evaluate.diagnose(hand.model, hand.fmt, crystal, hand.records)[0]) == ["as trained", "latents dropped"]  # it has no mask
-
-
-def test_diagnosis_of_a_model_without_latents(hand, model_dirs):
-    s = by_hand.ingredients(model_dirs[True], "--method", "sft")
-    s.fmt.latents = []
-    found, mass = evaluate.diagnose(hand.model, s.fmt, s.method, hand.records)
-    assert list(found) == ["as trained"] and mass is None and said(found["as trained"]) == DROPPED
-    masked = Masked(s.settings)
-    masked.latents = []
-    assert list(evaluate.diagnose(hand.model, s.fmt, masked, hand.records)[0]) == ["as trained", "bottleneck"]
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------------
@@ -268,14 +70,14 @@ def test_a_benchmarks_text_by_hand():
 def test_progress_in_lines(monkeypatch, capsys):
     """Without a terminal a line each half minute: after 40 of 200 s with 10 of 50 questions done, 160 s or 3 minutes are left."""
     now = [1000.0]
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: now[0])
-    bar = evaluate.Bar(50, "asked", SimpleNamespace(is_first=True))
+    monkeypatch.setattr(asking.time, "perf_counter", lambda: now[0])
+    bar = asking.Bar(50, "asked", SimpleNamespace(is_first=True))
     for second, n in ((20, 4), (40, 6), (60, 5), (71, 5)):
         now[0] = 1000.0 + second
         bar.update(n)
     assert capsys.readouterr().out.splitlines() == ["asked: 10 of 50 questions, about 3 min left", "asked: 20 of 50 questions, about 2 min left"]
     for procs, name in ((SimpleNamespace(is_first=False), "asked"), (SimpleNamespace(is_first=True), "")):
-        bar = evaluate.Bar(50, name, procs)
+        bar = asking.Bar(50, name, procs)
         now[0] += 100
         bar.update(10)
     assert capsys.readouterr().out == ""

@@ -1,5 +1,4 @@
 """A run in Python: what it answers, batches and shows is what the commands, training and stock transformers say."""
-import io
 import json
 
 import pytest
@@ -10,8 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import crystal
 from crystal import generate, train
-from crystal.corrupt import Corruption
-from crystal.evaluation.reliance import replaced
+from crystal.evaluation.interventions import replaced
 from crystal.layout import IGNORE
 from crystal.runtime import checkpoint, data
 from crystal.runtime.config import UserError

@@ -14,11 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("", "corrupt layout attention_bias attention losses latent_copy feedback lora")],
-    [("runtime", "config renamed ops distributed data toy checkpoint")],
+    [("runtime", "config renamed ops distributed images sampling data toy checkpoint")],
     [("backbone", "families model record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
-    [("evaluation", "benchmarks predictions figures reliance"), ("serving", "chat engine")],
+    [("evaluation", "benchmarks asking predictions figures interventions reliance"), ("serving", "chat engine")],
     [("", "run train evaluate export visualize serve compare demo bench __main__")],
 ]
 CRYSTAL = ROOT / "crystal"

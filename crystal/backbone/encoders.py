@@ -88,9 +88,8 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixels):
         """[I,3,h,w] -> patch features [I,P,E] of the last layer, row by row over the image, float32."""
-        with torch.autocast(
-            pixels.device.type, enabled=False
-        ):  # features computed in training equal those computed before it
+        # Features computed in training equal those computed before it.
+        with torch.autocast(pixels.device.type, enabled=False):
             return self.hf(pixel_values=pixels.float()).last_hidden_state[:, self.prefix :]
 
     def train(self, mode=True):
@@ -113,9 +112,8 @@ def load(name, device="cpu"):
                 "features of another can be precomputed: features:NAME:SIZE"
             )
         rules, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        hf = load_weights(
-            KINDS[config.model_type], name, torch.float32, part=True
-        )  # SigLIP's text tower has no place here
+        # SigLIP's text tower has no place here.
+        hf = load_weights(KINDS[config.model_type], name, torch.float32, part=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--encoders {name}: cannot be loaded: {why(error)}") from error
     if missing := {"size", "image_mean", "image_std"} - rules.keys():

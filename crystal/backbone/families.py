@@ -79,9 +79,8 @@ class Tiles(Images):
     bounded = False
 
     def __call__(self, images, return_tensors="pt"):
-        out = self.processor(
-            images=[list(images)], return_tensors=return_tensors
-        )  # nested: the images of one record
+        # Nested: the images of one record.
+        out = self.processor(images=[list(images)], return_tensors=return_tensors)
         tiles = out["pixel_values"].shape[1]
         return {
             "pixel_values": out["pixel_values"].flatten(0, 1),

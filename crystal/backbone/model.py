@@ -45,7 +45,7 @@ TINY = Path(__file__).parents[1] / "assets" / "tiny"
 WRAPPERS = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": "", r"(?<=\.)_orig_mod\.": ""}
 
 
-# --- attention ---------------------------------------------------------------------------------------------------
+# --- attention ---
 
 
 def attention(
@@ -114,16 +114,15 @@ def attention_mask(*args, **kwargs):
 
 
 AttentionInterface.register("crystal", attention)
-AttentionMaskInterface.register(
-    "crystal", attention_mask
-)  # a function without a mask of its own would get None always
+# A function without a mask of its own would get None always.
+AttentionMaskInterface.register("crystal", attention_mask)
 AttentionInterface.register("crystal_flash_vision", vision_attention)
 # Under a mask the gradient of cuDNN's attention, torch's first choice on an H100, is NaN at some lengths
 # (pytorch/pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
+# --- the model ---
 
 
 class Model(nn.Module):
@@ -172,7 +171,8 @@ class Model(nn.Module):
         embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
         if max(ids) >= embed.num_embeddings:
             raise UserError(
-                f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has {embed.num_embeddings} rows; use fewer --latents, "
+                f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has "
+                f"{embed.num_embeddings} rows; use fewer --latents, "
                 "or a model with more spare rows"
             )
         fresh = [i for i, token in zip(ids, tokens) if token not in known]
@@ -196,7 +196,8 @@ class Model(nn.Module):
                 re.fullmatch(pattern, n) for n, m in self.hf.named_modules() if isinstance(m, nn.Linear)
             ):
                 raise UserError(
-                    f"{self.name}: --lora_on {settings.lora_on}: no Linear of it matches {pattern!r} in its row of families.py"
+                    f"{self.name}: --lora_on {settings.lora_on}: no Linear of it matches {pattern!r} in "
+                    "its row of families.py"
                 )
         return add_lora(
             self.hf,
@@ -307,7 +308,8 @@ def resolve(name):
     )
     if path.exists() or local:
         raise UserError(
-            f"{path}: no such directory; --model wants tiny, a directory in Hugging Face layout, or a hub name (owner/name)"
+            f"{path}: no such directory; --model wants tiny, a directory in Hugging Face layout, or a hub "
+            "name (owner/name)"
         )
     return name
 
@@ -325,18 +327,21 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             raise UserError(
-                f"{name}: model type {config.model_type!r} has no row in families.py (known: {', '.join(FAMILIES)}); "
+                f"{name}: model type {config.model_type!r} has no row in families.py (known: "
+                f"{', '.join(FAMILIES)}); "
                 "tutorials/10_backbones.md shows how to add one"
             )
         family = FAMILIES[config.model_type]
         pixels = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
         if pixels and not family.images.bounded:
             raise UserError(
-                f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its image_grid_pinpoints say into what tiles an image is cut"
+                f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its "
+                "image_grid_pinpoints say into what tiles an image is cut"
             )
         if min(pixels.values(), default=1) < 1 or (len(pixels) == 2 and min_pixels > max_pixels):
             raise UserError(
-                f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the first not above the second"
+                f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the "
+                "first not above the second"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(

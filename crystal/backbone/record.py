@@ -46,11 +46,13 @@ def tell(recorder, layer, query, key, mask, scaling, more):
     strange = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     if strange:
         raise ValueError(
-            f"record_attention: layer {layer} has {strange[0]}, so its weights are not the softmax of its scores"
+            f"record_attention: layer {layer} has {strange[0]}, so its weights are not the softmax of its "
+            "scores"
         )
     if query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"record_attention: {query.shape[2]} queries for {key.shape[2]} keys; a forward with a cache is not recorded"
+            f"record_attention: {query.shape[2]} queries for {key.shape[2]} keys; a forward with a cache "
+            "is not recorded"
         )
     if mask is not None:
         recorder.bias = row_bias(additive(mask, query.dtype), recorder.rows)
@@ -88,7 +90,8 @@ def record_attention(model, layers, queries, keys, read=attn_slice):
     queries, keys = (torch.as_tensor(x, device=device) for x in (queries, keys))
     if queries.ndim != 2 or keys.ndim != 2 or len(queries) != len(keys):
         raise ValueError(
-            f"record_attention: queries [B,M] and keys [B,K] are needed, not {list(queries.shape)} and {list(keys.shape)}"
+            f"record_attention: queries [B,M] and keys [B,K] are needed, not {list(queries.shape)} and "
+            f"{list(keys.shape)}"
         )
 
     recorder = AttentionRecorder(layers, queries, keys, read)

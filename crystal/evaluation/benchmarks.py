@@ -28,6 +28,7 @@ EXTRACTION = {
 }
 ASK = "Please select the correct answer from the options above. \n"  # VLMEvalKit's line, blank included: scores depend on the prompt's bytes
 REFERENCE = 64  # an image cell of at most so many characters is the index of the row that holds the image
+# Cells that pandas, hence VLMEvalKit, takes for empty; an option "None" is one of them.
 ABSENT = {
     "",
     "#N/A",
@@ -48,7 +49,7 @@ ABSENT = {
     "n/a",
     "nan",
     "null",
-}  # cells that pandas, hence VLMEvalKit, takes for empty; an option "None" is one of them
+}
 KEPT = ("category", "l2-category", "split", "source", "cycle_category", "question")
 
 
@@ -63,7 +64,7 @@ class Question(Record):
     row: dict = field(default_factory=dict)
 
 
-# --- files become questions -----------------------------------------------------------------------------------------------
+# --- files become questions ---
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def read(path, image_root="", suffix=""):
     header = [c if c in string.ascii_uppercase else c.lower() for c in next(table, (0, 0, []))[2]]
     if missing := [c for c in ("index", "question", "answer") if c not in header]:
         raise UserError(
-            f"{path}:1: no column {', '.join(missing)}; the header has {', '.join(header) or 'nothing'} (VLMEvalKit's TSV is wanted)"
+            f"{path}:1: no column {', '.join(missing)}; the header has {', '.join(header) or 'nothing'} "
+            "(VLMEvalKit's TSV is wanted)"
         )
     if not {"image", "image_path"} & set(header):
         raise UserError(f"{path}:1: no column image or image_path")
@@ -182,9 +184,8 @@ def read(path, image_root="", suffix=""):
         found[at].images = images[index]
     if not found:
         raise UserError(f"{path}: no rows in it")
-    for q in (
-        found
-    ):  # a text between each two images, the last one the prompt: whatever a question says stays text
+    # A text between each two images, the last one the prompt: whatever a question says stays text.
+    for q in found:
         q.turns = [("user", [""] * len(q.images) + [q.turns[0][1]])]
     return found
 
@@ -240,7 +241,7 @@ def question(row, index, where, images, suffix):
     )
 
 
-# --- answers become verdicts ----------------------------------------------------------------------------------------------
+# --- answers become verdicts ---
 
 
 def tidy(text):
@@ -257,12 +258,13 @@ def score(record, prediction):
     return read, read == record.answer
 
 
+# Read as no option, whatever letters stand in them.
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
-)  # read as no option, whatever letters stand in them
+)
 
 
 def option(answer, options):
@@ -297,13 +299,12 @@ def yes_no(answer):
     cleaned, thousands = text, re.search(r"\d,\d", text)
     for mark in ';/[]"{}()=+\\_-><@`,?!':  # beside a blank it is dropped, between two words it parts them
         cleaned = cleaned.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
-    words = re.sub(
-        r"(?<!\d)\.(?!\d)", "", cleaned, count=32
-    ).split()  # 32: the kit passes a flag where the count stands
+    # 32: the kit passes a flag where the count stands.
+    words = re.sub(r"(?<!\d)\.(?!\d)", "", cleaned, count=32).split()
     return {(True, False): "Yes", (False, True): "No"}.get(("yes" in words, "no" in words))
 
 
-# --- verdicts become scores -----------------------------------------------------------------------------------------------
+# --- verdicts become scores ---
 
 
 def wilson(hits, n, z=1.96):
@@ -400,7 +401,8 @@ def mmvp(results):
     pairs = list(zip(rows[::2], rows[1::2]))
     if len(rows) % 2 or any(a["row"].get("question") != b["row"].get("question") for a, b in pairs):
         raise UserError(
-            "MMVP: rows 2i and 2i + 1 must be the two images of one question; is a row missing? (--limit takes an even number)"
+            "MMVP: rows 2i and 2i + 1 must be the two images of one question; is a row missing? (--limit "
+            "takes an even number)"
         )
     return {
         "Overall": share([{"correct": a["correct"] and b["correct"]} for a, b in pairs]),

@@ -21,7 +21,7 @@ from crystal.attention import AttentionRecorder
 from crystal.corrupt import LEVELS, MODES, Corruption, corrupt
 from crystal.latent_copy import dual_forward
 from crystal.methods.crystal import position_mask
-from crystal.runtime import data
+from crystal.runtime import data, images
 from crystal.runtime.config import Settings, UserError
 from crystal.runtime.ops import attn_slice
 
@@ -74,7 +74,7 @@ def show(ax, image):
     return small.height, small.width
 
 
-# --- the corruption -------------------------------------------------------------------------------------------------
+# --- the corruption ---
 
 
 def corruption_grid(image, path, seed=0):
@@ -83,7 +83,7 @@ def corruption_grid(image, path, seed=0):
     image: PIL, any mode and size; strengths in pixels are pixels of this image. One row per mode: intact,
     then weak to strong, all from the same seed.
     """
-    image = data.rgb(image)
+    image = images.rgb(image)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # [3,height,width]
     aspect = min(max(image.height / image.width, 0.4), 2.5)
     fig = figure(8.5, len(MODES) * (2 * aspect + 0.25))
@@ -99,7 +99,7 @@ def corruption_grid(image, path, seed=0):
     return save(fig, path)
 
 
-# --- the losses -----------------------------------------------------------------------------------------------------
+# --- the losses ---
 
 
 def read_metrics(run):
@@ -187,13 +187,14 @@ def loss_curves(run, path):
     for ax in axes[len(panels) :]:
         ax.remove()
     fig.suptitle(
-        f"{Path(run).name}, by update; line: training (dark: mean of {window}){'; points: validation' * bool(validation)}",
+        f"{Path(run).name}, by update; line: training (dark: mean of "
+        f"{window}){'; points: validation' * bool(validation)}",
         fontsize=10,
     )
     return save(fig, path)
 
 
-# --- the answer's attention -----------------------------------------------------------------------------------------
+# --- the answer's attention ---
 
 
 @dataclass
@@ -293,7 +294,8 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
         "all layers" if len(layers) == len(model.layers) else f"layers {', '.join(map(str, sorted(layers)))}"
     )
     fig.suptitle(
-        f"Attention of the token that predicts the answer, mean over heads and {which}\ncorruption: {described(corruption)}",
+        f"Attention of the token that predicts the answer, mean over heads and {which}\ncorruption: "
+        f"{described(corruption)}",
         fontsize=10,
     )
     for line, record in zip(lines, records):
@@ -363,7 +365,8 @@ def draw_boxes(ax, record):
     for box in boxes:
         if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, Real) for v in box)):
             raise data.RecordError(
-                f"{record.where}: field 'boxes': a list of [x0, y0, x1, y1] in pixels is needed, got {str(box)[:60]}"
+                f"{record.where}: field 'boxes': a list of [x0, y0, x1, y1] in pixels is needed, got "
+                f"{str(box)[:60]}"
             )
         x0, y0, x1, y1 = box
         for colour, width in (("black", 2.6), ("white", 1.2)):  # seen on any background

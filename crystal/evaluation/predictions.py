@@ -28,7 +28,8 @@ class Predictions:
             if before != settings:
                 changed = sorted(k for k in settings if before is None or before.get(k) != settings[k])
                 raise UserError(
-                    f"{self.path}: holds predictions that were made otherwise ({', '.join(changed)}); --overwrite starts anew, --out names another file"
+                    f"{self.path}: holds predictions that were made otherwise ({', '.join(changed)}); "
+                    "--overwrite starts anew, --out names another file"
                 )
             for part in [self.path, *parts]:
                 for line in part.read_text().split("\n")[:-1] if part.exists() else ():

@@ -28,7 +28,6 @@ B questions, L prompt length, K latents, N image tokens, M answer positions, H h
 import json
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +36,10 @@ import torch
 from tqdm import tqdm
 
 from crystal.attention import AttentionRecorder
-from crystal.attention_bias import AttentionBias
 from crystal.corrupt import Corruption
 from crystal.evaluation import figures
 from crystal.evaluation.benchmarks import score, tidy, wilson
+from crystal.evaluation.interventions import asked, hidden_image, questions, recorded, replaced
 from crystal.generate import generate
 from crystal.layout import IGNORE, Layout
 from crystal.runtime import data, distributed
@@ -78,119 +77,7 @@ CONDITIONS = (
 )
 
 
-# --- interventions ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def before_layers(model, change):
-    """While it lasts, change(n, h [B,L,D], kwargs) -> (h, kwargs) runs before decoder layer n in every
-    forward, generation's too.
-    """
-
-    def hook(n):
-        def run(layer, args, kwargs):
-            h, kwargs = change(n, args[0] if args else kwargs["hidden_states"], kwargs)
-            return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
-
-        return run
-
-    handles = [
-        layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in enumerate(model.layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded(model, where):
-    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each layer.
-    where: positions [B,K].
-    """
-    states = []
-
-    def change(n, h, kwargs):
-        if (
-            h.shape[1] > 1
-        ):  # the prompt; one row is a token being decoded, which reads the latents from the cache
-            states.append(h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2])))
-        return h, kwargs
-
-    with before_layers(model, change):
-        yield states
-
-
-@contextmanager
-def replaced(model, where, states):
-    """The latents at positions where [B,K] have the given states: [B,K,D] for each layer."""
-
-    def change(n, h, kwargs):
-        if h.shape[1] > 1:
-            h = h.scatter(1, where[:, :, None].expand(-1, -1, h.shape[2]), states[n].to(h.dtype))
-        return h, kwargs
-
-    with before_layers(model, change):
-        yield
-
-
-def hidden_image(ask):
-    """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the prompt
-    and while decoding.
-    """
-    return lambda batch: [AttentionBias(~ask.image & ~ask.latents, ask.image)]
-
-
-@dataclass
-class Asked:
-    """A batch of prompts as `generate` pads them, to the left. ids: lists; where: latents [B,K]; image,
-    latents, mask: [B,L].
-    """
-
-    prompts: list
-    where: torch.Tensor
-    image: torch.Tensor
-    latents: torch.Tensor
-    mask: torch.Tensor
-
-
-def asked(model, examples, pixels="pixel_values"):
-    """Examples of `questions` -> Asked. pixels: or "pixel_values_cor" for the corrupted images."""
-    prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in examples]
-    B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
-    where = torch.tensor(
-        [[L - len(ids) + i for i in e["layout"][2]] for e, (ids, _, _) in zip(examples, prompts)],
-        dtype=torch.long,
-    )
-    image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
-    marks = set(
-        model.tokenizer.convert_tokens_to_ids(list(model.family.marks))
-    )  # those around an image may repeat it: they count as image
-    for b, (e, (ids, _, _)) in enumerate(zip(examples, prompts)):
-        left = L - len(ids)
-        mask[b, left:] = 1
-        image[b, [left + i for i, token in enumerate(ids) if token in marks]] = True
-    latents = torch.zeros(B, L, dtype=torch.bool).scatter(1, where, True)
-    return Asked(prompts, *(x.to(model.device) for x in (where, image, latents, mask)))
-
-
-def questions(model, fmt, records, latents="keep", corruption=None, seed=0):
-    """Records -> Examples whose layout is (ids, image positions, latent positions).
-
-    A merged directory's chat template writes the latents itself: there they are found by their tokens' name.
-    """
-    named = {i for token, i in model.tokenizer.get_added_vocab().items() if token.startswith("<|latent_")}
-
-    def layout(record, image_tokens):
-        ids, image, where = fmt.question(record.turns, image_tokens, latents)
-        if not fmt.count and named:
-            where = [i for i, token in enumerate(ids) if token in named]
-            if latents == "drop":  # latents stand after the image: its positions stay
-                ids, where = [token for token in ids if token not in named], []
-        return ids, image, where
-
-    return data.RecordDataset(records, layout, model.image_processor, corruption, seed, copies=fmt.copies)
+# --- the numbers ---
 
 
 def donors(records, seed=0):
@@ -223,13 +110,11 @@ def donors(records, seed=0):
                 break
         if donor is None:
             raise UserError(
-                f"--reliance: no other image with another answer than {record.answer!r} to swap {record.where}'s latents with"
+                f"--reliance: no other image with another answer than {record.answer!r} to swap "
+                f"{record.where}'s latents with"
             )
         found.append(donor)
     return found
-
-
-# --- the numbers --------------------------------------------------------------------------------------------------------
 
 
 def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
@@ -261,11 +146,13 @@ def verdict(difference, low, high):
     if high < 0:
         return (
             False,
-            f"The latents are not used to advantage: with another image's latents more answers are right ({numbers}).",
+            "The latents are not used to advantage: with another image's latents more answers are right "
+            f"({numbers}).",
         )
     return (
         False,
-        f"No use of the latents is shown: another image's latents leave as many answers right ({numbers}, which holds 0).",
+        f"No use of the latents is shown: another image's latents leave as many answers right ({numbers}, "
+        "which holds 0).",
     )
 
 
@@ -351,7 +238,8 @@ def measure(
         raise UserError(
             f"{model.name}: "
             + (
-                "it makes its latents while it answers (VaLR, --thought cot), and --reliance replaces those of a prompt; --latents drop asks it without them"
+                "it makes its latents while it answers (VaLR, --thought cot), and --reliance replaces "
+                "those of a prompt; --latents drop asks it without them"
                 if fmt.count
                 else "no latents stand in its prompts, so there is nothing to test"
             )
@@ -478,13 +366,14 @@ def summarise(results, records, partner, seed=0):
     }
 
 
-# --- what a reader sees -------------------------------------------------------------------------------------------------
+# --- what a reader sees ---
 
 
 def text(result):
     """The result of `measure` -> table, attention and verdict as lines."""
     lines = [
-        f"{result['questions']} questions; percent right; differences to the first line are paired, with 95 % intervals; corruption {result['corruption']}",
+        f"{result['questions']} questions; percent right; differences to the first line are paired, with "
+        f"95 % intervals; corruption {result['corruption']}",
         "condition".ljust(36)
         + "right".rjust(12)
         + "difference".rjust(12)
@@ -504,7 +393,8 @@ def text(result):
             )
         lines.append(line)
     lines.append(
-        f"answers that are the other image's: {100 * result['followed'][SWAPPED.name]:.1f} % with its latents, {100 * result['followed'][AS_TRAINED.name]:.1f} % as trained"
+        f"answers that are the other image's: {100 * result['followed'][SWAPPED.name]:.1f} % with its "
+        f"latents, {100 * result['followed'][AS_TRAINED.name]:.1f} % as trained"
     )
     lines.append("attention of the answer positions by layer, percent")
     for name, mass in result["attention"].items():
@@ -555,7 +445,8 @@ def run(model, fmt, records, out, about, **how):
         (out / "reliance.txt").write_text(text(result) + "\n")
         picture(result, out / "attention.png")
         print(
-            f"wrote {out}/reliance.json, reliance.txt and attention.png in {time.perf_counter() - started:.0f} s",
+            f"wrote {out}/reliance.json, reliance.txt and attention.png in "
+            f"{time.perf_counter() - started:.0f} s",
             flush=True,
         )
     return result

@@ -70,10 +70,11 @@ def save(run_dir, step, files, state, extra=None):
         (temporary / MANIFEST).write_text(
             json.dumps({"step": int(step), "tensors": list(files), "files": listed}, indent=1)
         )
+        # Contents before names: a rename must not reach the disk before what it names.
         for path in [
             *temporary.rglob("*"),
             temporary,
-        ]:  # contents before names: a rename must not reach the disk before what it names
+        ]:
             _sync(path)
         if final.exists():  # a full directory cannot be renamed over; between these two lines `.old` is the checkpoint, and is read as one
             final.rename(old)
@@ -83,9 +84,8 @@ def save(run_dir, step, files, state, extra=None):
     except (OSError, SafetensorError) as error:
         raise OSError(f"{final}: not written, what was saved before is kept: {error}") from error
     finally:
-        shutil.rmtree(
-            temporary, ignore_errors=True
-        )  # after a success there is none; after a failure it may be what fills the disk
+        # After a success there is none; after a failure it may be what fills the disk.
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
@@ -154,7 +154,8 @@ def load_parameters(named_params, tensors, source):
     for name, param in named.items():
         if param.shape != tensors[name].shape:
             raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}, but the parameter has {tuple(param.shape)}"
+                f"{source}: {name} has shape {tuple(tensors[name].shape)}, but the parameter has "
+                f"{tuple(param.shape)}"
             )
     for name, param in named.items():
         param.copy_(tensors[name])
@@ -212,7 +213,7 @@ def prune(run_dir, keep):
     return deleted
 
 
-# -- the optimizer ------------------------------------------------------------------------------------------------------------------------------------
+# --- the optimizer ---
 
 
 def optimizer_tensors(optimizer, named_params):
@@ -230,7 +231,8 @@ def optimizer_tensors(optimizer, named_params):
         ]:
             if not isinstance(value, torch.Tensor):
                 raise CheckpointError(
-                    f"{name}.{key}: optimizer state of type {type(value).__name__} cannot be saved, only tensors"
+                    f"{name}.{key}: optimizer state of type {type(value).__name__} cannot be saved, only "
+                    "tensors"
                 )
             tensors[f"{name}.{key}"] = value
     return tensors
@@ -267,7 +269,8 @@ def load_optimizer(optimizer, named_params, tensors, hyper=None):
             )
         if key not in ("step", "stateless") and value.shape != named[name].shape:
             raise CheckpointError(
-                f"{full}: shape {tuple(value.shape)} in the checkpoint, but the parameter has {tuple(named[name].shape)}"
+                f"{full}: shape {tuple(value.shape)} in the checkpoint, but the parameter has "
+                f"{tuple(named[name].shape)}"
             )
         states[name][key] = value
     for name, state in states.items():
@@ -284,9 +287,8 @@ def load_optimizer(optimizer, named_params, tensors, hyper=None):
     names = {param: name for name, param in named.items()}
     optimizer.state.clear()
     for group in groups:
-        beside = group.get("fused") or group.get(
-            "capturable"
-        )  # then the step counter lies on its parameter's device
+        # Then the step counter lies on its parameter's device.
+        beside = group.get("fused") or group.get("capturable")
         for param in group["params"]:
             state = states[names[param]]
             if "stateless" not in state:  # not load_state_dict: it casts moments to the parameter's dtype
@@ -300,7 +302,7 @@ def load_optimizer(optimizer, named_params, tensors, hyper=None):
         )
 
 
-# -- helpers ------------------------------------------------------------------------------------------------------------------------------------------
+# --- helpers ---
 
 
 def _named(optimizer, named_params):

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from crystal.layout import IGNORE
 from crystal.runtime.config import UserError
+from crystal.runtime.images import rgb
+from crystal.runtime.sampling import seed_of
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -46,7 +48,7 @@ class Record:
     features: dict = field(default_factory=dict)  # {name: path of a safetensors file}
 
 
-# --- files become records ---------------------------------------------------------------------------------------
+# --- files become records ---
 
 
 def read(path, image_root="", turns="first"):
@@ -263,44 +265,6 @@ def load_image(path, where):
         ) from error
 
 
-def rgb(image):
-    """A PIL image of any mode -> RGB, turned as its EXIF says.
-
-    On white where it is transparent, more than 8 bits scaled to 8. Pillow's own convert("RGB") drops
-    the alpha, so that the black stored under what is transparent shows, and clips 16 bits at 255.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = eight_bits(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white
-
-
-def eight_bits(image):
-    """A grey image of more than 8 bits (modes I;16, I and F) -> mode LA, its values scaled to 0..255.
-
-    I;16 reaches to 65535. I and F name no range: it is the first of 0..1 (F alone), 0..255 and 0..65535 that
-    holds all values, or else (below zero, 32 bits) from the least to the largest. What is no number is black.
-    """
-    values = np.asarray(image, np.float64)
-    numbers = values[np.isfinite(values)]
-    if not numbers.size:
-        raise ValueError("no finite value in it")
-    ends = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    low, high = numbers.min(), numbers.max()
-    fitting = [end for end in ends if low >= 0 and high <= end]
-    if fitting:
-        low, high = 0, fitting[0]
-    scaled = np.nan_to_num(255 * (values - low) / max(high - low, 1e-30), nan=0, posinf=255, neginf=0)
-    opaque = values != image.info.get("transparency", np.nan)  # a PNG may name one value that is transparent
-    bands = [scaled.round(), 255 * opaque]
-    return Image.merge("LA", [Image.fromarray(band.astype(np.uint8)) for band in bands])
-
-
 def load_features(record, name):
     """What was computed for a record beforehand under one name of its `features` -> {key: tensor}, on the
     CPU.
@@ -323,7 +287,7 @@ def load_features(record, name):
     return found
 
 
-# --- records become batches -------------------------------------------------------------------------------------
+# --- records become batches ---
 
 
 class RecordDataset(Dataset):
@@ -420,15 +384,6 @@ class RecordDataset(Dataset):
         return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
 
 
-def seed_of(*numbers):
-    """Several integers -> one seed below 2^63, different for different integers as far as a hash can be."""
-    seed = 0
-    for n in numbers:
-        seed = (seed ^ (n + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
-        seed ^= seed >> 31
-    return seed >> 1
-
-
 def collate(examples, pad):
     """Examples -> a batch of tensors, right-padded:
 
@@ -477,38 +432,6 @@ def to_device(batch, device, dtype):
     """Tensors to the device; pixels to the weights' dtype too."""
     move = lambda n, x: x.to(device, dtype) if n.startswith("pixel_values") else x.to(device)
     return {n: move(n, x) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
-
-
-class BatchSampler:
-    """Which records form which batch: an endless stream of shuffles, one per epoch, cut into global batches.
-
-    Yields lists of (epoch, index), a micro-batch of this rank each, from update `start` on. Update s of the
-    run always sees the same records, however many ranks and micro-batches share them and wherever a run was
-    resumed.
-    """
-
-    def __init__(self, count, batch_size, accumulation, rank, world, seed, start, stop):
-        self.count, self.seed, self.start, self.stop = count, seed, start, stop
-        self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
-
-    def __len__(self):
-        return (self.stop - self.start) * self.accumulation
-
-    def __iter__(self):
-        share = self.batch_size * self.accumulation  # of one rank in one update
-        epoch, shuffle = -1, None
-        for step in range(self.start, self.stop):
-            for a in range(self.accumulation):
-                first = step * share * self.world + self.rank * share + a * self.batch_size
-                batch = []
-                for n in range(first, first + self.batch_size):
-                    if n // self.count != epoch:
-                        epoch = n // self.count
-                        shuffle = torch.randperm(
-                            self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                        ).tolist()
-                    batch.append((epoch, shuffle[n % self.count]))
-                yield batch
 
 
 def loader(examples, order, pad, workers=0, worker_init=None):

@@ -93,9 +93,8 @@ class Processes:
         sizes = [torch.empty_like(size) for _ in range(self.world)]
         dist.all_gather(sizes, size)
         sizes = [int(n) for n in sizes]
-        padded = torch.zeros(
-            max(sizes), dtype=torch.uint8, device=self.device
-        )  # all_gather wants equal sizes
+        # All_gather wants equal sizes.
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
@@ -142,9 +141,8 @@ class Processes:
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        renamed = (
-            "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-        )  # in torch 2.13
+        # In torch 2.13.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
         send_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **send_buffers)
 
@@ -174,7 +172,8 @@ def start(device="auto", timeout=600.0):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
-            f"WORLD_SIZE is {world}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; start several processes with torchrun"
+            f"WORLD_SIZE is {world}, but RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not set; start "
+            "several processes with torchrun"
         )
     rank, local_rank = (int(os.environ[name]) if world > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
@@ -187,7 +186,8 @@ def start(device="auto", timeout=600.0):
     if device.type == "cuda":
         if local_world > gpus:
             raise UserError(
-                f"--device {device}: {local_world} process(es) on this machine but {gpus} CUDA device(s); use the device cpu, or no more processes than devices"
+                f"--device {device}: {local_world} process(es) on this machine but {gpus} CUDA device(s); "
+                "use the device cpu, or no more processes than devices"
             )
         device = torch.device("cuda", local_rank if world > 1 or device.index is None else device.index)
         if device.index >= gpus:
@@ -282,15 +282,13 @@ class StopSignal:
         }
 
     def handle(self, number, frame):
-        if (
-            os.getpid() != self.owner
-        ):  # a forked child inherits this handler; its parent must still be able to end it
+        # A forked child inherits this handler; its parent must still be able to end it.
+        if os.getpid() != self.owner:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        again = (
-            time.monotonic() - self.at > 0.5
-        )  # Ctrl-C may come twice, from the terminal and from a launcher
+        # Ctrl-C may come twice, from the terminal and from a launcher.
+        again = time.monotonic() - self.at > 0.5
         if number == signal.SIGINT and self.asked == "SIGINT" and again:
             raise KeyboardInterrupt
         self.asked, self.at = signal.Signals(number).name, time.monotonic()

@@ -33,7 +33,7 @@ SERVED = {  # operator: {device: dtypes}
 }
 
 
-# ---- the choice ------------------------------------------------------------------------------------------------------
+# --- the choice ---
 
 
 @functools.cache
@@ -52,7 +52,8 @@ def choice():
     return (
         mode,
         devices,
-        f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors on the CPU)",
+        f"operators: compiled for {' and '.join(devices)} ({torch.ops.crystal.vector_bits(0)}-bit vectors "
+        "on the CPU)",
     )
 
 
@@ -113,7 +114,7 @@ def served(name, x):
     return _served(name, x.device.type, x.dtype)
 
 
-# ---- registration, once the library is loaded ------------------------------------------------------------------------
+# --- registration, once the library is loaded ---
 
 
 def _register():
@@ -142,13 +143,14 @@ def _not_twice(name):
 
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"crystal::{name} is a gradient and has none itself; CRYSTAL_OPS=reference can be differentiated twice"
+            f"crystal::{name} is a gradient and has none itself; CRYSTAL_OPS=reference can be "
+            "differentiated twice"
         )
 
     torch.library.register_autograd(f"crystal::{name}", backward)
 
 
-# ---- vocab_kl_ce: cross entropies and KL of two paths' logits --------------------------------------------------------
+# --- vocab_kl_ce: cross entropies and KL of two paths' logits ---
 
 
 def vocab_kl_ce(
@@ -231,9 +233,8 @@ def _vocab_backward(ctx, g_int, g_cor, g_kl, *_):
         torch.ops.crystal.vocab_kl_ce_backward_(*args)
         for x, wanted in ((logits_int, want_int), (logits_cor, want_cor)):
             if wanted:
-                torch.autograd.graph.increment_version(
-                    x
-                )  # whoever else still needs the logits is told so by an error
+                # Whoever else still needs the logits is told so by an error.
+                torch.autograd.graph.increment_version(x)
         grads = logits_int.detach(), None if logits_cor is None else logits_cor.detach()
     else:
         grads = torch.ops.crystal.vocab_kl_ce_backward(*args)
@@ -269,7 +270,7 @@ def _vocab_backward_fake(
     )
 
 
-# ---- attn_slice, attn_scores: weights and scores of chosen rows and columns ------------------------------------------
+# --- attn_slice, attn_scores: weights and scores of chosen rows and columns ---
 #
 # B sequences, H query heads, G key heads, L length, d head size, M rows, K columns. Forward and backward keep
 # [B,H,M,K] and [B,H,M].
@@ -373,7 +374,7 @@ def _wanted(ctx, grads):
     return [grad if wanted else None for grad, wanted in zip(grads, ctx.needs_input_grad)]
 
 
-# ---- attention_with_slice --------------------------------------------------------------------------------------------
+# --- attention_with_slice ---
 
 
 def attention_with_slice(q, k, v, rows, cols, *, scale=None, mask=None):
@@ -474,16 +475,14 @@ class _AttentionWithSlice(torch.autograd.Function):
         direct = torch.zeros_like(A) if d_A is None else torch.where(A == 0, 0, d_A * A)  # [B,H,M,K]
         at = _at(rows, q.shape[1])  # [B,H,M]
         through = direct.sum(-1).masked_fill((rows < 0)[:, None], 0.0)  # [B,H,M]: -dLSE of each row
-        here = (
-            through.new_zeros(lse.shape).scatter_add_(2, at, through).gather(2, at)
-        )  # a position chosen twice: of both
+        # A position chosen twice: of both.
+        here = through.new_zeros(lse.shape).scatter_add_(2, at, through).gather(2, at)
         across = at[..., None].expand(-1, -1, -1, q.shape[3])  # [B,H,M,d]
         up = d_out.gather(2, across).to(A.dtype)
         size = up.square().sum(-1)  # [B,H,M]
         shift = up * (here / size.clamp(min=1e-30))[..., None]
-        carries = (size > 1e-30) & (
-            shift.abs().amax(-1) < torch.finfo(out.dtype).max / 2
-        )  # half precision ends at 65504
+        # Half precision ends at 65504.
+        carries = (size > 1e-30) & (shift.abs().amax(-1) < torch.finfo(out.dtype).max / 2)
         moved = out.gather(2, across).to(A.dtype) + shift.masked_fill(~carries[..., None], 0.0)
         shifted = out.scatter(2, across, moved.to(out.dtype))  # O'
         dq, dk, dv = ctx.fused.backward(d_out, q, k, v, mask, ctx.scale, shifted, lse, more)
@@ -518,7 +517,7 @@ def _at(rows, H):
     return rows.clamp(min=0)[:, None].expand(-1, H, -1)
 
 
-# ---- attn_align: eq. 5 from both paths' queries and keys -------------------------------------------------------------
+# --- attn_align: eq. 5 from both paths' queries and keys ---
 
 
 def attn_align(

@@ -47,12 +47,13 @@ COLOURS = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
+# Width in pixels at each of four depths, the farthest first.
 SIZES = {
     "tiny": 9,
     "small": 12,
     "large": 15,
     "huge": 18,
-}  # width in pixels at each of four depths, the farthest first
+}
 FAMILIES = ("count", "relation", "depth", "nearer", "attribute")
 ANSWERS = {
     "count": ("1", "2", "3", "4"),
@@ -139,7 +140,7 @@ def rng_for(*names):
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- scenes
+# --- scenes ---
 
 
 def draw_for(stream, rng, count=None):
@@ -233,7 +234,7 @@ def render(scene):
     return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------- questions
+# --- questions ---
 
 
 def plural(shape):
@@ -351,7 +352,7 @@ WORDS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+# --- files ---
 
 
 def draw_pair(stream, split, seed, index):

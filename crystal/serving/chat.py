@@ -15,13 +15,14 @@ from starlette.responses import JSONResponse
 
 from crystal.runtime.data import rgb
 
+# What Pillow may open; of an animation the first picture counts.
 FORMATS = (
     "PNG",
     "JPEG",
     "WEBP",
     "GIF",
     "BMP",
-)  # what Pillow may open; of an animation the first picture counts
+)
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Refusal(Exception):
         )
 
 
-# --- the wire format ---------------------------------------------------------------------------------------------
+# --- the wire format ---
 
 
 class Strict(BaseModel):
@@ -169,7 +170,8 @@ def image_of(url, where, limits):
     if not head.startswith("data:"):
         raise Refusal(
             400,
-            f"{where}: must be a data URL (data:image/png;base64,...); this server opens no address and no file",
+            f"{where}: must be a data URL (data:image/png;base64,...); this server opens no address and no "
+            "file",
             where,
         )
     if not comma or not head.endswith(";base64"):

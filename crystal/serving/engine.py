@@ -90,9 +90,8 @@ class Engine(threading.Thread):
             self.ready.wait_for(lambda: self.jobs or self.stopping)
             if self.stopping:
                 return None
-            self.ready.wait_for(
-                lambda: len(self.jobs) >= self.batch, self.window
-            )  # those that come together go together
+            # Those that come together go together.
+            self.ready.wait_for(lambda: len(self.jobs) >= self.batch, self.window)
             self.jobs = [job for job in self.jobs if not job.gone]
             batch = [job for job in self.jobs if job.limit == self.jobs[0].limit][: self.batch]
             self.jobs = [job for job in self.jobs if job not in batch]
@@ -121,18 +120,16 @@ class Engine(threading.Thread):
                 log.exception("a request failed")
                 batch[0].tell("failed", f"the model failed on this request: {type(error).__name__}")
             texts = None
-        if (
-            texts is None
-        ):  # too little memory for the whole batch, say: one by one, so that each gets what it can
+        # Too little memory for the whole batch, say: one by one, so that each gets what it can.
+        if texts is None:
             for job in batch if len(batch) > 1 else ():
                 self.answer([job])
             return
         for job, text in zip(batch, texts):
             if text.startswith(job.sent) and text != job.sent:
                 job.tell("text", text[len(job.sent) :])
-            tokens = len(job.said) or len(
-                self.fmt.text(text)
-            )  # a method that generates in its own way may not tell its steps
+            # A method that generates in its own way may not tell its steps.
+            tokens = len(job.said) or len(self.fmt.text(text))
             cut = tokens >= job.limit and self.fmt.end not in job.said
             job.tell("done", Answer(text, tokens, "length" if cut else "stop"))
 
@@ -159,9 +156,8 @@ class Steps:
             ):
                 continue  # a thought of its own is no answer yet
             text = generate.answer_text(model, fmt, job.said)
-            if (
-                text.startswith(job.sent) and text != job.sent and not text.endswith("\ufffd")
-            ):  # half a character waits
+            # Half a character waits.
+            if text.startswith(job.sent) and text != job.sent and not text.endswith("\ufffd"):
                 job.tell("text", text[len(job.sent) :])
                 job.sent = text
         if all(job.gone for job in self.batch):

@@ -50,7 +50,8 @@ def main(argv=None):
     parser.add_argument(
         "--run",
         default="",
-        help="run directory of train.py --method valr; empty: the tiny model, untrained, with 16 latents a segment",
+        help="run directory of train.py --method valr; empty: the tiny model, untrained, with 16 latents a "
+        "segment",
     )
     opening.method_flags(parser)
     parser.add_argument(
@@ -69,7 +70,8 @@ def main(argv=None):
         updates = [-1]
     if min(updates) < 0 or min(args.records, args.repeats) < 1:
         raise config.UserError(
-            f"--updates {args.updates} --records {args.records} --repeats {args.repeats}: numbers as in 1,2,4 of at least 0, the others at least 1"
+            f"--updates {args.updates} --records {args.records} --repeats {args.repeats}: numbers as in "
+            "1,2,4 of at least 0, the others at least 1"
         )
     if args.run:
         model, fmt, settings = opening.open_model(
@@ -100,13 +102,15 @@ def main(argv=None):
     found = measure(model, batch, latents, updates, args.repeats)
     _, _, ce, seconds = found[None]
     print(
-        f"{len(examples)} records, {fmt.count} latents a segment, up to {int(latents.sum(1).max())} a record; recurrence: cross entropy {ce:.4f}, {seconds:.2f} s"
+        f"{len(examples)} records, {fmt.count} latents a segment, up to {int(latents.sum(1).max())} a "
+        f"record; recurrence: cross entropy {ce:.4f}, {seconds:.2f} s"
     )
     print("T   error of latents   of the text behind   cross entropy off by   seconds   recurrence takes")
     for T, (inside, behind, loss, time_T) in found.items():
         if T is not None:
             print(
-                f"{T:<3} {inside:16.2e} {behind:20.2e} {loss - ce:22.4f} {time_T:9.2f} {seconds / time_T:14.2f} x"
+                f"{T:<3} {inside:16.2e} {behind:20.2e} {loss - ce:22.4f} {time_T:9.2f} "
+                f"{seconds / time_T:14.2f} x"
             )
 
 

@@ -46,7 +46,8 @@ EXPECTED = {"open": False, "bottleneck": True}
 def main(argv=None):
     parser = config.OneLineParser(
         prog="reliance_check.py",
-        description="Train models that use their latents and models that do not, and test --reliance on them.",
+        description="Train models that use their latents and models that do not, and test --reliance on "
+        "them.",
     )
     parser.add_argument("--methods", default="open,bottleneck", help="comma-separated: open, bottleneck")
     parser.add_argument(
@@ -98,9 +99,8 @@ def main(argv=None):
                 ]
             )
             model, fmt, settings = opening.open_model(run, device=distributed.start().device, method=file)
-            method = methods.get(settings.method)(
-                settings
-            )  # each is asked under the mask that it learned under
+            # Each is asked under the mask that it learned under.
+            method = methods.get(settings.method)(settings)
             result = reliance.measure(
                 model,
                 fmt,
@@ -114,7 +114,8 @@ def main(argv=None):
             expected = result["used"] == EXPECTED[name]
             wrong += not expected
             print(
-                f"\n{name}, seed {seed}: {'as expected' if expected else 'NOT AS EXPECTED'}\n{reliance.text(result)}\n",
+                f"\n{name}, seed {seed}: "
+                f"{'as expected' if expected else 'NOT AS EXPECTED'}\n{reliance.text(result)}\n",
                 flush=True,
             )
     sys.exit(1 if wrong else 0)

@@ -61,9 +61,8 @@ from data_prep.tiny import check as tiny_check
 from data_prep.tiny import files as tiny_files
 from data_prep.tiny.batches import IGNORE, KINDS, N
 
-AttentionInterface.register(
-    "flash_images", batches.image_attention
-)  # "flash": the vision tower then makes one call for all images
+# "flash": the vision tower then makes one call for all images.
+AttentionInterface.register("flash_images", batches.image_attention)
 AttentionInterface.register("slots", batches.slot_attention)
 
 
@@ -173,7 +172,7 @@ def accuracy(pupil, batch, blind):
     return {kind: right[batch.kinds == i].float().mean().item() for i, kind in enumerate(KINDS)}
 
 
-# ----------------------------------------------------------------------------------------------- optimisers and checkpoints
+# --- optimisers and checkpoints ---
 
 
 def make_optimisers(pupil, args):
@@ -214,9 +213,8 @@ def save(path, pupil, optimisers, step):
     """All that a resumed run needs, as one flat file of tensors; the old file stays until the new one is
     whole.
     """
-    state = {
-        f"pupil.{k}": v for k, v in pupil.state_dict().items() if not k.endswith("lm_head.weight")
-    }  # tied
+    # Tied.
+    state = {f"pupil.{k}": v for k, v in pupil.state_dict().items() if not k.endswith("lm_head.weight")}
     for o, optimiser in enumerate(optimisers):
         for i, slots in optimiser.state_dict()["state"].items():
             state.update({f"optimiser.{o}.{i}.{name}": value for name, value in slots.items()})
@@ -240,7 +238,7 @@ def load(path, pupil, optimisers):
     return int(state["step"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# --- training ---
 
 
 def train(args, blind, rank, world):
@@ -261,7 +259,8 @@ def train(args, blind, rank, world):
     state = work / "state.safetensors"
     first = load(state, pupil, optimisers) if state.exists() else 0
     say(
-        f"{name}: {sum(p.numel() for p in pupil.model.parameters()) / 1e6:.2f} M parameters, {args.steps} + {args.wordy_steps} steps of {args.images} images "
+        f"{name}: {sum(p.numel() for p in pupil.model.parameters()) / 1e6:.2f} M parameters, {args.steps} "
+        f"+ {args.wordy_steps} steps of {args.images} images "
         f"with {batches.SLOTS} questions, {world} processes, from step {first}"
     )
 

@@ -251,7 +251,7 @@ def pixels(patches, blind=False):
     return (patches / 255 - mean) / std
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# --- attention ---
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, **unused):

@@ -129,12 +129,14 @@ def measure(base, blind, tokenizer, processor, per_family, seed=0, batch=50):
 def table(rows):
     """Rows -> a Markdown table."""
     lines = [
-        "| family | questions | blind | base | base - blind (95 %) | base, blurred | margin removed | meets the bar |",
+        "| family | questions | blind | base | base - blind (95 %) | base, blurred | margin removed | "
+        "meets the bar |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
         lines.append(
-            f"| {r.family} | {r.n} | {100 * r.blind:.1f} | {100 * r.base:.1f} | {100 * r.margin:.1f} +- {100 * r.spread:.1f} "
+            f"| {r.family} | {r.n} | {100 * r.blind:.1f} | {100 * r.base:.1f} | {100 * r.margin:.1f} +- "
+            f"{100 * r.spread:.1f} "
             f"| {100 * r.blurred:.1f} | {100 * r.removed:.0f} % | {'yes' if r.sees else 'no'} |"
         )
     return "\n".join(lines)

@@ -80,7 +80,7 @@ CHAT_TEMPLATE = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizer
+# --- tokenizer ---
 
 
 def corpus():
@@ -160,7 +160,7 @@ def make_tokenizer(out):
     return Qwen2Tokenizer.from_pretrained(out)
 
 
-# --------------------------------------------------------------------------------------------------------- configuration
+# --- configuration ---
 
 
 def make_config(tokenizer):

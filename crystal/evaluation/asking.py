@@ -1,0 +1,208 @@
+"""Asks a model the questions of records, in its share of the ranks, and scores what it says.
+
+`answers` asks in one way: with or without latents, from intact, corrupted or grey images, under a mask or none.
+`diagnose` asks in LIVR's four (its section 4.4.1).
+
+B questions, M answer positions, K latents, H heads.
+"""
+
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from crystal.attention import AttentionRecorder
+from crystal.attention_bias import AttentionBias
+from crystal.evaluation.benchmarks import score
+from crystal.generate import answer_text, generate, thought_length, write
+from crystal.methods.sft import Method as SFT
+from crystal.runtime import data, distributed, ops
+from crystal.runtime.config import UserError
+
+
+class Bar:
+    """How far a rank is: a bar on a terminal, elsewhere a line each half minute, both with the time left.
+    Nothing without a name.
+    """
+
+    def __init__(self, total, name, procs):
+        on = bool(name) and procs.is_first
+        self.bar = tqdm(
+            total=total, desc=name, unit="question", disable=not (on and sys.stderr.isatty()), leave=False
+        )
+        self.lines, self.name, self.total, self.done, self.started = (
+            on and self.bar.disable,
+            name,
+            total,
+            0,
+            time.perf_counter(),
+        )
+        self.told = self.started
+
+    def update(self, n):
+        self.bar.update(n)
+        self.done += n
+        now = time.perf_counter()
+        if self.lines and now - self.told > 30:
+            self.told = now
+            left = (now - self.started) / self.done * (self.total - self.done)
+            print(
+                f"{self.name}: {self.done} of {self.total} questions, about {left / 60:.0f} min left",
+                flush=True,
+            )
+
+    def close(self):
+        self.bar.close()
+
+
+def answers(
+    model,
+    fmt,
+    records,
+    batch_size=32,
+    latents="keep",
+    corruption=None,
+    grey=False,
+    seed=0,
+    max_new_tokens=32,
+    procs=None,
+    progress="",
+    biases=None,
+    done=None,
+    tell=lambda result: None,
+):
+    """Records -> one dict each, in order: id, family, question, answer, prediction, extracted, correct.
+
+    latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them;
+    "free" lets the model write them, each result then says how many it wrote. corruption: a
+    corrupt.Corruption answers from corrupted images; grey answers from grey ones. biases: function (batch) ->
+    [attention_bias.AttentionBias], a mask at test time. Ranks share the records and all return the whole
+    list. done: results of an earlier run by index, which are not asked again; tell is called with each new
+    result.
+    """
+    procs = procs or distributed.Processes(device=model.device)
+    if latents == "mask":
+        latents, biases = "keep", hide_latents(fmt, biases)
+    # The plain chat prompt: thought and latents are the model's to write.
+    prompt = "none" if latents == "free" else latents
+    examples = data.RecordDataset(
+        records,
+        lambda r, n: fmt.question(r.turns, n, prompt),
+        model.image_processor,
+        corruption,
+        seed,
+        grey=grey,
+        copies=fmt.copies,
+    )
+    done = done or {}
+    left = [i for i in range(len(records)) if i not in done]
+    mine, found = left[procs.rank :: procs.world], []
+    bar = Bar(len(mine), progress, procs)
+    for at in range(0, len(mine), batch_size):
+        batch = [examples.build(i, 0) for i in mine[at : at + batch_size]]
+        pixels = "pixel_values_cor" if corruption else "pixel_values"
+        prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in batch]
+        wrote = {}
+        if latents == "free":
+            ids = write(model, prompts, fmt, max_new_tokens + thought_length(fmt, model.name), biases)
+            predictions = [answer_text(model, fmt, x) for x in ids]
+            wrote = {i: sum(token in fmt.latents for token in x) for i, x in zip(mine[at:], ids)}
+        else:
+            predictions = generate(model, prompts, fmt, max_new_tokens, biases, latents)
+        for i, prediction in zip(mine[at:], predictions):
+            r = records[i]
+            extracted, correct = score(r, prediction)
+            asked = r.turns[-1][1] if isinstance(r.turns[-1][1], str) else r.turns[-1][1][-1]
+            found.append(
+                {
+                    "index": i,
+                    "id": r.id,
+                    "family": r.family or "all",
+                    "question": asked,
+                    "answer": r.answer,
+                    "prediction": prediction,
+                    "extracted": extracted,
+                    "correct": correct,
+                }
+                | ({"latents": wrote[i]} if wrote else {})
+            )
+            tell(found[-1])
+        bar.update(len(batch))
+    bar.close()
+    return sorted([*done.values(), *procs.gather(found)], key=lambda f: f["index"])
+
+
+# --- diagnostics ---
+
+
+def hide_latents(fmt, biases=None):
+    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function
+    (batch) -> [attention_bias.AttentionBias].
+    """
+    if not fmt.count or fmt.feeds_back or fmt.writes_own_latents:
+        raise UserError(
+            "--latents mask: the prompt holds no latents"
+            + (" (the model makes them after it: --latents drop)" if fmt.count else "")
+        )
+
+    def both(batch):
+        latents = torch.isin(
+            batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device)
+        )  # [B,L]
+        return [*(biases(batch) if biases else []), AttentionBias(~latents, latents)]
+
+    return both
+
+
+def diagnose(model, fmt, method, records, **how):
+    """LIVR's section 4.4.1 -> ({column: results of `answers`}, mean attention from answers to latents or
+    None).
+
+    Columns: as trained; latents dropped; under the method's mask, if it has one; and both. how: as for
+    `answers`.
+    """
+    mask = lambda batch: method.biases(model, batch)
+    masked = type(method).biases is not SFT.biases
+    columns = {
+        "as trained": {},
+        "latents dropped": {"latents": "drop"},
+        "bottleneck": {"biases": mask},
+        "bottleneck, dropped": {"latents": "drop", "biases": mask},
+    }
+    columns = {
+        name: c
+        for name, c in columns.items()
+        if (fmt.count or "latents" not in c) and (masked or "biases" not in c)
+    }
+    found = {name: answers(model, fmt, records, progress=name, **c, **how) for name, c in columns.items()}
+    return found, attention_on_latents(
+        model, fmt, method, records, how.get("batch_size", 32), how.get("procs")
+    ) if fmt.count else None
+
+
+@torch.no_grad()
+def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None):
+    """Share of attention that the rows which predict the reference answers give to the K latents together, no
+    mask -> float.
+
+    Mean over all layers, heads and answer positions of a record, then over records.
+    """
+    procs = procs or distributed.Processes(device=model.device)
+    examples = data.RecordDataset(
+        records, lambda r, n: method.layout(fmt, r, n), model.image_processor, copies=fmt.copies
+    )
+    total, mine = 0.0, list(range(procs.rank, len(records), procs.world))
+    for at in range(0, len(mine), batch_size):
+        batch = data.collate(
+            [examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]],
+            model.tokenizer.pad_token_id,
+        )
+        batch = data.to_device(batch, model.device, model.hf.dtype)
+        recorder = AttentionRecorder(
+            range(len(model.layers)), batch["answer_positions"], batch["latents"], ops.attn_slice
+        )
+        method.hidden(model, batch, recorder)
+        mass = torch.stack([x.sum(-1).mean(1) for x in recorder.slices.values()]).mean(0)  # [B,M]
+        total += float((mass.sum(1) / (batch["answer_positions"] >= 0).sum(1)).sum())
+    return procs.sum(total) / len(records)

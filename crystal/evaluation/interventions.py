@@ -1,0 +1,124 @@
+"""Interventions on a model that answers: its latents' states recorded or replaced, its image hidden from later positions.
+
+They reach every decoder layer by its pre-hook, in generation too, and leave the model as it was.
+
+B questions, L prompt length, K latents, D hidden size.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from crystal.attention_bias import AttentionBias
+from crystal.runtime import data
+
+
+@contextmanager
+def before_layers(model, change):
+    """While it lasts, change(n, h [B,L,D], kwargs) -> (h, kwargs) runs before decoder layer n in every
+    forward, generation's too.
+    """
+
+    def hook(n):
+        def run(layer, args, kwargs):
+            h, kwargs = change(n, args[0] if args else kwargs["hidden_states"], kwargs)
+            return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+        return run
+
+    handles = [
+        layer.register_forward_pre_hook(hook(n), with_kwargs=True) for n, layer in enumerate(model.layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded(model, where):
+    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each layer.
+    where: positions [B,K].
+    """
+    states = []
+
+    def change(n, h, kwargs):
+        # The prompt; one row is a token being decoded, which reads the latents from the cache.
+        if h.shape[1] > 1:
+            states.append(h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2])))
+        return h, kwargs
+
+    with before_layers(model, change):
+        yield states
+
+
+@contextmanager
+def replaced(model, where, states):
+    """The latents at positions where [B,K] have the given states: [B,K,D] for each layer."""
+
+    def change(n, h, kwargs):
+        if h.shape[1] > 1:
+            h = h.scatter(1, where[:, :, None].expand(-1, -1, h.shape[2]), states[n].to(h.dtype))
+        return h, kwargs
+
+    with before_layers(model, change):
+        yield
+
+
+def hidden_image(ask):
+    """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the prompt
+    and while decoding.
+    """
+    return lambda batch: [AttentionBias(~ask.image & ~ask.latents, ask.image)]
+
+
+@dataclass
+class Asked:
+    """A batch of prompts as `generate` pads them, to the left. ids: lists; where: latents [B,K]; image,
+    latents, mask: [B,L].
+    """
+
+    prompts: list
+    where: torch.Tensor
+    image: torch.Tensor
+    latents: torch.Tensor
+    mask: torch.Tensor
+
+
+def asked(model, examples, pixels="pixel_values"):
+    """Examples of `questions` -> Asked. pixels: or "pixel_values_cor" for the corrupted images."""
+    prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in examples]
+    B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
+    where = torch.tensor(
+        [[L - len(ids) + i for i in e["layout"][2]] for e, (ids, _, _) in zip(examples, prompts)],
+        dtype=torch.long,
+    )
+    image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
+    # Those around an image may repeat it: they count as image.
+    marks = set(model.tokenizer.convert_tokens_to_ids(list(model.family.marks)))
+    for b, (e, (ids, _, _)) in enumerate(zip(examples, prompts)):
+        left = L - len(ids)
+        mask[b, left:] = 1
+        image[b, [left + i for i, token in enumerate(ids) if token in marks]] = True
+    latents = torch.zeros(B, L, dtype=torch.bool).scatter(1, where, True)
+    return Asked(prompts, *(x.to(model.device) for x in (where, image, latents, mask)))
+
+
+def questions(model, fmt, records, latents="keep", corruption=None, seed=0):
+    """Records -> Examples whose layout is (ids, image positions, latent positions).
+
+    A merged directory's chat template writes the latents itself: there they are found by their tokens' name.
+    """
+    named = {i for token, i in model.tokenizer.get_added_vocab().items() if token.startswith("<|latent_")}
+
+    def layout(record, image_tokens):
+        ids, image, where = fmt.question(record.turns, image_tokens, latents)
+        if not fmt.count and named:
+            where = [i for i, token in enumerate(ids) if token in named]
+            if latents == "drop":  # latents stand after the image: its positions stay
+                ids, where = [token for token in ids if token not in named], []
+        return ids, image, where
+
+    return data.RecordDataset(records, layout, model.image_processor, corruption, seed, copies=fmt.copies)
