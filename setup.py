@@ -1,12 +1,15 @@
-"""Installs crystal: `pip install --no-build-isolation -e .` (or `make setup`, which also makes the environment).
+"""Installs crystal: `pip install --no-build-isolation -e .` (or `make setup`, which also makes the
+environment).
 
-`python setup.py build_ext --inplace` builds the compiled operators of csrc/ into crystal/_C.so, and into crystal/_C_cuda.so where
-nvcc is; neither a GPU nor the network is needed, torch may be a CPU build. Both use LibTorch's stable ABI, and no Python ABI at all:
-one build serves torch 2.10 and later, and every Python. What is built is said in one line. Environment:
+`python setup.py build_ext --inplace` builds the compiled operators of csrc/ into crystal/_C.so, and into
+crystal/_C_cuda.so where nvcc is; neither a GPU nor the network is needed, torch may be a CPU build. Both use
+LibTorch's stable ABI, and no Python ABI at all: one build serves torch 2.10 and later, and every Python. What
+is built is said in one line. Environment:
 
     CRYSTAL_CUDA   auto (default): the CUDA part where nvcc is found; 1: build it or fail; 0: leave it out
     CXX, NVCC      the compilers, where they are not on the path
 """
+
 import importlib.util
 import os
 import shlex
@@ -23,7 +26,11 @@ ROOT = Path(__file__).resolve().parent
 WORK = "build/csrc"  # objects, ninja's file, nvcc's logs with the register report
 GPUS = "80", "86", "90"  # A100, A40, H100; later ones compile the last one's PTX when they load it
 # A file *_simd.cpp is compiled once for each vector width; the operators choose among them at run time.
-WIDTHS = {"portable": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"}
+WIDTHS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
+}
 TORCH_TARGET = "0x020a000000000000"  # 2.10
 
 
@@ -41,20 +48,30 @@ def wants_cuda(nvcc):
     if choice not in ("auto", "0", "1"):
         sys.exit(f"CRYSTAL_CUDA={choice}: choose auto, 1 or 0")
     if choice == "1" and not nvcc:
-        sys.exit("CRYSTAL_CUDA=1, but there is no nvcc: install the CUDA toolkit, set NVCC, or leave CRYSTAL_CUDA at auto")
+        sys.exit(
+            "CRYSTAL_CUDA=1, but there is no nvcc: install the CUDA toolkit, set NVCC, or leave "
+            "CRYSTAL_CUDA at auto"
+        )
     if choice == "0" or not nvcc:
         return False, "CRYSTAL_CUDA=0" if choice == "0" else "no nvcc found"
     return True, ", ".join(f"sm_{gpu}" for gpu in GPUS) + " and PTX"
 
 
 def steps(out, nvcc):
-    """Every command of the build as (kind, output, inputs, {variable: value}); objects first, then what is linked from them."""
+    """Every command of the build as (kind, output, inputs, {variable: value}); objects first, then what is
+    linked from them.
+    """
     spec = importlib.util.find_spec("torch")  # without the seconds that its import takes
     if not spec:
-        sys.exit("crystal: no torch where the build runs; install it first, then: pip install --no-build-isolation -e .")
+        sys.exit(
+            "crystal: no torch where the build runs; install it first, then: pip install "
+            "--no-build-isolation -e ."
+        )
     torch = Path(spec.submodule_search_locations[0])
     common = f"-std=c++17 -O3 -DNDEBUG -DTORCH_TARGET_VERSION={TORCH_TARGET} -Icsrc -I{shlex.quote(str(torch / 'include'))}"
-    sources = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu"))
+    sources = sorted(
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu")
+    )
     native = os.uname().machine in ("x86_64", "AMD64")
     found, cpu, cuda = [], [], []
     for source in sources:
@@ -68,8 +85,11 @@ def steps(out, nvcc):
             found.append(("nvcc", f"{stem}.o", [source], {"flags": common}))
             cuda.append(f"{stem}.o")
         elif source.endswith("_simd.cpp"):
-            for name, flags in WIDTHS.items() if native else [("portable", "")]:  # elsewhere the portable one alone
-                found.append(("cxx", f"{stem}.{name}.o", [source], {"flags": f"{common} {flags} -DWIDTH={name}"}))
+            # Elsewhere the portable one alone.
+            for name, flags in WIDTHS.items() if native else [("portable", "")]:
+                found.append(
+                    ("cxx", f"{stem}.{name}.o", [source], {"flags": f"{common} {flags} -DWIDTH={name}"})
+                )
                 cpu.append(f"{stem}.{name}.o")
         else:
             found.append(("cxx", f"{stem}.o", [source], {"flags": common}))
@@ -83,21 +103,29 @@ def steps(out, nvcc):
 
 def rules(cxx, nvcc):
     """kind -> its command, with ninja's $in, $out, $flags and $libs."""
-    gencode = " ".join(f"-gencode arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS) + f" -gencode arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"
+    gencode = (
+        " ".join(f"-gencode arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS)
+        + f" -gencode arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"
+    )
     warn = "-Wall -Wextra -Wno-psabi -Wno-unused-parameter"
     return {
         "cxx": f"{cxx} -MMD -MF $out.d $flags {warn} -fPIC -fvisibility=hidden -c $in -o $out",
         "link": f"{cxx} -shared $in -o $out $libs",
         # What ptxas says about registers and spills is kept beside the object: a test reads it.
         "nvcc": f"{nvcc} -MMD -MF $out.d $flags {gencode} --threads 2 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden "
-                "-c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+        "-c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
         "nvlink": f"{nvcc} -shared $in -o $out $libs",  # with CUDA's runtime inside: it loads beside any torch
     }
 
 
 def build(out):
-    """Brings out/_C.so and out/_C_cuda.so up to date and prints one line about them. Compile errors end the program."""
-    cxx, nvcc = compiler("CXX", ("g++", "c++", "clang++")), compiler("NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc"))
+    """Brings out/_C.so and out/_C_cuda.so up to date and prints one line about them. Compile errors end the
+    program.
+    """
+    cxx, nvcc = (
+        compiler("CXX", ("g++", "c++", "clang++")),
+        compiler("NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc")),
+    )
     cuda, why = wants_cuda(nvcc)
     if not cxx:
         if os.environ.get("CRYSTAL_CUDA") == "1":
@@ -110,18 +138,31 @@ def build(out):
     todo, commands = steps(out, nvcc), rules(cxx, nvcc)
     (ROOT / WORK).mkdir(parents=True, exist_ok=True)
     (ROOT / out).mkdir(parents=True, exist_ok=True)
-    ninja = compiler("NINJA", (Path(sys.executable).with_name("ninja"), "ninja"))  # the environment's own first: a distribution's may be too old
+    # The environment's own first: a distribution's may be too old.
+    ninja = compiler("NINJA", (Path(sys.executable).with_name("ninja"), "ninja"))
     if ninja:
         text = f"ninja_required_version = 1.3\nbuilddir = {WORK}\n" + "".join(
-            f"rule {kind}\n command = {command}\n" + (" depfile = $out.d\n deps = gcc\n" if "-MF" in command else "") for kind, command in commands.items())
+            f"rule {kind}\n command = {command}\n"
+            + (" depfile = $out.d\n deps = gcc\n" if "-MF" in command else "")
+            for kind, command in commands.items()
+        )
         for kind, output, inputs, variables in todo:
-            text += f"build {output}: {kind} {' '.join(inputs)}\n" + "".join(f" {name} = {value}\n" for name, value in variables.items())
+            text += f"build {output}: {kind} {' '.join(inputs)}\n" + "".join(
+                f" {name} = {value}\n" for name, value in variables.items()
+            )
         (ROOT / WORK / "build.ninja").write_text(text)
-        ran = subprocess.run([ninja, "--quiet", "-f", f"{WORK}/build.ninja"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ran = subprocess.run(
+            [ninja, "--quiet", "-f", f"{WORK}/build.ninja"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         done = ran.returncode
         if done or "warning" in ran.stdout:
             print(ran.stdout, file=sys.stderr)
     else:  # everything anew, in the same order
+
         def run(step):
             kind, output, inputs, variables = step
             command = commands[kind].replace("$in", " ".join(inputs)).replace("$out", output)
@@ -130,11 +171,19 @@ def build(out):
             return subprocess.run(command, shell=True, cwd=ROOT).returncode
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            done = max(pool.map(run, [step for step in todo if "link" not in step[0]])) or max(map(run, [step for step in todo if "link" in step[0]]))
+            done = max(pool.map(run, [step for step in todo if "link" not in step[0]])) or max(
+                map(run, [step for step in todo if "link" in step[0]])
+            )
     if done:
-        sys.exit("crystal: the compiled operators could not be built (messages above); CRYSTAL_CUDA=0 leaves the CUDA part out, "
-                 "and without any of them plain PyTorch serves")
-    print(f"crystal: compiled operators ready for CPU{f' and CUDA ({why})' if cuda else f'; not for CUDA ({why})'}")
+        sys.exit(
+            "crystal: the compiled operators could not be built (messages above); CRYSTAL_CUDA=0 leaves "
+            "the CUDA part out, "
+            "and without any of them plain PyTorch serves"
+        )
+    print(
+        "crystal: compiled operators ready for "
+        f"CPU{f' and CUDA ({why})' if cuda else f'; not for CUDA ({why})'}"
+    )
 
 
 class Build(build_ext):
@@ -156,18 +205,45 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=[
-        "crystal", "crystal.runtime", "crystal.backbone", "crystal.methods", "crystal.evaluation", "crystal.serving",
-        "data_prep", "data_prep.tiny", "data_prep.checks",
+        "crystal",
+        "crystal.runtime",
+        "crystal.backbone",
+        "crystal.methods",
+        "crystal.evaluation",
+        "crystal.serving",
+        "data_prep",
+        "data_prep.tiny",
+        "data_prep.checks",
     ],
     package_data={"crystal": ["assets/*/*"]},
     ext_modules=[Extension("crystal._C", sources=[])],
     cmdclass={"build_ext": Build},
-    install_requires=["torch>=2.10", "transformers>=5.17,<6", "safetensors", "numpy", "pillow", "tqdm", "ninja"],
+    install_requires=[
+        "torch>=2.10",
+        "transformers>=5.17,<6",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "tqdm",
+        "ninja",
+    ],
     extras_require={
         "plots": ["matplotlib"],
         "track": ["tensorboard"],
         "serve": ["starlette", "uvicorn", "pydantic"],
         "data": ["pyarrow"],
-        "test": ["pytest", "pytest-xdist", "peft", "scikit-image", "scipy", "matplotlib", "openai", "pyarrow", "starlette", "uvicorn", "pydantic"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "peft",
+            "scikit-image",
+            "scipy",
+            "matplotlib",
+            "openai",
+            "pyarrow",
+            "starlette",
+            "uvicorn",
+            "pydantic",
+        ],
     },
 )

@@ -1,4 +1,7 @@
-"""What the tests share: small random models in Hugging Face layout, records with real images, and one batch of them."""
+"""What the tests share: small random models in Hugging Face layout, records with real images, and one batch
+of them.
+"""
+
 import functools
 import json
 import shutil
@@ -21,52 +24,112 @@ torch.set_num_threads(1)  # these models are too small to share
 
 
 def pytest_addoption(parser):
-    parser.addoption("--require-cuda", action="store_true", help="fail, not skip, what needs a GPU where there is none (tests/test_ops.py)")
+    parser.addoption(
+        "--require-cuda",
+        action="store_true",
+        help="fail, not skip, what needs a GPU where there is none (tests/test_ops.py)",
+    )
 
 
 def qwen3_vl(path, settings):
-    """What makes a tiny directory one of Qwen3-VL: DeepStack after two of three vision blocks, patches of 16, a tokenizer that knows <think>."""
+    """What makes a tiny directory one of Qwen3-VL: DeepStack after two of three vision blocks, patches of 16,
+    a tokenizer that knows <think>.
+    """
     text, vision = settings["text_config"], settings["vision_config"]
     settings |= {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
-    text |= {"model_type": "qwen3_vl_text", "head_dim": 12}  # heads wider than hidden size / heads, as in the smaller real ones
+    # Heads wider than hidden size / heads, as in the smaller real ones.
+    text |= {"model_type": "qwen3_vl_text", "head_dim": 12}
     text["rope_parameters"] |= {"mrope_section": [2, 2, 2], "mrope_interleaved": True}
-    vision |= {"model_type": "qwen3_vl_vision", "depth": 3, "deepstack_visual_indexes": [0, 1], "patch_size": 16, "num_position_embeddings": 16}
+    vision |= {
+        "model_type": "qwen3_vl_vision",
+        "depth": 3,
+        "deepstack_visual_indexes": [0, 1],
+        "patch_size": 16,
+        "num_position_embeddings": 16,
+    }
     rules = json.loads((path / "preprocessor_config.json").read_text())
-    rules |= {"patch_size": 16, "size": {"shortest_edge": 4096, "longest_edge": 16384}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (path / "preprocessor_config.json").write_text(json.dumps({n: x for n, x in rules.items() if n not in ("min_pixels", "max_pixels")}))
+    rules |= {
+        "patch_size": 16,
+        "size": {"shortest_edge": 4096, "longest_edge": 16384},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({n: x for n, x in rules.items() if n not in ("min_pixels", "max_pixels")})
+    )
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
     tokenizer.save_pretrained(path)
 
 
 def llava_onevision(path, settings):
-    """What makes a tiny directory one of LLaVA-OneVision: SigLIP on tiles of 2 x 2 patches, up to 4 x 4 of them, Qwen2, <image>."""
+    """What makes a tiny directory one of LLaVA-OneVision: SigLIP on tiles of 2 x 2 patches, up to 4 x 4 of
+    them, Qwen2, <image>.
+    """
     text = {n: x for n, x in settings["text_config"].items() if n not in ("rope_parameters", "model_type")}
     text |= {"model_type": "qwen2", "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
-              "image_size": 28, "vision_use_head": False}
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+        "image_size": 28,
+        "vision_use_head": False,
+    }
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<image>", "<video>"]}, replace_extra_special_tokens=False
+    )
     # Like the real one: all images, then all text, of lists alone.
-    tokenizer.chat_template = ("{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + ' ' -}}"
-                               "{%- for part in message['content'] if part is mapping and part['type'] == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
-                               "{%- for part in message['content'] if part is mapping and part['type'] == 'text' -%}{{- '\n' + part['text'] -}}{%- endfor -%}"
-                               "{{- '<|im_end|>' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}")
+    tokenizer.chat_template = (
+        "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + ' ' -}}"
+        "{%- for part in message['content'] if part is mapping and part['type'] == 'image' -%}{{- "
+        "'<image>\n' -}}{%- endfor -%}"
+        "{%- for part in message['content'] if part is mapping and part['type'] == 'text' -%}{{- '\n' + "
+        "part['text'] -}}{%- endfor -%}"
+        "{{- '<|im_end|>' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' "
+        "-}}{%- endif -%}"
+    )
     tokenizer.save_pretrained(path)
     pinpoints = [[28 * h, 28 * w] for h in (1, 2, 4) for w in (1, 2, 4)]
-    rules = {"image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 28, "width": 28}, "image_grid_pinpoints": pinpoints,
-             "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    rules = {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": {"height": 28, "width": 28},
+        "image_grid_pinpoints": pinpoints,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (path / "preprocessor_config.json").write_text(json.dumps(rules))
-    (path / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 4,
-                                                            "vision_feature_select_strategy": "full", "image_processor": rules}))
+    (path / "processor_config.json").write_text(
+        json.dumps(
+            {
+                "processor_class": "LlavaOnevisionProcessor",
+                "num_image_tokens": 4,
+                "vision_feature_select_strategy": "full",
+                "image_processor": rules,
+            }
+        )
+    )
     image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
     tied = settings["tie_word_embeddings"]
     settings.clear()
-    settings |= {"model_type": "llava_onevision", "architectures": ["LlavaOnevisionForConditionalGeneration"], "text_config": text, "vision_config": vision,
-                 "image_token_index": image, "video_token_index": video, "image_grid_pinpoints": pinpoints, "tie_word_embeddings": tied}
+    settings |= {
+        "model_type": "llava_onevision",
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": image,
+        "video_token_index": video,
+        "image_grid_pinpoints": pinpoints,
+        "tie_word_embeddings": tied,
+    }
 
 
 def write_model(path, tied=True, family=None, **text):
@@ -77,15 +140,30 @@ def write_model(path, tied=True, family=None, **text):
     shutil.copytree(crystal.backbone.model.TINY, path)
     settings = json.loads((path / "config.json").read_text())
     settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = tied
-    settings["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-                                "layer_types": ["full_attention"] * 3, "rope_parameters": {"mrope_section": [2, 1, 1], "rope_theta": 100.0, "rope_type": "default"}} | text
-    settings["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "out_hidden_size": settings["text_config"]["hidden_size"],
-                                  "fullatt_block_indexes": [1], "window_size": 56}
+    settings["text_config"] |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": ["full_attention"] * 3,
+        "rope_parameters": {"mrope_section": [2, 1, 1], "rope_theta": 100.0, "rope_type": "default"},
+    } | text
+    settings["vision_config"] |= {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "out_hidden_size": settings["text_config"]["hidden_size"],
+        "fullatt_block_indexes": [1],
+        "window_size": 56,
+    }
     if family:
         family(path, settings)
     settings["dtype"] = "float32"
     (path / "config.json").write_text(json.dumps(settings))
     from transformers import AutoConfig, AutoModelForImageTextToText
+
     torch.manual_seed(0)
     hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     for name, p in hf.named_parameters():  # far enough from the identity that every path matters
@@ -125,6 +203,7 @@ def family_dirs(tmp_path_factory):
     @functools.cache
     def make(family, tied):
         return write_model(root / f"{family}-{'tied' if tied else 'untied'}", tied, FAMILIES[family])
+
     return make
 
 
@@ -143,15 +222,34 @@ def records_file(tmp_path_factory):
         for i, (question, answer, sizes) in enumerate(RECORDS):
             names = [f"{i}_{n}.png" for n in range(len(sizes))]
             for name, (w, h) in zip(names, sizes):
-                Image.fromarray(rng.integers(0, 256, (h // 7, w // 7, 3), dtype=np.uint8)).resize((w, h)).save(root / name)
-            talk = [{"from": "human", "value": "<image>\n" * len(names) + question}, {"from": "gpt", "value": answer}]
-            lines.write(json.dumps({"id": str(i), "images": names, "conversations": talk, "family": "a" if i else "b", "cot": ["I look.", "I see."]}) + "\n")
+                Image.fromarray(rng.integers(0, 256, (h // 7, w // 7, 3), dtype=np.uint8)).resize(
+                    (w, h)
+                ).save(root / name)
+            talk = [
+                {"from": "human", "value": "<image>\n" * len(names) + question},
+                {"from": "gpt", "value": answer},
+            ]
+            lines.write(
+                json.dumps(
+                    {
+                        "id": str(i),
+                        "images": names,
+                        "conversations": talk,
+                        "family": "a" if i else "b",
+                        "cot": ["I look.", "I see."],
+                    }
+                )
+                + "\n"
+            )
     return root / "train.jsonl"
 
 
 @pytest.fixture
 def setup(model_dirs, family_dirs, records_file):
-    """setup(*flags, tied=, dtype=, which=, family=) -> settings, model, method, objective, fmt, batch: one step's ingredients."""
+    """setup(*flags, tied=, dtype=, which=, family=) -> settings, model, method, objective, fmt, batch: one
+    step's ingredients.
+    """
+
     def make(*flags, tied=True, dtype=torch.float64, which=None, family=None):
         directory = family_dirs(family, tied) if family else model_dirs[tied]
         settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(directory), *flags])
@@ -165,13 +263,22 @@ def setup(model_dirs, family_dirs, records_file):
                     p.copy_(torch.randn(p.shape, generator=g) * 0.1)
         records, _ = data.read(records_file)
         records = [records[i] for i in which] if which is not None else records
-        examples = data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor, method.corruption,
-                                 copies=fmt.copies, extras=method.extras)
+        examples = data.RecordDataset(
+            records,
+            lambda r, n: method.layout(fmt, r, n),
+            model.image_processor,
+            method.corruption,
+            copies=fmt.copies,
+            extras=method.extras,
+        )
         batch = data.collate([examples[0, i] for i in range(len(records))], model.tokenizer.pad_token_id)
         batch = data.to_device(batch, torch.device("cpu"), dtype)
         named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-        return SimpleNamespace(settings=settings, model=model, method=method, objective=objective, fmt=fmt, batch=batch, named=named, records=records,
-                               examples=examples)
+        return SimpleNamespace(
+            settings=settings, model=model, method=method, objective=objective, fmt=fmt, batch=batch,
+            named=named, records=records, examples=examples,
+        )
+
     return make
 
 
@@ -197,12 +304,18 @@ def float64_modules(monkeypatch):
 
 
 def eager_mass(s, biases):
-    """The share of the answer positions' attention that the latents get at the last layer, by a softmax over L x L: mean over heads, rows and the pairs of s.batch."""
+    """The share of the answer positions' attention that the latents get at the last layer, by a softmax over
+    L x L: mean over heads, rows and the pairs of s.batch.
+    """
     kept, batch = {}, s.batch
     with torch.no_grad():
-        s.model.hidden(batch, recorder=lambda layer, q, k, scale: kept.update(last=(q, k, scale)), biases=biases)
+        s.model.hidden(
+            batch, recorder=lambda layer, q, k, scale: kept.update(last=(q, k, scale)), biases=biases
+        )
     q, k, scale = kept["last"]
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale + additive_mask(biases, batch["attention_mask"])  # [B,H,L,L]
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale + additive_mask(
+        biases, batch["attention_mask"]
+    )  # [B,H,L,L]
     masses = []
     for A, rows, latents in zip(scores.softmax(-1), batch["answer_positions"], batch["latents"]):
         masses.append(A[:, rows[rows >= 0]][:, :, latents].sum(-1).mean())
@@ -217,7 +330,9 @@ def gradients(loss, named):
 
 @torch.no_grad()
 def put_in(model):
-    """Puts every adapter of a model into its Linear: W + (alpha / r) B A, computed as wide as the adapter is kept, rounded once."""
+    """Puts every adapter of a model into its Linear: W + (alpha / r) B A, computed as wide as the adapter is
+    kept, rounded once.
+    """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
             W, A, B = layer.base.weight, layer.lora_A, layer.lora_B

@@ -1,4 +1,7 @@
-"""The model made by hand (by_hand.py) in the place of whatever --model names, and what it says under every condition."""
+"""The model made by hand (by_hand.py) in the place of whatever --model names, and what it says under every
+condition.
+"""
+
 import copy
 from types import SimpleNamespace
 
@@ -19,13 +22,16 @@ AS_TRAINED = ["black", "white", "dark", "light", "light", "white.", "white", "gr
 DROPPED = ["nothing", "nothing", "dark", "light", "light", "pale", "nothing", "nothing"]
 BLIND = ["nothing"] * 8
 CORRUPTED = ["black", "black", "black", "black", "black", "white.", "black", "black"]
-GREY = ["grey", "grey", "grey", "grey", "grey", "white.", "grey", "grey"]  # 128 of 255 is nearest to grey's 120
+# 128 of 255 is nearest to grey's 120.
+GREY = ["grey", "grey", "grey", "grey", "grey", "white.", "grey", "grey"]
 BOTTLENECK = ["black", "white", "nothing", "nothing", "nothing", "white.", "nothing", "grey"]
 RIGHT = [True, True, True, True, True, False, True, True]  # of the first
 
 
 class Masked(SFT):
-    """A method with LIVR's kind of mask: rows that are neither image nor latent do not see the image. Its sequences are CrystaL's."""
+    """A method with LIVR's kind of mask: rows that are neither image nor latent do not see the image. Its
+    sequences are CrystaL's.
+    """
 
     def biases(self, model, batch):
         latents = torch.isin(batch["input_ids"], torch.tensor(self.latents))
@@ -40,10 +46,19 @@ def ingredients(model_dirs):
 
 @pytest.fixture
 def hand(ingredients, tmp_path, monkeypatch):
-    """The model by hand in the place of whatever --model names, CrystaL's format with three latents, the eight records."""
+    """The model by hand in the place of whatever --model names, CrystaL's format with three latents, the
+    eight records.
+    """
     s, file = ingredients, by_hand.write_records(tmp_path)
-    hand = SimpleNamespace(model=by_hand.model_by_hand(s.real), fmt=s.fmt, file=file, records=data.read(file)[0], settings=copy.copy(s.settings),
-                           opened=[], fed=[])
+    hand = SimpleNamespace(
+        model=by_hand.model_by_hand(s.real),
+        fmt=s.fmt,
+        file=file,
+        records=data.read(file)[0],
+        settings=copy.copy(s.settings),
+        opened=[],
+        fed=[],
+    )
     monkeypatch.setattr(Masked, "latents", s.fmt.latents, raising=False)
     monkeypatch.setattr(Masked, "image", s.fmt.image, raising=False)
 
@@ -69,7 +84,9 @@ def counted_mass(hand):
     """Attention of the rows from <answer> to the one before the end: see by_hand.weigh."""
     total = 0.0
     for record in hand.records:
-        grid = data.RecordDataset([record], None, hand.model.image_processor).pixels([data.load_image(record.images[0], "")])["image_grid_thw"]
+        grid = data.RecordDataset([record], None, hand.model.image_processor).pixels(
+            [data.load_image(record.images[0], "")]
+        )["image_grid_thw"]
         ids, image, _ = hand.fmt.question(record.turns, hand.model.image_processor.tokens(grid))
         R, K, N = len(hand.fmt.text(record.answer)), 3, len(image)
         rows = range(len(ids) - 1, len(ids) + R + 1)  # <answer>, R's tokens, </answer>

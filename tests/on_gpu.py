@@ -4,6 +4,7 @@
 
 Lines that begin with ">> " are for the screen, the others for the log.
 """
+
 import argparse
 import importlib.metadata
 import json
@@ -18,8 +19,10 @@ from pathlib import Path
 
 # Every method on the shipped tiny model, much as the demo trains it. Dropout would draw other masks on
 # another device. VaLR trains every weight (float32, with bfloat16 products), the others adapters.
-SHARED = ["--batch_size", "8", "--lr", "1e-3", "--lr_tokens", "10", "--lora_dropout", "0",
-          "--eval_every", "0", "--save_every", "1000"]
+SHARED = [
+    "--batch_size", "8", "--lr", "1e-3", "--lr_tokens", "10", "--lora_dropout", "0", "--eval_every", "0",
+    "--save_every", "1000",
+]
 METHODS = {
     "sft": [],
     "crystal": ["--labels", "answer"],
@@ -39,7 +42,7 @@ def say(text):
     print(f">> {text}", flush=True)
 
 
-# ---- versions ------------------------------------------------------------------------------------------
+# --- versions ---
 
 NEEDED = "torch numpy transformers tokenizers safetensors pillow tqdm pytest setuptools".split()
 HELPFUL = "ninja pytest-xdist".split()  # without them it takes longer
@@ -63,14 +66,17 @@ def versions(options):
         sys.exit(f"missing: {', '.join(missing)}; the head of tests/on_gpu.sh says how wheels bring them")
     import torch
     import transformers
+
     print(f"transformers comes from {transformers.__file__}")
     say(f"torch is built for CUDA {torch.version.cuda} and sees {torch.cuda.device_count()} GPU(s)")
 
 
-# ---- the card ------------------------------------------------------------------------------------------
+# --- the card ---
 
-FIELDS = ["name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.mem",
-          "power.draw", "temperature.gpu"]
+FIELDS = [
+    "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm", "clocks.mem",
+    "power.draw", "temperature.gpu",
+]
 CHANGING = {"clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"}  # with what the card does
 
 
@@ -87,6 +93,7 @@ def ask_driver():
 def median_seconds(f, cuda, runs=10):
     """Median time of f, after three runs that do not count."""
     import torch
+
     taken = []
     for _ in range(3 + runs):
         if cuda:
@@ -106,6 +113,7 @@ def median_seconds(f, cuda, runs=10):
 def card(options):
     """Prints name, driver, clocks, bandwidth of a copy, speed of random products; writes them as JSON."""
     import torch
+
     cuda = options.device == "cuda"
     found = {"torch": torch.__version__}
     if cuda:
@@ -114,11 +122,16 @@ def card(options):
         if not torch.cuda.is_available():
             sys.exit("torch sees no GPU")
         properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                  "multiprocessors": properties.multi_processor_count,
-                  "memory_gb": properties.total_memory / 1e9}
-        say(f"{found['gpu']}, compute capability {found['capability']}, "
-            f"{found['multiprocessors']} multiprocessors, {found['memory_gb']:.1f} GB")
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": properties.total_memory / 1e9,
+        }
+        say(
+            f"{found['gpu']}, compute capability {found['capability']}, "
+            f"{found['multiprocessors']} multiprocessors, {found['memory_gb']:.1f} GB"
+        )
 
     source = torch.ones((1 << 31 if cuda else 1 << 26) // 4, device=options.device)
     target = torch.empty_like(source)
@@ -141,14 +154,17 @@ def card(options):
     Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
 
 
-# ---- training ------------------------------------------------------------------------------------------
+# --- training ---
+
 
 def train_one(method, options):
     """Trains one method in a process of its own -> its exit code, its seconds."""
     records = Path(options.scenes) / ("train.lavit.jsonl" if method == "lavit" else "train.jsonl")
-    command = [sys.executable, "-m", "crystal.train", "--method", method, "--data", str(records),
-               "--output", f"{options.out}/{method}", "--max_steps", str(options.updates),
-               "--device", options.device, "--dtype", options.dtype, *SHARED, *METHODS[method]]
+    command = [
+        sys.executable, "-m", "crystal.train", "--method", method, "--data", str(records),
+        "--output", f"{options.out}/{method}", "--max_steps", str(options.updates),
+        "--device", options.device, "--dtype", options.dtype, *SHARED, *METHODS[method],
+    ]
     cores = os.cpu_count() or 1
     threads = max(1, cores // len(METHODS)) if options.device == "cpu" else 1
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -172,7 +188,8 @@ def train(options):
     sys.exit(any(code for code, _ in ended.values()))
 
 
-# ---- curves --------------------------------------------------------------------------------------------
+# --- curves ---
+
 
 def logged(folder, method):
     """The lines of a run's metrics.jsonl; none where there is no such file."""
@@ -186,10 +203,14 @@ def curves(options):
     for folder in options.gpu:
         dtype = Path(folder).name
         first_limit, mean_limit = TOLERANCE[dtype]
-        say(f"{dtype} against the CPU's float32, |difference| / (1 + loss): "
-            f"at most {first_limit:g} at update 1, {mean_limit:g} on average")
-        say(f"{'':7}{'CPU: first':>11}{'middle':>9}{'last':>9}{'here: first':>13}{'middle':>9}{'last':>9}"
-            f"{'off: first':>12}{'mean':>9}{'largest':>9}{'peak GB':>9}")
+        say(
+            f"{dtype} against the CPU's float32, |difference| / (1 + loss): "
+            f"at most {first_limit:g} at update 1, {mean_limit:g} on average"
+        )
+        say(
+            f"{'':7}{'CPU: first':>11}{'middle':>9}{'last':>9}{'here: first':>13}{'middle':>9}{'last':>9}"
+            f"{'off: first':>12}{'mean':>9}{'largest':>9}{'peak GB':>9}"
+        )
         for method in METHODS:
             here, cpu = logged(folder, method), logged(options.cpu, method)
             if not here or len(here) != len(cpu):
@@ -199,20 +220,33 @@ def curves(options):
             off = [abs(a - b) / (1 + abs(b)) for a, b in zip(losses, wanted)]
             mean, peak = sum(off) / len(off), max(line["peak_memory_gb"] for line in here)
             middle = len(off) // 2
-            say(f"{method:7}{wanted[0]:11.4f}{wanted[middle]:9.4f}{wanted[-1]:9.4f}"
+            say(
+                f"{method:7}{wanted[0]:11.4f}{wanted[middle]:9.4f}{wanted[-1]:9.4f}"
                 f"{losses[0]:13.4f}{losses[middle]:9.4f}{losses[-1]:9.4f}"
-                f"{off[0]:12.1e}{mean:9.1e}{max(off):9.1e}{peak:9.3f}")
+                f"{off[0]:12.1e}{mean:9.1e}{max(off):9.1e}{peak:9.3f}"
+            )
             if not (off[0] <= first_limit and mean <= mean_limit):  # in this form no NaN is within a limit
                 wrong.append(f"{method}, {dtype}: off by {off[0]:.1e} at update 1, by {mean:.1e} on average")
             speed = statistics.median(line["tokens_per_s"] for line in here)
-            rows.append({"method": method, "dtype": dtype, "off_at_1": off[0], "off_on_average": mean,
-                         "largest_off": max(off), "peak_memory_gb": peak, "tokens_per_s": speed,
-                         "lines": here, "cpu_lines": cpu})
+            rows.append(
+                {
+                    "method": method,
+                    "dtype": dtype,
+                    "off_at_1": off[0],
+                    "off_on_average": mean,
+                    "largest_off": max(off),
+                    "peak_memory_gb": peak,
+                    "tokens_per_s": speed,
+                    "lines": here,
+                    "cpu_lines": cpu,
+                }
+            )
     Path(options.out).write_text(json.dumps({"tolerance": TOLERANCE, "rows": rows}) + "\n")
     sys.exit("\n".join(wrong))
 
 
-# ---- results of other programs -------------------------------------------------------------------------
+# --- results of other programs ---
+
 
 def times(options):
     """Prints a line for each operator of bench's JSON; fails where one was not measured."""
@@ -227,9 +261,11 @@ def times(options):
             continue
         words = [f"{peer} {row['times_ours']:.2f}" for peer, row in peers.items() if "times_ours" in row]
         words += [f"{peer} did not run" for peer, row in peers.items() if "cannot_run" in row]
-        say(f"{operator:9} {ours['forward_ms']:.3f} + {ours['backward_ms']:.3f} ms, "
+        say(
+            f"{operator:9} {ours['forward_ms']:.3f} + {ours['backward_ms']:.3f} ms, "
             f"{ours['share_of_floor']:.0%} of the floor, peak {ours['peak_bytes'] / 1e6:.1f} MB; "
-            f"times ours: {', '.join(words)}")
+            f"times ours: {', '.join(words)}"
+        )
     sys.exit(f"not measured: {', '.join(missing)}" if missing else 0)
 
 
@@ -253,7 +289,8 @@ def counted(options):
         sys.exit("no test passed: a selection that selects nothing shows nothing")
 
 
-# ---- command line --------------------------------------------------------------------------------------
+# --- command line ---
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The parts of on_gpu.sh that are written in Python.")

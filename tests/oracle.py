@@ -16,6 +16,7 @@ compares crystal with this.
 L sequence length, D hidden size, H heads, K latents, M answer positions, N image tokens, V vocabulary.
 Position t predicts token t + 1. All logarithms are natural.
 """
+
 import colorsys
 import functools
 import math
@@ -37,39 +38,81 @@ from transformers import (
 
 INF = float("inf")
 
-# ---- common: settings --------------------------------------------------------------------------------------
+# --- common: settings ---
 
 COMMON = {
-    "seed": 0, "turns": "first", "lora_r": 16, "lora_alpha": 32.0, "min_pixels": None, "max_pixels": None,
+    "seed": 0,
+    "turns": "first",
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "min_pixels": None,
+    "max_pixels": None,
 }
 
 # The defaults that the papers give. What only changes how a number is computed is no setting here.
 DEFAULTS = {
     "sft": {},
     "crystal": {
-        "latents": 8, "latent_kind": "diverse", "thought": "fixed", "labels": "all",
+        "latents": 8,
+        "latent_kind": "diverse",
+        "thought": "fixed",
+        "labels": "all",
         "corruption": "blur",
-        "copied": "latents", "ce": "per_path", "kl_share": 1.0, "answer_positions": "predicting",
-        "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
-        "teacher_grad": False, "w_ce_int": 1.0, "w_ce_cor": 1.0, "w_kl": 1.0, "w_attn": 1.0,
+        "copied": "latents",
+        "ce": "per_path",
+        "kl_share": 1.0,
+        "answer_positions": "predicting",
+        "attn_loss": "kl",
+        "attn_heads": "keep",
+        "attn_columns": "latents",
+        "attn_layers": "last",
+        "teacher_grad": False,
+        "w_ce_int": 1.0,
+        "w_ce_cor": 1.0,
+        "w_kl": 1.0,
+        "w_attn": 1.0,
     },
     "livr": {
-        "latents": 16, "latent_kind": "diverse", "place": "after", "mask": "prompt", "latents_see": "all",
-        "image_copies": 1, "masked": 0.4, "max_steps": 4000,
+        "latents": 16,
+        "latent_kind": "diverse",
+        "place": "after",
+        "mask": "prompt",
+        "latents_see": "all",
+        "image_copies": 1,
+        "masked": 0.4,
+        "max_steps": 4000,
     },
     "lavit": {
-        "latents": 4, "latent_kind": "diverse", "gate": "cosine", "gate_warmup": 0.4, "gate_start": 1e-6,
-        "w_semantics": 0.3, "w_gaze": 0.3, "gaze_top": 8, "max_steps": 1000,
+        "latents": 4,
+        "latent_kind": "diverse",
+        "gate": "cosine",
+        "gate_warmup": 0.4,
+        "gate_start": 1e-6,
+        "w_semantics": 0.3,
+        "w_gaze": 0.3,
+        "gaze_top": 8,
+        "max_steps": 1000,
     },
     "valr": {
-        "latents": 16, "encoders": "tiny", "align_layer": 0, "w_repa": 0.5, "updates": None,
-        "first_share": 0.5, "max_steps": 4000,
+        "latents": 16,
+        "encoders": "tiny",
+        "align_layer": 0,
+        "w_repa": 0.5,
+        "updates": None,
+        "first_share": 0.5,
+        "max_steps": 4000,
     },
 }
 
 # What the authors' released code of CrystaL does and the paper does not say.
-RELEASED = {"copied": "thought", "ce": "pooled", "kl_share": 0.1, "answer_positions": "span", "attn_heads": "mean",
-            "attn_columns": "thought"}
+RELEASED = {
+    "copied": "thought",
+    "ce": "pooled",
+    "kl_share": 0.1,
+    "answer_positions": "span",
+    "attn_heads": "mean",
+    "attn_columns": "thought",
+}
 DEFAULTS["released"] = DEFAULTS["crystal"] | RELEASED
 
 
@@ -78,7 +121,8 @@ def settings(method, **given):
     return SimpleNamespace(**{**COMMON, **DEFAULTS[method], **given})
 
 
-# ---- common: the model -------------------------------------------------------------------------------------
+# --- common: the model ---
+
 
 def dense_attention(module, query, key, value, attention_mask, scaling=None, **_):
     """softmax(q k / sqrt d + mask) v, head by head, in the inputs' precision. Vision has no mask."""
@@ -139,7 +183,7 @@ class Net:
             parent, _, child = name.rpartition(".")
             module = self.hf.get_submodule(parent)
             module._parameters.pop(child, None)
-            vars(module).pop(child, None)                      # the Net before
+            vars(module).pop(child, None)  # the Net before
             setattr(module, child, tensor)
 
         self.text = self.hf.model.language_model
@@ -197,11 +241,13 @@ class Net:
 
         for layer in self.text.layers:
             hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-        seen = self.text(inputs_embeds=x[None], position_ids=positions, attention_mask=mask[None, None],
-                         use_cache=False, output_attentions=True)
+        seen = self.text(
+            inputs_embeds=x[None], position_ids=positions, attention_mask=mask[None, None], use_cache=False,
+            output_attentions=True,
+        )
         for hook in hooks:
             hook.remove()
-        maps = [A[0] for A in seen.attentions]                                        # of each layer [H,L,L]
+        maps = [A[0] for A in seen.attentions]  # of each layer [H,L,L]
         return SimpleNamespace(h=seen.last_hidden_state[0], maps=maps, inputs=inputs, outputs=outputs)
 
 
@@ -218,7 +264,8 @@ def with_rows(W, ids, rows):
     return torch.stack(lines)
 
 
-# ---- common: a record's text and pictures ------------------------------------------------------------------
+# --- common: a record's text and pictures ---
+
 
 def latent_names(s):
     """The K latent tokens in their order: all different, or one and the same (CrystaL, table 3)."""
@@ -344,7 +391,8 @@ def layers_of(text, count):
     return sorted({int(i) % count for i in text.split(",")})
 
 
-# ---- sft: plain supervised fine-tuning ---------------------------------------------------------------------
+# --- sft: plain supervised fine-tuning ---
+
 
 def sft(net, record, folder, s, number=0):
     """Mean cross-entropy of the answer's tokens and of the `<|im_end|>` after them."""
@@ -355,12 +403,19 @@ def sft(net, record, folder, s, number=0):
     return {"ce": mean(cross_entropy(net, h, x.ids, range(x.said - 1, len(x) - 1)))}
 
 
-# ---- crystal: eq. 3, the corrupted picture -----------------------------------------------------------------
+# --- crystal: eq. 3, the corrupted picture ---
 
 # eta ~ U(low, high) where the settings give no range: the released code's for blur, appendix A.3's levels for
 # the others, and for crop and impulse, which have none there, those of the documentation.
-ETA = {"blur": (2.0, 5.0), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8), "color": (0.5, 2.0),
-       "noise": (15.0, 50.0), "impulse": (0.01, 0.12)}
+ETA = {
+    "blur": (2.0, 5.0),
+    "mask": (0.2, 0.8),
+    "crop": (0.2, 0.8),
+    "jigsaw": (0.2, 0.8),
+    "color": (0.5, 2.0),
+    "noise": (15.0, 50.0),
+    "impulse": (0.01, 0.12),
+}
 
 
 def hashed(*numbers):
@@ -375,9 +430,9 @@ def hashed(*numbers):
 def corrupted(picture, s, place, n):
     """Eq. 3: I_cor = C(I; eta, S). place: (seed, epoch, index of the record); n: which of its pictures."""
     g = torch.Generator().manual_seed(hashed(*place, n))
-    x = np.asarray(picture).astype(float) / 255                                       # [h,w,3]
+    x = np.asarray(picture).astype(float) / 255  # [h,w,3]
     for part in s.corruption.split(","):
-        mode, _, given = part.partition("=")                                          # mode, mode=eta or mode=low:high
+        mode, _, given = part.partition("=")  # mode, mode=eta or mode=low:high
         ends = [float(end) for end in given.split(":")] if given else ETA[mode]
         low, high = ends[0], ends[-1]
         eta = low + (high - low) * float(torch.rand((), generator=g))
@@ -409,7 +464,7 @@ def window(share, height, width, g, stretch):
     u, v, w = draw(g, 3)
     aspect = min(stretch, 1 / share) ** (2 * u - 1)
     sides = [math.sqrt(share * aspect) * height, math.sqrt(share / aspect) * width]
-    short = int(sides[1] <= sides[0])                          # rounded first; the other makes up the area
+    short = int(sides[1] <= sides[0])  # rounded first; the other makes up the area
     sides[short] = max(round(sides[short]), 1)
     sides[1 - short] = min(max(round(share * height * width / sides[short]), 1), (height, width)[1 - short])
     h, w_ = sides
@@ -477,12 +532,17 @@ def impulses(x, share, g):
 
 
 CORRUPTIONS = {
-    "blur": blurred, "mask": masked, "crop": cropped, "jigsaw": shuffled, "color": recoloured, "noise": noisy,
+    "blur": blurred,
+    "mask": masked,
+    "crop": cropped,
+    "jigsaw": shuffled,
+    "color": recoloured,
+    "noise": noisy,
     "impulse": impulses,
 }
 
 
-# ---- crystal: section 3, both variants ---------------------------------------------------------------------
+# --- crystal: section 3, both variants ---
 
 CRYSTAL_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 THOUGHT = "Because the feature of the image is"
@@ -578,7 +638,8 @@ def attention_distance(s, A_int, A_cor, omega, columns):
     return sum(squares) / (len(cells) * len(columns) if s.attn_loss == "mse" else 1)
 
 
-# ---- livr: its section 3.2 ---------------------------------------------------------------------------------
+# --- livr: its section 3.2 ---
+
 
 def livr(net, record, folder, s, step=0, number=0):
     """Cross-entropy on the answer, under the bottleneck in stage 1, and what attention the latents get.
@@ -626,7 +687,8 @@ def livr(net, record, folder, s, step=0, number=0):
     return terms
 
 
-# ---- lavit: eq. 3 to 9 -------------------------------------------------------------------------------------
+# --- lavit: eq. 3 to 9 ---
+
 
 def lavit(net, record, folder, s, step=0, number=0):
     """Cross-entropy through the gate, semantics (eq. 6), gaze (eq. 7), and what attention the latents get."""
@@ -717,7 +779,7 @@ def bilinear(part, y, x):
     return upper * (1 - (y - top)) + lower * (y - top)
 
 
-# ---- valr: its method section ------------------------------------------------------------------------------
+# --- valr: its method section ---
 
 VALR_TAGS = ["<latent>", "</latent>", "<answer>", "</answer>"]
 
@@ -757,10 +819,10 @@ def valr(net, record, folder, s, step=0, number=0):
         if name == "own":
             F = embedded[x.image].detach()
         else:
-            F = encoder_features(name, record, folder, pictures).double()              # [P,E]
+            F = encoder_features(name, record, folder, pictures).double()  # [P,E]
         cosines = []
         for n in range(0, len(fed), s.latents):
-            f = seen.outputs[layer - 1][fed[n : n + s.latents]]                        # [K,D]
+            f = seen.outputs[layer - 1][fed[n : n + s.latents]]  # [K,D]
             for p in range(len(F)):
                 at = min(max((p + 0.5) * s.latents / len(F) - 0.5, 0), s.latents - 1)
                 low = int(at)
@@ -806,8 +868,8 @@ def projection(net, m, f):
 def tiny_encoder():
     """The encoder `tiny`: a DINOv3 of two small layers, its weights drawn with seed 0."""
     config = DINOv3ViTConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        patch_size=14, image_size=112, initializer_range=0.1,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14,
+        image_size=112, initializer_range=0.1,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -827,5 +889,5 @@ def encoder_features(name, record, folder, pictures):
         x = torch.nn.functional.interpolate(x, (112, 112), mode="bilinear", antialias=True).clamp(0, 1)
         average, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         x = (x - average[:, None, None]) / spread[:, None, None]
-        found.append(tiny_encoder()(pixel_values=x).last_hidden_state[0, 1:])      # behind the class token
+        found.append(tiny_encoder()(pixel_values=x).last_hidden_state[0, 1:])  # behind the class token
     return torch.cat(found)

@@ -4,11 +4,14 @@
     cuda, cuda-1, cuda-2 ..     a GPU; with a number, that version of an operator's kernels
     emulated, emulated-1 ..     the GPU's kernels, run thread by thread on the CPU (tests/cuda_on_cpu.h)
 
-PLACES holds those that this machine has: every test runs in each of them, and what is absent is one visible skip each
-(test_ops.py::test_place), not one for every sample. `pytest --require-cuda` makes the GPU's absence a failure.
+PLACES holds those that this machine has: every test runs in each of them, and what is absent is one visible
+skip each (test_ops.py::test_place), not one for every sample. `pytest --require-cuda` makes the GPU's absence
+a failure.
 
-Operators that are not built are a failure. Only who asks for plain PyTorch, CRYSTAL_OPS=reference, gets skips.
+Operators that are not built are a failure. Only who asks for plain PyTorch, CRYSTAL_OPS=reference, gets
+skips.
 """
+
 import contextlib
 import os
 from pathlib import Path
@@ -18,8 +21,10 @@ import torch
 
 from crystal.runtime import ops
 
-EMULATED = os.environ.get("CRYSTAL_CUDA_ON_CPU")  # set by test_cuda_kernels_on_the_cpu: a library in which the CPU's operators are the CUDA kernels
-WIDE = os.environ.get("CRYSTAL_WIDE")  # set by test_wide_vectors_on_a_narrow_cpu: the folder of a _C.so with 512-bit vectors for any machine
+# Set by test_cuda_kernels_on_the_cpu: a library in which the CPU's operators are the CUDA kernels.
+EMULATED = os.environ.get("CRYSTAL_CUDA_ON_CPU")
+# Set by test_wide_vectors_on_a_narrow_cpu: the folder of a _C.so with 512-bit vectors for any machine.
+WIDE = os.environ.get("CRYSTAL_WIDE")
 REFERENCE_ASKED = os.environ.get("CRYSTAL_OPS") == "reference"
 BITS = (128, 256, 512)
 
@@ -87,7 +92,9 @@ def versions(operator):
     count = VERSIONS[operator][1]
     found = []
     for place in PLACES:
-        found += [place] if place.startswith("cpu") else [f"{place}-{version}" for version in range(1, count + 1)]
+        found += (
+            [place] if place.startswith("cpu") else [f"{place}-{version}" for version in range(1, count + 1)]
+        )
     return found
 
 
@@ -133,7 +140,9 @@ def compiled(monkeypatch):
     ops.choice()
     if EMULATED:
         torch.ops.load_library(EMULATED)
-        monkeypatch.setattr(ops, "SERVED", {name: {"cpu": served.get("cuda", ())} for name, served in ops.SERVED.items()})
+        monkeypatch.setattr(
+            ops, "SERVED", {name: {"cpu": served.get("cuda", ())} for name, served in ops.SERVED.items()}
+        )
     yield
     forget_the_choice()
 

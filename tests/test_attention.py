@@ -1,4 +1,7 @@
-"""attention.py against a full softmax, cell by cell in float64, and the recorder against a forward without checkpointing."""
+"""attention.py against a full softmax, cell by cell in float64, and the recorder against a forward without
+checkpointing.
+"""
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +14,9 @@ f64 = torch.float64
 
 
 def sample(rows, cols, H=4, G=2, L=7, d=3, padding=None, bias=None, contiguous=True, scale=None, dtype=f64):
-    """q, k, rows, cols and the keywords of attn_slice; `bias` fills a [B,1,L,L] tensor, of which the rows are cut."""
+    """q, k, rows, cols and the keywords of attn_slice; `bias` fills a [B,1,L,L] tensor, of which the rows are
+    cut.
+    """
     rows, cols = torch.tensor(rows, dtype=torch.int64), torch.tensor(cols, dtype=torch.int64)
     B, generator = len(rows), torch.Generator().manual_seed(0)
     shape = (lambda n: (B, n, L, d)) if contiguous else (lambda n: (B, L, n, d))
@@ -55,10 +60,16 @@ each_sample = pytest.mark.parametrize("name", SAMPLES)
 
 
 def naive(q, k, rows, cols, scale=None, bias=None, key_padding=None):
-    """(scores [B,H,M,K], lse [B,H,M], weights [B,H,M,K]), every cell by itself from one row of the full softmax."""
+    """(scores [B,H,M,K], lse [B,H,M], weights [B,H,M,K]), every cell by itself from one row of the full
+    softmax.
+    """
     (B, H, L, d), G = q.shape, k.shape[1]
     shape = (B, H, rows.shape[1], cols.shape[1])
-    S, lse, A = torch.full(shape, -INF, dtype=f64), torch.full(shape[:3], -INF, dtype=f64), torch.zeros(shape, dtype=f64)
+    S, lse, A = (
+        torch.full(shape, -INF, dtype=f64),
+        torch.full(shape[:3], -INF, dtype=f64),
+        torch.zeros(shape, dtype=f64),
+    )
     key = k.repeat_interleave(H // G, dim=1)
     for b, h, m in torch.cartesian_prod(*map(torch.arange, shape[:3])).tolist():
         i = rows[b, m].item()
@@ -80,7 +91,9 @@ def naive(q, k, rows, cols, scale=None, bias=None, key_padding=None):
 
 
 def gradients(f, *inputs, seed=1):
-    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where f has no graph."""
+    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where f has
+    no graph.
+    """
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     out = f(*leaves)
     out = out if out.requires_grad else out.requires_grad_()
@@ -128,14 +141,18 @@ def test_gradcheck(name):
 
 @each_sample
 def test_lse_given(name):
-    """A given lse changes no value and no gradient, although it carries none; a padded or blind row may hold anything."""
+    """A given lse changes no value and no gradient, although it carries none; a padded or blind row may hold
+    anything.
+    """
     q, k, rows, cols, kw = sample(**SAMPLES[name])
     lse = attn_lse(q, k, rows, **kw)
     for filler in (-INF, 0.0):
         lse = lse.masked_fill(lse.isneginf(), filler)
         close(attn_slice(q, k, rows, cols, lse=lse, **kw), attn_slice(q, k, rows, cols, **kw))
-        for got, expected in zip(gradients(lambda q, k: attn_slice(q, k, rows, cols, lse=lse, **kw), q, k),
-                                 gradients(lambda q, k: attn_slice(q, k, rows, cols, **kw), q, k)):
+        for got, expected in zip(
+            gradients(lambda q, k: attn_slice(q, k, rows, cols, lse=lse, **kw), q, k),
+            gradients(lambda q, k: attn_slice(q, k, rows, cols, **kw), q, k),
+        ):
             close(got, expected)
     carries = lse.clone().requires_grad_()
     given = attn_slice(q.requires_grad_(), k, rows, cols, lse=carries + 1.0, **kw)
@@ -171,20 +188,34 @@ def test_scores_of_blocked_keys_have_no_gradient():
 
 
 def test_random_shapes():
-    """Ragged batches of every size at once: rows and columns anywhere, some padded, left or right padding, biases."""
+    """Ragged batches of every size at once: rows and columns anywhere, some padded, left or right padding,
+    biases.
+    """
     generator = torch.Generator().manual_seed(3)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
     for _ in range(12):
         B, L, G = draw(1, 4), draw(1, 12), draw(1, 3)
         rows, cols = ([[draw(-1, L) for _ in range(n)] for _ in range(B)] for n in (draw(0, 5), draw(1, 5)))
-        padding = [("x" * n + "." * (L - n))[:: 1 if draw(0, 2) else -1] for n in (draw(0, L) for _ in range(B))]
-        q, k, rows, cols, kw = sample(rows, cols, H=G * draw(1, 4), G=G, L=L, d=draw(1, 6), padding=padding,
-                                      bias=lambda full: full[full > 1].fill_(-INF) if draw(0, 2) else None)
+        padding = [
+            ("x" * n + "." * (L - n))[:: 1 if draw(0, 2) else -1] for n in (draw(0, L) for _ in range(B))
+        ]
+        q, k, rows, cols, kw = sample(
+            rows,
+            cols,
+            H=G * draw(1, 4),
+            G=G,
+            L=L,
+            d=draw(1, 6),
+            padding=padding,
+            bias=lambda full: full[full > 1].fill_(-INF) if draw(0, 2) else None,
+        )
         close(attn_slice(q, k, rows, cols, **kw), naive(q, k, rows, cols, **kw)[2])
 
 
 def test_fused_attention_agrees():
-    """The weights are those of the attention that the model runs: against one-hot values through PyTorch's own."""
+    """The weights are those of the attention that the model runs: against one-hot values through PyTorch's
+    own.
+    """
     q, k, rows, cols, _ = sample(rows=[[3, 6]], cols=[[0, 2, 3]])
     key, values = k.repeat_interleave(2, dim=1), torch.eye(7, dtype=f64).expand(1, 4, 7, 7)
     weights = F.scaled_dot_product_attention(q, key, values, is_causal=True)  # [1,H,L,L]
@@ -194,8 +225,12 @@ def test_fused_attention_agrees():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_inputs(dtype, autocast):
-    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain computation in that dtype."""
-    q, k, rows, cols, _ = sample(rows=[list(range(8, 40))], cols=[list(range(6))], H=8, G=2, L=40, d=32, dtype=dtype)
+    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain computation in that
+    dtype.
+    """
+    q, k, rows, cols, _ = sample(
+        rows=[list(range(8, 40))], cols=[list(range(6))], H=8, G=2, L=40, d=32, dtype=dtype
+    )
     hidden = torch.ones(40, 40, dtype=torch.bool).triu(1)
 
     def plain(q, k):
@@ -209,8 +244,11 @@ def test_half_inputs(dtype, autocast):
     error = lambda a, b: (a.to(f64) - b).abs().max().item()
     exact = attn_slice(q.to(f64), k.to(f64), rows, cols)
     assert ours(q, k).dtype == torch.float32 and exact.dtype == f64
-    assert error(ours(q, k), exact) <= 1e-6 < error(plain(q, k), exact) / 2  # products in float32, not in half
-    for got, low, true in zip(gradients(ours, q, k), gradients(plain, q, k), gradients(ours, q.to(f64), k.to(f64))):
+    # Products in float32, not in half.
+    assert error(ours(q, k), exact) <= 1e-6 < error(plain(q, k), exact) / 2
+    for got, low, true in zip(
+        gradients(ours, q, k), gradients(plain, q, k), gradients(ours, q.to(f64), k.to(f64))
+    ):
         assert got.dtype == dtype and error(got, true) <= 3 * error(low, true)
 
 
@@ -225,27 +263,38 @@ def test_what_is_refused():
         attn_slice(q, k[:, [0, 1, 1]], rows, cols)
 
 
-# ---- the recorder ---------------------------------------------------------------------------------------------------------
+# --- the recorder ---
+
 
 class Layer(torch.nn.Module):
-    """A decoder layer as the recorder sees one: attention with a residual, the recorder a keyword of its forward."""
+    """A decoder layer as the recorder sees one: attention with a residual, the recorder a keyword of its
+    forward.
+    """
 
     def __init__(self, index):
         super().__init__()
         self.index, self.qk, self.v = index, torch.nn.Linear(8, 12), torch.nn.Linear(8, 8)
 
     def forward(self, x, recorder):
-        q, k = self.qk(x).view(*x.shape[:2], 6, 2).transpose(1, 2).split([4, 2], dim=1)  # [B,4,L,2], [B,2,L,2]
+        q, k = (
+            self.qk(x).view(*x.shape[:2], 6, 2).transpose(1, 2).split([4, 2], dim=1)
+        )  # [B,4,L,2], [B,2,L,2]
         recorder(self.index, q, k, 0.7)
         v = self.v(x).view(*x.shape[:2], 4, 2).transpose(1, 2)
-        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7, enable_gqa=True).transpose(1, 2).flatten(2)
+        return x + F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=0.7, enable_gqa=True
+        ).transpose(1, 2).flatten(2)
 
 
 def tapped(read, layers, checkpointed, run=3):
-    """Slices before and after backward, and the gradients of an attention loss plus the output's, of a stack of layers."""
+    """Slices before and after backward, and the gradients of an attention loss plus the output's, of a stack
+    of layers.
+    """
     torch.manual_seed(0)
     stack, x = torch.nn.ModuleList(map(Layer, range(run))), torch.randn(2, 6, 8)
-    recorder = AttentionRecorder(layers, torch.tensor([[3, 5], [4, -1]]), torch.tensor([[1, 2], [0, 3]]), read)
+    recorder = AttentionRecorder(
+        layers, torch.tensor([[3, 5], [4, -1]]), torch.tensor([[1, 2], [0, 3]]), read
+    )
     for layer in stack:
         x = checkpoint(layer, x, recorder, use_reentrant=False) if checkpointed else layer(x, recorder)
     before = recorder.slices
@@ -282,17 +331,27 @@ def test_tap_names_the_missing_layer():
         tapped(attn_slice, {2, 7, 3}, checkpointed=False)
 
 
-# ---- attend ----------------------------------------------------------------------------------------------------------
+# --- attend ---
+
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_attend(mask, causal):
     """Against a softmax over written scores, heads grouped."""
-    q, k, v = (torch.randn(2, h, 5, 4, generator=torch.Generator().manual_seed(h), dtype=f64) for h in (4, 2, 3))
+    q, k, v = (
+        torch.randn(2, h, 5, 4, generator=torch.Generator().manual_seed(h), dtype=f64) for h in (4, 2, 3)
+    )
     v = v[:, :2]
     free = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril(1)
-    bias = {"none": torch.zeros(2, 1, 5, 5, dtype=f64).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -INF) if causal else torch.zeros(2, 1, 5, 5, dtype=f64),
-            "bool": torch.zeros(2, 1, 5, 5, dtype=f64).masked_fill(~free, -INF), "float": free * 1.5}[mask]
+    bias = {
+        "none": torch.zeros(2, 1, 5, 5, dtype=f64).masked_fill(
+            ~torch.ones(5, 5, dtype=torch.bool).tril(), -INF
+        )
+        if causal
+        else torch.zeros(2, 1, 5, 5, dtype=f64),
+        "bool": torch.zeros(2, 1, 5, 5, dtype=f64).masked_fill(~free, -INF),
+        "float": free * 1.5,
+    }[mask]
     want = (0.3 * q @ k.repeat_interleave(2, 1).mT + bias).softmax(-1) @ v.repeat_interleave(2, 1)
     got = attend(q, k, v, {"none": None, "bool": free, "float": bias}[mask], scale=0.3, causal=causal)
     torch.testing.assert_close(got, want)
@@ -301,7 +360,11 @@ def test_attend(mask, causal):
 def test_attend_repeats_heads_under_a_mask_on_a_gpu(monkeypatch):
     """Else PyTorch takes its plain attention there, which writes L x L."""
     asked = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: asked.append((k.shape[1], v.shape[1], options["enable_gqa"])))
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **options: asked.append((k.shape[1], v.shape[1], options["enable_gqa"])),
+    )
     for device in ("cpu", "cuda"):
         with torch._subclasses.FakeTensorMode():
             q, k = (torch.empty(2, h, 5, 4, device=device) for h in (4, 2))

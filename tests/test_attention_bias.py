@@ -1,4 +1,7 @@
-"""Masks: causality, padding, blocked and dimmed cells; a blocked cell has exactly no influence in a whole model."""
+"""Masks: causality, padding, blocked and dimmed cells; a blocked cell has exactly no influence in a whole
+model.
+"""
+
 import math
 
 import pytest
@@ -17,11 +20,21 @@ def spans(L, *positions):
 
 def test_mask_is_causal_padded_and_biased():
     attention_mask = torch.tensor([[1, 1, 1, 1, 0]])
-    mask = additive_mask([AttentionBias(spans(5, 2, 3), spans(5, 0)), AttentionBias(spans(5, 3), spans(5, 1), math.log(0.5))], attention_mask)[0, 0]
+    mask = additive_mask(
+        [AttentionBias(spans(5, 2, 3), spans(5, 0)), AttentionBias(spans(5, 3), spans(5, 1), math.log(0.5))],
+        attention_mask,
+    )[0, 0]
     inf = float("inf")
     half = math.log(0.5)
-    assert torch.allclose(mask, torch.tensor([[0, -inf, -inf, -inf, -inf], [0, 0, -inf, -inf, -inf], [-inf, 0, 0, -inf, -inf],
-                                              [-inf, half, 0, 0, -inf], [0, 0, 0, 0, -inf]]))
+    assert torch.allclose(
+        mask,
+        torch.tensor(
+            [
+                [0, -inf, -inf, -inf, -inf], [0, 0, -inf, -inf, -inf], [-inf, 0, 0, -inf, -inf],
+                [-inf, half, 0, 0, -inf], [0, 0, 0, 0, -inf],
+            ]
+        ),
+    )
 
 
 def test_a_row_that_would_see_nothing_sees_itself():
@@ -37,14 +50,25 @@ def test_biases_meet_by_adding_up():
 
 def test_biases_of_chosen_rows_are_the_masks():
     """But for causality, which a recorder brings itself."""
-    biases, rows = [AttentionBias(spans(5, 2, 3), spans(5, 0)), AttentionBias(spans(5, 3, 4), spans(5, 1), math.log(0.5))], torch.tensor([[3, 2, 4, -1]])
+    biases, rows = (
+        [
+            AttentionBias(spans(5, 2, 3), spans(5, 0)),
+            AttentionBias(spans(5, 3, 4), spans(5, 1), math.log(0.5)),
+        ],
+        torch.tensor([[3, 2, 4, -1]]),
+    )
     causal = row_bias(additive_mask([], torch.ones(1, 5)), rows)
-    assert torch.equal(row_biases(biases, rows)[:, :, :3] + causal[:, :, :3], row_bias(additive_mask(biases, torch.ones(1, 5)), rows)[:, :, :3])
+    assert torch.equal(
+        row_biases(biases, rows)[:, :, :3] + causal[:, :, :3],
+        row_bias(additive_mask(biases, torch.ones(1, 5)), rows)[:, :, :3],
+    )
     assert row_biases(biases, rows, torch.float64).dtype == torch.float64 and row_biases([], rows) is None
 
 
 def test_blocked_image_has_exactly_no_influence(setup):
-    """Rows after the image that may not look at it: another image leaves them as they are, to the bit; without the mask it does not."""
+    """Rows after the image that may not look at it: another image leaves them as they are, to the bit;
+    without the mask it does not.
+    """
     s = setup(which=[0])
     image = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool)
     image[0, s.batch["image"][0]] = True
@@ -60,14 +84,19 @@ def test_blocked_image_has_exactly_no_influence(setup):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_dimmed_image_by_hand(setup, checkpointing):
-    """ln gamma from answer positions to the image, in a padded batch with two images and grouped heads: logits and gradients equal a plain softmax of our own."""
+    """ln gamma from answer positions to the image, in a padded batch with two images and grouped heads:
+    logits and gradients equal a plain softmax of our own.
+    """
     s = setup(*["--checkpointing"] * checkpointing)
-    queries, image = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool), s.batch["mm_token_type_ids"].bool()
+    queries, image = (
+        torch.zeros_like(s.batch["input_ids"], dtype=torch.bool),
+        s.batch["mm_token_type_ids"].bool(),
+    )
     for b, (start, end) in enumerate(s.batch["answer"]):
         queries[b, start:end] = True
     real = s.batch["attention_mask"].bool()
     bias = AttentionBias(queries, image, math.log(0.3))
-    cells = (queries[:, :, None] & image[:, None, :])[:, None]                         # [B,1,L,L]
+    cells = (queries[:, :, None] & image[:, None, :])[:, None]  # [B,1,L,L]
 
     def by_hand(module, query, key, value, attention_mask, scaling=None, **_):
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
@@ -85,27 +114,36 @@ def test_a_dimmed_image_by_hand(setup, checkpointing):
     from transformers import AttentionInterface
 
     from crystal.backbone.model import attention
+
     AttentionInterface.register("crystal", by_hand)
     try:
         expected, theirs = step([])
     finally:
         AttentionInterface.register("crystal", attention)
     assert torch.allclose(h, expected, rtol=0, atol=1e-6) and grads.keys() == theirs.keys()
-    assert all(torch.allclose(g, theirs[n], rtol=0, atol=1e-6) for n, g in grads.items()) and any(g.abs().max() > 1e-3 for g in grads.values())
+    assert all(torch.allclose(g, theirs[n], rtol=0, atol=1e-6) for n, g in grads.items()) and any(
+        g.abs().max() > 1e-3 for g in grads.values()
+    )
 
 
 def test_one_tensor_serves_all_heads_and_layers(setup):
     s, seen = setup(), []
     for layer in s.model.layers:
-        layer.self_attn.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        )
     zero = torch.zeros_like(s.batch["input_ids"], dtype=torch.bool)
     s.model.hidden(s.batch, biases=[AttentionBias(zero, zero)])
     B, L = zero.shape
-    assert len(seen) == 3 and all(m.shape == (B, 1, L, L) and m.data_ptr() == seen[0].data_ptr() for m in seen)
+    assert len(seen) == 3 and all(
+        m.shape == (B, 1, L, L) and m.data_ptr() == seen[0].data_ptr() for m in seen
+    )
 
 
 def test_a_mask_holds_in_a_cached_forward(setup):
-    """Model.seeing: a left-padded prompt and three rows after it, one and two at a time, equal one forward without a cache."""
+    """Model.seeing: a left-padded prompt and three rows after it, one and two at a time, equal one forward
+    without a cache.
+    """
     s = setup(which=[0])
     ids, pad = s.batch["input_ids"], 2
     L = ids.shape[1]
@@ -114,15 +152,29 @@ def test_a_mask_holds_in_a_cached_forward(setup):
     whole = torch.cat([ids, more], 1)
     image = whole == s.fmt.image
     late = torch.arange(L + 3)[None] >= L - 4
-    batch = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "mm_token_type_ids": image.long(), **images}
+    batch = {
+        "input_ids": whole,
+        "attention_mask": torch.ones_like(whole),
+        "mm_token_type_ids": image.long(),
+        **images,
+    }
     expected = s.model.hidden(batch, biases=[AttentionBias(late, image)])[0, L - 1 :]
     left = lambda x, fill: torch.cat([torch.full((1, pad), fill, dtype=x.dtype), x], 1)
-    mask = additive_mask([AttentionBias(left(late, False)[:, : L + pad], left(image, False)[:, : L + pad])], left(torch.ones_like(ids), 0))
+    mask = additive_mask(
+        [AttentionBias(left(late, False)[:, : L + pad], left(image, False)[:, : L + pad])],
+        left(torch.ones_like(ids), 0),
+    )
     positions = torch.cat([torch.zeros(3, 1, pad, dtype=torch.long), s.model.positions(batch)], 2)
 
     def forward(a, b, cache=None, **more):
-        out = s.model.hf.model(input_ids=left(whole, 0)[:, a:b], position_ids=positions[:, :, a:b], attention_mask=left(torch.ones_like(whole), 0)[:, :b],
-                               past_key_values=cache, use_cache=True, **more)
+        out = s.model.hf.model(
+            input_ids=left(whole, 0)[:, a:b],
+            position_ids=positions[:, :, a:b],
+            attention_mask=left(torch.ones_like(whole), 0)[:, :b],
+            past_key_values=cache,
+            use_cache=True,
+            **more,
+        )
         return out.last_hidden_state[0], out.past_key_values
 
     with s.model.seeing(mask):

@@ -3,6 +3,7 @@ mistake.
 
 Right values: times from a clock that is told what to say, bytes and products counted by hand.
 """
+
 import json
 from types import SimpleNamespace
 
@@ -13,34 +14,68 @@ from crystal import bench
 from crystal.runtime import ops
 from crystal.runtime.config import UserError
 
-SMALL = ["--device", "cpu", "--rows", "3", "--vocab", "500", "--slice", "2,40,6,3,4,2,8", "--repeats", "3", "--no-compile"]
+SMALL = [
+    "--device", "cpu", "--rows", "3", "--vocab", "500", "--slice", "2,40,6,3,4,2,8", "--repeats", "3",
+    "--no-compile",
+]
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
     """The probe's own gigabytes are not what is tested here."""
-    monkeypatch.setattr(bench, "probe", lambda *_: {"name": "a test's", "threads": 1, "copy_gb_s": 10.0, "tflop_s": 0.1, "empty_us": 1.0})
+    monkeypatch.setattr(
+        bench,
+        "probe",
+        lambda *_: {"name": "a test's", "threads": 1, "copy_gb_s": 10.0, "tflop_s": 0.1, "empty_us": 1.0},
+    )
 
 
 def test_rows(tmp_path, capsys):
     if not ops.choice()[1]:
         pytest.skip("no compiled operators here")
-    bench.main([*SMALL, "--dtype", "float32", "--only", ",".join(bench.CASES), "--out", str(tmp_path / "a" / "bench.json")])
+    bench.main(
+        [
+            *SMALL,
+            "--dtype",
+            "float32",
+            "--only",
+            ",".join(bench.CASES),
+            "--out",
+            str(tmp_path / "a" / "bench.json"),
+        ]
+    )
     rows = json.loads((tmp_path / "a" / "bench.json").read_text())["rows"]
     table = {(row["operator"], row["peer"]): row for row in rows}
     for operator in bench.CASES:
         for peer in ("compiled", "eager"):
             row = table[operator, peer]
-            assert row["forward_ms"] > 0 and row["backward_ms"] > 0 and row["repeats"] == 3 and row["peak_bytes"] > 0 and min(row["floor_ms"]) > 0
+            assert (
+                row["forward_ms"] > 0
+                and row["backward_ms"] > 0
+                and row["repeats"] == 3
+                and row["peak_bytes"] > 0
+                and min(row["floor_ms"]) > 0
+            )
             assert row["forward_quartiles"][0] <= row["forward_ms"] <= row["forward_quartiles"][1]
         assert table[operator, "compiled"]["times_ours"] == 1
-        assert operator == "layer" or table[operator, "torch.compile"]["cannot_run"] == "left out (--no-compile)"
-    assert "cannot_run" in table["slice", "FlexAttention"] and table["slice", "one-hot values"]["times_ours"] > 0 and table["layer", "the layer alone"]["times_ours"] > 0
+        assert (
+            operator == "layer" or table[operator, "torch.compile"]["cannot_run"] == "left out (--no-compile)"
+        )
+    assert (
+        "cannot_run" in table["slice", "FlexAttention"]
+        and table["slice", "one-hot values"]["times_ours"] > 0
+        and table["layer", "the layer alone"]["times_ours"] > 0
+    )
     # What is kept: of the logits' size in plain PyTorch, of the rows' in ours.
-    assert table["vocab", "eager"]["kept_bytes"] >= 2 * 3 * 500 * 4 and table["vocab", "compiled"]["kept_bytes"] < 1000
+    assert (
+        table["vocab", "eager"]["kept_bytes"] >= 2 * 3 * 500 * 4
+        and table["vocab", "compiled"]["kept_bytes"] < 1000
+    )
     assert table["vocab", "compiled"]["floor_ms"] == [2 * 3 * 500 * 4 / 10e6, 4 * 3 * 500 * 4 / 10e6]
     out = capsys.readouterr().out
-    assert "FlexAttention            cannot run: has no backward pass on a CPU" in out and out.count("largest error of values and gradients") == len(bench.CASES)
+    assert "FlexAttention            cannot run: has no backward pass on a CPU" in out and out.count(
+        "largest error of values and gradients"
+    ) == len(bench.CASES)
 
 
 def test_slow_peers_run_less_often(monkeypatch, tmp_path):
@@ -48,9 +83,15 @@ def test_slow_peers_run_less_often(monkeypatch, tmp_path):
     if not ops.choice()[1]:
         pytest.skip("no compiled operators here")
     once = bench.once
-    monkeypatch.setattr(bench, "once", lambda f, *rest: (*((1.5, 0.5) if f.__name__ == "textbook" else (0.1, 0.1)), *once(f, *rest)[2:]))
+    monkeypatch.setattr(
+        bench,
+        "once",
+        lambda f, *rest: (*((1.5, 0.5) if f.__name__ == "textbook" else (0.1, 0.1)), *once(f, *rest)[2:]),
+    )
     bench.main([*SMALL, "--only", "vocab", "--out", str(tmp_path / "bench.json")])
-    runs = {row["peer"]: row.get("repeats") for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    runs = {
+        row["peer"]: row.get("repeats") for row in json.loads((tmp_path / "bench.json").read_text())["rows"]
+    }
     assert runs["eager"] == 2 and runs["compiled"] == runs["reference"] == 3
 
 
@@ -64,8 +105,13 @@ def test_gate(monkeypatch, tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    for flags, message in ((["--only", "vocab,heads"], "no operator heads"), (["--slice", "1,2"], "seven sizes"), (["--slice", "1,2,3,4,5,6,x"], "seven sizes"),
-                           (["--slice", "3,40,6,3,4,2,8", "--only", "align"], "B must be even"), (["--rows", "0"], "at least 1")):
+    for flags, message in (
+        (["--only", "vocab,heads"], "no operator heads"),
+        (["--slice", "1,2"], "seven sizes"),
+        (["--slice", "1,2,3,4,5,6,x"], "seven sizes"),
+        (["--slice", "3,40,6,3,4,2,8", "--only", "align"], "B must be even"),
+        (["--rows", "0"], "at least 1"),
+    ):
         with pytest.raises(UserError, match=message):
             bench.main([*SMALL, "--out", str(tmp_path / "x.json"), *flags])
     if not torch.cuda.is_available():
@@ -115,9 +161,7 @@ def test_a_row_by_hand(monkeypatch, capsys):
     )
     first, second = rows[:2]
     assert (first["forward_ms"], first["backward_ms"], first["repeats"]) == (
-        pytest.approx(3.0),
-        pytest.approx(4.0),
-        5,
+        pytest.approx(3.0), pytest.approx(4.0), 5,
     )
     assert first["forward_quartiles"] == pytest.approx([1.5, 52.0]) and first[
         "backward_quartiles"
@@ -125,9 +169,7 @@ def test_a_row_by_hand(monkeypatch, capsys):
     assert first["floor_ms"] == second["floor_ms"] == pytest.approx([2.0, 3.0])
     assert (first["share_of_floor"], first["times_ours"]) == (pytest.approx(5 / 7), 1.0)
     assert (second["forward_ms"], second["share_of_floor"], second["times_ours"]) == (
-        pytest.approx(6.0),
-        pytest.approx(5 / 12),
-        pytest.approx(12 / 7),
+        pytest.approx(6.0), pytest.approx(5 / 12), pytest.approx(12 / 7),
     )
     out = capsys.readouterr().out
     assert "3.000 (1.500 to 52.000)" in out and "71%    1.00" in out and "42%    1.71" in out

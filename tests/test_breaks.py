@@ -1,4 +1,7 @@
-"""The table of deliberate faults stays true: each text stands once, each named test exists, no file is without a fault."""
+"""The table of deliberate faults stays true: each text stands once, each named test exists, no file is
+without a fault.
+"""
+
 import ast
 from collections import Counter
 from functools import cache
@@ -8,7 +11,9 @@ import pytest
 from breaks import BREAKS, ROOT
 
 # What holds no behaviour of its own: proofs that are run by hand and print, and files that only name others.
-WITHOUT = {f"crystal/{folder}__init__.py" for folder in ("", "runtime/", "backbone/", "evaluation/", "serving/")}
+WITHOUT = {
+    f"crystal/{folder}__init__.py" for folder in ("", "runtime/", "backbone/", "evaluation/", "serving/")
+}
 
 
 @cache
@@ -29,9 +34,13 @@ def test_faults_can_be_put_in(file):
 
 
 def can_be_put_in(fault):
-    """Asserts that a fault's text stands once, that what is put in its place is valid Python, and that its test exists."""
+    """Asserts that a fault's text stands once, that what is put in its place is valid Python, and that its
+    test exists.
+    """
     text = (ROOT / fault.file).read_text()
-    assert text.count(fault.text) == 1, f"{fault.name}: its text stands {text.count(fault.text)} times in {fault.file}"
+    assert text.count(fault.text) == 1, (
+        f"{fault.name}: its text stands {text.count(fault.text)} times in {fault.file}"
+    )
     assert fault.wrong != fault.text
     if fault.file.endswith(".py"):
         ast.parse(text.replace(fault.text, fault.wrong))  # a syntax error would be noticed by anything

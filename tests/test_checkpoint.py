@@ -1,4 +1,5 @@
 """A checkpoint is complete and unchanged, or it is not used; and what is restored is restored to the bit."""
+
 import hashlib
 import json
 import os
@@ -30,19 +31,44 @@ from crystal.runtime.checkpoint import (
 )
 
 MANIFEST = "manifest.json"
-STATE = {"step": 7, "seed": 3, "lr": 1e-4 / 3, "best": float("inf"), "epoch": [1, 2], "name": "é", "none": None}
+STATE = {
+    "step": 7,
+    "seed": 3,
+    "lr": 1e-4 / 3,
+    "best": float("inf"),
+    "epoch": [1, 2],
+    "name": "é",
+    "none": None,
+}
 
 
 def tensors():
     torch.manual_seed(0)
     shared = torch.randn(4, 6)
-    return {"model.safetensors": {"bf16": torch.randn(3, 5).bfloat16(), "f64": torch.randn(2, dtype=torch.float64) / 3, "step": torch.tensor(7.0), "turned": shared.T,
-                                  "tied": shared, "tied.too": shared, "rng": torch.get_rng_state(), "empty": torch.empty(0, 3), "nan": torch.tensor([float("nan"), -0.0])},
-            "optimizer.safetensors": {"count": torch.tensor([2 ** 62 + 1])}}
+    return {
+        "model.safetensors": {
+            "bf16": torch.randn(3, 5).bfloat16(),
+            "f64": torch.randn(2, dtype=torch.float64) / 3,
+            "step": torch.tensor(7.0),
+            "turned": shared.T,
+            "tied": shared,
+            "tied.too": shared,
+            "rng": torch.get_rng_state(),
+            "empty": torch.empty(0, 3),
+            "nan": torch.tensor([float("nan"), -0.0]),
+        },
+        "optimizer.safetensors": {"count": torch.tensor([2**62 + 1])},
+    }
 
 
 def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(
+            a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
+        )
+    )
 
 
 def names(run_dir):
@@ -73,6 +99,7 @@ def test_round_trip_to_the_bit(tmp_path):
 
 def test_what_lies_on_the_disk(tmp_path):
     """Safetensors and JSON that anybody can read, and a manifest with each other file's hash and size."""
+
     def extra(directory):
         (directory / "more").write_text("abc")
 
@@ -93,31 +120,47 @@ def test_what_lies_on_the_disk(tmp_path):
 
 
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_chosen(tmp_path):
-    for step in (5, 90, 100):   # 90 and 100: by number, not by name
+    for step in (5, 90, 100):  # 90 and 100: by number, not by name
         save(tmp_path, step, tensors(), STATE)
     lines = []
     assert newest(tmp_path, lines.append) == step_dir(tmp_path, 100) and not lines
     flip(step_dir(tmp_path, 100) / "model.safetensors")
     assert newest(tmp_path, lines.append) == step_dir(tmp_path, 90)
-    assert len(lines) == 1 and "step-100" in lines[0] and "model.safetensors was changed" in lines[0] and "\n" not in lines[0]
+    assert (
+        len(lines) == 1
+        and "step-100" in lines[0]
+        and "model.safetensors was changed" in lines[0]
+        and "\n" not in lines[0]
+    )
     with pytest.raises(CheckpointError, match="step-100: model.safetensors was changed"):
         load(step_dir(tmp_path, 100))
     flip(step_dir(tmp_path, 90) / "state.json", 3)
     (step_dir(tmp_path, 5) / "manifest.json").unlink()
-    assert newest(tmp_path, lines.append) is None and len(lines) == 4 and "manifest.json is missing" in lines[3]
+    assert (
+        newest(tmp_path, lines.append) is None and len(lines) == 4 and "manifest.json is missing" in lines[3]
+    )
     assert newest(tmp_path / "no such run") is None
 
 
-@pytest.mark.parametrize("damage, problem", [
-    (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
-    (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is damaged"),
-    (lambda d: (d / "manifest.json").write_text('{"files": {"state.json": 3}, "tensors": []}'), "manifest.json is damaged"),
-    (lambda d: (d / "manifest.json").write_text('{"files": {}, "tensors": ["../x.safetensors"]}'), "manifest.json is damaged"),
-    (lambda d: (d / "state.json").unlink(), "state.json is missing"),
-    (lambda d: (d / "stray.txt").write_text("x"), "stray.txt is not in the manifest"),
-    (lambda d: os.truncate(d / "model.safetensors", 9), "model.safetensors has 9 bytes instead of"),
-    (lambda d: flip(d / "optimizer.safetensors"), "optimizer.safetensors was changed"),
-])
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (
+            lambda d: (d / "manifest.json").write_text('{"files": {"state.json": 3}, "tensors": []}'),
+            "manifest.json is damaged",
+        ),
+        (
+            lambda d: (d / "manifest.json").write_text('{"files": {}, "tensors": ["../x.safetensors"]}'),
+            "manifest.json is damaged",
+        ),
+        (lambda d: (d / "state.json").unlink(), "state.json is missing"),
+        (lambda d: (d / "stray.txt").write_text("x"), "stray.txt is not in the manifest"),
+        (lambda d: os.truncate(d / "model.safetensors", 9), "model.safetensors has 9 bytes instead of"),
+        (lambda d: flip(d / "optimizer.safetensors"), "optimizer.safetensors was changed"),
+    ],
+)
 def test_every_damage_is_one_problem_that_names_the_file(tmp_path, damage, problem):
     directory = save(tmp_path, 1, tensors(), STATE)
     damage(directory)
@@ -137,7 +180,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
         raise RuntimeError("adapter")
 
     save(tmp_path, 1, tensors(), STATE)
-    for step in (1, 2):   # the same step again, and the next
+    for step in (1, 2):  # the same step again, and the next
         with pytest.raises(RuntimeError, match="adapter"):
             save(tmp_path, step, tensors(), STATE, extra)
         assert names(tmp_path) == ["step-1"] and newest(tmp_path) == step_dir(tmp_path, 1)
@@ -170,19 +213,31 @@ for owner, name in ((checkpoint, "_sha256"), (checkpoint, "_sync"), (Path, "rena
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
-    """Killed at the n-th hash, flush or rename, n = 1, 2, ... until it survives, while step 1 is replaced and while step 2 is new; the next save clears up."""
-    run = subprocess.run([sys.executable, "-c", KILL, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    """Killed at the n-th hash, flush or rename, n = 1, 2, ... until it survives, while step 1 is replaced and
+    while step 2 is new; the next save clears up.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", KILL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert run.returncode == 0, run.stderr
-    for name, kills in {"_sha256": 2 + 2, "_sync": 5 + 5, "rename": 3 + 1}.items():   # one rename more, which puts .old back
+    # One rename more, which puts .old back.
+    for name, kills in {"_sha256": 2 + 2, "_sync": 5 + 5, "rename": 3 + 1}.items():
         seen = [line.split()[1:] for line in run.stdout.splitlines() if line.split()[0] == name]
-        assert [code for code, _, _ in seen].count("9") == kills and [code for code, _, _ in seen].count("0") == 2
+        assert [code for code, _, _ in seen].count("9") == kills and [code for code, _, _ in seen].count(
+            "0"
+        ) == 2
         assert all(step in ("1", "2") and broken == "0" for _, step, broken in seen)
-        assert names(tmp_path / name) == ["step-1", "step-2"] and load(newest(tmp_path / name))[1] == {"step": 2}
+        assert names(tmp_path / name) == ["step-1", "step-2"] and load(newest(tmp_path / name))[1] == {
+            "step": 2
+        }
 
 
 def test_leftovers_are_ignored_and_cleaned(tmp_path):
     save(tmp_path, 1, tensors(), STATE)
-    step_dir(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-1.old")   # killed between the two renames
+    step_dir(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-1.old")  # killed between the two renames
     (tmp_path / "checkpoints" / "step-9.tmp").mkdir()
     assert newest(tmp_path).name == "step-1.old"
     save(tmp_path, 2, tensors(), STATE)
@@ -197,7 +252,7 @@ def test_an_existing_step_is_replaced(tmp_path):
     assert state == {"try": 2} and list(files) == ["b.safetensors"] and names(tmp_path) == ["step-1"]
 
 
-@pytest.mark.parametrize("limit", [100, 3000])   # bytes a file may grow to: state.json fails, the tensors fail
+@pytest.mark.parametrize("limit", [100, 3000])  # bytes a file may grow to: state.json fails, the tensors fail
 def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, limit):
     save(tmp_path, 1, tensors(), STATE)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -207,7 +262,11 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, limit):
             save(tmp_path, 2, {"m.safetensors": {"x": torch.zeros(1000 if limit > 1000 else 1)}}, STATE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(step_dir(tmp_path, 2)) in str(caught.value) and "File too large" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(step_dir(tmp_path, 2)) in str(caught.value)
+        and "File too large" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
     assert names(tmp_path) == ["step-1"] and newest(tmp_path) == step_dir(tmp_path, 1)
 
 
@@ -231,7 +290,7 @@ def test_pickle_is_never_loaded():
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
-    for step in (2, 10, 30, 9, 40):   # 9 after 30: the run went back
+    for step in (2, 10, 30, 9, 40):  # 9 after 30: the run went back
         save(tmp_path, step, {}, {"step": step})
         os.utime(step_dir(tmp_path, step) / "manifest.json", ns=(0, 1000 * len(names(tmp_path))))
     assert best(tmp_path) is None
@@ -259,11 +318,17 @@ def test_prune_deletes_nothing_good_in_favour_of_something_broken(tmp_path):
     assert names(tmp_path) == ["step-2", "step-3"]
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("bias"), "here: bias is not in the checkpoint"),
-    (lambda t: t.update(other=torch.zeros(1)), "here: other is not trained here"),
-    (lambda t: t.update(bias=torch.zeros(4)), r"here: bias has shape \(4,\), but the parameter has \(3,\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("bias"), "here: bias is not in the checkpoint"),
+        (lambda t: t.update(other=torch.zeros(1)), "here: other is not trained here"),
+        (
+            lambda t: t.update(bias=torch.zeros(4)),
+            r"here: bias has shape \(4,\), but the parameter has \(3,\)",
+        ),
+    ],
+)
 def test_parameters_are_copied_or_refused_whole(change, message):
     layer, wanted = torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
     before, changed = {name: param.detach().clone() for name, param in layer.named_parameters()}, dict(wanted)
@@ -272,17 +337,30 @@ def test_parameters_are_copied_or_refused_whole(change, message):
         load_parameters(layer.named_parameters(), changed, "here")
     assert all(torch.equal(param, before[name]) for name, param in layer.named_parameters())
     load_parameters(layer.named_parameters(), wanted, "here")
-    assert all(torch.equal(param, wanted[name]) and param.requires_grad for name, param in layer.named_parameters())
+    assert all(
+        torch.equal(param, wanted[name]) and param.requires_grad for name, param in layer.named_parameters()
+    )
 
 
-# -- the optimizer ------------------------------------------------------------------------------------------------------------------------------------
+# --- the optimizer ---
+
 
 def build(dtype=torch.float32):
     """A model with a frozen and an unused parameter, and AdamW with two groups."""
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 5), "b": torch.nn.Linear(5, 1), "frozen": torch.nn.Linear(2, 2), "unused": torch.nn.Linear(1, 1)}).to(dtype)
+    model = torch.nn.ModuleDict(
+        {
+            "a": torch.nn.Linear(4, 5),
+            "b": torch.nn.Linear(5, 1),
+            "frozen": torch.nn.Linear(2, 2),
+            "unused": torch.nn.Linear(1, 1),
+        }
+    ).to(dtype)
     model["frozen"].requires_grad_(False)
-    groups = [{"params": list(model["a"].parameters()), "weight_decay": 0.1}, {"params": [*model["b"].parameters(), *model["unused"].parameters()], "weight_decay": 0.0}]
+    groups = [
+        {"params": list(model["a"].parameters()), "weight_decay": 0.1},
+        {"params": [*model["b"].parameters(), *model["unused"].parameters()], "weight_decay": 0.0},
+    ]
     return model, torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.97))
 
 
@@ -304,45 +382,76 @@ def test_adamw_goes_on_as_if_it_had_not_stopped(tmp_path, dtype):
 
     model, optimizer = build(dtype)
     train(model, optimizer, range(4))
-    directory = save(tmp_path, 4, {"model.safetensors": dict(model.named_parameters()), "optimizer.safetensors": optimizer_tensors(optimizer, model.named_parameters())},
-                     {"hyper": optimizer_hyper(optimizer)})
+    directory = save(
+        tmp_path,
+        4,
+        {
+            "model.safetensors": dict(model.named_parameters()),
+            "optimizer.safetensors": optimizer_tensors(optimizer, model.named_parameters()),
+        },
+        {"hyper": optimizer_hyper(optimizer)},
+    )
 
     files, state = load(directory)
     model, optimizer = build(dtype)
     for group in optimizer.param_groups:
-        group["betas"], group["weight_decay"] = (0.1, 0.1), 0.7   # the checkpoint's must come back
+        group["betas"], group["weight_decay"] = (0.1, 0.1), 0.7  # the checkpoint's must come back
     model.load_state_dict(files["model.safetensors"])
     load_optimizer(optimizer, model.named_parameters(), files["optimizer.safetensors"], state["hyper"])
-    assert [(group["betas"], group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [((0.8, 0.97), 0.1, 1e-2 / 4), ((0.8, 0.97), 0.0, 1e-2 / 4)]
+    assert [(group["betas"], group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [
+        ((0.8, 0.97), 0.1, 1e-2 / 4), ((0.8, 0.97), 0.0, 1e-2 / 4),
+    ]
     train(model, optimizer, range(4, 7))
     for name, param in whole.named_parameters():
         assert same_bits(model.get_parameter(name).detach(), param.detach()), name
     got = optimizer_tensors(optimizer, model.named_parameters())
-    assert got.keys() == wanted.keys() and "unused.weight.stateless" in got and not any(name.startswith("frozen") for name in got)
+    assert (
+        got.keys() == wanted.keys()
+        and "unused.weight.stateless" in got
+        and not any(name.startswith("frozen") for name in got)
+    )
     assert all(same_bits(got[name], wanted[name]) for name in wanted) and got["a.weight.step"].item() == 7
-    assert verify(directory) == []   # going on does not write into the files that were mapped
+    assert verify(directory) == []  # going on does not write into the files that were mapped
 
 
 def test_optimizer_state_keeps_its_dtype():
     """float32 moments of bf16 parameters, which torch's load_state_dict would round."""
     model, optimizer = build(torch.bfloat16)
     train(model, optimizer, range(1))
-    stored = {name: tensor if name.endswith(("step", "stateless")) else tensor.float() / 3 for name, tensor in optimizer_tensors(optimizer, model.named_parameters()).items()}
+    stored = {
+        name: tensor if name.endswith(("step", "stateless")) else tensor.float() / 3
+        for name, tensor in optimizer_tensors(optimizer, model.named_parameters()).items()
+    }
     load_optimizer(optimizer, model.named_parameters(), stored)
     got = optimizer_tensors(optimizer, model.named_parameters())
-    assert all(same_bits(got[name], stored[name]) for name in stored) and got["a.weight.exp_avg"].data_ptr() != stored["a.weight.exp_avg"].data_ptr()
+    assert (
+        all(same_bits(got[name], stored[name]) for name in stored)
+        and got["a.weight.exp_avg"].data_ptr() != stored["a.weight.exp_avg"].data_ptr()
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("unused.bias.stateless"), "unused.bias: is trained here"),
-    (lambda t: t.update({"c.weight.exp_avg": torch.zeros(1)}), "c.weight.exp_avg: .* not trained here"),
-    (lambda t: t.update({"frozen.weight.exp_avg": torch.zeros(2, 2)}), "frozen.weight.exp_avg: .* not trained here"),
-    (lambda t: t.update({"a.weight.exp_avg": torch.zeros(4, 5)}), r"a.weight.exp_avg: shape \(4, 5\) .* \(5, 4\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("unused.bias.stateless"), "unused.bias: is trained here"),
+        (lambda t: t.update({"c.weight.exp_avg": torch.zeros(1)}), "c.weight.exp_avg: .* not trained here"),
+        (
+            lambda t: t.update({"frozen.weight.exp_avg": torch.zeros(2, 2)}),
+            "frozen.weight.exp_avg: .* not trained here",
+        ),
+        (
+            lambda t: t.update({"a.weight.exp_avg": torch.zeros(4, 5)}),
+            r"a.weight.exp_avg: shape \(4, 5\) .* \(5, 4\)",
+        ),
+    ],
+)
 def test_a_different_model_is_refused_and_nothing_changes(change, message):
     model, optimizer = build()
     train(model, optimizer, range(2))
-    stored = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, model.named_parameters()).items()}
+    stored = {
+        name: tensor.clone()
+        for name, tensor in optimizer_tensors(optimizer, model.named_parameters()).items()
+    }
     changed = dict(stored)
     change(changed)
     with pytest.raises(CheckpointError, match=message):
@@ -358,6 +467,7 @@ def test_a_different_model_is_refused_and_nothing_changes(change, message):
 
 def test_state_and_settings_of_the_optimizer_by_value():
     """Two updates by hand: moments, step and settings come out, and go into a fresh optimizer."""
+
     def made():
         p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         group = {"params": [p], "weight_decay": 0.25, "lr_scale": 3.0}
@@ -368,13 +478,21 @@ def test_state_and_settings_of_the_optimizer_by_value():
         p.grad = torch.tensor(gradient)
         optimizer.step()
     tensors = optimizer_tensors(optimizer, [("w", p), ("frozen", torch.zeros(1))])
-    right = {"step": 2.0, "exp_avg": [0.5 * 1.0 + 0.5 * 4.0, 0.5 * -8.0],
-             "exp_avg_sq": [0.75 * 1.0 + 0.25 * 16.0, 0.25 * 64.0]}
+    right = {
+        "step": 2.0,
+        "exp_avg": [0.5 * 1.0 + 0.5 * 4.0, 0.5 * -8.0],
+        "exp_avg_sq": [0.75 * 1.0 + 0.25 * 16.0, 0.25 * 64.0],
+    }
     assert {name.removeprefix("w."): value.tolist() for name, value in tensors.items()} == right
     hyper = optimizer_hyper(optimizer)
     assert len(hyper) == 1 and not {"params", "fused", "foreach", "capturable"} & hyper[0].keys()
     assert {name: hyper[0][name] for name in ("lr", "weight_decay", "lr_scale", "betas", "eps")} == {
-        "lr": 0.125, "weight_decay": 0.25, "lr_scale": 3.0, "betas": (0.5, 0.75), "eps": 1e-8}
+        "lr": 0.125,
+        "weight_decay": 0.25,
+        "lr_scale": 3.0,
+        "betas": (0.5, 0.75),
+        "eps": 1e-8,
+    }
 
     q, other = made()
     q.grad = torch.tensor([9.0, 9.0])

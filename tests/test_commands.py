@@ -40,8 +40,11 @@ TESTS = ROOT / "tests"
 OPENS = "test_what_opens_a_model_is_told_what_was_asked"
 MODEL = {"--checkpoint": OPENS, "--device": OPENS, "--min_pixels": OPENS, "--max_pixels": OPENS}
 
-# Whose code a command may run that opens a run: one test takes every such command, another gives it both answers.
-TRUST = dict.fromkeys(["--method", "--trust_method"], "test_methods.py::test_every_command_takes_both_answers")
+# Whose code a command may run that opens a run: one test takes every such command, another gives it both
+# answers.
+TRUST = dict.fromkeys(
+    ["--method", "--trust_method"], "test_methods.py::test_every_command_takes_both_answers"
+)
 MODEL = MODEL | TRUST
 
 # {command: {flag: test}}; a test without a file stands in this one.
@@ -235,7 +238,7 @@ TABLE = {
 }
 
 
-# ---- the table ---------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 class Parser(Exception):
@@ -246,9 +249,7 @@ def commands():
     """Dotted names of the files that have a parser of their own; train.py's is made of its settings."""
     files = [*ROOT.glob("crystal/**/*.py"), *ROOT.glob("data_prep/**/*.py")]
     own = [
-        path
-        for path in files
-        if re.search(r"= (config\.)?OneLineParser\(\s*(prog|desc)", path.read_text())
+        path for path in files if re.search(r"= (config\.)?OneLineParser\(\s*(prog|desc)", path.read_text())
     ]
     return sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -313,7 +314,7 @@ def test_each_named_test_exists_and_gives_the_flag(command):
         assert given or test == OPENS, f"{command} {flag}: {test} never gives it"
 
 
-# ---- what several commands share ---------------------------------------------------------------------------
+# --- what several commands share ---
 
 
 class Opened(Exception):
@@ -347,23 +348,13 @@ def test_what_opens_a_model_is_told_what_was_asked(command, records_file, monkey
     rest = [str(tmp_path / "d" / "train.jsonl") if word == "RECORDS" else word for word in rest]
     module = importlib.import_module(command)
     stop_at_opening(monkeypatch, module)
-    monkeypatch.setattr(
-        module, "weights", lambda args: "", raising=False
-    )  # lavit_teacher's look at a run's manifest
+    # Lavit_teacher's look at a run's manifest.
+    monkeypatch.setattr(module, "weights", lambda args: "", raising=False)
     with pytest.raises(Opened) as opened:
         module.main(
             [
-                flag,
-                "some/run",
-                "--checkpoint",
-                "2",
-                "--device",
-                "cpu:0",
-                "--min_pixels",
-                "3136",
-                "--max_pixels",
-                "6272",
-                *rest,
+                flag, "some/run", "--checkpoint", "2", "--device", "cpu:0", "--min_pixels", "3136",
+                "--max_pixels", "6272", *rest,
             ]
         )
     asked = opened.value.args[0]
@@ -373,8 +364,7 @@ def test_what_opens_a_model_is_told_what_was_asked(command, records_file, monkey
 
 @pytest.fixture
 def attached(setup, monkeypatch):
-    """attached(module, *flags) -> a method on a small model, which `module` opens whatever it is asked for.
-    """
+    """attached(module, *flags) -> a method on a small model, which `module` opens whatever it is asked for."""
 
     def make(module, *flags):
         s = setup(*flags, dtype=torch.float32)
@@ -425,7 +415,7 @@ def in_order(pixels):
     return pixels.sort(0).values
 
 
-# ---- generate ----------------------------------------------------------------------------------------------
+# --- generate ---
 
 
 @pytest.mark.parametrize("latents", ["keep", "drop", "free"])
@@ -439,16 +429,8 @@ def test_generate_asks_what_was_typed(attached, records_file, monkeypatch, capsy
     folder = records_file.parent
     generate.main(
         [
-            "--image",
-            str(folder / "0_0.png"),
-            "--image",
-            str(folder / "1_0.png"),
-            "--question",
-            "Which <image>?",
-            "--max_new_tokens",
-            "7",
-            "--latents",
-            latents,
+            "--image", str(folder / "0_0.png"), "--image", str(folder / "1_0.png"),
+            "--question", "Which <image>?", "--max_new_tokens", "7", "--latents", latents,
         ]
     )
     (model, [(ids, pixels, grid)], fmt, room), how = asked[0]
@@ -469,7 +451,7 @@ def test_generate_asks_what_was_typed(attached, records_file, monkeypatch, capsy
     assert how["latents"] == latents
 
 
-# ---- export ------------------------------------------------------------------------------------------------
+# --- export ---
 
 
 def test_export_writes_the_checkpoint_that_was_named(run, model_dirs, tmp_path, capsys):
@@ -510,7 +492,7 @@ def test_export_writes_the_checkpoint_that_was_named(run, model_dirs, tmp_path, 
     )
 
 
-# ---- visualize ---------------------------------------------------------------------------------------------
+# --- visualize ---
 
 
 def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path, capsys):
@@ -536,22 +518,9 @@ def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path
     monkeypatch.setattr(visualize, "corruption_grid", lambda image, path: drawn.update(image=image) or path)
     visualize.main(
         [
-            "--run",
-            str(run),
-            "--checkpoint",
-            "1",
-            "--data",
-            str(records),
-            "--image_root",
-            str(records_file.parent),
-            "--out",
-            str(tmp_path / "to"),
-            "--count",
-            "2",
-            "--attn_layers",
-            "0,-1",
-            "--device",
-            "cpu:0",
+            "--run", str(run), "--checkpoint", "1", "--data", str(records),
+            "--image_root", str(records_file.parent), "--out", str(tmp_path / "to"), "--count", "2",
+            "--attn_layers", "0,-1", "--device", "cpu:0",
         ]
     )
     assert capsys.readouterr().out.split() == [
@@ -569,7 +538,7 @@ def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path
     assert opened[0]["device"] == torch.device("cpu:0")
 
 
-# ---- evaluate ----------------------------------------------------------------------------------------------
+# --- evaluate ---
 
 
 @pytest.fixture
@@ -592,22 +561,9 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     records.write_text(records_file.read_text())
     evaluate.main(
         [
-            "--data",
-            str(records),
-            "--image_root",
-            str(records_file.parent),
-            "--limit",
-            "2",
-            "--batch_size",
-            "1",
-            "--max_new_tokens",
-            "5",
-            "--out",
-            str(out),
-            "--model",
-            "some/where",
-            "--device",
-            "cpu",
+            "--data", str(records), "--image_root", str(records_file.parent), "--limit", "2",
+            "--batch_size", "1", "--max_new_tokens", "5", "--out", str(out), "--model", "some/where",
+            "--device", "cpu",
         ]
     )
     assert [(len(call.prompts), call.room, call.biases, call.latents) for call in fed] == [
@@ -646,17 +602,8 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     assert [
         settings[name]
         for name in (
-            "model",
-            "checkpoint",
-            "data",
-            "latents",
-            "grey",
-            "max_new_tokens",
-            "limit",
-            "seed",
-            "corruption",
-            "bottleneck",
-            "suffix",
+            "model", "checkpoint", "data", "latents", "grey", "max_new_tokens", "limit", "seed", "corruption",
+            "bottleneck", "suffix",
         )
     ] == ["some/where", "best", str(records), "keep", False, 5, 2, 0, "", False, ""]
     assert settings["prompt"].startswith(SYSTEM) and settings["prompt"].endswith(THOUGHT["keep"])
@@ -757,7 +704,11 @@ def test_evaluate_asks_under_the_methods_mask(attached, fed, records_file):
     assert fed[0].biases is None
     ids = torch.tensor([fed[1].prompts[0][0]])
     biases = fed[1].biases(
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "answer_positions": torch.tensor([[ids.shape[1] - 1]])}
+        {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "answer_positions": torch.tensor([[ids.shape[1] - 1]]),
+        }
     )
     names = s.model.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     image = [name in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>") for name in names]
@@ -779,33 +730,14 @@ def test_evaluate_passes_reliance_its_flags(attached, records_file, monkeypatch,
     told = []
     monkeypatch.setattr(evaluate.reliance, "run", lambda *args, **how: told.append((args, how)))
     flags = [
-        "--data",
-        str(records_file),
-        "--limit",
-        "2",
-        "--reliance",
-        "--out",
-        str(tmp_path / "to"),
-        "--seed",
-        "5",
-        "--batch_size",
-        "3",
-        "--max_new_tokens",
-        "4",
-        "--device",
-        "cpu",
-        "--checkpoint",
-        "7",
-        "--model",
-        "some/where",
+        "--data", str(records_file), "--limit", "2", "--reliance", "--out", str(tmp_path / "to"),
+        "--seed", "5", "--batch_size", "3", "--max_new_tokens", "4", "--device", "cpu", "--checkpoint", "7",
+        "--model", "some/where",
     ]
     evaluate.main([*flags, "--corruption", "noise=30", *["--bottleneck"] * masked])
     (model, fmt, records, out, about), how = told[0]
     assert (model, fmt, [r.id for r in records], str(out)) == (
-        s.model,
-        s.fmt,
-        ["0", "1"],
-        str(tmp_path / "to"),
+        s.model, s.fmt, ["0", "1"], str(tmp_path / "to"),
     )
     assert about == {
         "model": "some/where",
@@ -814,9 +746,7 @@ def test_evaluate_passes_reliance_its_flags(attached, records_file, monkeypatch,
         "bottleneck": masked,
     }
     assert str(how["corruption"]) == "noise=30" and (
-        how["batch_size"],
-        how["max_new_tokens"],
-        how["seed"],
+        how["batch_size"], how["max_new_tokens"], how["seed"],
     ) == (3, 4, 5)
     assert (how["biases"] is not None) == masked
     if not masked:  # without --corruption the run's own
@@ -847,41 +777,21 @@ def test_evaluate_passes_diagnose_its_flags(attached, records_file, monkeypatch,
     out = tmp_path / "to" / "d.jsonl"
     evaluate.main(
         [
-            "--data",
-            str(records_file),
-            "--limit",
-            "1",
-            "--diagnose",
-            "--out",
-            str(out),
-            "--seed",
-            "5",
-            "--batch_size",
-            "3",
-            "--max_new_tokens",
-            "4",
-            "--grey",
-            "--corruption",
-            "noise=30",
-            "--device",
-            "cpu",
+            "--data", str(records_file), "--limit", "1", "--diagnose", "--out", str(out), "--seed", "5",
+            "--batch_size", "3", "--max_new_tokens", "4", "--grey", "--corruption", "noise=30",
+            "--device", "cpu",
         ]
     )
     (model, fmt, method, records), how = told[0]
     assert (model, fmt, [r.id for r in records]) == (s.model, s.fmt, ["0"]) and method.settings is s.settings
     assert (str(how["corruption"]), how["grey"], how["seed"], how["batch_size"], how["max_new_tokens"]) == (
-        "noise=30",
-        True,
-        5,
-        3,
-        4,
+        "noise=30", True, 5, 3, 4,
     )
     printed = capsys.readouterr().out
     assert "mean attention from answers to latents, over layers, heads and rows: 0.1235" in printed
     assert ["all", "1", "100.0", "±39.7", "0.0", "±39.7"] in [line.split() for line in printed.splitlines()]
     assert [(r["asked"], r["correct"]) for r in map(json.loads, out.read_text().splitlines())] == [
-        ("as trained", True),
-        ("latents dropped", False),
+        ("as trained", True), ("latents dropped", False),
     ]
 
 
@@ -902,16 +812,8 @@ def test_evaluate_scores_a_benchmark_as_told(attached, fed, tmp_path, monkeypatc
     for flags, score in (([], 3 / 5), (["--scores", "HRBench4K"], 3 / 8)):
         evaluate.main(
             [
-                "--benchmark",
-                "mine.tsv",
-                "--device",
-                "cpu",
-                "--model",
-                "some/where",
-                "--suffix",
-                " In a word.",
-                "--overwrite",
-                *flags,
+                "--benchmark", "mine.tsv", "--device", "cpu", "--model", "some/where",
+                "--suffix", " In a word.", "--overwrite", *flags,
             ]
         )
         about = json.loads(Path("runs/where/evaluation/mine.json").read_text())
@@ -922,12 +824,11 @@ def test_evaluate_scores_a_benchmark_as_told(attached, fed, tmp_path, monkeypatc
     asked = s.model.tokenizer.decode(fed[0].prompts[0][0])
     assert (
         "Question: Which?\nOptions:\nA. cat\nB. dog\n"
-        "Please select the correct answer from the options above. \n In a word.<|im_end|>"
-        in asked
+        "Please select the correct answer from the options above. \n In a word.<|im_end|>" in asked
     )
 
 
-# ---- serve -------------------------------------------------------------------------------------------------
+# --- serve ---
 
 
 @pytest.fixture
@@ -980,40 +881,16 @@ def test_serve_is_told_what_was_asked(served, monkeypatch, capsys):
     }
     flags = [word for name, value in limits.items() for word in (f"--{name}", str(value))]
     assert flags == [
-        "--body",
-        "1001",
-        "--images",
-        "2",
-        "--pixels",
-        "3003",
-        "--tokens",
-        "404",
-        "--default_tokens",
-        "55",
-        "--queue",
-        "6",
-        "--batch",
-        "7",
+        "--body", "1001", "--images", "2", "--pixels", "3003", "--tokens", "404", "--default_tokens", "55",
+        "--queue", "6", "--batch", "7",
     ]
     made = served(
-        "--model",
-        "runs/some/merged",
-        "--name",
-        "mine",
-        "--host",
-        "localhost",
-        "--port",
-        str(port),
-        "--latents",
-        "drop",
-        *flags,
+        "--model", "runs/some/merged", "--name", "mine", "--host", "localhost", "--port", str(port),
+        "--latents", "drop", *flags,
     )
     assert {name: getattr(made.server.limits, name) for name in limits} == limits
     assert (made.server.name, made.server.engine.latents, made.server.engine.batch, made.address) == (
-        "mine",
-        "drop",
-        7,
-        ("127.0.0.1", port),
+        "mine", "drop", 7, ("127.0.0.1", port),
     )
     assert made.server.hosts == ("127.0.0.1", "localhost", "[::1]", "localhost") and made.server.key is None
     assert (
@@ -1025,15 +902,12 @@ def test_serve_is_told_what_was_asked(served, monkeypatch, capsys):
     monkeypatch.setenv(serve.KEY, "secret")
     made = served("--model", "runs/some/merged", "--host", "0.0.0.0", "--port", "0", "--tokens", "9")
     assert (made.server.name, made.server.engine.latents, made.server.key, made.server.hosts) == (
-        "merged",
-        "keep",
-        "secret",
-        (),
+        "merged", "keep", "secret", (),
     )
     assert made.address[0] == "0.0.0.0" and made.address[1] > 0 and made.server.limits.default_tokens == 9
 
 
-# ---- compare -----------------------------------------------------------------------------------------------
+# --- compare ---
 
 
 def answered(right, asked, family="all"):
@@ -1067,26 +941,9 @@ def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     compare.main(
         [
-            "--methods",
-            "mine.py, mine.py: --lr 1",
-            "--seeds",
-            "2",
-            "--max_steps",
-            "7",
-            "--model",
-            "some/model",
-            "--data",
-            train_file,
-            "--test",
-            test_file,
-            "--questions",
-            "2",
-            "--max_new_tokens",
-            "3",
-            "--output",
-            out,
-            "--batch_size",
-            "5",
+            "--methods", "mine.py, mine.py: --lr 1", "--seeds", "2", "--max_steps", "7",
+            "--model", "some/model", "--data", train_file, "--test", test_file, "--questions", "2",
+            "--max_new_tokens", "3", "--output", out, "--batch_size", "5",
         ]
     )
     flags = ["--method", "mine.py", "--model", "some/model", "--max_steps", "7", "--batch_size", "5"]
@@ -1104,9 +961,7 @@ def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypa
     table = (Path(out) / "table.txt").read_text()
     rows = [line.split() for line in table.splitlines()]
     assert rows[1] == ["all", "75.0", f"±{half:.1f}", "50.0", "±0.0"] and rows[4] == [
-        "all",
-        "-25.0",
-        f"±{half:.1f}",
+        "all", "-25.0", f"±{half:.1f}",
     ]
     assert table.rstrip() in capsys.readouterr().out
     note = json.loads((Path(out) / "mine.py_lr_1-1" / "compare.json").read_text())
@@ -1124,20 +979,8 @@ def test_compare_percents_are_of_each_family(records_file, tmp_path, monkeypatch
     monkeypatch.setattr(evaluate, "answers", lambda *_, **__: answered(1, 2, "x") + answered(3, 3, "y"))
     compare.main(
         [
-            "--methods",
-            "sft",
-            "--seeds",
-            "1",
-            "--max_steps",
-            "7",
-            "--model",
-            "some/model",
-            "--data",
-            str(records_file),
-            "--test",
-            str(records_file),
-            "--output",
-            str(tmp_path),
+            "--methods", "sft", "--seeds", "1", "--max_steps", "7", "--model", "some/model",
+            "--data", str(records_file), "--test", str(records_file), "--output", str(tmp_path),
         ]
     )
     assert json.loads((tmp_path / "sft-0" / "compare.json").read_text())["percent"] == {
@@ -1146,10 +989,7 @@ def test_compare_percents_are_of_each_family(records_file, tmp_path, monkeypatch
         "all": 80.0,
     }
     assert [line.split() for line in (tmp_path / "table.txt").read_text().splitlines()] == [
-        ["family", "sft"],
-        ["x", "50.0"],
-        ["y", "100.0"],
-        ["all", "80.0"],
+        ["family", "sft"], ["x", "50.0"], ["y", "100.0"], ["all", "80.0"],
     ]
 
 
@@ -1184,30 +1024,14 @@ def test_compare_on_the_tiny_base_uses_the_demos_flags_and_scenes(tmp_path, monk
     recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
     for argv, method, own in zip(trained, ("sft", "lavit"), ([], ["--tune", "lora"])):
         assert argv == [
-            "--method",
-            method,
-            "--model",
-            "tiny",
-            *recipe,
-            *own,
-            "--max_steps",
-            "2",
-            "--lr",
-            "5",
-            "--seed",
-            "0",
-            "DATA",
-            method,
-            str(out / "toy"),
-            str(out / "sft-0"),
-            "--output",
-            str(out / f"{method}-0"),
-            "--overwrite",
+            "--method", method, "--model", "tiny", *recipe, *own, "--max_steps", "2", "--lr", "5",
+            "--seed", "0", "DATA", method, str(out / "toy"), str(out / "sft-0"),
+            "--output", str(out / f"{method}-0"), "--overwrite",
         ]
     assert drawn == [(out / "toy", {})] and questions == [3, 3]
 
 
-# ---- demo --------------------------------------------------------------------------------------------------
+# --- demo ---
 
 
 def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
@@ -1252,37 +1076,14 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(demo, "show", lambda *args: shown_last.append(args))
     argv = [
-        "--method",
-        "mine.py",
-        "--max_steps",
-        "3",
-        "--seed",
-        "4",
-        "--questions",
-        "2",
-        "--output",
-        "to",
-        "--processes",
-        "4",
+        "--method", "mine.py", "--max_steps", "3", "--seed", "4", "--questions", "2", "--output", "to",
+        "--processes", "4",
     ]
     demo.main(argv)
     assert launched == [(4, "crystal.demo", argv)] and drawn == [(Path("runs/toy"), 4)]
     common = [
-        "--data",
-        "runs/toy/train.jsonl",
-        "--val_data",
-        "runs/toy/val.jsonl",
-        "--max_steps",
-        "3",
-        "--seed",
-        "4",
-        "--save_every",
-        "1000",
-        "--eval_every",
-        "60",
-        "--log_every",
-        "30",
-        "--overwrite",
+        "--data", "runs/toy/train.jsonl", "--val_data", "runs/toy/val.jsonl", "--max_steps", "3",
+        "--seed", "4", "--save_every", "1000", "--eval_every", "60", "--log_every", "30", "--overwrite",
     ]
     recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
     assert trained == [
@@ -1297,29 +1098,15 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         3
     ] != asked[1][3]
     assert asked[1][3] == pytest.approx(float(tied.float().sum()), rel=1e-5) and diagnosed == [
-        ("to/sft", 2),
-        ("to/mine", 2),
+        ("to/sft", 2), ("to/mine", 2),
     ]
     table = (tmp_path / "to" / "table.txt").read_text().splitlines()
     assert re.split(r"  +", table[0]) == [
-        "family",
-        "questions",
-        "blind",
-        "base",
-        "sft",
-        "sft, latents dropped",
-        "mine",
+        "family", "questions", "blind", "base", "sft", "sft, latents dropped", "mine",
         "mine, latents dropped",
     ]
     assert [cell for cell in table[1].split() if not cell.startswith("±")] == [
-        "all",
-        "2",
-        "50.0",
-        "50.0",
-        "100.0",
-        "0.0",
-        "100.0",
-        "0.0",
+        "all", "2", "50.0", "50.0", "100.0", "0.0", "100.0", "0.0",
     ]
     assert table[2:] == [
         f"{name}: mean attention from answers to latents, over layers, heads and rows: 0.2500"
@@ -1327,18 +1114,12 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     ]
     run, method, record, scenes, out, n, device = shown_last[0]
     assert (run, Path(method).name, record.id, scenes, out, n, device) == (
-        Path("to/mine"),
-        "mine.py",
-        "test-000001",
-        Path("runs/toy"),
-        Path("to"),
-        5,
-        torch.device("cpu"),
+        Path("to/mine"), "mine.py", "test-000001", Path("runs/toy"), Path("to"), 5, torch.device("cpu"),
     )
     assert "== 4. Accuracy on 2 held-out questions" in capsys.readouterr().out
 
 
-# ---- bench -------------------------------------------------------------------------------------------------
+# --- bench ---
 
 
 def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
@@ -1353,18 +1134,8 @@ def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto would take it
     out = tmp_path / "a" / "bench.json"
     flags = [
-        "--device",
-        "cpu",
-        "--rows",
-        "3",
-        "--vocab",
-        "50",
-        "--slice",
-        "2,10,4,3,6,2,8",
-        "--repeats",
-        "7",
-        "--out",
-        str(out),
+        "--device", "cpu", "--rows", "3", "--vocab", "50", "--slice", "2,10,4,3,6,2,8", "--repeats", "7",
+        "--out", str(out),
     ]
     bench.main(
         [

@@ -1,4 +1,5 @@
 """Comparisons: intervals over seeds, paired differences, and runs that are made once."""
+
 import json
 import math
 import os
@@ -15,25 +16,37 @@ from crystal.runtime.distributed import Processes
 
 def test_interval_is_students():
     from scipy import stats
+
     for values in ([50.0, 60.0], [50.0, 60.0, 55.0], list(range(10))):
         center, half = compare.interval(values)
-        low, high = stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values))
+        low, high = stats.t.interval(
+            0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values)
+        )
         assert (center - half, center + half) == pytest.approx((low, high), rel=1e-3)
     assert compare.interval([50.0]) == (50.0, math.inf)  # one seed says nothing about the next
 
 
 def test_table_pairs_seeds():
-    """Two methods that differ by the same in every seed: a difference without spread, whatever the spread of the seeds."""
+    """Two methods that differ by the same in every seed: a difference without spread, whatever the spread of
+    the seeds.
+    """
     scores = {"sft": [{"all": 50.0}, {"all": 70.0}], "mine": [{"all": 51.0}, {"all": 71.0}]}
     lines = [line.split() for line in compare.table(scores).splitlines()]
     assert lines[1] == ["all", "60.0", "±127.1", "61.0", "±127.1"] and lines[4] == ["all", "1.0", "±0.0"]
     assert lines[3] == ["family", "mine", "-", "sft"]
-    assert compare.table({"sft": [{"all": 50.0}]}).splitlines()[1].split() == ["all", "50.0"]  # no interval from one seed
+    # No interval from one seed.
+    assert compare.table({"sft": [{"all": 50.0}]}).splitlines()[1].split() == ["all", "50.0"]
 
 
-def test_runs_are_made_once_and_go_on_where_they_stopped(model_dirs, records_file, tmp_path, monkeypatch, capsys):
-    flags = ["--methods", "sft,livr,livr: --masked 0", "--seeds", "2", "--model", str(model_dirs[True]), "--data", str(records_file), "--test", str(records_file), "--output",
-             str(tmp_path), "--max_steps", "2", "--batch_size", "1", "--lora_r", "2", "--eval_every", "0", "--save_every", "1", "--max_new_tokens", "2"]
+def test_runs_are_made_once_and_go_on_where_they_stopped(
+    model_dirs, records_file, tmp_path, monkeypatch, capsys
+):
+    flags = [
+        "--methods", "sft,livr,livr: --masked 0", "--seeds", "2", "--model", str(model_dirs[True]),
+        "--data", str(records_file), "--test", str(records_file), "--output", str(tmp_path),
+        "--max_steps", "2", "--batch_size", "1", "--lora_r", "2", "--eval_every", "0", "--save_every", "1",
+        "--max_new_tokens", "2",
+    ]
     trained, main, losses = [], train.main, livr.Method.losses
     monkeypatch.setattr(train, "main", lambda argv: (trained.append(argv), main(argv))[1])
 
@@ -44,12 +57,19 @@ def test_runs_are_made_once_and_go_on_where_they_stopped(model_dirs, records_fil
 
     with monkeypatch.context() as m:
         m.setattr(livr.Method, "losses", interrupted)
-        with pytest.raises(UserError, match="livr_masked_0-0: stopped before its end"):  # the third run, after one of two updates
+        # The third run, after one of two updates.
+        with pytest.raises(UserError, match="livr_masked_0-0: stopped before its end"):
             compare.main(flags)
     compare.main(flags)
-    assert len(trained) == 7 and [("--resume" in argv) for argv in trained] == [False, False, False, True, False, False, False]
+    assert len(trained) == 7 and [("--resume" in argv) for argv in trained] == [
+        False, False, False, True, False, False, False,
+    ]
     out = capsys.readouterr().out
-    assert "[6/6] livr: --masked 0, seed 1" in out and "after 2 of 2 seeds" in out and "livr: --masked 0 - sft" in out
+    assert (
+        "[6/6] livr: --masked 0, seed 1" in out
+        and "after 2 of 2 seeds" in out
+        and "livr: --masked 0 - sft" in out
+    )
     names = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert names == ["livr-0", "livr-1", "livr_masked_0-0", "livr_masked_0-1", "sft-0", "sft-1"]
     assert json.loads((tmp_path / "livr_masked_0-1" / "config.json").read_text())["masked"] == 0
@@ -68,7 +88,10 @@ def test_runs_are_made_once_and_go_on_where_they_stopped(model_dirs, records_fil
 
 def test_lavit_needs_its_teacher_first(tmp_path):
     from crystal import demo
+
     with pytest.raises(UserError, match="sft has to be trained first"):
         demo.data_of("lavit", tmp_path, tmp_path / "sft-0", Processes())
-    assert demo.data_of("livr", tmp_path, tmp_path / "sft-0", Processes()) == ["--data", str(tmp_path / "train.jsonl"), "--val_data", str(tmp_path / "val.jsonl")]
+    assert demo.data_of("livr", tmp_path, tmp_path / "sft-0", Processes()) == [
+        "--data", str(tmp_path / "train.jsonl"), "--val_data", str(tmp_path / "val.jsonl"),
+    ]
     assert demo.recipe("crystal")[-2:] == ["--labels", "answer"]

@@ -1,4 +1,5 @@
 """Settings: defaults, the command line, and one line for what is wrong."""
+
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,13 +27,17 @@ def test_every_field_has_help_and_round_trips(name):
 
 
 def test_a_method_has_its_own_settings(capsys):
-    """--help lists those of the method named, another's are unknown to it, and the common part knows none of them."""
+    """--help lists those of the method named, another's are unknown to it, and the common part knows none of
+    them.
+    """
     assert parse(["--method", "livr"]).lr == 1e-4 and parse([]).lr == 2e-4
     with pytest.raises(SystemExit):
         parse(["--method=livr", "--help"])
     out = capsys.readouterr().out
     assert "--masked" in out and "--kl_share" not in out
-    with pytest.raises(UserError, match=r"unrecognized arguments: --kl_share 0.5 \(--method livr --help lists every flag\)"):
+    with pytest.raises(
+        UserError, match=r"unrecognized arguments: --kl_share 0.5 \(--method livr --help lists every flag\)"
+    ):
         parse(["--kl_share", "0.5", "--method", "livr"])
     with pytest.raises(UserError, match="--masked"):
         parse(["--masked", "0.5"])
@@ -60,8 +65,13 @@ def test_a_file_of_ones_own_has_settings_of_its_own(tmp_path, monkeypatch):
     s = parse(["--method", "mine.py", "--twist", "8"])
     assert (s.twist, s.lr, s.masked) == (8, 3e-4, 0.4) and str(s.run_dir) == "runs/mine"
     monkeypatch.chdir("/")
-    assert methods.saved_settings(asdict(s), "here") == s and methods.get(s.method) is methods.get(s.method)  # its run opens from anywhere
-    for text, message in (("class Method(:", r"--method bad.py: line 1: "), ("x = 1", "defines no class Method"), ("class Method: pass", "must inherit")):
+    # Its run opens from anywhere.
+    assert methods.saved_settings(asdict(s), "here") == s and methods.get(s.method) is methods.get(s.method)
+    for text, message in (
+        ("class Method(:", r"--method bad.py: line 1: "),
+        ("x = 1", "defines no class Method"),
+        ("class Method: pass", "must inherit"),
+    ):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "bad.py").write_text(text)
         with pytest.raises(UserError, match=message):
@@ -80,14 +90,31 @@ def test_what_is_given_wins_over_a_methods_default():
     assert parse(["--method", "released", "--kl_share", "1.0"]).kl_share == 1.0
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--latent", "4"], "--latent"), (["--lr", "fast"], "--lr"), (["--corruption", "fog"], "--corruption"), (["--latents", "0"], "--latents 0: must be at least 1"),
-    (["--kl_share", "0"], "--kl_share"), (["--lora_on", "head"], "--lora_on head"), (["--attn_layers", "first"], "--attn_layers first"),
-    (["--corruption", "noise=1:2:3"], "--corruption noise=1:2:3: a strength is"), (["--attn_heads", "mean", "--attn_loss", "mse"], "--attn_heads"), (["--warmup", "1"], "--warmup"), (["--clip", "0"], "--clip"),
-    (["--eval_every", "-1"], "--eval_every"), (["--corruption", "blur=3:2"], "--corruption blur=3:2: blur goes from 0 to 256, and a range"),
-    (["--lora_dropout", "1"], "--lora_dropout 1.0: a share, at least 0 and below 1"), (["--lora_dropout", "-0.1"], "--lora_dropout -0.1"),
-    (["--seed", "9" * 20], "--seed 9+: a whole number, at least 0 and below 2"), (["--seed", "-1"], "--seed -1"),
-    (["--weight_decay", "-1"], "--weight_decay -1.0: must not be negative"), (["--lr", "nan"], "--lr nan: a number is needed"), (["--w_kl", "nan"], "--w_kl nan")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--latent", "4"], "--latent"),
+        (["--lr", "fast"], "--lr"),
+        (["--corruption", "fog"], "--corruption"),
+        (["--latents", "0"], "--latents 0: must be at least 1"),
+        (["--kl_share", "0"], "--kl_share"),
+        (["--lora_on", "head"], "--lora_on head"),
+        (["--attn_layers", "first"], "--attn_layers first"),
+        (["--corruption", "noise=1:2:3"], "--corruption noise=1:2:3: a strength is"),
+        (["--attn_heads", "mean", "--attn_loss", "mse"], "--attn_heads"),
+        (["--warmup", "1"], "--warmup"),
+        (["--clip", "0"], "--clip"),
+        (["--eval_every", "-1"], "--eval_every"),
+        (["--corruption", "blur=3:2"], "--corruption blur=3:2: blur goes from 0 to 256, and a range"),
+        (["--lora_dropout", "1"], "--lora_dropout 1.0: a share, at least 0 and below 1"),
+        (["--lora_dropout", "-0.1"], "--lora_dropout -0.1"),
+        (["--seed", "9" * 20], "--seed 9+: a whole number, at least 0 and below 2"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--weight_decay", "-1"], "--weight_decay -1.0: must not be negative"),
+        (["--lr", "nan"], "--lr nan: a number is needed"),
+        (["--w_kl", "nan"], "--w_kl nan"),
+    ],
+)
 def test_wrong_flags_are_one_line(flags, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
         parse(flags)
@@ -95,7 +122,11 @@ def test_wrong_flags_are_one_line(flags, message):
 
 
 def test_layers():
-    assert layers_of("last", 28) == {27} and layers_of("all", 3) == {0, 1, 2} and layers_of("0,-1", 28) == {0, 27}
+    assert (
+        layers_of("last", 28) == {27}
+        and layers_of("all", 3) == {0, 1, 2}
+        and layers_of("0,-1", 28) == {0, 27}
+    )
     with pytest.raises(UserError, match="28 layers"):
         layers_of("28", 28)
 
@@ -195,7 +226,8 @@ def test_a_file_that_breaks_while_it_is_read_is_read_again(tmp_path):
     assert methods.get(str(path)).found
     with pytest.raises(
         UserError,
-        match="^--method nothing: known are crystal, lavit, livr, released, sft, valr, or give the path of a .py file$",
+        match="^--method nothing: known are crystal, lavit, livr, released, sft, valr, or give the path of "
+        "a .py file$",
     ):
         methods.get("nothing")
     with pytest.raises(UserError, match="^--method __init__: known are"):

@@ -1,4 +1,7 @@
-"""Equation (3) against implementations that share no code with crystal/corrupt.py: scipy, scikit-image, Pillow, colorsys, numpy."""
+"""Equation (3) against implementations that share no code with crystal/corrupt.py: scipy, scikit-image,
+Pillow, colorsys, numpy.
+"""
+
 import colorsys
 import math
 
@@ -22,12 +25,13 @@ def seeded(seed=0):
 
 
 def picture(H=37, W=53, seed=0, low=0.0, high=1.0, dtype=torch.float32):
-    u = torch.rand(3, H, W, generator=seeded(1000 + seed), dtype=torch.float64)  # 1000: not the numbers that corrupt draws
+    # 1000: not the numbers that corrupt draws.
+    u = torch.rand(3, H, W, generator=seeded(1000 + seed), dtype=torch.float64)
     return (low + (high - low) * u).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# what every mode promises
+# --- what every mode promises ---
+
 
 def test_names_levels_and_priors():
     assert MODES == ("blur", "mask", "crop", "jigsaw", "color", "noise", "impulse")
@@ -36,8 +40,15 @@ def test_names_levels_and_priors():
     assert LEVELS["blur"] == (2, 5, 10) and LEVELS["noise"] == (15, 30, 50) and LEVELS["color"] == (0.5, 1, 2)
     assert LEVELS["mask"] == LEVELS["jigsaw"] == (0.2, 0.5, 0.8)
     assert LEVELS["crop"] == (0.2, 0.5, 0.8) and LEVELS["impulse"] == (0.01, 0.04, 0.12)  # ours
-    assert PRIOR == {"blur": (2, 5), "mask": (0.2, 0.8), "crop": (0.2, 0.8), "jigsaw": (0.2, 0.8),
-                     "color": (0.5, 2), "noise": (15, 50), "impulse": (0.01, 0.12)}
+    assert PRIOR == {
+        "blur": (2, 5),
+        "mask": (0.2, 0.8),
+        "crop": (0.2, 0.8),
+        "jigsaw": (0.2, 0.8),
+        "color": (0.5, 2),
+        "noise": (15, 50),
+        "impulse": (0.01, 0.12),
+    }
     assert LIMIT == {"blur": 256, "mask": 1, "crop": 1, "jigsaw": 1, "color": 16, "noise": 255, "impulse": 1}
     assert all(0 < low < high <= LIMIT[mode] for mode, (low, high) in PRIOR.items())
 
@@ -45,7 +56,9 @@ def test_names_levels_and_priors():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mode", MODES)
 def test_size_dtype_range_and_input(mode, size):
-    """Odd, tiny and long images, every level and the limit: same shape and dtype, values in [0, 1], the input left alone."""
+    """Odd, tiny and long images, every level and the limit: same shape and dtype, values in [0, 1], the input
+    left alone.
+    """
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         x = picture(*size, dtype=dtype)
         before = x.clone()
@@ -67,7 +80,10 @@ def test_strength_zero_is_the_identity(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_level_changes_the_image(mode):
     x = picture()
-    damage = [np.mean([(corrupt(x, mode, eta, seeded(i)) - x).square().mean().item() for i in range(5)]) for eta in LEVELS[mode]]
+    damage = [
+        np.mean([(corrupt(x, mode, eta, seeded(i)) - x).square().mean().item() for i in range(5)])
+        for eta in LEVELS[mode]
+    ]
     assert damage[0] > 1e-3
     assert damage == sorted(damage) or mode == "crop"  # all crops of white noise are equally far from it
 
@@ -86,7 +102,9 @@ def test_the_generator_is_the_only_randomness(mode):
     assert torch.equal(first, corrupt(x, mode, generator=g))
     assert not torch.equal(first, corrupt(x, mode, generator=g)), "the generator must advance"
     eta = LEVELS[mode][1]
-    assert mode == "blur" or not torch.equal(corrupt(x, mode, eta, g), corrupt(x, mode, eta, g)), "place and noise too"
+    assert mode == "blur" or not torch.equal(corrupt(x, mode, eta, g), corrupt(x, mode, eta, g)), (
+        "place and noise too"
+    )
     torch.manual_seed(1)  # and without one, torch's own
     a = corrupt(x, mode)
     torch.manual_seed(1)
@@ -113,7 +131,9 @@ def test_strides_do_not_matter(mode):
     assert not hwc.is_contiguous()
     want = corrupt(x, mode, generator=seeded())
     assert (corrupt(hwc, mode, generator=seeded()) - want).abs().max() < 1e-6
-    assert (corrupt(x.transpose(1, 2).contiguous().transpose(1, 2), mode, generator=seeded()) - want).abs().max() < 1e-6
+    assert (
+        corrupt(x.transpose(1, 2).contiguous().transpose(1, 2), mode, generator=seeded()) - want
+    ).abs().max() < 1e-6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -127,8 +147,8 @@ def test_cuda_agrees_with_cpu(mode):
         assert z.is_cuda and z.shape == x.shape
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the strength
+# --- the strength ---
+
 
 @pytest.mark.parametrize("mode", MODES)
 def test_drawn_strengths_are_uniform_over_the_prior(mode):
@@ -140,7 +160,9 @@ def test_drawn_strengths_are_uniform_over_the_prior(mode):
 
 
 def test_no_strength_means_a_drawn_one():
-    """Read back from images: the share that a mask took, and what `draw_strength` says the same generator gives."""
+    """Read back from images: the share that a mask took, and what `draw_strength` says the same generator
+    gives.
+    """
     white = torch.ones(3, 40, 40)
     shares = [(corrupt(white, "mask", generator=seeded(i)) == 0).float().mean().item() for i in range(400)]
     assert stats.kstest(shares, "uniform", (0.2, 0.6)).pvalue > 0.01
@@ -151,37 +173,45 @@ def test_no_strength_means_a_drawn_one():
         assert torch.equal(corrupt(x, mode, eta, g), corrupt(x, mode, generator=seeded(2)))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# bad input
+# --- bad input ---
 
 NAN = picture().index_fill(2, torch.tensor([0]), float("nan"))
 
 
-@pytest.mark.parametrize("kwargs, says", [
-    ({"mode": "blurr"}, "'blurr' is no corruption mode: choose one of blur, mask, crop, jigsaw, color, noise, impulse"),
-    ({"mode": "blurr", "strength": 2}, "'blurr' is no corruption mode"),
-    ({"mode": None}, "None is no corruption mode"),
-    ({"image": np.zeros((3, 4, 4), np.float32)}, "must be a torch tensor, got ndarray"),
-    ({"image": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "torch.uint8: divide 0..255 by 255 first"),
-    ({"image": torch.zeros(3, 4, 4, dtype=torch.cfloat)}, "torch.complex64"),
-    ({"image": torch.zeros(4, 4, 3)}, r"shape [3, H, W], H and W at least 1, got [4, 4, 3]"),
-    ({"image": torch.zeros(1, 3, 4, 4)}, "got [1, 3, 4, 4]"),
-    ({"image": torch.zeros(3, 0, 4)}, "got [3, 0, 4]"),
-    ({"image": torch.full((3, 4, 4), 255.0)}, "values in [0, 1], got 255 to 255"),
-    ({"image": torch.full((3, 4, 4), -0.5)}, "got -0.5 to -0.5"),
-    ({"image": NAN}, "got nan to nan"),
-    ({"strength": -1}, "the strength of blur must be a number from 0 to 256, got -1"),
-    ({"strength": 257}, "from 0 to 256, got 257"),
-    ({"strength": float("nan")}, "got nan"),
-    ({"strength": "2"}, "got '2'"),
-    ({"strength": True}, "got True"),
-    ({"mode": "mask", "strength": 1.01}, "the strength of mask must be a number from 0 to 1, got 1.01"),
-    ({"mode": "crop", "strength": 2}, "the strength of crop must be a number from 0 to 1, got 2"),
-    ({"mode": "jigsaw", "strength": 2}, "the strength of jigsaw must be a number from 0 to 1, got 2"),
-    ({"mode": "impulse", "strength": 2}, "the strength of impulse must be a number from 0 to 1, got 2"),
-    ({"mode": "noise", "strength": 256}, "the strength of noise must be a number from 0 to 255, got 256"),
-    ({"mode": "color", "strength": math.inf}, "the strength of color must be a number from 0 to 16, got inf"),
-])
+@pytest.mark.parametrize(
+    "kwargs, says",
+    [
+        (
+            {"mode": "blurr"},
+            "'blurr' is no corruption mode: choose one of blur, mask, crop, jigsaw, color, noise, impulse",
+        ),
+        ({"mode": "blurr", "strength": 2}, "'blurr' is no corruption mode"),
+        ({"mode": None}, "None is no corruption mode"),
+        ({"image": np.zeros((3, 4, 4), np.float32)}, "must be a torch tensor, got ndarray"),
+        ({"image": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "torch.uint8: divide 0..255 by 255 first"),
+        ({"image": torch.zeros(3, 4, 4, dtype=torch.cfloat)}, "torch.complex64"),
+        ({"image": torch.zeros(4, 4, 3)}, r"shape [3, H, W], H and W at least 1, got [4, 4, 3]"),
+        ({"image": torch.zeros(1, 3, 4, 4)}, "got [1, 3, 4, 4]"),
+        ({"image": torch.zeros(3, 0, 4)}, "got [3, 0, 4]"),
+        ({"image": torch.full((3, 4, 4), 255.0)}, "values in [0, 1], got 255 to 255"),
+        ({"image": torch.full((3, 4, 4), -0.5)}, "got -0.5 to -0.5"),
+        ({"image": NAN}, "got nan to nan"),
+        ({"strength": -1}, "the strength of blur must be a number from 0 to 256, got -1"),
+        ({"strength": 257}, "from 0 to 256, got 257"),
+        ({"strength": float("nan")}, "got nan"),
+        ({"strength": "2"}, "got '2'"),
+        ({"strength": True}, "got True"),
+        ({"mode": "mask", "strength": 1.01}, "the strength of mask must be a number from 0 to 1, got 1.01"),
+        ({"mode": "crop", "strength": 2}, "the strength of crop must be a number from 0 to 1, got 2"),
+        ({"mode": "jigsaw", "strength": 2}, "the strength of jigsaw must be a number from 0 to 1, got 2"),
+        ({"mode": "impulse", "strength": 2}, "the strength of impulse must be a number from 0 to 1, got 2"),
+        ({"mode": "noise", "strength": 256}, "the strength of noise must be a number from 0 to 255, got 256"),
+        (
+            {"mode": "color", "strength": math.inf},
+            "the strength of color must be a number from 0 to 16, got inf",
+        ),
+    ],
+)
 def test_bad_input_is_one_clear_line(kwargs, says):
     with pytest.raises(ValueError) as error:
         corrupt(**{"image": picture(), **kwargs})
@@ -197,13 +227,15 @@ def test_numpy_numbers_are_numbers():
     assert torch.equal(corrupt(picture(), "blur", np.float32(2)), corrupt(picture(), "blur", 2))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# blur
+# --- blur ---
+
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("radius", [0.3, 1, *LEVELS["blur"], 30])
 def test_blur_is_scipys_gaussian(size, radius):
-    """scipy's `nearest` repeats the edge pixel; float64 leaves only rounding. 30 px reach 120, beyond most of these images."""
+    """scipy's `nearest` repeats the edge pixel; float64 leaves only rounding. 30 px reach 120, beyond most of
+    these images.
+    """
     x = picture(*size, dtype=torch.float64)
     reach = math.ceil(4 * radius)
     want = ndimage.gaussian_filter(x.numpy(), (0, radius, radius), mode="nearest", radius=(0, reach, reach))
@@ -228,8 +260,10 @@ def test_blur_cuts_nothing_that_matters():
 
 @pytest.mark.parametrize("radius", LEVELS["blur"])
 def test_blur_is_near_pillows(radius):
-    """Pillow's radius is a standard deviation. Blocks of random colours, edges everywhere, are the worst case for its box blurs:
-    they come within 6 of 255 of the Gaussian away from the border, 1.5 in the mean, and nearest when asked for this very radius.
+    """Pillow's radius is a standard deviation. Blocks of random colours, edges everywhere, are the worst case
+    for its box blurs:
+    they come within 6 of 255 of the Gaussian away from the border, 1.5 in the mean, and nearest when asked
+    for this very radius.
     """
     coarse = (picture(9, 12) * 255).round().byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(coarse).resize((120, 90), Image.Resampling.NEAREST)
@@ -249,8 +283,8 @@ def test_blur_of_a_constant_is_constant():
     assert (corrupt(x, "blur", 10) - 0.7).abs().max() < 1e-6
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# mask
+# --- mask ---
+
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("share", [0.01, *LEVELS["mask"], 0.99, 1])
@@ -262,14 +296,16 @@ def test_mask_is_one_rectangle_of_its_area(size, share):
         black = (y == 0).all(0)
         assert ((y == 0).any(0) == black).all(), "all three channels together"
         assert (y[:, ~black] == x.numpy()[:, ~black]).all(), "outside, nothing changes"
-        box, = regionprops(label(black.astype(int), connectivity=1))
+        (box,) = regionprops(label(black.astype(int), connectivity=1))
         top, left, bottom, right = box.bbox
         assert box.area == (bottom - top) * (right - left), "a full rectangle"
         assert abs(box.area - share * H * W) <= max(1, (bottom - top) / 2, (right - left) / 2)
 
 
 def test_mask_places_and_aspects_vary():
-    """The place is uniform over the room left, and the relative aspect spans 1/3.3 to 3.3, or 1/share to share where that is less."""
+    """The place is uniform over the room left, and the relative aspect spans 1/3.3 to 3.3, or 1/share to
+    share where that is less.
+    """
     white = torch.ones(3, 120, 80)
     for share, bound in ((0.05, 3.3), (0.2, 3.3), (0.8, 1.25)):
         aspects, ups, lefts, touched = [], [], [], np.zeros(4, int)
@@ -288,12 +324,14 @@ def test_mask_places_and_aspects_vary():
         assert share < 0.8 or (touched > 0).all(), "all four sides of the image can be reached"
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# crop
+# --- crop ---
+
 
 @pytest.mark.parametrize("share", LEVELS["crop"])
 def test_crop_is_a_resized_window(share):
-    """An image that holds its own coordinates tells which window was kept; scikit-image's resize of that window is the rest."""
+    """An image that holds its own coordinates tells which window was kept; scikit-image's resize of that
+    window is the rest.
+    """
     H, W = 60, 90
     rows, columns = np.mgrid[:H, :W] / 100
     x = torch.from_numpy(np.stack([rows, columns, np.random.default_rng(0).random((H, W))]))
@@ -305,7 +343,8 @@ def test_crop_is_a_resized_window(share):
         left, right = round(100 * y[1].min()), round(100 * y[1].max()) + 1
         h, w = bottom - top, right - left
         assert abs(h * w - (1 - share) * H * W) <= max(h, w) / 2
-        assert abs(h - math.sqrt(1 - share) * H) <= 1 and abs(w - math.sqrt(1 - share) * W) <= 1  # the image's aspect
+        # The image's aspect.
+        assert abs(h - math.sqrt(1 - share) * H) <= 1 and abs(w - math.sqrt(1 - share) * W) <= 1
         window = x[:, top:bottom, left:right].numpy()
         want = [resize(channel, (H, W), order=1, mode="edge", anti_aliasing=False) for channel in window]
         np.testing.assert_allclose(y, want, atol=1e-10)
@@ -320,8 +359,8 @@ def test_crop_of_everything_keeps_a_pixel():
     assert (y - pixel).abs().max() < 1e-6 and ((x - pixel).abs() < 1e-6).all(0).any()
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# jigsaw
+# --- jigsaw ---
+
 
 @pytest.mark.parametrize("size", [(64, 48), (37, 53), (4, 4), (7, 500), (5, 4)])
 @pytest.mark.parametrize("share, moved", [(0.05, 0), (0.2, 3), (0.5, 8), (0.8, 13), (1, 16)])
@@ -331,13 +370,17 @@ def test_jigsaw_moves_exactly_its_share(size, share, moved):
     x = picture(H, W).numpy()
 
     def tiles(image):
-        return [image[:, r * h:(r + 1) * h, c * w:(c + 1) * w].tobytes() for r in range(4) for c in range(4)]
+        return [
+            image[:, r * h : (r + 1) * h, c * w : (c + 1) * w].tobytes() for r in range(4) for c in range(4)
+        ]
 
     for seed in range(10):
         y = corrupt(torch.from_numpy(x), "jigsaw", share, seeded(seed)).numpy()
         assert sorted(tiles(x)) == sorted(tiles(y)), "a permutation of the tiles"
         assert sum(a != b for a, b in zip(tiles(x), tiles(y))) == moved
-        assert (y[:, 4 * h:] == x[:, 4 * h:]).all() and (y[:, :, 4 * w:] == x[:, :, 4 * w:]).all(), "the border stays"
+        assert (y[:, 4 * h :] == x[:, 4 * h :]).all() and (y[:, :, 4 * w :] == x[:, :, 4 * w :]).all(), (
+            "the border stays"
+        )
 
 
 def test_jigsaw_under_four_pixels_stays():
@@ -351,13 +394,20 @@ def test_jigsaw_chooses_every_tile_equally():
     assert (moved - 0.5).abs().max() < 0.08  # 4.5 standard deviations
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# color
+# --- color ---
 
-@pytest.mark.parametrize("factors", [(1.4, 1, 1, 0), (0.3, 1, 1, 0), (1, 1.7, 1, 0), (1, 0.2, 1, 0), (1, 1, 1.8, 0), (1, 1, 0, 0),
-                                     (1.3, 0.6, 1.5, 0), (3, 3, 3, 0), (0, 1, 1, 0)])
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        (1.4, 1, 1, 0), (0.3, 1, 1, 0), (1, 1.7, 1, 0), (1, 0.2, 1, 0), (1, 1, 1.8, 0), (1, 1, 0, 0),
+        (1.3, 0.6, 1.5, 0), (3, 3, 3, 0), (0, 1, 1, 0),
+    ],
+)
 def test_color_factors_are_pillows(factors):
-    """Pillow rounds to bytes after each step and its contrast rounds the mean: 3 of 255 for a chain of three, a factor of 3 grows it."""
+    """Pillow rounds to bytes after each step and its contrast rounds the mean: 3 of 255 for a chain of three,
+    a factor of 3 grows it.
+    """
     image = Image.fromarray((picture() * 255).round().byte().permute(1, 2, 0).numpy())
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
     got = C.jitter(x, *factors)
@@ -370,7 +420,10 @@ def test_color_factors_are_pillows(factors):
 @pytest.mark.parametrize("turns", [0, 0.1, -0.25, 0.5, -0.5])
 def test_hue_is_colorsys(turns):
     x = picture(dtype=torch.float64)
-    x[:, 0, :8] = torch.tensor([[0, 1, .5, 1, 0, 0, 1, .3], [0, 1, .5, 0, 1, 0, 1, .3], [0, 1, .5, 0, 0, 1, 0, .9]])  # greys, primaries
+    # Greys, primaries.
+    x[:, 0, :8] = torch.tensor(
+        [[0, 1, 0.5, 1, 0, 0, 1, 0.3], [0, 1, 0.5, 0, 1, 0, 1, 0.3], [0, 1, 0.5, 0, 0, 1, 0, 0.9]]
+    )
     want = []
     for rgb in x.flatten(1).T.tolist():
         h, s, v = colorsys.rgb_to_hsv(*rgb)
@@ -385,12 +438,16 @@ def test_color_leaves_grey_grey_and_clips_after_each_step():
     assert (y - grey).abs().max() < 1e-6
     x = torch.full((3, 2, 2), 0.8)
     assert torch.allclose(C.jitter(x, 2, 1, 1, 0), torch.ones(3, 2, 2))
-    x[:, 0, 0] = 0.2  # brightness 2 clips three pixels to 1: contrast 0 then gives the mean after the clip, (0.4 + 3) / 4
+    x[:, 0, 0] = (
+        0.2  # brightness 2 clips three pixels to 1: contrast 0 then gives the mean after the clip, (0.4 + 3) / 4
+    )
     assert torch.allclose(C.jitter(x, 2, 0, 1, 0), torch.full((3, 2, 2), 0.85))
 
 
 def read_back(s, seed):
-    """The four factors of corrupt(color), solved from what it does to two greys and one colour, mild enough that nothing clips."""
+    """The four factors of corrupt(color), solved from what it does to two greys and one colour, mild enough
+    that nothing clips.
+    """
     x = torch.full((3, 10, 10), 0.3, dtype=torch.float64)
     x[:, 5:] = 0.4
     x[:, 0, 0] = torch.tensor([0.40, 0.30, 0.32])
@@ -429,8 +486,8 @@ def test_color_ranges_end_at_zero_and_half_a_turn(monkeypatch):
             assert stats.kstest(column, "uniform", (lo, hi - lo)).pvalue > 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# noise and impulse
+# --- noise and impulse ---
+
 
 @pytest.mark.parametrize("sigma", LEVELS["noise"])
 def test_noise_is_gaussian_and_independent(sigma):
@@ -439,9 +496,12 @@ def test_noise_is_gaussian_and_independent(sigma):
     inside = 127.5 / sigma  # where the clip lies, in standard deviations
     want = np.clip(np.random.default_rng(0).standard_normal(10**6), -inside, inside)
     assert abs(d.mean()) < 0.025 and abs(d.std() - want.std()) < 0.025
-    assert stats.kstest(d[np.abs(d) < inside].ravel()[::7], stats.truncnorm(-inside, inside).cdf).pvalue > 0.01
+    assert (
+        stats.kstest(d[np.abs(d) < inside].ravel()[::7], stats.truncnorm(-inside, inside).cdf).pvalue > 0.01
+    )
     assert np.abs(np.corrcoef(d.reshape(3, -1)) - np.eye(3)).max() < 0.04  # channels
-    assert abs((d[:, :, 1:] * d[:, :, :-1]).mean()) < 0.025 and abs((d[:, 1:] * d[:, :-1]).mean()) < 0.025  # neighbours
+    # Neighbours.
+    assert abs((d[:, :, 1:] * d[:, :, :-1]).mean()) < 0.025 and abs((d[:, 1:] * d[:, :-1]).mean()) < 0.025
 
 
 @pytest.mark.parametrize("share", [*LEVELS["impulse"], 0.5, 1])
@@ -461,30 +521,35 @@ def test_impulse_levels_do_the_damage_of_the_noise_levels():
     """The reason given for our three levels: equal squared error on uniform values, before the clip."""
     for sigma, share in zip(LEVELS["noise"], LEVELS["impulse"]):
         x = picture(300, 300)
-        assert (corrupt(x, "impulse", share, seeded()) - x).square().mean().item() == pytest.approx((sigma / 255) ** 2, rel=0.1)
+        assert (corrupt(x, "impulse", share, seeded()) - x).square().mean().item() == pytest.approx(
+            (sigma / 255) ** 2, rel=0.1
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# given numbers: what each mode makes of its draws, worked out by hand on pictures that are not square
+# --- given numbers: what each mode makes of its draws, worked out by hand on pictures that are not square ---
+
 
 def drawing(monkeypatch, numbers):
     """The next uniform numbers are these."""
     monkeypatch.setattr(C, "uniform", lambda n, generator: torch.tensor(numbers, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("H, W, share, numbers, box", [
-    # numbers: aspect (0 lowest, 0.5 the image's own, 1 highest), top, left. box: top, left, height, width
-    (40, 90, 0.25, [0.5, 0.0, 0.999], (0, 45, 20, 45)),     # half of each side; the last of 46 places
-    (40, 90, 0.25, [0.5, 0.999, 0.0], (20, 0, 20, 45)),     # the last of 21 places
-    (40, 90, 0.25, [0.5, 0.5, 0.25], (10, 11, 20, 45)),     # floor(0.5 * 21), floor(0.25 * 46)
-    # sqrt(0.1 * 3.3) 40 = 22.98 high, sqrt(0.1 / 3.3) 90 = 15.7 wide: 16, and 360 / 16 = 22.5
-    (40, 90, 0.1, [1.0, 0.0, 0.0], (0, 0, 22, 16)),
-    # sqrt(0.1 / 3.3) 40 = 6.96 high: 7, and 360 / 7 = 51.4
-    (40, 90, 0.1, [0.0, 0.0, 0.0], (0, 0, 7, 51)),
-    (40, 90, 0.8, [1.0, 0.0, 0.0], (0, 0, 40, 72)),         # no more than 1 / 0.8 fits: the full height
-    (40, 90, 0.8, [0.0, 0.999, 0.0], (8, 0, 32, 90)),       # and the full width
-    (90, 40, 0.25, [0.5, 0.999, 0.0], (45, 0, 45, 20)),     # upright
-])
+@pytest.mark.parametrize(
+    "H, W, share, numbers, box",
+    [
+        # numbers: aspect (0 lowest, 0.5 the image's own, 1 highest), top, left. box: top, left, height, width
+        (40, 90, 0.25, [0.5, 0.0, 0.999], (0, 45, 20, 45)),  # half of each side; the last of 46 places
+        (40, 90, 0.25, [0.5, 0.999, 0.0], (20, 0, 20, 45)),  # the last of 21 places
+        (40, 90, 0.25, [0.5, 0.5, 0.25], (10, 11, 20, 45)),  # floor(0.5 * 21), floor(0.25 * 46)
+        # sqrt(0.1 * 3.3) 40 = 22.98 high, sqrt(0.1 / 3.3) 90 = 15.7 wide: 16, and 360 / 16 = 22.5
+        (40, 90, 0.1, [1.0, 0.0, 0.0], (0, 0, 22, 16)),
+        # sqrt(0.1 / 3.3) 40 = 6.96 high: 7, and 360 / 7 = 51.4
+        (40, 90, 0.1, [0.0, 0.0, 0.0], (0, 0, 7, 51)),
+        (40, 90, 0.8, [1.0, 0.0, 0.0], (0, 0, 40, 72)),  # no more than 1 / 0.8 fits: the full height
+        (40, 90, 0.8, [0.0, 0.999, 0.0], (8, 0, 32, 90)),  # and the full width
+        (90, 40, 0.25, [0.5, 0.999, 0.0], (45, 0, 45, 20)),  # upright
+    ],
+)
 def test_a_mask_by_hand(monkeypatch, H, W, share, numbers, box):
     drawing(monkeypatch, numbers)
     x = picture(H, W, low=0.1)
@@ -570,13 +635,20 @@ def test_a_strength_by_hand(monkeypatch):
     assert torch.equal(corrupt(x, generator=seeded(9)), corrupt(x, "blur", 2 + 3 * number))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# what --corruption says
+# --- what --corruption says ---
 
-@pytest.mark.parametrize("text, steps", [
-    ("blur", [("blur", 2, 5)]), ("blur=7", [("blur", 7, 7)]), ("blur=8:10", [("blur", 8, 10)]), ("noise=0", [("noise", 0, 0)]),
-    ("blur=3,noise=30", [("blur", 3, 3), ("noise", 30, 30)]), ("mask , jigsaw=0.25:1", [("mask", 0.2, 0.8), ("jigsaw", 0.25, 1)]),
-])
+
+@pytest.mark.parametrize(
+    "text, steps",
+    [
+        ("blur", [("blur", 2, 5)]),
+        ("blur=7", [("blur", 7, 7)]),
+        ("blur=8:10", [("blur", 8, 10)]),
+        ("noise=0", [("noise", 0, 0)]),
+        ("blur=3,noise=30", [("blur", 3, 3), ("noise", 30, 30)]),
+        ("mask , jigsaw=0.25:1", [("mask", 0.2, 0.8), ("jigsaw", 0.25, 1)]),
+    ],
+)
 def test_a_text_becomes_modes_and_ranges(text, steps):
     found = Corruption(text)
     assert found.steps == steps
@@ -585,16 +657,31 @@ def test_a_text_becomes_modes_and_ranges(text, steps):
 
 def test_a_corruptions_text_is_its_ranges():
     assert str(Corruption("blur,noise=30")) == "blur=2:5,noise=30"
-    assert Corruption("blur=2:5") == Corruption() and Corruption("blur=2") != Corruption() and Corruption() != "blur=2:5"
+    assert (
+        Corruption("blur=2:5") == Corruption()
+        and Corruption("blur=2") != Corruption()
+        and Corruption() != "blur=2:5"
+    )
 
 
-@pytest.mark.parametrize("text, says", [
-    ("sharpen", "'sharpen' is no corruption mode: choose one of blur, mask, crop, jigsaw, color, noise, impulse"),
-    ("", "'' is no corruption mode"), ("blur,", "'' is no corruption mode"),
-    ("blur=", "blur=: a strength is a number as in blur=5, or a range as in blur=2:5"), ("blur=x", "blur=x: a strength is"),
-    ("blur=1:2:3", "blur=1:2:3: a strength is"), ("blur=3:2", "blur=3:2: blur goes from 0 to 256, and a range from its lower end"),
-    ("blur=-1", "blur=-1: blur goes from 0 to 256"), ("noise=3,mask=1.01", "mask=1.01: mask goes from 0 to 1"), ("blur=nan", "blur=nan: blur goes"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (
+            "sharpen",
+            "'sharpen' is no corruption mode: choose one of blur, mask, crop, jigsaw, color, noise, impulse",
+        ),
+        ("", "'' is no corruption mode"),
+        ("blur,", "'' is no corruption mode"),
+        ("blur=", "blur=: a strength is a number as in blur=5, or a range as in blur=2:5"),
+        ("blur=x", "blur=x: a strength is"),
+        ("blur=1:2:3", "blur=1:2:3: a strength is"),
+        ("blur=3:2", "blur=3:2: blur goes from 0 to 256, and a range from its lower end"),
+        ("blur=-1", "blur=-1: blur goes from 0 to 256"),
+        ("noise=3,mask=1.01", "mask=1.01: mask goes from 0 to 1"),
+        ("blur=nan", "blur=nan: blur goes"),
+    ],
+)
 def test_a_text_that_says_nothing_is_one_line(text, says):
     with pytest.raises(ValueError) as refused:
         Corruption(text)
@@ -602,7 +689,9 @@ def test_a_text_that_says_nothing_is_one_line(text, says):
 
 
 def test_a_chain_by_hand():
-    """The second mode works on what the first one made; each draws its strength before it is applied, from one generator."""
+    """The second mode works on what the first one made; each draws its strength before it is applied, from
+    one generator.
+    """
     x = picture(8, 12)
     g = seeded(3)
     first = corrupt(x, "blur", 2 + 3 * torch.rand((), generator=g).item(), g)
@@ -611,7 +700,9 @@ def test_a_chain_by_hand():
 
 
 def shifted(x, strength, generator):
-    """A mode of one's own: the picture moves to the right by so many columns, as many more as the generator says."""
+    """A mode of one's own: the picture moves to the right by so many columns, as many more as the generator
+    says.
+    """
     return x.roll(round(strength) + int(torch.randint(2, (), generator=generator)), 2)
 
 
@@ -620,7 +711,9 @@ def test_a_mode_of_ones_own_is_drawn_and_chained_like_the_others():
     x = picture(8, 12)
     g = seeded(5)
     torch.rand((), generator=g)  # its strength
-    assert torch.equal(Corruption("shift", modes)(x, seeded(5)), x.roll(1 + int(torch.randint(2, (), generator=g)), 2))
+    assert torch.equal(
+        Corruption("shift", modes)(x, seeded(5)), x.roll(1 + int(torch.randint(2, (), generator=g)), 2)
+    )
     assert Corruption("shift=2,mask", modes).steps == [("shift", 2, 2), ("mask", 0.2, 0.8)]
     with pytest.raises(ValueError, match="shift=5: shift goes from 0 to 4"):
         Corruption("shift=5", modes)

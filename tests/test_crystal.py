@@ -1,4 +1,7 @@
-"""CrystaL's step: every term alive and equal to finite differences; pairs independent of padding and batch; nothing leaks."""
+"""CrystaL's step: every term alive and equal to finite differences; pairs independent of padding and batch;
+nothing leaks.
+"""
+
 import pytest
 import torch
 
@@ -22,7 +25,8 @@ def test_every_term_alone_moves_what_trains(setup, preset, tune, checkpointing):
         grads = gradients(terms[name], s.named)
         rows = next(n for n in grads if n.endswith("new_tokens.embedding"))
         weights = [n for n in grads if ".layers." in n]
-        # in the last layer nothing after the scores can matter to the attention loss; before it everything does
+        # in the last layer nothing after the scores can matter to the attention loss; before it everything
+        # does
         deep = [n for n in weights if not (name == "attn" and ".layers.2." in n)]
         assert grads[rows].abs().max() > 1e-9, f"{name} does not reach the latents' rows"
         dead = [n for n in deep if grads[n].abs().max() < 1e-12]
@@ -31,15 +35,25 @@ def test_every_term_alone_moves_what_trains(setup, preset, tune, checkpointing):
 
 @pytest.mark.parametrize("preset", TERMS)
 def test_checkpointing_changes_no_gradient(setup, preset):
-    step = lambda *flags: (lambda s: gradients(sum(s.objective(s.batch, 0.0)[n] for n in TERMS[preset]), s.named))(setup("--method", NAMED[preset], "--lora_dropout", "0", *flags))
+    step = lambda *flags: (
+        lambda s: gradients(sum(s.objective(s.batch, 0.0)[n] for n in TERMS[preset]), s.named)
+    )(setup("--method", NAMED[preset], "--lora_dropout", "0", *flags))
     plain, again = step(), step("--checkpointing")
     assert all(torch.equal(plain[n], again[n]) for n in plain)
 
 
 @pytest.mark.gradcheck
-@pytest.mark.parametrize("preset, which, extra", [
-    ("paper", None, ()), ("paper", [0], ()), ("released", None, ()), ("released", [0], ()),
-    ("paper", [0], ("--attn_loss", "frobenius", "--attn_layers", "all")), ("paper", [0], ("--attn_loss", "mse", "--attn_columns", "all"))])
+@pytest.mark.parametrize(
+    "preset, which, extra",
+    [
+        ("paper", None, ()),
+        ("paper", [0], ()),
+        ("released", None, ()),
+        ("released", [0], ()),
+        ("paper", [0], ("--attn_loss", "frobenius", "--attn_layers", "all")),
+        ("paper", [0], ("--attn_loss", "mse", "--attn_columns", "all")),
+    ],
+)
 def test_gradient_of_each_term_equals_central_differences(setup, float64_modules, preset, which, extra):
     """Of the whole float64 step, teacher included, at five adapter entries and three of one latent's row.
 
@@ -52,9 +66,13 @@ def test_gradient_of_each_term_equals_central_differences(setup, float64_modules
     parameters = dict(s.named)
     g = torch.Generator().manual_seed(3)
     adapters = [n for n in parameters if "lora_" in n and ".layers.2.mlp" not in n]
-    chosen = [(n, int(torch.randint(parameters[n].numel(), (1,), generator=g))) for n in (adapters[i] for i in torch.randperm(len(adapters), generator=g)[:5])]
+    chosen = [
+        (n, int(torch.randint(parameters[n].numel(), (1,), generator=g)))
+        for n in (adapters[i] for i in torch.randperm(len(adapters), generator=g)[:5])
+    ]
     rows = next(n for n in parameters if n.endswith("new_tokens.embedding"))
-    chosen += [(rows, 4 * parameters[rows].shape[1] + i) for i in (0, 13, 29)]  # the first latent's row, after four tags
+    # The first latent's row, after four tags.
+    chosen += [(rows, 4 * parameters[rows].shape[1] + i) for i in (0, 13, 29)]
     h = 1e-5
     for name, i in chosen:
         flat = parameters[name].data.view(-1)
@@ -69,7 +87,9 @@ def test_gradient_of_each_term_equals_central_differences(setup, float64_modules
         for term in names:
             numeric = float(ends[0][term] - ends[1][term]) / (2 * h)
             exact = float(grads[term][name].view(-1)[i])
-            assert abs(numeric - exact) < 1e-7 + 1e-5 * abs(exact), f"{term} at {name}[{i}]: {numeric} instead of {exact}"
+            assert abs(numeric - exact) < 1e-7 + 1e-5 * abs(exact), (
+                f"{term} at {name}[{i}]: {numeric} instead of {exact}"
+            )
 
 
 def test_one_token_answer_has_something_to_lose(setup):
@@ -80,7 +100,9 @@ def test_one_token_answer_has_something_to_lose(setup):
 
 
 def test_the_teacher_is_detached_unless_asked(setup):
-    """With the corrupted path's inputs cut off from the intact one, KL and attention loss must not move the intact image."""
+    """With the corrupted path's inputs cut off from the intact one, KL and attention loss must not move the
+    intact image.
+    """
     for flag, moved in (("--no-teacher_grad", False), ("--teacher_grad", True)):
         s = setup(flag)
         s.method.copied = lambda batch: torch.zeros_like(batch["input_ids"], dtype=torch.bool)
@@ -109,7 +131,12 @@ def test_more_padding_changes_nothing(setup):
     s = setup()
     before = s.objective(s.batch, 0.0)
     wider = dict(s.batch)
-    for name, fill in (("input_ids", s.model.tokenizer.pad_token_id), ("targets", IGNORE), ("attention_mask", 0), ("mm_token_type_ids", 0)):
+    for name, fill in (
+        ("input_ids", s.model.tokenizer.pad_token_id),
+        ("targets", IGNORE),
+        ("attention_mask", 0),
+        ("mm_token_type_ids", 0),
+    ):
         wider[name] = torch.nn.functional.pad(s.batch[name], (0, 7), value=fill)
     for name in ("answer_positions", "latents", "image"):
         wider[name] = torch.nn.functional.pad(s.batch[name], (0, 2), value=-1)
@@ -131,14 +158,22 @@ def test_labels_rows_and_columns(setup):
     s = setup(which=[0])
     ids, targets = s.batch["input_ids"][0].tolist(), s.batch["targets"][0].tolist()
     rows = s.method.answer_positions(s.batch)[0].tolist()
-    assert ids[rows[0]] == s.fmt.answer_start_id and [targets[r] for r in rows] == s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
+    assert ids[rows[0]] == s.fmt.answer_start_id and [targets[r] for r in rows] == s.fmt.text("red") + [
+        s.fmt.answer_end_id, s.fmt.end,
+    ]
     latents = s.method.columns(s.batch)[0].tolist()
     assert [ids[c] for c in latents] == s.fmt.latents and max(latents) < rows[0]
     released = setup("--method", "released", which=[0])
     rows = released.method.answer_positions(released.batch)[0].tolist()
-    assert [ids[r] for r in rows] == [s.fmt.answer_start_id, *s.fmt.text("red"), s.fmt.answer_end_id, s.fmt.end]
+    assert [ids[r] for r in rows] == [
+        s.fmt.answer_start_id, *s.fmt.text("red"), s.fmt.answer_end_id, s.fmt.end,
+    ]
     copied = released.method.copied(released.batch)[0].nonzero()[:, 0].tolist()
-    assert ids[copied[0]] == s.fmt.think_start_id and ids[copied[-1]] == s.fmt.think_end_id and copied == released.method.columns(released.batch)[0].tolist()
+    assert (
+        ids[copied[0]] == s.fmt.think_start_id
+        and ids[copied[-1]] == s.fmt.think_end_id
+        and copied == released.method.columns(released.batch)[0].tolist()
+    )
 
 
 def test_no_loss_reads_a_copied_row_of_the_corrupted_path(setup):
@@ -161,7 +196,9 @@ def test_no_loss_reads_a_copied_row_of_the_corrupted_path(setup):
 
 @pytest.mark.parametrize("realisation, sequences", [("hidden", 6), ("kv", 6), ("packed", 3)])
 def test_the_realisation_that_runs_is_the_one_asked_for(setup, monkeypatch, realisation, sequences):
-    """All three give the same numbers, so only the forward itself tells which one ran: 2B sequences and what is copied, or B."""
+    """All three give the same numbers, so only the forward itself tells which one ran: 2B sequences and what
+    is copied, or B.
+    """
     s = setup("--latent_copy", realisation)
     seen, hidden = [], s.model.hidden
 

@@ -1,4 +1,7 @@
-"""The demo's own part: what it refuses before it starts, each method's flags, and that each gets to its last line."""
+"""The demo's own part: what it refuses before it starts, each method's flags, and that each gets to its last
+line.
+"""
+
 import functools
 import os
 import subprocess
@@ -17,8 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("sft", "crystal", "livr", "lavit", "valr")
 
 
-@pytest.mark.parametrize("flags, message", [(["--method", "nosuch"], "nosuch"), (["--max_stepz", "3"], "--max_stepz"), (["--processes", "3"], "--processes"),
-                                            (["--questions", "0"], "--questions 0")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--method", "nosuch"], "nosuch"),
+        (["--max_stepz", "3"], "--max_stepz"),
+        (["--processes", "3"], "--processes"),
+        (["--questions", "0"], "--questions 0"),
+    ],
+)
 def test_a_mistake_is_told_before_anything_starts(flags, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo.distributed, "launch", lambda *_: pytest.fail("processes were started"))
@@ -44,7 +54,10 @@ def test_it_gets_to_its_end(method, monkeypatch, tmp_path, capsys):
     table = (made / "table.txt").read_text()
     assert table.strip() in out and out.index("Done in") > out.index("the answer is")
     assert table.splitlines()[0].split()[:6] == ["family", "questions", "blind", "base", "sft", method]
-    assert all((made / "pictures" / f"{name}.png").stat().st_size > 1000 for name in ("losses", "corruptions", "attention"))
+    assert all(
+        (made / "pictures" / f"{name}.png").stat().st_size > 1000
+        for name in ("losses", "corruptions", "attention")
+    )
     assert (made / method / "merged" / "model.safetensors").is_file()
 
 
@@ -59,16 +72,8 @@ def test_each_method_trains_by_its_own_flags(tmp_path):
         "crystal": ["--labels", "answer"],
         "lavit": ["--tune", "lora"],
         "valr": [
-            "--lr_latents",
-            "3e-4",
-            "--lr_tokens",
-            "5",
-            "--first_share",
-            "0.6",
-            "--latents",
-            "4",
-            "--encoders",
-            "tiny",
+            "--lr_latents", "3e-4", "--lr_tokens", "5", "--first_share", "0.6", "--latents", "4",
+            "--encoders", "tiny",
         ],
     }
     assert {method: demo.recipe(method) for method in NAMES} == {
@@ -86,7 +91,9 @@ def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):
     """
     (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
     told = []
-    monkeypatch.setattr(distributed, "run_program", lambda count, script, argv: told.append([count, script, *map(str, argv)]))
+    monkeypatch.setattr(
+        distributed, "run_program", lambda count, script, argv: told.append([count, script, *map(str, argv)])
+    )
     flags = demo.data_of("lavit", tmp_path / "toy", tmp_path / "sft", Processes())
     assert flags == [
         "--data",
@@ -117,8 +124,7 @@ def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):
 
 
 def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
-    """Pictures of the run below --output, its export, and the record's own question to the merged directory.
-    """
+    """Pictures of the run below --output, its export, and the record's own question to the merged directory."""
     told = []
     monkeypatch.setattr(
         demo.visualize, "pictures", lambda *args, **how: told.append(("pictures", args, how)) or ["a.png"]
@@ -137,8 +143,7 @@ def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
         ),
     ]
     assert (
-        capsys.readouterr().out
-        == "\n== 5. Pictures\na.png\n\n== 6. Export and one question\n"
+        capsys.readouterr().out == "\n== 5. Pictures\na.png\n\n== 6. Export and one question\n"
         "/x/1.png\nWhat colour is the star?\n(the answer is red)\n"
     )
 
@@ -154,8 +159,14 @@ demo.main(["--method", "sft", "--max_steps", "1", "--questions", "4", "--process
 
 def test_two_processes_print_once(tmp_path):
     (tmp_path / "small.py").write_text(SMALL)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "small.py"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "small.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for once in ("== 1. Data", "2 process(es)", "count", "the answer is", "== Done"):
         assert done.stdout.count(once) == 1, once

@@ -1,4 +1,7 @@
-"""One process without a group, and two gloo processes: this file, run as a script with the environment that torchrun gives."""
+"""One process without a group, and two gloo processes: this file, run as a script with the environment that
+torchrun gives.
+"""
+
 import json
 import os
 import signal
@@ -19,7 +22,8 @@ from crystal.runtime.distributed import Processes, RankFailed, StopSignal, cpu_t
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# -- what each of two processes does; returns JSON ----------------------------------------------------------------------------------------------------
+# --- what each of two processes does; returns JSON ---
+
 
 def communicate(procs, folder):
     mine = torch.tensor([[1.0, 2.0]], dtype=torch.float64, requires_grad=True)
@@ -27,12 +31,20 @@ def communicate(procs, folder):
     total = procs.sum(scaled)
     procs.print("only once")
     procs.barrier()
-    return {"float": procs.sum(1.0 if procs.is_first else 2.0 ** -40),   # float32 would lose the second
-            "int": procs.sum(2 ** 53 if procs.is_first else 1),          # float64 would lose the second
-            "tensor": [total.tolist(), str(total.dtype), total.requires_grad, torch.equal(scaled, mine * (procs.rank + 1))],
-            "any": [procs.any(procs.rank == 1), procs.any(False), procs.any(True)],
-            "gather": procs.gather([{"rank": procs.rank, "text": "é" * i} for i in range(3 * procs.rank + 1)]),   # 1 item and 4: unequal lengths
-            "empty": procs.gather([])}
+    # 1 item and 4: unequal lengths.
+    return {
+        "float": procs.sum(1.0 if procs.is_first else 2.0**-40),  # float32 would lose the second
+        "int": procs.sum(2**53 if procs.is_first else 1),  # float64 would lose the second
+        "tensor": [
+            total.tolist(),
+            str(total.dtype),
+            total.requires_grad,
+            torch.equal(scaled, mine * (procs.rank + 1)),
+        ],
+        "any": [procs.any(procs.rank == 1), procs.any(False), procs.any(True)],
+        "gather": procs.gather([{"rank": procs.rank, "text": "é" * i} for i in range(3 * procs.rank + 1)]),
+        "empty": procs.gather([]),
+    }
 
 
 ROWS = torch.arange(24.0, dtype=torch.float64).reshape(8, 3).sin()
@@ -40,7 +52,7 @@ ROWS = torch.arange(24.0, dtype=torch.float64).reshape(8, 3).sin()
 
 def gradients(procs, folder):
     """Of the mean of squares over all ranks' rows, accumulated over two halves of this rank's rows."""
-    torch.manual_seed(procs.rank)   # on purpose different: wrap() must send rank 0's weights
+    torch.manual_seed(procs.rank)  # on purpose different: wrap() must send rank 0's weights
     layer = torch.nn.Linear(3, 1).double()
     model, mine = procs.wrap(layer), ROWS.chunk(procs.world)[procs.rank]
     for i, part in enumerate(mine.chunk(2)):
@@ -71,7 +83,9 @@ def first(procs, folder):
 def patient(procs, folder):
     """The first process takes longer than the group's timeout; then the group is as it was."""
     default = torch.distributed.distributed_c10d._get_default_group()
-    set_timeout = lambda seconds: torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), default)
+    set_timeout = lambda seconds: torch.distributed.distributed_c10d._set_pg_timeout(
+        timedelta(seconds=seconds), default
+    )
     set_timeout(1)
     began = time.monotonic()
     with procs.main_process_first():
@@ -117,19 +131,38 @@ if __name__ == "__main__":
     procs = start("cpu", timeout=60)
     for act in acts:
         print(f"RESULT {act} {json.dumps(globals()[act](procs, Path(folder)))}", flush=True)
-    os._exit(0)   # not stop(): at the end of these acts there may be nobody to leave with
+    os._exit(0)  # not stop(): at the end of these acts there may be nobody to leave with
 
 
 def launch(folder, *acts):
-    """Two processes that do `acts`, with the names torchrun sets; returns {act: [result of rank 0, of rank 1]}, their output, their exit codes."""
+    """Two processes that do `acts`, with the names torchrun sets; returns {act: [result of rank 0, of rank
+    1]}, their output, their exit codes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     runs = []
     for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-        runs.append(subprocess.Popen([sys.executable, __file__, str(folder), *acts], env=env, stdout=subprocess.PIPE, text=True, encoding="utf-8"))
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONIOENCODING": "utf-8",
+        }
+        runs.append(
+            subprocess.Popen(
+                [sys.executable, __file__, str(folder), *acts],
+                env=env,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+            )
+        )
     try:
         outputs = [run.communicate(timeout=90)[0] for run in runs]
     finally:
@@ -143,19 +176,23 @@ def launch(folder, *acts):
     return results, outputs, [run.returncode for run in runs]
 
 
-# -- two processes ------------------------------------------------------------------------------------------------------------------------------------
+# --- two processes ---
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """All acts in one launch, since starting two processes is what takes the time."""
-    return launch(tmp_path_factory.mktemp("two"), "communicate", "gradients", "first", "patient", "guest", "agree", "dead")
+    return launch(
+        tmp_path_factory.mktemp("two"), "communicate", "gradients", "first", "patient", "guest", "agree",
+        "dead",
+    )
 
 
 def test_two_processes_communicate(two):
     results, outputs, _ = two
     one, other = results["communicate"]
     assert one == other
-    assert one["float"] == 1 + 2.0 ** -40 and one["int"] == 2 ** 53 + 1
+    assert one["float"] == 1 + 2.0**-40 and one["int"] == 2**53 + 1
     assert one["tensor"] == [[[3.0, 6.0]], "torch.float64", False, True]
     assert one["any"] == [True, False, True] and one["empty"] == []
     assert one["gather"] == [{"rank": 0, "text": ""}] + [{"rank": 1, "text": "é" * i} for i in range(4)]
@@ -163,11 +200,18 @@ def test_two_processes_communicate(two):
 
 
 def test_wrapped_gradients_equal_one_process(two):
-    """Half the rows each: rank 0's weights, the whole batch's gradient; before the last part of an accumulated batch nothing is exchanged."""
+    """Half the rows each: rank 0's weights, the whole batch's gradient; before the last part of an
+    accumulated batch nothing is exchanged.
+    """
     weight, gradient, _ = gradients(Processes(), None)
     for result in two[0]["gradients"]:
         assert result[0] == weight
-        torch.testing.assert_close(torch.tensor(result[1], dtype=torch.float64), torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.tensor(result[1], dtype=torch.float64),
+            torch.tensor(gradient, dtype=torch.float64),
+            rtol=1e-12,
+            atol=1e-12,
+        )
     one, other = two[0]["gradients"]
     assert one[1] == other[1] and one[2] != other[2]
 
@@ -201,17 +245,31 @@ def test_the_group_is_made_for_the_device_and_waits_for_the_timeout(monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(current=device))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **named: asked.update(named, backend=backend))
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **named: asked.update(named, backend=backend)
+    )
+    for name, value in {
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     procs = start("auto", timeout=7)
     here = torch.device("cuda", 1) if device == "cuda" else torch.device("cpu")
-    assert procs == Processes(3, 4, 1, here) and asked["backend"] == backend and asked["timeout"].total_seconds() == 7
+    assert (
+        procs == Processes(3, 4, 1, here)
+        and asked["backend"] == backend
+        and asked["timeout"].total_seconds() == 7
+    )
     assert asked["device_id"] == asked.get("current") == (here if device == "cuda" else None)
 
 
-# -- one process --------------------------------------------------------------------------------------------------------------------------------------
+# --- one process ---
+
 
 def test_one_process_needs_no_group(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -219,7 +277,11 @@ def test_one_process_needs_no_group(monkeypatch):
     threads = torch.get_num_threads()
     procs = start("cpu")
     torch.set_num_threads(threads)
-    assert not torch.distributed.is_initialized() and procs == Processes(0, 1, 0, torch.device("cpu")) and procs.is_first
+    assert (
+        not torch.distributed.is_initialized()
+        and procs == Processes(0, 1, 0, torch.device("cpu"))
+        and procs.is_first
+    )
     assert procs.sum(0.5) == 0.5 and procs.sum(3) == 3 and procs.any(True) and not procs.any(False)
     tensor = torch.ones(2, requires_grad=True)
     total = procs.sum(tensor)
@@ -246,7 +308,13 @@ def test_one_clear_line_for_a_wrong_start(monkeypatch):
         start("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--device cuda: 2 process.*1 CUDA"):
         start("cuda")
@@ -254,7 +322,7 @@ def test_one_clear_line_for_a_wrong_start(monkeypatch):
 
 def test_threads_are_cores_over_processes_unless_the_user_chose():
     assert cpu_threads(8, 1, {}) == 8 and cpu_threads(8, 3, {}) == 2 and cpu_threads(2, 4, {}) == 1
-    assert cpu_threads(8, 2, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}) == 4   # torchrun's own 1
+    assert cpu_threads(8, 2, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}) == 4  # torchrun's own 1
     for chosen in ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "x"}):
         assert cpu_threads(8, 2, chosen) is None
 
@@ -268,10 +336,10 @@ def test_a_signal_asks_and_restore_forgets(number):
         os.kill(os.getpid(), number)
         assert stop.asked == signal.Signals(number).name
         try:
-            os.kill(os.getpid(), number)   # at once: the same Ctrl-C seen twice
+            os.kill(os.getpid(), number)  # at once: the same Ctrl-C seen twice
         except KeyboardInterrupt:
             pytest.fail("one Ctrl-C was taken for two")
-        stop.at -= 1                       # and later: the user means it
+        stop.at -= 1  # and later: the user means it
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
@@ -291,10 +359,12 @@ def test_a_forked_child_can_still_be_ended():
             os.write(started, b"x")
             time.sleep(5)
             os._exit(0)
-        os.read(ready, 1)   # Python drops a signal that arrives while it forks
+        os.read(ready, 1)  # Python drops a signal that arrives while it forks
         os.kill(child, signal.SIGINT)
         os.kill(child, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM and stop.asked is None
+        assert (
+            os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM and stop.asked is None
+        )
     finally:
         stop.restore()
 
@@ -307,7 +377,12 @@ def test_launch_is_torchrun_once(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice stays
     distributed.launch(1, "crystal.demo", [])
     distributed.launch(2, "crystal.demo", ["--seed", "5"])
-    assert told == [[sys.executable, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "crystal.demo", "--seed", "5"]]
+    assert told == [
+        [
+            sys.executable, sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node=2", "-m", "crystal.demo", "--seed", "5",
+        ]
+    ]
     assert os.environ["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.launch(2, "crystal.demo", [])
@@ -317,16 +392,26 @@ def test_launch_is_torchrun_once(monkeypatch):
 def test_a_program_is_run_beside_with_ranks_of_its_own(monkeypatch, tmp_path, capfd):
     """One of two ranks starts it: it gets its flags, in two processes that know nothing of the first two."""
     script = tmp_path / "told.py"
-    script.write_text("import os, sys\n"
-                      "told = [sys.argv[1:], *map(os.environ.get, ['RANK', 'WORLD_SIZE', 'OWN'])]\n"
-                      "os.write(1, (' '.join(map(str, told)) + chr(10)).encode())  # in one piece, since two write\n"
-                      "sys.exit(sys.argv[1] == 'fail')\n")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "MASTER_PORT": "1", "OWN": "stays"}.items():
+    script.write_text(
+        "import os, sys\n"
+        "told = [sys.argv[1:], *map(os.environ.get, ['RANK', 'WORLD_SIZE', 'OWN'])]\n"
+        "os.write(1, (' '.join(map(str, told)) + chr(10)).encode())  # in one piece, since two write\n"
+        "sys.exit(sys.argv[1] == 'fail')\n"
+    )
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "1",
+        "MASTER_PORT": "1",
+        "OWN": "stays",
+    }.items():
         monkeypatch.setenv(name, value)
     distributed.run_program(1, script, ["--limit", 3])
     assert capfd.readouterr().out == "['--limit', '3'] None None stays\n"
     distributed.run_program(2, script, ["--limit", 3])
-    assert sorted(capfd.readouterr().out.splitlines()) == [f"['--limit', '3'] {rank} 2 stays" for rank in (0, 1)]
+    assert sorted(capfd.readouterr().out.splitlines()) == [
+        f"['--limit', '3'] {rank} 2 stays" for rank in (0, 1)
+    ]
     with pytest.raises(UserError, match="told.py ended with exit code 1; its own lines above say why"):
         distributed.run_program(1, script, ["fail"])
 
@@ -361,8 +446,9 @@ BY_TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_
 HERE = {"LOCAL_WORLD_SIZE": "3"}
 
 
-@pytest.mark.parametrize("more, threads", [({}, 4), (HERE, 8), ({"OMP_NUM_THREADS": "5"}, None),
-                                           (BY_TORCHRUN, 12)])
+@pytest.mark.parametrize(
+    "more, threads", [({}, 4), (HERE, 8), ({"OMP_NUM_THREADS": "5"}, None), (BY_TORCHRUN, 12)]
+)
 def test_a_process_takes_its_share_of_this_machines_cores(monkeypatch, more, threads):
     """24 cores over the processes here; where the launcher does not say how many those are, all of them."""
     asked = described(monkeypatch, **RUN, **more)
@@ -376,8 +462,10 @@ def test_one_process_takes_all_cores_and_reads_no_rank(monkeypatch):
     assert start("cpu") == Processes() and asked == {"threads": 24}
 
 
-@pytest.mark.parametrize("device, names, index", [("cuda", RUN | HERE, 2), ("cuda:1", RUN | HERE, 2),
-                                                  ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1)])
+@pytest.mark.parametrize(
+    "device, names, index",
+    [("cuda", RUN | HERE, 2), ("cuda:1", RUN | HERE, 2), ("auto", {}, 0), ("cuda", {}, 0), ("cuda:1", {}, 1)],
+)
 def test_which_gpu_is_whose(monkeypatch, device, names, index):
     """Of several processes each has the one of its number on this machine; one alone may choose."""
     described(monkeypatch, **names)
@@ -388,11 +476,15 @@ def test_which_gpu_is_whose(monkeypatch, device, names, index):
     assert start(device).device == torch.device("cuda", index) and chosen == [torch.device("cuda", index)]
 
 
-@pytest.mark.parametrize("device, names, told", [
-    ("cuda:3", {}, "--device cuda:3: this machine has 3 CUDA"),
-    ("meta", RUN, "--device meta: several processes run on cuda or cpu"),
-    ("cuda", RUN, r"6 process\(es\) on this machine but 3"),
-    ("cpu", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR or MASTER_PORT")])
+@pytest.mark.parametrize(
+    "device, names, told",
+    [
+        ("cuda:3", {}, "--device cuda:3: this machine has 3 CUDA"),
+        ("meta", RUN, "--device meta: several processes run on cuda or cpu"),
+        ("cuda", RUN, r"6 process\(es\) on this machine but 3"),
+        ("cpu", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR or MASTER_PORT"),
+    ],
+)
 def test_devices_that_there_are_not(monkeypatch, device, names, told):
     described(monkeypatch, **names)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,4 +1,7 @@
-"""Frozen encoders: patches in the right number and order, the checkpoint's own image rules, nothing trains; precomputed equals at once."""
+"""Frozen encoders: patches in the right number and order, the checkpoint's own image rules, nothing trains;
+precomputed equals at once.
+"""
+
 import json
 import shutil
 
@@ -20,8 +23,22 @@ def siglip(tmp_path_factory):
     """A small random SigLIP as a directory, without registers, bicubic, 3 x 3 patches."""
     path = tmp_path_factory.mktemp("siglip")
     torch.manual_seed(0)
-    SiglipVisionModel(SiglipVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=42, patch_size=14)).save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 42, "width": 42}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=42,
+            patch_size=14,
+        )
+    ).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"height": 42, "width": 42},
+                "resample": 3,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+            }
+        )
+    )
     return path
 
 
@@ -38,7 +55,9 @@ def test_tiny_is_the_same_every_time_and_disturbs_no_seed():
     assert torch.equal(drawn, torch.rand(1))
     x = torch.stack([a.pixels(picture(90, 60)), a.pixels(picture(60, 90, 1))])
     F = a(x)
-    assert F.shape == (2, 64, a.dim) and torch.equal(F, encoders.load("tiny")(x)) and not torch.equal(F[0], F[1])
+    assert (
+        F.shape == (2, 64, a.dim) and torch.equal(F, encoders.load("tiny")(x)) and not torch.equal(F[0], F[1])
+    )
 
 
 def test_autocast_changes_nothing():
@@ -53,7 +72,9 @@ def test_autocast_changes_nothing():
 
 
 def test_patches_stand_in_reading_order():
-    """A changed corner of the image moves that corner's patch embedding most; class token and registers are left out."""
+    """A changed corner of the image moves that corner's patch embedding most; class token and registers are
+    left out.
+    """
     e = encoders.load("tiny")
     plain, other = Image.new("RGB", (112, 112), (90, 90, 90)), Image.new("RGB", (112, 112), (90, 90, 90))
     other.paste((255, 0, 0), (98, 0, 112, 14))  # top right: patch 7 of the first row
@@ -72,7 +93,9 @@ def test_a_directory_is_the_stock_model_on_its_own_image_rules(siglip):
     e = encoders.load(str(siglip))
     image = picture(42, 42)  # already of its size: no resampling to differ in
     x = e.pixels(image)
-    expected = (torch.tensor(list(image.tobytes())).view(42, 42, 3).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    expected = (
+        torch.tensor(list(image.tobytes())).view(42, 42, 3).permute(2, 0, 1).float() / 255 - 0.5
+    ) / 0.5
     assert torch.allclose(x, expected, atol=1e-6)
     with torch.no_grad():
         stock = AutoModel.from_pretrained(siglip).eval()(pixel_values=x[None]).last_hidden_state
@@ -82,13 +105,22 @@ def test_a_directory_is_the_stock_model_on_its_own_image_rules(siglip):
 def test_resizing_is_close_to_pillows(siglip):
     e = encoders.load(str(siglip))
     smooth = picture(6, 5).resize((90, 70), Image.Resampling.BICUBIC)
-    theirs = torch.tensor(list(smooth.resize((42, 42), Image.Resampling.BICUBIC).tobytes())).view(42, 42, 3).permute(2, 0, 1) / 255
+    theirs = (
+        torch.tensor(list(smooth.resize((42, 42), Image.Resampling.BICUBIC).tobytes()))
+        .view(42, 42, 3)
+        .permute(2, 0, 1)
+        / 255
+    )
     assert (e.pixels(smooth) * 0.5 + 0.5 - theirs).abs().max() < 2.1 / 255
 
 
 def test_crop_after_the_shorter_side(siglip):
     e = encoders.load(str(siglip))
-    e.rules = e.rules | {"size": {"shortest_edge": 48}, "do_center_crop": True, "crop_size": {"height": 42, "width": 42}}
+    e.rules = e.rules | {
+        "size": {"shortest_edge": 48},
+        "do_center_crop": True,
+        "crop_size": {"height": 42, "width": 42},
+    }
     assert e.pixels(picture(96, 48)).shape == (3, 42, 42)
 
 
@@ -104,12 +136,18 @@ def test_what_cannot_be_loaded_is_told(siglip, tmp_path, model_dirs):
     with pytest.raises(UserError, match="--encoders .*/e: cannot be loaded"):
         encoders.load(str(tmp_path / "e"))
     weights.unlink()
-    with pytest.raises(UserError, match=f"--encoders {tmp_path}/e: cannot be loaded: [^\n]*from safetensors alone: a pickle can run code[^\n]*$"):
+    with pytest.raises(
+        UserError,
+        match=f"--encoders {tmp_path}/e: cannot be loaded: [^\n]*from safetensors alone: a pickle can run "
+        "code[^\n]*$",
+    ):
         encoders.load(str(tmp_path / "e"))
 
 
 def test_weights_that_do_not_fit_are_named(siglip, tmp_path):
-    """An encoder that stayed random in part would be aligned to without a word; what the other tower of its files holds is no mistake."""
+    """An encoder that stayed random in part would be aligned to without a word; what the other tower of its
+    files holds is no mistake.
+    """
     whole = load_file(siglip / "model.safetensors")
     lost = next(n for n in whole if n.endswith("layers.1.mlp.fc1.weight"))
 
@@ -118,18 +156,29 @@ def test_weights_that_do_not_fit_are_named(siglip, tmp_path):
         save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
         return str(tmp_path / name)
 
-    with pytest.raises(UserError, match=f"--encoders .*less: cannot be loaded: its weights are not this model's: the files lack [^,;]*{lost}$"):
+    with pytest.raises(
+        UserError,
+        match="--encoders .*less: cannot be loaded: its weights are not this model's: the files lack "
+        f"[^,;]*{lost}$",
+    ):
         encoders.load(directory("less", {n: t for n, t in whole.items() if n != lost}))
     pixels = torch.rand(1, 3, 42, 42, generator=torch.Generator().manual_seed(0))
-    more = encoders.load(directory("more", {f"module.{n}": t for n, t in whole.items()} | {"text_model.head.bias": torch.zeros(3)}))
+    more = encoders.load(
+        directory(
+            "more", {f"module.{n}": t for n, t in whole.items()} | {"text_model.head.bias": torch.zeros(3)}
+        )
+    )
     assert torch.equal(more(pixels), encoders.load(str(siglip))(pixels))
 
 
 def test_precomputed_features_equal_the_encoders_own(records_file, siglip, tmp_path, capsys):
     """Written next to the records, several images each, and found again by id."""
     from data_prep import encoder_features
+
     shutil.copytree(records_file.parent, tmp_path / "d")
-    encoder_features.main(["--encoder", str(siglip), "--data", str(tmp_path / "d" / "train.jsonl"), "--name", "sig"])
+    encoder_features.main(
+        ["--encoder", str(siglip), "--data", str(tmp_path / "d" / "train.jsonl"), "--name", "sig"]
+    )
     assert "features:sig:16" in capsys.readouterr().out
     records, _ = data.read(tmp_path / "d" / "train.sig.jsonl")
     e = encoders.load(str(siglip))
@@ -138,11 +187,19 @@ def test_precomputed_features_equal_the_encoders_own(records_file, siglip, tmp_p
         assert sorted(found) == [str(n) for n in range(len(r.images))]
         for n, path in enumerate(r.images):
             assert torch.allclose(found[str(n)], e(e.pixels(data.load_image(path, ""))[None])[0], atol=1e-6)
-    for item, problem in (({"sig": "nowhere.safetensors"}, "no such file"), ({"sig": "../x"}, "leaves the image root"), (["sig"], "an object of name: path")):
+    for item, problem in (
+        ({"sig": "nowhere.safetensors"}, "no such file"),
+        ({"sig": "../x"}, "leaves the image root"),
+        (["sig"], "an object of name: path"),
+    ):
         line = json.loads((tmp_path / "d" / "train.sig.jsonl").read_text().split("\n")[0])
         (tmp_path / "d" / "bad.jsonl").write_text(json.dumps(line | {"features": item}))
         bad, _ = data.read(tmp_path / "d" / "bad.jsonl")
-        assert isinstance(bad[0], data.RecordError) and problem in str(bad[0]) and "field 'features'" in str(bad[0])
+        assert (
+            isinstance(bad[0], data.RecordError)
+            and problem in str(bad[0])
+            and "field 'features'" in str(bad[0])
+        )
     with pytest.raises(data.RecordError, match="no 'dino' in it"):
         data.load_features(records[0], "dino")
     records[0].id = "another"
@@ -152,10 +209,13 @@ def test_precomputed_features_equal_the_encoders_own(records_file, siglip, tmp_p
 
 def test_features_need_ids(records_file, tmp_path):
     from data_prep import encoder_features
+
     lines = records_file.read_text().split("\n")
     (records_file.parent / "twice.jsonl").write_text("\n".join(lines[:1] * 2))
     with pytest.raises(UserError, match="twice.jsonl:2: field 'id'.*--on_bad_record skip"):
-        encoder_features.main(["--encoder", "tiny", "--data", str(records_file.parent / "twice.jsonl"), "--name", "t"])
+        encoder_features.main(
+            ["--encoder", "tiny", "--data", str(records_file.parent / "twice.jsonl"), "--name", "t"]
+        )
     for flags in (["--device", "cuda:99"], ["--shard", "0"]):
         with pytest.raises(UserError, match=" ".join(flags)):
             encoder_features.main(["--encoder", "tiny", "--data", "x", "--name", "t", *flags])
@@ -163,16 +223,29 @@ def test_features_need_ids(records_file, tmp_path):
 
 @pytest.fixture
 def many(records_file, tmp_path):
-    """features(*flags) -> written records; of five small images in a JSON list, three a file, the fourth is cut short. `mend` makes it whole."""
+    """features(*flags) -> written records; of five small images in a JSON list, three a file, the fourth is
+    cut short. `mend` makes it whole.
+    """
     from data_prep import encoder_features
+
     whole = (records_file.parent / "1_0.png").read_bytes()
     talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(whole if i != 3 else whole[:200])
-    (tmp_path / "set.json").write_text(json.dumps([{"id": i, "image": f"{i}.png", "conversations": talk, "features": None} for i in range(5)], indent=1))
+    (tmp_path / "set.json").write_text(
+        json.dumps(
+            [{"id": i, "image": f"{i}.png", "conversations": talk, "features": None} for i in range(5)],
+            indent=1,
+        )
+    )
 
     def features(*flags, encoder="tiny"):
-        encoder_features.main(["--encoder", encoder, "--data", str(tmp_path / "set.json"), "--name", "t", "--shard", "3", "--device", "cpu", *flags])
+        encoder_features.main(
+            [
+                "--encoder", encoder, "--data", str(tmp_path / "set.json"), "--name", "t", "--shard", "3",
+                "--device", "cpu", *flags,
+            ]
+        )
         return [json.loads(line) for line in (tmp_path / "set.t.jsonl").read_text().splitlines()]
 
     features.mend = lambda: (tmp_path / "3.png").write_bytes(whole)
@@ -187,8 +260,15 @@ def test_a_broken_image_is_left_out_and_files_are_made_once(many, siglip, tmp_pa
     stamp = files[0].stat().st_mtime_ns
     written = many("--on_bad_record", "skip")
     out = capsys.readouterr().out
-    assert "2 files, 1 there already" in out and "left out: " in out and "set.json[3]" in out and files[0].stat().st_mtime_ns == stamp
-    assert [x["id"] for x in written] == [0, 1, 2, 4] and written[3]["features"] == {"t": "t/set-00001.safetensors"}
+    assert (
+        "2 files, 1 there already" in out
+        and "left out: " in out
+        and "set.json[3]" in out
+        and files[0].stat().st_mtime_ns == stamp
+    )
+    assert [x["id"] for x in written] == [0, 1, 2, 4] and written[3]["features"] == {
+        "t": "t/set-00001.safetensors"
+    }
     many("--on_bad_record", "skip")
     out = capsys.readouterr().out
     assert "2 there already" in out and "left out: " in out
@@ -213,21 +293,31 @@ def test_more_broken_images_than_1_percent_stop_it(many, tmp_path, run_before):
 def test_two_ranks_write_what_one_writes(many, tmp_path):
     many.mend()
     script = str(ROOT / "data_prep" / "encoder_features.py")
-    done = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
-               ["--encoder", "tiny", "--data", str(tmp_path / "set.json"), "--name", "two", "--shard", "3", "--device", "cpu"])
+    done = run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
+        [
+            "--encoder", "tiny", "--data", str(tmp_path / "set.json"), "--name", "two", "--shard", "3",
+            "--device", "cpu",
+        ],
+    )
     assert done.count("wrote") == 1
-    assert [x | {"features": 0} for x in many()] == [json.loads(x) | {"features": 0} for x in (tmp_path / "set.two.jsonl").read_text().splitlines()]
+    assert [x | {"features": 0} for x in many()] == [
+        json.loads(x) | {"features": 0} for x in (tmp_path / "set.two.jsonl").read_text().splitlines()
+    ]
     for name in ("set-00000.safetensors", "set-00001.safetensors"):
         assert (tmp_path / "t" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-# --- image rules by hand ----------------------------------------------------------------------------------------
+# --- image rules by hand ---
 
 
 def ruled(siglip, **rules):
     e = encoders.load(str(siglip))
     plain = {
-        "size": {"height": 42, "width": 42}, "resample": 2, "image_mean": [0.0] * 3, "image_std": [1.0] * 3,
+        "size": {"height": 42, "width": 42},
+        "resample": 2,
+        "image_mean": [0.0] * 3,
+        "image_std": [1.0] * 3,
     }
     e.rules = plain | rules
     return e
@@ -310,7 +400,9 @@ def test_class_token_and_registers_are_left_out():
     from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel
 
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    dino3 = encoders.Encoder("d", DINOv3ViTModel(DINOv3ViTConfig(**sizes, num_register_tokens=4)), encoders.IMAGENET)
+    dino3 = encoders.Encoder(
+        "d", DINOv3ViTModel(DINOv3ViTConfig(**sizes, num_register_tokens=4)), encoders.IMAGENET
+    )
     assert dino3.prefix == 5 and dino3(torch.rand(1, 3, 28, 28)).shape == (1, 4, 16)
 
     small = Dinov2Config(
@@ -327,7 +419,9 @@ def test_the_shipped_encoder_and_its_rules():
         64, 2, 14, 112,
     )
     assert e.rules == {
-        "size": {"height": 112, "width": 112}, "resample": 2, "image_mean": [0.485, 0.456, 0.406],
+        "size": {"height": 112, "width": 112},
+        "resample": 2,
+        "image_mean": [0.485, 0.456, 0.406],
         "image_std": [0.229, 0.224, 0.225],
     }
     assert sorted(encoders.KINDS) == ["dinov2", "dinov3_vit", "siglip", "siglip_vision_model"]

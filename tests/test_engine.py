@@ -1,4 +1,5 @@
 """The thread that runs the model; test_serve.py has it behind the endpoint, with many clients."""
+
 import asyncio
 from types import SimpleNamespace
 
@@ -14,8 +15,26 @@ from crystal.serving.engine import Engine, Job, Steps
 @pytest.fixture(scope="module")
 def opened(model_dirs, records_file, tmp_path_factory):
     """A run with latents."""
-    run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "1",
-                      "--eval_every", "0", "--output", str(tmp_path_factory.mktemp("engine") / "run")])
+    run = train.main(
+        [
+            "--model",
+            str(model_dirs[True]),
+            "--data",
+            str(records_file),
+            "--latents",
+            "3",
+            "--lora_r",
+            "2",
+            "--lr",
+            "1e-2",
+            "--max_steps",
+            "1",
+            "--eval_every",
+            "0",
+            "--output",
+            str(tmp_path_factory.mktemp("engine") / "run"),
+        ]
+    )
     return opening.open_model(run)
 
 
@@ -23,7 +42,14 @@ def test_jobs_that_wait_together_are_one_call(opened, records_file, monkeypatch)
     """Equal limits go together, oldest first; every job gets what generate says to it alone."""
     model, fmt, _ = opened
     records, calls, one_call = data.read(records_file)[0], [], generate.generate
-    monkeypatch.setattr(engine.generate, "generate", lambda model, prompts, *rest, **how: (calls.append(len(prompts)), one_call(model, prompts, *rest, **how))[1])
+    monkeypatch.setattr(
+        engine.generate,
+        "generate",
+        lambda model, prompts, *rest, **how: (
+            calls.append(len(prompts)),
+            one_call(model, prompts, *rest, **how),
+        )[1],
+    )
 
     async def ask():
         loop, worker = asyncio.get_running_loop(), Engine(model, fmt, "keep", 2)
@@ -43,7 +69,11 @@ def test_jobs_that_wait_together_are_one_call(opened, records_file, monkeypatch)
     assert calls == [2, 1, 1]  # the first and third; what is left of limit 3; of 4
     for i, job in enumerate(jobs):
         (kind, text), (end, answer) = told[2 * i : 2 * i + 2]
-        assert (kind, end) == ("text", "done") and answer.text == text == one_call(model, [job.prompt], fmt, job.limit)[0] and answer.finish == "length"
+        assert (
+            (kind, end) == ("text", "done")
+            and answer.text == text == one_call(model, [job.prompt], fmt, job.limit)[0]
+            and answer.finish == "length"
+        )
 
 
 def test_a_thought_of_its_own_is_not_streamed(opened):
@@ -65,7 +95,10 @@ def test_a_thought_of_its_own_is_not_streamed(opened):
 def test_a_batch_that_nobody_waits_for_is_dropped(opened):
     model, fmt, _ = opened
     engine = Engine(model, fmt, "keep", 8)
-    jobs = [Job(False, None, prompt=engine.prepare([("user", ["Hello"])], []), limit=4, gone=True) for _ in range(2)]
+    jobs = [
+        Job(False, None, prompt=engine.prepare([("user", ["Hello"])], []), limit=4, gone=True)
+        for _ in range(2)
+    ]
     told = []
     for job in jobs:
         job.tell = lambda *event: told.append(event)
@@ -76,8 +109,13 @@ def test_a_batch_that_nobody_waits_for_is_dropped(opened):
 def test_the_oldest_are_answered_first():
     """More jobs wait than a batch holds: the first come first, those of another limit wait their turn."""
     engine = Engine(SimpleNamespace(), SimpleNamespace(copies=1), "keep", 2, window=0)
-    jobs = [SimpleNamespace(name=name, limit=limit, gone=gone) for name, limit, gone in
-            (("gone", 5, True), ("a", 5, False), ("b", 7, False), ("c", 5, False), ("d", 5, False), ("e", 7, False))]
+    jobs = [
+        SimpleNamespace(name=name, limit=limit, gone=gone)
+        for name, limit, gone in (
+            ("gone", 5, True), ("a", 5, False), ("b", 7, False), ("c", 5, False), ("d", 5, False),
+            ("e", 7, False),
+        )
+    ]
     for job in jobs:
         engine.submit(job)
     batches = [[job.name for job in engine.next_batch()] for _ in range(3)]

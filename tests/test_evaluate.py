@@ -1,4 +1,7 @@
-"""Families and tables; blind, corrupted and latent-free answers differ where they must; benchmarks, and runs that were killed."""
+"""Families and tables; blind, corrupted and latent-free answers differ where they must; benchmarks, and runs
+that were killed.
+"""
+
 import csv
 import json
 
@@ -19,7 +22,9 @@ def test_table_by_family():
     results = [{"family": f, "correct": c} for f, c in (("a", True), ("a", False), ("b", True))]
     assert by_family(results) == {"a": (1, 2), "b": (1, 1), "all": (2, 3)}
     lines = table({"base": by_family(results), "tuned": by_family(results)}).splitlines()
-    assert [x.split()[0] for x in lines] == ["family", "a", "b", "all"] and lines[1].split()[1:3] == ["2", "50.0"]
+    assert [x.split()[0] for x in lines] == ["family", "a", "b", "all"] and lines[1].split()[1:3] == [
+        "2", "50.0",
+    ]
 
 
 def test_answers_from_what_is_shown(records_file):
@@ -36,7 +41,9 @@ def test_answers_from_what_is_shown(records_file):
     try:
         for how in ({}, {"grey": True}, {"corruption": Corruption("blur=5")}):
             results = asking.answers(model, fmt, records, batch_size=2, **how)
-            assert [r["id"] for r in results] == ["0", "1", "2"] and [r["correct"] for r in results] == [True, False, False]
+            assert [r["id"] for r in results] == ["0", "1", "2"] and [r["correct"] for r in results] == [
+                True, False, False,
+            ]
     finally:
         asking.generate = old
     assert len(fed) == 6 and len(fed[0]) == 2
@@ -47,9 +54,16 @@ def test_answers_from_what_is_shown(records_file):
 
 def test_command_line(records_file, tmp_path, capsys):
     out = tmp_path / "p" / "predictions.jsonl"
-    evaluate.main(["--data", str(records_file), "--out", str(out), "--max_new_tokens", "3", "--device", "cpu", "--limit", "2"])
+    evaluate.main(
+        [
+            "--data", str(records_file), "--out", str(out), "--max_new_tokens", "3", "--device", "cpu",
+            "--limit", "2",
+        ]
+    )
     lines = [json.loads(x) for x in out.read_text().splitlines()]
-    assert [x["id"] for x in lines] == ["0", "1"] and {"prediction", "answer", "correct", "question", "family"} <= lines[0].keys()
+    assert [x["id"] for x in lines] == ["0", "1"] and {
+        "prediction", "answer", "correct", "question", "family",
+    } <= lines[0].keys()
     assert "all" in capsys.readouterr().out
     with pytest.raises(UserError, match="--corruption 'fog' is no corruption mode"):
         evaluate.main(["--data", str(records_file), "--corruption", "fog"])
@@ -61,7 +75,13 @@ def test_free_latents_are_counted(setup, monkeypatch):
     """Of three answers one comes after all latents, one after some, one after none."""
     s = setup()
     end = [s.fmt.answer_start_id] + s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
-    monkeypatch.setattr(asking, "write", lambda model, prompts, fmt, n, *_: [s.fmt.thinking()[0] + end, s.fmt.latents[:2] + end, s.fmt.text("red")][: len(prompts)])
+    monkeypatch.setattr(
+        asking,
+        "write",
+        lambda model, prompts, fmt, n, *_: [
+            s.fmt.thinking()[0] + end, s.fmt.latents[:2] + end, s.fmt.text("red"),
+        ][: len(prompts)],
+    )
     results = asking.answers(s.model, s.fmt, s.records, latents="free")
     assert [r["latents"] for r in results] == [3, 2, 0] and [r["prediction"] for r in results] == ["red"] * 3
     with pytest.raises(UserError, match="--latents mask: the prompt holds no latents .the model makes them"):
@@ -70,7 +90,8 @@ def test_free_latents_are_counted(setup, monkeypatch):
     assert shares == {"all": 1 / 3, "some": 1 / 3, "none": 1 / 3} and "all 3 in 33.3 %" in line
 
 
-# --- benchmarks -----------------------------------------------------------------------------------------------------------
+# --- benchmarks ---
+
 
 def tsv(path, n=5):
     """n questions whose answers alternate, each with a picture of its own."""
@@ -87,21 +108,43 @@ def told(out):
 
 def test_a_benchmark_from_file_to_scores(tmp_path, monkeypatch, capsys):
     path, out = tsv(tmp_path / "BLINK.tsv"), tmp_path / "p.jsonl"
-    monkeypatch.setattr(asking, "generate", lambda model, prompts, fmt, n, *_: ["A", "the dog", "cat or dog"][: len(prompts)])
-    flags = ["--benchmark", str(path), "--device", "cpu", "--batch_size", "3", "--out", str(out), "--min_pixels", "3136", "--max_pixels", "6272"]
+    monkeypatch.setattr(
+        asking, "generate", lambda model, prompts, fmt, n, *_: ["A", "the dog", "cat or dog"][: len(prompts)]
+    )
+    flags = [
+        "--benchmark", str(path), "--device", "cpu", "--batch_size", "3", "--out", str(out),
+        "--min_pixels", "3136", "--max_pixels", "6272",
+    ]
     evaluate.main(flags)
     printed = capsys.readouterr().out
-    assert [(r["extracted"], r["correct"]) for r in told(out)] == [("A", True), ("B", True), (None, False), ("A", False), ("B", False)]
+    assert [(r["extracted"], r["correct"]) for r in told(out)] == [
+        ("A", True), ("B", True), (None, False), ("A", False), ("B", False),
+    ]
     about = json.loads(out.with_suffix(".json").read_text())
-    assert about["scores"]["Overall"]["score"] == 0.4 and about["scores"]["x"]["rows"] == 3 and about["benchmark"] == "BLINK" and about["unread"] == 0.2
-    assert about["settings"]["pixels"] == {"shortest_edge": 3136, "longest_edge": 6272} and "Question: Which?\nOptions:\nA. cat" in about["settings"]["prompt"]
-    for line in ("BLINK: 5 questions", "read by: choice: " + benchmarks.EXTRACTION["choice"], "counted as wrong: 20.0 %", "longest_edge"):
+    assert (
+        about["scores"]["Overall"]["score"] == 0.4
+        and about["scores"]["x"]["rows"] == 3
+        and about["benchmark"] == "BLINK"
+        and about["unread"] == 0.2
+    )
+    assert (
+        about["settings"]["pixels"] == {"shortest_edge": 3136, "longest_edge": 6272}
+        and "Question: Which?\nOptions:\nA. cat" in about["settings"]["prompt"]
+    )
+    for line in (
+        "BLINK: 5 questions",
+        "read by: choice: " + benchmarks.EXTRACTION["choice"],
+        "counted as wrong: 20.0 %",
+        "longest_edge",
+    ):
         assert line in printed
     assert not list(tmp_path.glob("p.jsonl.*"))
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
-    """The second batch dies; what the first said stays, is not asked again, and the outcome is that of a run in one piece."""
+    """The second batch dies; what the first said stays, is not asked again, and the outcome is that of a run
+    in one piece.
+    """
     path, out, calls = tsv(tmp_path / "x.tsv"), tmp_path / "p.jsonl", []
 
     def answer(model, prompts, fmt, n, *_):
@@ -118,25 +161,41 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
     assert [r["id"] for r in told(part)] == ["0", "1"] and not out.exists()
     with open(part, "a") as file:
         file.write('{"index": 2, "id"')  # the kill fell into a line
-    with pytest.raises(UserError, match=r"p\.jsonl: holds predictions that were made otherwise \(max_new_tokens\); --overwrite"):
+    with pytest.raises(
+        UserError,
+        match=r"p\.jsonl: holds predictions that were made otherwise \(max_new_tokens\); --overwrite",
+    ):
         evaluate.main([*flags, "--max_new_tokens", "5"])
     evaluate.main(flags)
     assert calls == [2, 2, 2, 1] and "2 questions are answered already" in capsys.readouterr().out
     assert [r["id"] for r in told(out)] == ["0", "1", "2", "3", "4"] and not part.exists()
     evaluate.main(flags)  # nothing is left to ask
-    assert len(calls) == 4 and json.loads(out.with_suffix(".json").read_text())["scores"]["Overall"]["score"] == 0.6
+    assert (
+        len(calls) == 4
+        and json.loads(out.with_suffix(".json").read_text())["scores"]["Overall"]["score"] == 0.6
+    )
     evaluate.main([*flags, "--overwrite"])
     assert calls[4:] == [2, 2, 1]
 
 
 def test_bad_flags_are_one_line(tmp_path, records_file):
     path = tsv(tmp_path / "x.tsv", 1)
-    for flags, says in ((["--scores", "MMVQ"], "--scores MMVQ: choose one of"), (["--batch_size", "0"], "at least 1"), (["--corruption", "blur=x"], "blur=x: a strength is a number"),
-                        (["--corruption", "blur=-1"], "--corruption blur=-1: blur goes from 0 to 256"), (["--corruption", "mask=1.5"], "from 0 to 1"), (["--limit", "-2400"], "--limit"),
-                        (["--device", "cuda:99"], "--device cuda:99"), (["--reliance", "--latents", "drop"], "--latents changes nothing with --reliance"),
-                        (["--reliance", "--grey"], "--grey changes"), (["--reliance", "--diagnose"], "--diagnose changes"), (["--diagnose", "--latents", "drop"], "--latents changes nothing with --diagnose"),
-                        (["--diagnose", "--bottleneck"], "--bottleneck changes"), (["--diagnose", "--scores", "MMVP"], "--scores changes"),
-                        (["--latents", "free", "--device", "cpu"], "tiny has no latents")):
+    for flags, says in (
+        (["--scores", "MMVQ"], "--scores MMVQ: choose one of"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--corruption", "blur=x"], "blur=x: a strength is a number"),
+        (["--corruption", "blur=-1"], "--corruption blur=-1: blur goes from 0 to 256"),
+        (["--corruption", "mask=1.5"], "from 0 to 1"),
+        (["--limit", "-2400"], "--limit"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--reliance", "--latents", "drop"], "--latents changes nothing with --reliance"),
+        (["--reliance", "--grey"], "--grey changes"),
+        (["--reliance", "--diagnose"], "--diagnose changes"),
+        (["--diagnose", "--latents", "drop"], "--latents changes nothing with --diagnose"),
+        (["--diagnose", "--bottleneck"], "--bottleneck changes"),
+        (["--diagnose", "--scores", "MMVP"], "--scores changes"),
+        (["--latents", "free", "--device", "cpu"], "tiny has no latents"),
+    ):
         with pytest.raises(UserError, match=says):
             evaluate.main(["--data", str(path), *flags])
     with pytest.raises(UserError, match="--suffix changes nothing with records that are no TSV"):
@@ -146,9 +205,18 @@ def test_bad_flags_are_one_line(tmp_path, records_file):
 def test_diagnose_asks_with_the_seed_and_keeps_what_a_tsv_was_answered(tmp_path, monkeypatch, capsys):
     path, fed = tsv(tmp_path / "x.tsv", 2), []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asking, "generate", lambda model, prompts, fmt, n, *_: fed.append(prompts[0][1]) or ["A"] * len(prompts))
+    monkeypatch.setattr(
+        asking,
+        "generate",
+        lambda model, prompts, fmt, n, *_: fed.append(prompts[0][1]) or ["A"] * len(prompts),
+    )
     for seed in "001":
-        evaluate.main(["--data", str(path), "--diagnose", "--corruption", "noise=50", "--seed", seed, "--device", "cpu"])
+        evaluate.main(
+            ["--data", str(path), "--diagnose", "--corruption", "noise=50", "--seed", seed, "--device", "cpu"]
+        )
     assert (fed[0] == fed[1]).all() and not (fed[0] == fed[2]).all()
     out = tmp_path / "runs" / "tiny" / "evaluation" / "x.diagnose.jsonl"
-    assert "wrote runs/tiny/evaluation/x.diagnose.jsonl" in capsys.readouterr().out and [(r["asked"], r["prediction"]) for r in told(out)] == [("as trained", "A")] * 2
+    assert (
+        "wrote runs/tiny/evaluation/x.diagnose.jsonl" in capsys.readouterr().out
+        and [(r["asked"], r["prediction"]) for r in told(out)] == [("as trained", "A")] * 2
+    )

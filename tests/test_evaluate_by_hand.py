@@ -1,7 +1,10 @@
-"""The evaluation command on a model made by hand (by_hand.py): what each way of asking feeds, answers, prints and stores, by value.
+"""The evaluation command on a model made by hand (by_hand.py): what each way of asking feeds, answers, prints
+and stores, by value.
 
-Right answers follow from by_hand.py's rules; intervals are scipy's; attention is counted; every printed table is written out.
+Right answers follow from by_hand.py's rules; intervals are scipy's; attention is counted; every printed table
+is written out.
 """
+
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,11 +24,15 @@ from crystal.runtime.config import UserError
 
 def test_written_text_by_number():
     line, shares = evaluate.written_text([{"latents": n} for n in (4, 4, 5, 1, 0, 3, 3, 0)], 4)
-    assert line == "latents that the model wrote itself: all 4 in 37.5 % of the answers, some in 37.5 %, none in 25.0 %"
+    assert (
+        line
+        == "latents that the model wrote itself: all 4 in 37.5 % of the answers, some in 37.5 %, none in 25.0 %"
+    )
     assert shares == {"all": 0.375, "some": 0.375, "none": 0.25}
 
 
-# --- what is printed ----------------------------------------------------------------------------------------------------
+# --- what is printed ---
+
 
 def half(hits, n):
     """Half width of Wilson's 95 % interval in points, by scipy."""
@@ -36,46 +43,79 @@ def half(hits, n):
 def test_the_table_by_hand():
     """A half width is half of the interval: of 3 of 4 Wilson's goes from 30.1 to 95.4 percent."""
     assert half(3, 4) == "32.7"
-    columns = {"base": {"count": (3, 4), "all": (4, 7), "depth": (1, 3)}, "a longer name": {"count": (0, 4), "all": (3, 7), "depth": (3, 3)}}
+    columns = {
+        "base": {"count": (3, 4), "all": (4, 7), "depth": (1, 3)},
+        "a longer name": {"count": (0, 4), "all": (3, 7), "depth": (3, 3)},
+    }
     assert evaluate.table(columns).splitlines() == [
         "family       questions        base  a longer name",
         f"count                4  75.0 ±{half(3, 4)}      0.0 ±{half(0, 4)}",
         f"depth                3  33.3 ±{half(1, 3)}    100.0 ±{half(3, 3)}",
-        f"all                  7  57.1 ±{half(4, 7)}     42.9 ±{half(3, 7)}"]
+        f"all                  7  57.1 ±{half(4, 7)}     42.9 ±{half(3, 7)}",
+    ]
 
 
 def test_families_in_order_of_appearance():
-    results = [{"family": f, "correct": c} for f, c in (("z", True), ("all", False), ("a", True), ("z", False), ("all", True))]
+    results = [
+        {"family": f, "correct": c}
+        for f, c in (("z", True), ("all", False), ("a", True), ("z", False), ("all", True))
+    ]
     found = evaluate.by_family(results)
     assert found == {"z": (1, 2), "a": (1, 1), "all": (3, 5)} and list(found) == ["z", "a", "all"]
 
 
 def test_a_benchmarks_text_by_hand():
-    rows = [("A", True, "cats"), ("B", False, "cats"), (None, False, "dogs"), ("A", True, "dogs"), ("B", True, "dogs")]
-    records = [SimpleNamespace(rule="exact" if i == 4 else "choice", row={"category": c}) for i, (_, _, c) in enumerate(rows)]
-    results = [{"index": i, "id": str(i), "answer": "A", "extracted": e, "correct": right} for i, (e, right, _) in enumerate(rows)]
+    rows = [
+        ("A", True, "cats"), ("B", False, "cats"), (None, False, "dogs"), ("A", True, "dogs"),
+        ("B", True, "dogs"),
+    ]
+    records = [
+        SimpleNamespace(rule="exact" if i == 4 else "choice", row={"category": c})
+        for i, (_, _, c) in enumerate(rows)
+    ]
+    results = [
+        {"index": i, "id": str(i), "answer": "A", "extracted": e, "correct": right}
+        for i, (e, right, _) in enumerate(rows)
+    ]
     text, told = evaluate.benchmark_text("BLINK", records, list(reversed(results)))
     interval = binomtest(3, 5).proportion_ci(0.95, method="wilson")
-    assert text.splitlines()[:3] == ["BLINK: 5 questions", "                rows    score     95 % interval",
-                                     "Overall            5    60.00" + f"{100 * interval.low:.1f} to {100 * interval.high:.1f}".rjust(18)]
-    assert [line.split()[:3] for line in text.splitlines()[3:5]] == [["cats", "2", "50.00"], ["dogs", "3", "66.67"]]
-    assert text.splitlines()[5:] == ["read by: choice: option letter or text, VLMEvalKit e8e78f0 exact_matching",
-                                     "read by: exact: exact match, case and a final full stop aside", "answers that could not be read, counted as wrong: 20.0 %"]
-    assert told["unread"] == 0.2 and told["benchmark"] == "BLINK" and list(told["extraction"]) == ["choice", "exact"]
+    assert text.splitlines()[:3] == [
+        "BLINK: 5 questions",
+        "                rows    score     95 % interval",
+        "Overall            5    60.00" + f"{100 * interval.low:.1f} to {100 * interval.high:.1f}".rjust(18),
+    ]
+    assert [line.split()[:3] for line in text.splitlines()[3:5]] == [
+        ["cats", "2", "50.00"], ["dogs", "3", "66.67"],
+    ]
+    assert text.splitlines()[5:] == [
+        "read by: choice: option letter or text, VLMEvalKit e8e78f0 exact_matching",
+        "read by: exact: exact match, case and a final full stop aside",
+        "answers that could not be read, counted as wrong: 20.0 %",
+    ]
+    assert (
+        told["unread"] == 0.2
+        and told["benchmark"] == "BLINK"
+        and list(told["extraction"]) == ["choice", "exact"]
+    )
     assert told["scores"]["dogs"]["score"] == pytest.approx(2 / 3) and told["scores"]["cats"]["rows"] == 2
     assert told["scores"]["Overall"]["interval"] == pytest.approx((interval.low, interval.high), abs=1e-4)
     assert evaluate.benchmark_text("", records, results)[0].startswith("a benchmark of its own: 5 questions")
 
 
 def test_progress_in_lines(monkeypatch, capsys):
-    """Without a terminal a line each half minute: after 40 of 200 s with 10 of 50 questions done, 160 s or 3 minutes are left."""
+    """Without a terminal a line each half minute: after 40 of 200 s with 10 of 50 questions done, 160 s or 3
+    minutes are left.
+    """
     now = [1000.0]
     monkeypatch.setattr(asking.time, "perf_counter", lambda: now[0])
     bar = asking.Bar(50, "asked", SimpleNamespace(is_first=True))
     for second, n in ((20, 4), (40, 6), (60, 5), (71, 5)):
         now[0] = 1000.0 + second
         bar.update(n)
-    assert capsys.readouterr().out.splitlines() == ["asked: 10 of 50 questions, about 3 min left", "asked: 20 of 50 questions, about 2 min left"]
+    assert capsys.readouterr().out.splitlines() == [
+        "asked: 10 of 50 questions, about 3 min left",
+        "asked: 20 of 50 questions, about 2 min left",
+    ]
     for procs, name in ((SimpleNamespace(is_first=False), "asked"), (SimpleNamespace(is_first=True), "")):
         bar = asking.Bar(50, name, procs)
         now[0] += 100
@@ -83,7 +123,8 @@ def test_progress_in_lines(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ---
+
 
 def run(hand, *flags):
     evaluate.main(["--data", str(hand.file), "--device", "cpu", *flags])
@@ -102,15 +143,22 @@ def test_the_command_from_records_to_intervals(hand, tmp_path, capsys):
         f"a                    5 100.0 ±{half(5, 5)}",
         f"b                    2  50.0 ±{half(1, 2)}",
         f"all                  8  87.5 ±{half(7, 8)}",
-        next(line for line in printed.splitlines() if line.startswith("8 questions in "))]
+        next(line for line in printed.splitlines() if line.startswith("8 questions in ")),
+    ]
     assert "wrote p/x.jsonl and x.json" in printed
     assert said(told(tmp_path / "p" / "x.jsonl")) == AS_TRAINED
     about = json.loads((tmp_path / "p" / "x.json").read_text())
     assert about["families"]["all"]["right"] == 7 / 8 and about["families"]["b"]["rows"] == 2
-    assert about["families"]["a"]["interval"] == pytest.approx([binomtest(5, 5).proportion_ci(0.95, method="wilson").low, 1.0], abs=1e-4)
+    assert about["families"]["a"]["interval"] == pytest.approx(
+        [binomtest(5, 5).proportion_ci(0.95, method="wilson").low, 1.0], abs=1e-4
+    )
     # The first prompt, as the model gets it (its picture cut to one token).
     prompt = about["settings"]["prompt"]
-    assert prompt.count("<|image_pad|>") == 1 and "see one" in prompt and prompt.endswith("<|latent_0|><|latent_1|><|latent_2|>. </think><answer>")
+    assert (
+        prompt.count("<|image_pad|>") == 1
+        and "see one" in prompt
+        and prompt.endswith("<|latent_0|><|latent_1|><|latent_2|>. </think><answer>")
+    )
 
 
 def test_nothing_is_stored_of_records_unless_asked(hand, tmp_path):
@@ -119,28 +167,68 @@ def test_nothing_is_stored_of_records_unless_asked(hand, tmp_path):
     assert {p.name for p in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ((), {}), (("--batch_size", "5"), {"batch_size": 5}), (("--max_new_tokens", "9"), {"max_new_tokens": 9}), (("--seed", "4"), {"seed": 4}), (("--grey",), {"grey": True}),
-    (("--latents", "drop"), {"latents": "drop"}), (("--latents", "mask"), {"latents": "mask"}), (("--corruption", "blur=7"), {"corruption": Corruption("blur=7")}),
-    (("--corruption", "blur"), {"corruption": Corruption("blur=2:5")}), (("--corruption", "mask=0"), {"corruption": Corruption("mask=0")}), (("--corruption", "mask=1"), {"corruption": Corruption("mask=1")}),
-    (("--limit", "3"), {"count": 3}), (("--limit", "9"), {"count": 8})])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ((), {}),
+        (("--batch_size", "5"), {"batch_size": 5}),
+        (("--max_new_tokens", "9"), {"max_new_tokens": 9}),
+        (("--seed", "4"), {"seed": 4}),
+        (("--grey",), {"grey": True}),
+        (("--latents", "drop"), {"latents": "drop"}),
+        (("--latents", "mask"), {"latents": "mask"}),
+        (("--corruption", "blur=7"), {"corruption": Corruption("blur=7")}),
+        (("--corruption", "blur"), {"corruption": Corruption("blur=2:5")}),
+        (("--corruption", "mask=0"), {"corruption": Corruption("mask=0")}),
+        (("--corruption", "mask=1"), {"corruption": Corruption("mask=1")}),
+        (("--limit", "3"), {"count": 3}),
+        (("--limit", "9"), {"count": 8}),
+    ],
+)
 def test_each_flag_reaches_the_questions(hand, monkeypatch, flags, expected):
     kept, real = {}, evaluate.answers
 
     def spy(model, fmt, records, batch_size, latents, corruption, grey, seed, max_new_tokens, **more):
-        kept.update(count=len(records), batch_size=batch_size, latents=latents, corruption=corruption, grey=grey, seed=seed, max_new_tokens=max_new_tokens, biases=more["biases"])
+        kept.update(
+            count=len(records), batch_size=batch_size, latents=latents, corruption=corruption, grey=grey,
+            seed=seed, max_new_tokens=max_new_tokens, biases=more["biases"],
+        )
         return real(model, fmt, records[:1], 1, procs=more["procs"])
 
     monkeypatch.setattr(evaluate, "answers", spy)
     run(hand, *flags)
-    assert kept == {"count": 8, "batch_size": 32, "latents": "keep", "corruption": None, "grey": False, "seed": 0, "max_new_tokens": 32, "biases": None} | expected
+    assert (
+        kept
+        == {
+            "count": 8,
+            "batch_size": 32,
+            "latents": "keep",
+            "corruption": None,
+            "grey": False,
+            "seed": 0,
+            "max_new_tokens": 32,
+            "biases": None,
+        }
+        | expected
+    )
 
 
 def test_each_flag_reaches_the_model(hand):
     run(hand, "--limit", "1")
-    run(hand, "--limit", "1", "--model", "x/y", "--checkpoint", "12", "--min_pixels", "4000", "--max_pixels", "5000", "--method", "m.py", "--trust_method")
+    run(
+        hand, "--limit", "1", "--model", "x/y", "--checkpoint", "12", "--min_pixels", "4000",
+        "--max_pixels", "5000", "--method", "m.py", "--trust_method",
+    )
     nothing = {"min_pixels": None, "max_pixels": None, "method": "", "trust_method": False}
-    assert hand.opened == [("tiny", "best", "cpu", nothing), ("x/y", "12", "cpu", {"min_pixels": 4000, "max_pixels": 5000, "method": "m.py", "trust_method": True})]
+    assert hand.opened == [
+        ("tiny", "best", "cpu", nothing),
+        (
+            "x/y",
+            "12",
+            "cpu",
+            {"min_pixels": 4000, "max_pixels": 5000, "method": "m.py", "trust_method": True},
+        ),
+    ]
 
 
 def test_bottleneck_is_the_methods_mask(hand, monkeypatch, capsys):
@@ -169,32 +257,53 @@ def test_later_turns_are_told(hand, capsys):
 
 
 def test_diagnosis_is_printed_and_stored(hand, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(methods.get("crystal"), "hidden", lambda self, model, batch, recorder=None: by_hand.weigh(batch, recorder))
+    monkeypatch.setattr(
+        methods.get("crystal"),
+        "hidden",
+        lambda self, model, batch, recorder=None: by_hand.weigh(batch, recorder),
+    )
     run(hand, "--diagnose", "--out", "d/x.jsonl", "--batch_size", "5", "--max_new_tokens", "4")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "family       questions  as trained  latents dropped"
     assert lines[4] == f"all                  8  87.5 ±{half(7, 8)}       37.5 ±{half(3, 8)}"
-    assert lines[5] == f"mean attention from answers to latents, over layers, heads and rows: {counted_mass(hand):.4f}"
+    assert (
+        lines[5]
+        == f"mean attention from answers to latents, over layers, heads and rows: {counted_mass(hand):.4f}"
+    )
     stored = told(tmp_path / "d" / "x.jsonl")
-    assert [(r["asked"], r["prediction"]) for r in stored] == [("as trained", x) for x in AS_TRAINED] + [("latents dropped", x) for x in DROPPED]
+    assert [(r["asked"], r["prediction"]) for r in stored] == [("as trained", x) for x in AS_TRAINED] + [
+        ("latents dropped", x) for x in DROPPED
+    ]
     assert hand.fed == [(5, 4, "keep"), (3, 4, "keep"), (5, 4, "drop"), (3, 4, "drop")]
 
 
 def test_diagnosis_takes_grey_and_corruption(hand, monkeypatch):
     kept = []
-    monkeypatch.setattr(evaluate, "diagnose", lambda *args, **how: kept.append(how) or ({"as trained": [{"family": "a", "correct": True}]}, None))
+    monkeypatch.setattr(
+        evaluate,
+        "diagnose",
+        lambda *args, **how: kept.append(how) or ({"as trained": [{"family": "a", "correct": True}]}, None),
+    )
     run(hand, "--diagnose", "--grey", "--seed", "3")
     run(hand, "--diagnose", "--corruption", "mask=1", "--batch_size", "2", "--max_new_tokens", "7")
     for how in kept:
         how.pop("procs")
-    assert kept == [{"batch_size": 32, "corruption": None, "grey": True, "seed": 3, "max_new_tokens": 32},
-                    {"batch_size": 2, "corruption": Corruption("mask=1"), "grey": False, "seed": 0, "max_new_tokens": 7}]
+    assert kept == [
+        {"batch_size": 32, "corruption": None, "grey": True, "seed": 3, "max_new_tokens": 32},
+        {"batch_size": 2, "corruption": Corruption("mask=1"), "grey": False, "seed": 0, "max_new_tokens": 7},
+    ]
 
 
 def test_reliance_is_handed_what_was_asked(hand, monkeypatch, tmp_path):
-    """The corruption is the flag's, else what the run trained with; the folder is the model's, by the data's name."""
+    """The corruption is the flag's, else what the run trained with; the folder is the model's, by the data's
+    name.
+    """
     kept = []
-    monkeypatch.setattr(reliance, "run", lambda model, fmt, records, out, about, **how: kept.append((len(records), str(out), about, how)))
+    monkeypatch.setattr(
+        reliance,
+        "run",
+        lambda model, fmt, records, out, about, **how: kept.append((len(records), str(out), about, how)),
+    )
     hand.settings = replace(hand.settings, corruption="noise=11:13")
     run(hand, "--reliance", "--seed", "5", "--batch_size", "4", "--max_new_tokens", "6", "--limit", "7")
     run(hand, "--reliance", "--corruption", "blur=9", "--out", "elsewhere", "--checkpoint", "last")
@@ -206,20 +315,43 @@ def test_reliance_is_handed_what_was_asked(hand, monkeypatch, tmp_path):
         mask = how.pop("biases")
         assert (mask is not None) == about["bottleneck"]
     name = str(hand.file)
-    assert kept[0] == (7, "runs/tiny/reliance/hand", {"model": "tiny", "checkpoint": "best", "data": name, "bottleneck": False},
-                       {"corruption": Corruption("noise=11:13"), "batch_size": 4, "max_new_tokens": 6, "seed": 5})
-    assert kept[1] == (8, "elsewhere", {"model": "tiny", "checkpoint": "last", "data": name, "bottleneck": False},
-                       {"corruption": Corruption("blur=9"), "batch_size": 32, "max_new_tokens": 32, "seed": 0})
-    assert kept[2][1:3] == ("a_run/reliance/hand", {"model": "a_run", "checkpoint": "best", "data": name, "bottleneck": True})
+    assert kept[0] == (
+        7,
+        "runs/tiny/reliance/hand",
+        {"model": "tiny", "checkpoint": "best", "data": name, "bottleneck": False},
+        {"corruption": Corruption("noise=11:13"), "batch_size": 4, "max_new_tokens": 6, "seed": 5},
+    )
+    assert kept[1] == (
+        8,
+        "elsewhere",
+        {"model": "tiny", "checkpoint": "last", "data": name, "bottleneck": False},
+        {"corruption": Corruption("blur=9"), "batch_size": 32, "max_new_tokens": 32, "seed": 0},
+    )
+    assert kept[2][1:3] == (
+        "a_run/reliance/hand",
+        {"model": "a_run", "checkpoint": "best", "data": name, "bottleneck": True},
+    )
     hand.settings = None  # no run: the paper's blur
     run(hand, "--reliance")
     assert kept[3][3]["corruption"] == Corruption("blur=2:5")
 
 
-# --- stored predictions --------------------------------------------------------------------------------------------------
+# --- stored predictions ---
 
-@pytest.mark.parametrize("name, flags", [("checkpoint", ("--checkpoint", "last")), ("corruption", ("--corruption", "blur")), ("grey", ("--grey",)), ("latents", ("--latents", "mask")),
-                                         ("limit", ("--limit", "8")), ("max_new_tokens", ("--max_new_tokens", "31")), ("model", ("--model", "other")), ("seed", ("--seed", "1"))])
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("checkpoint", ("--checkpoint", "last")),
+        ("corruption", ("--corruption", "blur")),
+        ("grey", ("--grey",)),
+        ("latents", ("--latents", "mask")),
+        ("limit", ("--limit", "8")),
+        ("max_new_tokens", ("--max_new_tokens", "31")),
+        ("model", ("--model", "other")),
+        ("seed", ("--seed", "1")),
+    ],
+)
 def test_answers_to_another_question_are_not_taken(hand, name, flags):
     """Each flag that may change an answer makes the stored ones another's; the batch's size does not."""
     run(hand, "--out", "p.jsonl")
@@ -252,7 +384,9 @@ def test_pixels_data_and_mask_make_answers_others(hand, monkeypatch, tmp_path):
 def test_predictions_by_another_file_of_a_method_are_others(hand, tmp_path):
     """A method of one's own counts by what its file says."""
     file = tmp_path / "mine.py"
-    file.write_text("from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    pass\n")
+    file.write_text(
+        "from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    pass\n"
+    )
     hand.settings = replace(hand.settings, method=str(file))
     run(hand, "--out", "p.jsonl")
     stored = json.loads((tmp_path / "p.json").read_text())
@@ -261,4 +395,3 @@ def test_predictions_by_another_file_of_a_method_are_others(hand, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"made otherwise \(method\)"):
         run(hand, "--out", "p.jsonl")
-

@@ -1,4 +1,7 @@
-"""Exports that other tools load: a merged directory for transformers alone, an adapter for peft; answers equal ours."""
+"""Exports that other tools load: a merged directory for transformers alone, an adapter for peft; answers
+equal ours.
+"""
+
 import hashlib
 import json
 import shutil
@@ -45,28 +48,46 @@ assert "crystal" not in sys.modules
 @pytest.fixture(scope="module")
 def runs(model_dirs, records_file, tmp_path_factory):
     root, made = tmp_path_factory.mktemp("runs"), {}
-    for name, tied, more in (("crystal", True, []), ("untied", False, []), ("full", True, ["--tune", "full"]), ("sft", True, ["--method", "sft"]),
-                             ("released", False, ["--method", "released"])):
-        made[name] = train.main(["--model", str(model_dirs[tied]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "3",
-                                 "--eval_every", "0", "--log_every", "9", "--output", str(root / name), *more])
+    for name, tied, more in (
+        ("crystal", True, []),
+        ("untied", False, []),
+        ("full", True, ["--tune", "full"]),
+        ("sft", True, ["--method", "sft"]),
+        ("released", False, ["--method", "released"]),
+    ):
+        made[name] = train.main(
+            [
+                "--model", str(model_dirs[tied]), "--data", str(records_file), "--latents", "3",
+                "--lora_r", "2", "--lr", "1e-2", "--max_steps", "3", "--eval_every", "0", "--log_every", "9",
+                "--output", str(root / name), *more,
+            ]
+        )
     return made
 
 
 @pytest.fixture(scope="module")
 def theirs(runs, records_file, tmp_path_factory):
-    """{run: what its merged directory answers in transformers alone}, all in one process that never imports crystal."""
+    """{run: what its merged directory answers in transformers alone}, all in one process that never imports
+    crystal.
+    """
     records, _ = data.read(records_file)
     for run in runs.values():
         export.export(run, merged=run / "merged", adapter=run / "adapter")
     asked = [(r.turns[-1][1].replace("<image>", "").strip(), [str(p) for p in r.images]) for r in records]
-    done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(asked), *(str(run / "merged") for run in runs.values())], capture_output=True, text=True,
-                          cwd=tmp_path_factory.mktemp("elsewhere"))
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, json.dumps(asked), *(str(run / "merged") for run in runs.values())],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(runs, map(json.loads, done.stdout.splitlines())))
 
 
 @pytest.mark.parametrize("name", ["crystal", "untied", "full", "sft", "released"])
-def test_merged_directory_answers_as_we_do_in_transformers_alone(runs, theirs, name, records_file, model_dirs):
+def test_merged_directory_answers_as_we_do_in_transformers_alone(
+    runs, theirs, name, records_file, model_dirs
+):
     run = runs[name]
     records, _ = data.read(records_file)
     model, fmt, _ = opening.open_model(run)
@@ -83,8 +104,14 @@ def test_merged_directory_answers_as_we_do_in_transformers_alone(runs, theirs, n
 
 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
-TOUCHED = {"crystal": lambda n: "_proj.weight" in n and "visual" not in n or n.endswith(VOCABULARY), "full": lambda n: "visual" not in n,
-           "sft": lambda n: "_proj.weight" in n and "visual" not in n, "released": lambda n: n.endswith(("proj.weight", "qkv.weight", "mlp.0.weight", "mlp.2.weight", *VOCABULARY))}
+TOUCHED = {
+    "crystal": lambda n: "_proj.weight" in n and "visual" not in n or n.endswith(VOCABULARY),
+    "full": lambda n: "visual" not in n,
+    "sft": lambda n: "_proj.weight" in n and "visual" not in n,
+    "released": lambda n: n.endswith(
+        ("proj.weight", "qkv.weight", "mlp.0.weight", "mlp.2.weight", *VOCABULARY)
+    ),
+}
 TOUCHED["untied"] = TOUCHED["crystal"]
 
 
@@ -97,16 +124,25 @@ def sums(directory):
         for key, entry in json.loads(raw[8:start]).items():
             if key != "__metadata__":
                 low, high = entry["data_offsets"]
-                found[key] = entry["dtype"], tuple(entry["shape"]), hashlib.sha256(raw[start + low : start + high]).hexdigest()
+                found[key] = (
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    hashlib.sha256(raw[start + low : start + high]).hexdigest(),
+                )
     return found
 
 
 def rewrite(source, path, dtype, shards, old_names=False, wrapper=""):
-    """A copy of a model directory in another dtype, in several files, with the tensors' names of years ago, or with what a wrapper put before them."""
+    """A copy of a model directory in another dtype, in several files, with the tensors' names of years ago,
+    or with what a wrapper put before them.
+    """
     shutil.copytree(source, path)
     state = {n: t.to(dtype) for n, t in load_file(path / "model.safetensors").items()}
     if old_names:
-        state = {n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in state.items()}
+        state = {
+            n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t
+            for n, t in state.items()
+        }
     state = {wrapper + n: t for n, t in state.items()}
     (path / "model.safetensors").unlink()
     names, where = sorted(state), {}
@@ -134,22 +170,34 @@ for directory in sys.argv[1:]:
 assert "crystal" not in sys.modules
 """
 BASES = {  # name: tied, dtype, files, names of years ago, what a wrapper put before them
-    "bf16": (True, torch.bfloat16, 1, False, ""), "bf16 untied": (False, torch.bfloat16, 3, False, ""),
-    "old names": (False, torch.float32, 2, True, ""), "old bf16": (True, torch.bfloat16, 2, True, ""),
-    "wrapped": (False, torch.float32, 2, False, "module."), "wrapped old": (True, torch.float32, 1, True, "base_model.model."),
+    "bf16": (True, torch.bfloat16, 1, False, ""),
+    "bf16 untied": (False, torch.bfloat16, 3, False, ""),
+    "old names": (False, torch.float32, 2, True, ""),
+    "old bf16": (True, torch.bfloat16, 2, True, ""),
+    "wrapped": (False, torch.float32, 2, False, "module."),
+    "wrapped old": (True, torch.float32, 1, True, "base_model.model."),
 }
 
 
 def test_every_kind_of_base(model_dirs, records_file, tmp_path):
-    """Changed tensors are W + (alpha / r) B A and the new rows, rounded once; all others, dtypes and files are the base's, and names less a wrapper's prefix."""
+    """Changed tensors are W + (alpha / r) B A and the new rows, rounded once; all others, dtypes and files
+    are the base's, and names less a wrapper's prefix.
+    """
     expected = []
     for name, (tied, dtype, shards, old, wrapper) in BASES.items():
         base = rewrite(model_dirs[tied], tmp_path / f"{name} base", dtype, shards, old, wrapper)
-        run = train.main(["--model", str(base), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "1", "--eval_every", "0",
-                          "--dtype", str(dtype).removeprefix("torch."), "--output", str(tmp_path / name)])
+        run = train.main(
+            [
+                "--model", str(base), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
+                "--lr", "1e-2", "--max_steps", "1", "--eval_every", "0",
+                "--dtype", str(dtype).removeprefix("torch."), "--output", str(tmp_path / name),
+            ]
+        )
         assert export.export(run, merged=run / "merged") == [run / "merged"]
         before, after = {n.removeprefix(wrapper): x for n, x in sums(base).items()}, sums(run / "merged")
-        assert sorted(p.name for p in (run / "merged").glob("*.safetensors*")) == sorted(p.name for p in base.glob("*.safetensors*"))
+        assert sorted(p.name for p in (run / "merged").glob("*.safetensors*")) == sorted(
+            p.name for p in base.glob("*.safetensors*")
+        )
         assert {n: x[:2] for n, x in before.items()} == {n: x[:2] for n, x in after.items()}
         index = run / "merged" / "model.safetensors.index.json"
         assert not index.exists() or json.loads(index.read_text())["weight_map"].keys() == after.keys()
@@ -165,8 +213,15 @@ def test_every_kind_of_base(model_dirs, records_file, tmp_path):
         for key, parameter in crystal.backbone.model.parameter_names(model.hf, stored).items():
             assert torch.equal(stored[key], ours[parameter]), key
         first = ours["model.language_model.layers.0.mlp.up_proj.weight"]
-        expected.append([str(dtype), float(model.hf.lm_head.weight.double().sum()), float(first.double().sum())])
-    done = subprocess.run([sys.executable, "-c", LOADS, *(str(tmp_path / n / "merged") for n in BASES)], capture_output=True, text=True, cwd=tmp_path)
+        expected.append(
+            [str(dtype), float(model.hf.lm_head.weight.double().sum()), float(first.double().sum())]
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, *(str(tmp_path / n / "merged") for n in BASES)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [json.loads(x) for x in done.stdout.splitlines()] == expected
 
@@ -179,8 +234,11 @@ def test_a_base_that_lacks_what_was_trained_is_named(runs, tmp_path, monkeypatch
     save_file({n: t for n, t in state.items() if n != lost}, base / "model.safetensors")
     with pytest.raises(UserError, match=f"{lost} was trained, but no safetensors file there has it"):
         export.export(runs["crystal"], merged=tmp_path / "merged")
-    shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")  # there, and still none of the base's
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {lost: "../other.safetensors"}}))
+    # There, and still none of the base's.
+    shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {lost: "../other.safetensors"}})
+    )
     with pytest.raises(UserError, match="no file ../other.safetensors"):
         export.export(runs["crystal"], merged=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -203,28 +261,45 @@ def test_the_adapter_alone_needs_no_weights(runs, monkeypatch, tmp_path):
 def test_adapter_loads_in_peft_with_equal_logits(runs, name, setup):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
+
     run = runs[name]
     export.export(run, adapter=run / "adapter")
     model, fmt, settings = opening.open_model(run)
-    stock = AutoModelForImageTextToText.from_pretrained(json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"], dtype=torch.float32)
+    stock = AutoModelForImageTextToText.from_pretrained(
+        json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"],
+        dtype=torch.float32,
+    )
     peft = PeftModel.from_pretrained(stock, run / "adapter").eval()
     b = setup(tied=name == "crystal", dtype=torch.float32).batch
     with torch.no_grad():
         ours = model.logits(model.hidden(b))
-        theirs = peft(input_ids=b["input_ids"], pixel_values=b["pixel_values"], image_grid_thw=b["image_grid_thw"], mm_token_type_ids=b["mm_token_type_ids"],
-                      attention_mask=b["attention_mask"]).logits
+        theirs = peft(
+            input_ids=b["input_ids"],
+            pixel_values=b["pixel_values"],
+            image_grid_thw=b["image_grid_thw"],
+            mm_token_type_ids=b["mm_token_type_ids"],
+            attention_mask=b["attention_mask"],
+        ).logits
     real = b["attention_mask"].bool()
     assert (ours[real] - theirs[real]).abs().max() < 1e-4 and ours[real].abs().max() > 0.1
 
 
 def test_the_generation_prompt_opens_the_answer(runs):
     from transformers import AutoTokenizer
+
     run = runs["crystal"]
     export.export(run, merged=run / "merged")
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True)
-    assert text.endswith("<|im_start|>assistant\n<think> Because the feature of the image is<|latent_0|><|latent_1|><|latent_2|>. </think><answer>")
-    assert "<think>" not in tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.endswith(
+        "<|im_start|>assistant\n<think> Because the feature of the image "
+        "is<|latent_0|><|latent_1|><|latent_2|>. </think><answer>"
+    )
+    assert "<think>" not in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False
+    )
     assert not list(run.glob("*.part"))
 
 
@@ -234,28 +309,9 @@ def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_fi
     """
     run = train.main(
         [
-            "--method",
-            "valr",
-            "--encoders",
-            "none",
-            "--model",
-            str(model_dirs[True]),
-            "--data",
-            str(records_file),
-            "--latents",
-            "5",
-            "--tune",
-            "lora",
-            "--lora_r",
-            "2",
-            "--max_steps",
-            "2",
-            "--eval_every",
-            "0",
-            "--log_every",
-            "9",
-            "--output",
-            str(tmp_path / "run"),
+            "--method", "valr", "--encoders", "none", "--model", str(model_dirs[True]),
+            "--data", str(records_file), "--latents", "5", "--tune", "lora", "--lora_r", "2",
+            "--max_steps", "2", "--eval_every", "0", "--log_every", "9", "--output", str(tmp_path / "run"),
         ]
     )
     export.main(["--run", str(run)])

@@ -1,4 +1,7 @@
-"""Feedback latents: the recurrence equals a loop without cache, the parallel iteration becomes exact, checkpointing changes nothing."""
+"""Feedback latents: the recurrence equals a loop without cache, the parallel iteration becomes exact,
+checkpointing changes nothing.
+"""
+
 import pytest
 import torch
 
@@ -6,20 +9,27 @@ from conftest import gradients
 from crystal import feedback
 from crystal.losses import ce_rows
 
-PLACES = [(4, 5, 6, 13, 14, 15), (2, 3, 4), ()]  # latents of each row, counted from the end of its prompt: two segments, one, none
+# Latents of each row, counted from the end of its prompt: two segments, one, none.
+PLACES = [(4, 5, 6, 13, 14, 15), (2, 3, 4), ()]
 
 
 @pytest.fixture
 def ragged(setup):
-    """ragged(*flags) -> setup whose batch has room for latents behind each prompt; `latents` marks them, `text` all else there."""
+    """ragged(*flags) -> setup whose batch has room for latents behind each prompt; `latents` marks them,
+    `text` all else there.
+    """
+
     def make(*flags, which=None, **how):
         s = setup("--method", "sft", "--lora_dropout", "0", *flags, which=which, **how)
         g = torch.Generator().manual_seed(5)
         B, L = s.batch["input_ids"].shape
         ends = s.batch["attention_mask"].sum(1)
-        room = 20 + torch.arange(B)                     # every row grows by another length
+        room = 20 + torch.arange(B)  # every row grows by another length
         wide = int((ends + room).max())
-        new = {n: torch.zeros(B, wide, dtype=torch.long) for n in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        new = {
+            n: torch.zeros(B, wide, dtype=torch.long)
+            for n in ("input_ids", "attention_mask", "mm_token_type_ids")
+        }
         s.latents, s.text = torch.zeros(B, wide, dtype=torch.bool), torch.zeros(B, wide, dtype=torch.bool)
         for b in range(B):
             end = int(ends[b])
@@ -34,6 +44,7 @@ def ragged(setup):
         s.text &= ~s.latents
         s.batch = dict(s.batch, **new)
         return s
+
     return make
 
 
@@ -42,14 +53,22 @@ def by_the_letter(model, inputs, latents, layer=None):
     (B, L), hf = latents.shape, model.hf
     assert B == 1
     x = hf.get_input_embeddings()(inputs["input_ids"])
-    image = torch.cat(hf.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
+    image = torch.cat(
+        hf.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    )
     x = x.masked_scatter((inputs["mm_token_type_ids"] == 1)[:, :, None], image)
     positions, seen = model.positions(inputs), []
-    run = lambda x: hf.model.language_model(inputs_embeds=x, position_ids=positions[:, :, : x.shape[1]], use_cache=False).last_hidden_state
+    run = lambda x: (
+        hf.model.language_model(
+            inputs_embeds=x, position_ids=positions[:, :, : x.shape[1]], use_cache=False
+        ).last_hidden_state
+    )
     for t in latents[0].nonzero()[:, 0].tolist():
         before = run(x[:, :t])[:, -1:]
         x = torch.cat([x[:, :t], before, x[:, t + 1 :]], 1)
-    hook = model.layers[layer - 1].register_forward_hook(lambda _, __, out: seen.append(out)) if layer else None
+    hook = (
+        model.layers[layer - 1].register_forward_hook(lambda _, __, out: seen.append(out)) if layer else None
+    )
     h = run(x)
     if hook:
         hook.remove()
@@ -62,8 +81,14 @@ def alone(s, b):
     images = slice(first, first + len(s.records[b].images))
     sizes = s.batch["image_grid_thw"].prod(-1).tolist()
     pixels = slice(sum(sizes[: images.start]), sum(sizes[: images.stop]))
-    return ({k: s.batch[k][b : b + 1, :n] for k in ("input_ids", "attention_mask", "mm_token_type_ids")}
-            | {"pixel_values": s.batch["pixel_values"][pixels], "image_grid_thw": s.batch["image_grid_thw"][images]}, s.latents[b : b + 1, :n])
+    return (
+        {k: s.batch[k][b : b + 1, :n] for k in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        | {
+            "pixel_values": s.batch["pixel_values"][pixels],
+            "image_grid_thw": s.batch["image_grid_thw"][images],
+        },
+        s.latents[b : b + 1, :n],
+    )
 
 
 def loss_of(s, h, layer, ids, latents, text):
@@ -151,7 +176,9 @@ def test_no_row_sees_the_future_and_no_latent_its_token(ragged):
     h, _ = feedback.recurrence(s.model, s.batch, s.latents)
     ids = torch.where(s.latents, torch.full_like(s.batch["input_ids"], 9), s.batch["input_ids"])
     real = s.batch["attention_mask"].bool()
-    assert torch.equal(feedback.recurrence(s.model, dict(s.batch, input_ids=ids), s.latents)[0][real], h[real])
+    assert torch.equal(
+        feedback.recurrence(s.model, dict(s.batch, input_ids=ids), s.latents)[0][real], h[real]
+    )
     t = int(s.latents[0].nonzero()[-1]) + 1
     ids[0, t:] = 11
     other, _ = feedback.recurrence(s.model, dict(s.batch, input_ids=ids), s.latents)
@@ -188,11 +215,14 @@ def test_the_command_prints_error_and_time(records_file, capsys):
     """On the shipped model the errors fall with T."""
     from crystal.runtime.config import UserError
     from data_prep.checks import feedback as feedback_check
+
     feedback_check.main(["--data", str(records_file), "--records", "1", "--updates", "0,3", "--repeats", "1"])
     head, _, *table = capsys.readouterr().out.splitlines()
     assert "16 latents a segment, up to 32 a record" in head
     rows = [line.split() for line in table]
-    assert [row[0] for row in rows] == ["0", "3"] and all(float(rows[0][i]) > 1.2 * float(rows[1][i]) > 0 for i in (1, 2))
+    assert [row[0] for row in rows] == ["0", "3"] and all(
+        float(rows[0][i]) > 1.2 * float(rows[1][i]) > 0 for i in (1, 2)
+    )
     with pytest.raises(UserError, match="no-run: no such directory"):
         feedback_check.main(["--run", "./no-run"])
     for flags in (["--updates", "x"], ["--updates", "-1"], ["--records", "0"], ["--repeats", "0"]):

@@ -17,9 +17,8 @@ from data_prep.checks import feedback as feedback_check
 
 def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_path, monkeypatch, capsys):
     s = setup("--method", "valr", "--encoders", "none", dtype=torch.float32)
-    s.model.requires_grad_(
-        False
-    )  # as a run is opened; what is timed is a backward pass through the whole language model
+    # As a run is opened; what is timed is a backward pass through the whole language model.
+    s.model.requires_grad_(False)
     told, opened = [], []
 
     def measure(model, batch, latents, updates, repeats):
@@ -44,18 +43,8 @@ def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_pat
     (tmp_path / "elsewhere.jsonl").write_text(records_file.read_text())
     feedback_check.main(
         [
-            "--run",
-            "some/run",
-            "--data",
-            str(tmp_path / "elsewhere.jsonl"),
-            "--image_root",
-            str(records_file.parent),
-            "--records",
-            "2",
-            "--repeats",
-            "5",
-            "--updates",
-            "0,3",
+            "--run", "some/run", "--data", str(tmp_path / "elsewhere.jsonl"),
+            "--image_root", str(records_file.parent), "--records", "2", "--repeats", "5", "--updates", "0,3",
         ]
     )
     model, batch, latents, updates, repeats, trains = told[0]
@@ -69,9 +58,8 @@ def test_the_flags_choose_model_records_and_updates(setup, records_file, tmp_pat
         and batch["input_ids"][0, :4].tolist() == s.batch["input_ids"][0, :4].tolist()
     )
     at = [row.nonzero()[:, 0].tolist() for row in latents]
-    assert (
-        at == [[p for p in row.tolist() if p >= 0] for row in batch["latents"]] and len(at[0]) == 2 * 3
-    )  # two steps of the records' cot
+    # Two steps of the records' cot.
+    assert at == [[p for p in row.tolist() if p >= 0] for row in batch["latents"]] and len(at[0]) == 2 * 3
 
     lines = capsys.readouterr().out.splitlines()
     assert (

@@ -1,4 +1,5 @@
 """Pictures: the numbers drawn are the model's and the log's, and wrong input is one clear line."""
+
 import json
 import sys
 
@@ -30,24 +31,42 @@ def check_png(path, inches):
 
 
 def eager(s, batch, copied):
-    """Every weight of both paths, [layers,2,H,L,L], and the last states, from transformers' own eager attention."""
+    """Every weight of both paths, [layers,2,H,L,L], and the last states, from transformers' own eager
+    attention.
+    """
     s.model.hf.set_attn_implementation({"text_config": "eager"})
-    out = s.model.hf.model(input_ids=batch["input_ids"].repeat(2, 1), attention_mask=batch["attention_mask"].repeat(2, 1),
-                           position_ids=s.model.positions(batch).repeat(1, 2, 1), image_grid_thw=batch["image_grid_thw"].repeat(2, 1),
-                           pixel_values=torch.cat([batch["pixel_values"], batch["pixel_values_cor"]]), use_cache=False, output_attentions=True,
-                           latent_copy=None if copied is None else LatentCopy(copied, "hidden"))
+    out = s.model.hf.model(
+        input_ids=batch["input_ids"].repeat(2, 1),
+        attention_mask=batch["attention_mask"].repeat(2, 1),
+        position_ids=s.model.positions(batch).repeat(1, 2, 1),
+        image_grid_thw=batch["image_grid_thw"].repeat(2, 1),
+        pixel_values=torch.cat([batch["pixel_values"], batch["pixel_values_cor"]]),
+        use_cache=False,
+        output_attentions=True,
+        latent_copy=None if copied is None else LatentCopy(copied, "hidden"),
+    )
     s.model.hf.set_attn_implementation({"text_config": "crystal"})
     return torch.stack(out.attentions), out.last_hidden_state
 
 
 def one(s, which, seed=0):
     """The batch of one record, corrupted whatever the method."""
-    examples = data.RecordDataset(s.records, lambda r, n: s.method.layout(s.fmt, r, n), s.model.image_processor, Corruption("blur=8"), seed)
-    return data.to_device(data.collate([examples[0, which]], s.model.tokenizer.pad_token_id), torch.device("cpu"), torch.float64)
+    examples = data.RecordDataset(
+        s.records,
+        lambda r, n: s.method.layout(s.fmt, r, n),
+        s.model.image_processor,
+        Corruption("blur=8"),
+        seed,
+    )
+    return data.to_device(
+        data.collate([examples[0, which]], s.model.tokenizer.pad_token_id), torch.device("cpu"), torch.float64
+    )
 
 
 @pytest.mark.parametrize("which", [0, 2])  # a one-token answer; two images
-@pytest.mark.parametrize("flags", [(), ("--method", "released"), ("--latent_copy", "hidden"), ("--method", "sft")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--method", "released"), ("--latent_copy", "hidden"), ("--method", "sft")]
+)
 @pytest.mark.parametrize("layers", [{0, 1, 2}, {1}])
 def test_answer_attention_equals_a_full_softmax(setup, flags, which, layers):
     s = setup(*flags)
@@ -58,7 +77,8 @@ def test_answer_attention_equals_a_full_softmax(setup, flags, which, layers):
     with torch.no_grad():
         weights, states = eager(s, batch, copied)
     row = batch["answer_positions"][0, 0]
-    assert s.model.tokenizer.decode(batch["targets"][0, row]) in s.records[which].answer  # it predicts the answer
+    # It predicts the answer.
+    assert s.model.tokenizer.decode(batch["targets"][0, row]) in s.records[which].answer
     weights = weights[sorted(layers), :, :, row].mean((0, 2))  # [2,L]
     h, w = batch["image_grid_thw"][0, 1:] // 2
     image, latents = batch["image"][0, : h * w], batch["latents"][0]
@@ -78,30 +98,52 @@ def test_attention_maps_draw_those_numbers(setup, drawn, tmp_path, method):
     s.model.eval()
     record = s.records[0]
     record.boxes = [[10, 20, 40, 60]]
-    path = figures.attention_maps(s.model, s.fmt, s.settings, [record, s.records[1]], tmp_path / "a.png", {2}, Corruption("blur=8"))
+    path = figures.attention_maps(
+        s.model, s.fmt, s.settings, [record, s.records[1]], tmp_path / "a.png", {2}, Corruption("blur=8")
+    )
     check_png(path, (9.6 if method == "crystal" else 7.4, 8.7))
     batch = data.to_device(one(s, 0), torch.device("cpu"), torch.float32)
     copied = s.method.copied(batch) if s.fmt.count else None
     expected = figures.answer_attention(s.model, batch, s.settings, {2}, copied)
     line = drawn[0].subfigs[0]
-    assert "layers 2" in drawn[0].get_suptitle() and "What colour is the star?" in line.get_suptitle() and "red" in line.get_suptitle()
+    assert (
+        "layers 2" in drawn[0].get_suptitle()
+        and "What colour is the star?" in line.get_suptitle()
+        and "red" in line.get_suptitle()
+    )
     step = 2 if method == "crystal" else 1
     assert len(line.axes) == 2 * step
     for p, name in enumerate(("intact", "corrupted")):
         ax = line.axes[p * step]
         picture, heat = ax.images
         assert picture.get_array().shape[:2] == heat.get_array().shape == (84, 112)
-        coarse = torch.tensor(np.asarray(heat.get_array())).unflatten(0, (3, -1)).unflatten(2, (4, -1)).mean((1, 3))  # a token is 28 px
+        # A token is 28 px.
+        coarse = (
+            torch.tensor(np.asarray(heat.get_array()))
+            .unflatten(0, (3, -1))
+            .unflatten(2, (4, -1))
+            .mean((1, 3))
+        )
         assert torch.corrcoef(torch.stack([coarse.flatten(), expected.image[p].flatten()]))[0, 1] > 0.9
         assert heat.get_clim() == pytest.approx((expected.image.min().item(), expected.image.max().item()))
         said = s.model.tokenizer.decode([int(expected.logits[p].argmax())]).strip()
-        assert name in ax.get_title() and figures.tidy(said, 20) in ax.get_title() and f"image {expected.image[p].sum():.0%}" in ax.get_title()
-        assert [10, 40, 40, 10, 10] == list(ax.lines[0].get_xdata()) and [20, 20, 60, 60, 20] == list(ax.lines[0].get_ydata())
+        assert (
+            name in ax.get_title()
+            and figures.tidy(said, 20) in ax.get_title()
+            and f"image {expected.image[p].sum():.0%}" in ax.get_title()
+        )
+        assert [10, 40, 40, 10, 10] == list(ax.lines[0].get_xdata()) and [20, 20, 60, 60, 20] == list(
+            ax.lines[0].get_ydata()
+        )
         if method == "crystal":
-            assert [b.get_width() for b in line.axes[2 * p + 1].patches] == pytest.approx(expected.latents[p].tolist())
+            assert [b.get_width() for b in line.axes[2 * p + 1].patches] == pytest.approx(
+                expected.latents[p].tolist()
+            )
             assert f"latents {expected.latents[p].sum():.0%}" in ax.get_title()
     intact = np.asarray(data.load_image(record.images[0], ""))
-    assert (line.axes[0].images[0].get_array() == intact).all() and (line.axes[step].images[0].get_array() != intact).any()
+    assert (line.axes[0].images[0].get_array() == intact).all() and (
+        line.axes[step].images[0].get_array() != intact
+    ).any()
 
 
 def test_latents_that_are_fed_back_are_each_paths_own(setup, float64_modules):
@@ -131,13 +173,7 @@ def test_what_is_said_is_green_where_it_is_right(setup, drawn, tmp_path, monkeyp
     """Of each path by itself; all layers unless told; the run's own corruption and seed; the shares of each
     path in its own title.
     """
-    s = setup(
-        "--corruption",
-        "mask=0.3:0.5",
-        "--seed",
-        "4",
-        dtype=torch.float32,
-    )
+    s = setup("--corruption", "mask=0.3:0.5", "--seed", "4", dtype=torch.float32)
     s.model.eval()
     told = []
 
@@ -220,17 +256,36 @@ def write(path, lines):
 
 
 def test_loss_curves_draw_every_term(drawn, tmp_path):
-    lines = [{"step": i, "loss": 100.0 / i, "mine": -1.0 * i, "mass_int": 0.1, "mass_cor": 0.2, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 9.0} for i in range(1, 101)]
-    lines += [{"step": 100, "val_loss": 2.5}, {"step": 100, "loss": 7.0, "mine": 5.0}]  # a resumed run took step 100 again
+    lines = [
+        {
+            "step": i,
+            "loss": 100.0 / i,
+            "mine": -1.0 * i,
+            "mass_int": 0.1,
+            "mass_cor": 0.2,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "tokens_per_s": 9.0,
+        }
+        for i in range(1, 101)
+    ]
+    # A resumed run took step 100 again.
+    lines += [{"step": 100, "val_loss": 2.5}, {"step": 100, "loss": 7.0, "mine": 5.0}]
     check_png(figures.loss_curves(write(tmp_path / "run", lines), tmp_path / "l.png"), (12.4, 5.5))
     panels = {ax.get_title(): ax for ax in drawn[0].axes}
     assert list(panels) == ["loss", "mine", "attention mass on latents", "lr", "grad_norm"]
     raw, mean, points = panels["loss"].lines
-    assert list(raw.get_xdata()) == list(range(1, 101)) and list(raw.get_ydata()) == [100.0 / i for i in range(1, 100)] + [7.0]
-    assert mean.get_ydata()[9] == pytest.approx(sum(100.0 / i for i in range(8, 13)) / 5) and mean.get_ydata()[0] == pytest.approx((100 + 50 + 100 / 3) / 3)
+    assert list(raw.get_xdata()) == list(range(1, 101)) and list(raw.get_ydata()) == [
+        100.0 / i for i in range(1, 100)
+    ] + [7.0]
+    assert mean.get_ydata()[9] == pytest.approx(
+        sum(100.0 / i for i in range(8, 13)) / 5
+    ) and mean.get_ydata()[0] == pytest.approx((100 + 50 + 100 / 3) / 3)
     assert list(points.get_xdata()) == [100] and list(points.get_ydata()) == [2.5]
     assert panels["loss"].get_yscale() == "log" and panels["mine"].get_yscale() == "linear"
-    assert [line.get_ydata()[0] for line in panels["attention mass on latents"].lines if len(line.get_ydata())] == pytest.approx([0.1, 0.1, 0.2, 0.2])
+    assert [
+        line.get_ydata()[0] for line in panels["attention mass on latents"].lines if len(line.get_ydata())
+    ] == pytest.approx([0.1, 0.1, 0.2, 0.2])
 
 
 def test_wrong_input_is_one_line(setup, tmp_path, monkeypatch):

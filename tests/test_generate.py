@@ -1,4 +1,7 @@
-"""Greedy answers: equal to teacher-forced logits, one by one or batched, with and without latents, fed back or not; the command line."""
+"""Greedy answers: equal to teacher-forced logits, one by one or batched, with and without latents, fed back
+or not; the command line.
+"""
+
 import pytest
 import torch
 from PIL import Image
@@ -29,7 +32,13 @@ def test_generation_equals_teacher_forced_argmax(setup, latents):
         said = []
         for _ in range(4):
             x = torch.tensor([ids])
-            batch = {"input_ids": x, "attention_mask": torch.ones_like(x), "mm_token_type_ids": (x == s.fmt.image).long(), "pixel_values": pixels.double(), "image_grid_thw": grid}
+            batch = {
+                "input_ids": x,
+                "attention_mask": torch.ones_like(x),
+                "mm_token_type_ids": (x == s.fmt.image).long(),
+                "pixel_values": pixels.double(),
+                "image_grid_thw": grid,
+            }
             with torch.no_grad():
                 token = int(s.model.logits(s.model.hidden(batch)[:, -1]).argmax())
             if token in (s.fmt.end, s.fmt.answer_end_id):
@@ -41,16 +50,27 @@ def test_generation_equals_teacher_forced_argmax(setup, latents):
 
 def test_a_thought_of_its_own_is_cut_off(setup, monkeypatch):
     s = setup("--thought", "cot")
-    said = s.fmt.text("I look.") + s.fmt.latents + [s.fmt.think_end_id, s.fmt.answer_start_id] + s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
-    monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([said])], 1))
+    said = (
+        s.fmt.text("I look.")
+        + s.fmt.latents
+        + [s.fmt.think_end_id, s.fmt.answer_start_id]
+        + s.fmt.text("red")
+        + [s.fmt.answer_end_id, s.fmt.end]
+    )
+    monkeypatch.setattr(
+        s.model.hf, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([said])], 1)
+    )
     assert generate.generate(s.model, prompts(s)[:1], s.fmt) == ["red"]
 
 
-# --- latents that the model feeds back to itself ----------------------------------------------------------------------
+# --- latents that the model feeds back to itself ---
+
 
 @pytest.fixture
 def valr(setup, monkeypatch):
-    """A random VaLR and what it is given to decode; `openings` {row: steps} are steps at which a row opens latents, `logits` what it computed."""
+    """A random VaLR and what it is given to decode; `openings` {row: steps} are steps at which a row opens
+    latents, `logits` what it computed.
+    """
     s = setup("--method", "valr", "--encoders", "none")
     s.model.eval()
     s.openings, s.logits, plain = {0: {2, 9}, 2: {0}}, [], s.model.logits
@@ -58,7 +78,8 @@ def valr(setup, monkeypatch):
     def logits(h):
         z = plain(h)
         s.logits.append(z.clone())
-        z[:, [s.fmt.latent_start_id, s.fmt.answer_start_id, s.fmt.end, s.fmt.image]] = -1e9  # what would end the row or needs an image comes when we say so
+        # What would end the row or needs an image comes when we say so.
+        z[:, [s.fmt.latent_start_id, s.fmt.answer_start_id, s.fmt.end, s.fmt.image]] = -1e9
         for row, steps in s.openings.items():
             if row < len(z) and len(s.logits) - 1 in steps:
                 z[row, s.fmt.latent_start_id] = 1e9
@@ -70,14 +91,25 @@ def valr(setup, monkeypatch):
 
 def batch_of(s, prompts):
     pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad([torch.tensor(ids) for ids, _, _ in prompts], batch_first=True, padding_value=s.model.tokenizer.pad_token_id)
+    ids = pad(
+        [torch.tensor(ids) for ids, _, _ in prompts],
+        batch_first=True,
+        padding_value=s.model.tokenizer.pad_token_id,
+    )
     mask = pad([torch.ones(len(ids), dtype=torch.long) for ids, _, _ in prompts], batch_first=True)
-    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == s.fmt.image).int(),
-            "pixel_values": torch.cat([p for _, p, _ in prompts]).double(), "image_grid_thw": torch.cat([g for _, _, g in prompts])}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == s.fmt.image).int(),
+        "pixel_values": torch.cat([p for _, p, _ in prompts]).double(),
+        "image_grid_thw": torch.cat([g for _, _, g in prompts]),
+    }
 
 
 def test_feedback_decoding_equals_teacher_forced_logits(valr, float64_modules):
-    """Three ragged rows with two, no and one segment: the logits of every step are those of one pass of the recurrence over what was said."""
+    """Three ragged rows with two, no and one segment: the logits of every step are those of one pass of the
+    recurrence over what was said.
+    """
     s, asked = valr, prompts(valr)
     said = generate.decode_feedback(s.model, batch_of(s, asked), s.fmt, 5, max_thought=14)
     pad, K = s.model.tokenizer.pad_token_id, s.fmt.count
@@ -86,7 +118,10 @@ def test_feedback_decoding_equals_teacher_forced_logits(valr, float64_modules):
         for i, token in enumerate(row):
             if token == s.fmt.latent_start_id:
                 assert row[i + 1 : i + 2 + K] == [pad] * K + [s.fmt.latent_end_id]
-    assert said[0][2] == s.fmt.latent_start_id == said[0][9] == said[2][0] and sum(t not in (pad, s.fmt.latent_end_id) for t in said[0]) == 14
+    assert (
+        said[0][2] == s.fmt.latent_start_id == said[0][9] == said[2][0]
+        and sum(t not in (pad, s.fmt.latent_end_id) for t in said[0]) == 14
+    )
     whole = [(ids + row, p, g) for (ids, p, g), row in zip(asked, said)]
     batch = batch_of(s, whole)
     latents = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
@@ -105,7 +140,9 @@ def test_a_row_does_not_see_its_batch(valr):
     together = generate.decode_feedback(valr.model, batch_of(valr, asked), valr.fmt, 5, max_thought=14)
     for b, openings in ((0, {0: {2, 9}}), (1, {}), (2, {0: {0}})):
         valr.openings, valr.logits[:] = openings, []
-        assert generate.decode_feedback(valr.model, batch_of(valr, asked[b : b + 1]), valr.fmt, 5, max_thought=14) == [together[b]]
+        assert generate.decode_feedback(
+            valr.model, batch_of(valr, asked[b : b + 1]), valr.fmt, 5, max_thought=14
+        ) == [together[b]]
 
 
 def test_dropped_latents_are_never_opened(valr):
@@ -140,12 +177,19 @@ def test_the_answer_has_a_budget_of_its_own(valr):
 
     valr.model.logits = logits
     said = generate.decode_feedback(valr.model, batch_of(valr, prompts(valr)), valr.fmt, 3, max_thought=6)
-    assert [len(row) for row in said] == [6, 8, 2] and said[1][4] == valr.fmt.answer_start_id and said[2][-1] == valr.fmt.end
+    assert (
+        [len(row) for row in said] == [6, 8, 2]
+        and said[1][4] == valr.fmt.answer_start_id
+        and said[2][-1] == valr.fmt.end
+    )
     ends |= {0: {0: valr.fmt.end}, 1: {2: valr.fmt.answer_start_id}, 2: {0: valr.fmt.end}}
     steps.clear()
     row = generate.decode_feedback(valr.model, batch_of(valr, prompts(valr)), valr.fmt, 3)[1]
     steps.clear()
-    assert generate.generate(valr.model, prompts(valr), valr.fmt, 3)[1] == valr.model.tokenizer.decode(row[3:], skip_special_tokens=True).strip()
+    assert (
+        generate.generate(valr.model, prompts(valr), valr.fmt, 3)[1]
+        == valr.model.tokenizer.decode(row[3:], skip_special_tokens=True).strip()
+    )
 
 
 def test_command_line(records_file, capsys, tmp_path):
@@ -156,7 +200,10 @@ def test_command_line(records_file, capsys, tmp_path):
         generate.main(["--image", str(tmp_path / "none.png"), "--question", "x"])
     with pytest.raises(UserError, match="--question"):
         generate.main(["--image", str(image)])
-    for flags, says in ((["--max_new_tokens", "0"], "--max_new_tokens 0"), (["--device", "cuda:99"], "--device cuda:99")):
+    for flags, says in (
+        (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+    ):
         with pytest.raises(UserError, match=says):
             generate.main(["--question", "x", *flags])
 
@@ -164,19 +211,39 @@ def test_command_line(records_file, capsys, tmp_path):
 def test_what_is_typed_is_text_and_the_flags_reach_the_model(records_file, monkeypatch):
     """A question with markers of images in it; an image scaled down to half its tokens."""
     asked = []
-    monkeypatch.setattr(generate, "generate", lambda model, prompts, fmt, *_, **__: asked.append((model, fmt, *prompts[0])) or ["red"])
+    monkeypatch.setattr(
+        generate,
+        "generate",
+        lambda model, prompts, fmt, *_, **__: asked.append((model, fmt, *prompts[0])) or ["red"],
+    )
     question = "what is <image> here? <|image_pad|>"
     for flags in ([], ["--max_pixels", "4704"]):
-        generate.main(["--image", str(records_file.parent / "0_0.png"), "--question", question, "--device", "cpu", *flags])
+        generate.main(
+            [
+                "--image",
+                str(records_file.parent / "0_0.png"),
+                "--question",
+                question,
+                "--device",
+                "cpu",
+                *flags,
+            ]
+        )
     for model, fmt, ids, _, grid in asked:
-        assert ids.count(fmt.image) == model.image_tokens(grid)[0] and question in model.tokenizer.decode(ids) and model.device.type == "cpu"
+        assert (
+            ids.count(fmt.image) == model.image_tokens(grid)[0]
+            and question in model.tokenizer.decode(ids)
+            and model.device.type == "cpu"
+        )
     assert asked[1][4].prod() < asked[0][4].prod()
 
 
 def test_dropped_latents_are_never_written(setup, monkeypatch):
     """--thought cot: the model would write its latents itself."""
     s, told = setup("--thought", "cot"), []
-    monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **how: told.append(how.get("suppress_tokens")) or input_ids)
+    monkeypatch.setattr(
+        s.model.hf, "generate", lambda input_ids, **how: told.append(how.get("suppress_tokens")) or input_ids
+    )
     for latents in ("keep", "drop"):
         generate.write(s.model, prompts(s), s.fmt, latents=latents)
     assert told == [None, s.fmt.latents]
@@ -185,10 +252,16 @@ def test_dropped_latents_are_never_written(setup, monkeypatch):
 def test_latents_that_the_model_writes_itself(setup, monkeypatch):
     """--latents free: the plain chat prompt, room for the thought, and the answer behind `<answer>`."""
     s = setup()
-    said = s.fmt.thinking()[0] + [s.fmt.answer_start_id] + s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
+    said = (
+        s.fmt.thinking()[0] + [s.fmt.answer_start_id] + s.fmt.text("red") + [s.fmt.answer_end_id, s.fmt.end]
+    )
     assert generate.thought_length(s.fmt, "x") == len(said) - len(s.fmt.text("red")) - 1
     fed = []
-    monkeypatch.setattr(s.model.hf, "generate", lambda input_ids, **_: fed.append(input_ids) or torch.cat([input_ids, torch.tensor([said])], 1))
+    monkeypatch.setattr(
+        s.model.hf,
+        "generate",
+        lambda input_ids, **_: fed.append(input_ids) or torch.cat([input_ids, torch.tensor([said])], 1),
+    )
     ask = prompts(s, "none")[:1]
     assert generate.write(s.model, ask, s.fmt) == [said] and generate.generate(s.model, ask, s.fmt) == ["red"]
     assert not set(s.fmt.latents) & set(fed[0][0].tolist())
@@ -234,11 +307,7 @@ def test_what_transformers_is_told(setup, monkeypatch):
     how = told[0]
     pad = s.model.tokenizer.pad_token_id
     assert (
-        how["max_new_tokens"],
-        how["do_sample"],
-        how["eos_token_id"],
-        how["pad_token_id"],
-        how["streamer"],
+        how["max_new_tokens"], how["do_sample"], how["eos_token_id"], how["pad_token_id"], how["streamer"],
     ) == (9, False, s.fmt.end, pad, streamer)
     assert "suppress_tokens" not in how
     L = max(len(ids) for ids, _, _ in asked)

@@ -1,4 +1,5 @@
 """A picture of every mode and depth becomes what a person sees; the right values are numpy's."""
+
 import io
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image, ImageDraw
 from crystal.runtime import data, images
 from crystal.runtime.data import RecordError
 
-# --- pictures of every mode ---------------------------------------------------------------------------------
+# --- pictures of every mode ---
 # The right values come from numpy: a channel v under alpha a on white is v a / 255 + 255 (1 - a / 255).
 
 RED, GREEN, BLUE = [200, 10, 20], [0, 150, 30], [7, 8, 250]
@@ -57,8 +58,12 @@ WITH_ALPHA = {
     "RGBA webp": (RGBA, "WEBP", {"lossless": True, "exact": True}, on_white(COLOURS, ALPHA)),
     "RGBA tiff": (RGBA, "TIFF", {}, on_white(COLOURS, ALPHA)),
     "LA png": (Image.fromarray(np.dstack([GREY, ALPHA])), "PNG", {}, on_white(GREY, ALPHA)),
-    "P png": (PALETTE, "PNG", {"transparency": bytes([255, 100, 0])},
-              on_white(COLOURS, np.array([[255, 100, 0], [0, 255, 100]]))),
+    "P png": (
+        PALETTE,
+        "PNG",
+        {"transparency": bytes([255, 100, 0])},
+        on_white(COLOURS, np.array([[255, 100, 0], [0, 255, 100]])),
+    ),
     "P gif": (PALETTE, "GIF", {"transparency": 1}, on_white(COLOURS, NO_GREEN)),
     "L png": (Image.fromarray(GREY), "PNG", {"transparency": 90}, greys([[0, 255, 200], [250, 255, 33]])),
     "RGB png": (Image.fromarray(COLOURS), "PNG", {"transparency": tuple(GREEN)}, on_white(COLOURS, NO_GREEN)),
@@ -81,13 +86,20 @@ WITH_DEPTH = {
     "F tiff of 16 bits": (deep(DEEP, np.float32), "TIFF", {}, greys(DEEP / 257)),
     "F tiff of metres": (deep(METRES, np.float32), "TIFF", {}, greys((METRES + 1.5) / 302 * 255)),
     "F tiff of one value": (deep(np.full((2, 3), -4), np.float32), "TIFF", {}, greys(np.zeros((2, 3)))),
-    "F tiff with holes": (deep([[0.0, np.nan, 0.2], [np.inf, 1, -np.inf]], np.float32), "TIFF", {},
-                          greys([[0, 0, 51], [255, 255, 0]])),
+    "F tiff with holes": (
+        deep([[0.0, np.nan, 0.2], [np.inf, 1, -np.inf]], np.float32),
+        "TIFF",
+        {},
+        greys([[0, 0, 51], [255, 255, 0]]),
+    ),
 }
 
 
-@pytest.mark.parametrize("case", [*WITH_ALPHA.values(), *WITH_DEPTH.values()],
-                         ids=[*WITH_ALPHA, *(f"{name} deep" for name in WITH_DEPTH)])
+@pytest.mark.parametrize(
+    "case",
+    [*WITH_ALPHA.values(), *WITH_DEPTH.values()],
+    ids=[*WITH_ALPHA, *(f"{name} deep" for name in WITH_DEPTH)],
+)
 def test_a_picture_of_any_mode_shows_what_is_drawn(case, tmp_path):
     image, kind, how, want = case
     (tmp_path / "picture").write_bytes(file_of(image, kind, **how).getvalue())
@@ -113,6 +125,7 @@ def test_modes_that_no_file_of_ours_has():
 
 def test_what_is_drawn_on_a_transparent_ground_is_seen():
     """Black text, a black disc and nothing on a transparent ground are three pictures, as on white."""
+
     def drawn(ground, what):
         image = Image.new(ground[0], (112, 84), ground[1])
         draw = ImageDraw.Draw(image)
@@ -136,9 +149,16 @@ def test_a_deep_picture_with_nothing_to_see_is_the_records_fault():
 
 
 # EXIF 2.3, 4.6.4 A says where the stored picture's row 0 and column 0 lie when it is seen: 2 rows of 3.
-UPRIGHT = {1: [[0, 1, 2], [3, 4, 5]], 2: [[2, 1, 0], [5, 4, 3]], 3: [[5, 4, 3], [2, 1, 0]],
-           4: [[3, 4, 5], [0, 1, 2]], 5: [[0, 3], [1, 4], [2, 5]], 6: [[3, 0], [4, 1], [5, 2]],
-           7: [[5, 2], [4, 1], [3, 0]], 8: [[2, 5], [1, 4], [0, 3]]}
+UPRIGHT = {
+    1: [[0, 1, 2], [3, 4, 5]],
+    2: [[2, 1, 0], [5, 4, 3]],
+    3: [[5, 4, 3], [2, 1, 0]],
+    4: [[3, 4, 5], [0, 1, 2]],
+    5: [[0, 3], [1, 4], [2, 5]],
+    6: [[3, 0], [4, 1], [5, 2]],
+    7: [[5, 2], [4, 1], [3, 0]],
+    8: [[2, 5], [1, 4], [0, 3]],
+}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

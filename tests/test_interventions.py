@@ -1,16 +1,11 @@
 """Interventions that touch the latents and nothing else, and a bottleneck without a leak."""
+
 from types import SimpleNamespace
 
 import torch
 
 from crystal.attention_bias import AttentionBias, additive_mask
-from crystal.evaluation.interventions import (
-    asked,
-    hidden_image,
-    questions,
-    recorded,
-    replaced,
-)
+from crystal.evaluation.interventions import asked, hidden_image, questions, recorded, replaced
 from crystal.generate import generate
 
 
@@ -26,7 +21,14 @@ def logits(s, a, pixels=None):
     ids = torch.tensor([[s.model.tokenizer.pad_token_id] * (L - len(p[0])) + p[0] for p in a.prompts])
     x = torch.cat([p[1] for p in a.prompts]).double() if pixels is None else pixels
     grid = torch.cat([p[2] for p in a.prompts])
-    return s.model.hf(input_ids=ids, attention_mask=a.mask, mm_token_type_ids=(ids == s.fmt.image).int(), pixel_values=x, image_grid_thw=grid, use_cache=False).logits
+    return s.model.hf(
+        input_ids=ids,
+        attention_mask=a.mask,
+        mm_token_type_ids=(ids == s.fmt.image).int(),
+        pixel_values=x,
+        image_grid_thw=grid,
+        use_cache=False,
+    ).logits
 
 
 @torch.no_grad()
@@ -36,7 +38,8 @@ def states_of(s, a):
     return states
 
 
-# --- states -------------------------------------------------------------------------------------------------------------
+# --- states ---
+
 
 def test_positions_are_the_latents_and_the_image(setup):
     s = setup()
@@ -44,8 +47,12 @@ def test_positions_are_the_latents_and_the_image(setup):
     for b, (ids, _, _) in enumerate(a.prompts):
         left = a.mask.shape[1] - len(ids)
         assert [ids[i - left] for i in a.where[b].tolist()] == s.fmt.latents
-        names = s.model.tokenizer.convert_ids_to_tokens([ids[i - left] for i in a.image[b].nonzero()[:, 0].tolist()])
-        assert set(names) == {"<|vision_start|>", "<|image_pad|>", "<|vision_end|>"} and len(names) == ids.count(s.fmt.image) + 2 * len(a.prompts[b][2])
+        names = s.model.tokenizer.convert_ids_to_tokens(
+            [ids[i - left] for i in a.image[b].nonzero()[:, 0].tolist()]
+        )
+        assert set(names) == {"<|vision_start|>", "<|image_pad|>", "<|vision_end|>"} and len(
+            names
+        ) == ids.count(s.fmt.image) + 2 * len(a.prompts[b][2])
 
 
 def test_own_states_change_nothing_to_the_bit(setup):
@@ -88,12 +95,17 @@ def test_generation_goes_on_from_replaced_states(setup):
     """With the cache: the latents' keys are the replaced ones for every decoded token."""
     s = setup(which=[0])
     a = ask(s, [0])
-    other = [x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype) for x in states_of(s, a)]
+    other = [
+        x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+        for x in states_of(s, a)
+    ]
     with replaced(s.model, a.where, other):
-        said, = generate_ids(s, a, 4)
+        (said,) = generate_ids(s, a, 4)
     ids, expected = list(a.prompts[0][0]), []
     for _ in range(4):  # without a cache, each time from the start
-        grown = SimpleNamespace(prompts=[(ids, *a.prompts[0][1:])], mask=torch.ones(1, len(ids), dtype=torch.long))
+        grown = SimpleNamespace(
+            prompts=[(ids, *a.prompts[0][1:])], mask=torch.ones(1, len(ids), dtype=torch.long)
+        )
         with replaced(s.model, a.where, other):
             expected.append(int(logits(s, grown)[0, -1].argmax()))
         ids = ids + [expected[-1]]
@@ -111,7 +123,8 @@ def generate_ids(s, a, n, biases=None):
     return kept
 
 
-# --- the bottleneck -------------------------------------------------------------------------------------------------------
+# --- the bottleneck ---
+
 
 def hidden(s, a):
     """A context in which one forward of the prompts is blind to the image as `generate` makes it."""
@@ -119,7 +132,9 @@ def hidden(s, a):
 
 
 def test_the_bottleneck_blocks_exactly(setup):
-    """With the latents' states held, other pixels change nothing after the image to the bit; without the mask they do."""
+    """With the latents' states held, other pixels change nothing after the image to the bit; without the mask
+    they do.
+    """
     s = setup()
     a = ask(s)
     states = states_of(s, a)
@@ -131,7 +146,9 @@ def test_the_bottleneck_blocks_exactly(setup):
             shown[name] = logits(s, a, x)[later]
         with replaced(s.model, a.where, states):
             shown[name, "open"] = logits(s, a, x)[later]
-    assert torch.equal(shown["these"], shown["others"]) and not torch.equal(shown["these", "open"], shown["others", "open"])
+    assert torch.equal(shown["these"], shown["others"]) and not torch.equal(
+        shown["these", "open"], shown["others", "open"]
+    )
     with hidden(s, a):  # the latents themselves see the image
         these = logits(s, a)[later]
     with hidden(s, a):
@@ -148,10 +165,20 @@ def test_the_bottleneck_while_decoding_is_the_one_of_training(setup):
         ids, expected = list(a.prompts[0][0]), []
         for _ in range(4):
             x = torch.tensor([ids])
-            grow = lambda mask: torch.cat([mask, torch.zeros(1, len(ids) - mask.shape[1], dtype=torch.bool)], 1)
-            inputs = {"input_ids": x, "attention_mask": torch.ones_like(x), "mm_token_type_ids": (x == s.fmt.image).long(), "pixel_values": a.prompts[0][1].double(), "image_grid_thw": a.prompts[0][2]}
+            grow = lambda mask: torch.cat(
+                [mask, torch.zeros(1, len(ids) - mask.shape[1], dtype=torch.bool)], 1
+            )
+            inputs = {
+                "input_ids": x,
+                "attention_mask": torch.ones_like(x),
+                "mm_token_type_ids": (x == s.fmt.image).long(),
+                "pixel_values": a.prompts[0][1].double(),
+                "image_grid_thw": a.prompts[0][2],
+            }
             with torch.no_grad():
-                h = s.model.hidden(inputs, biases=[AttentionBias(~grow(a.image) & ~grow(a.latents), grow(a.image))])
+                h = s.model.hidden(
+                    inputs, biases=[AttentionBias(~grow(a.image) & ~grow(a.latents), grow(a.image))]
+                )
                 expected.append(int(s.model.logits(h[:, -1]).argmax()))
             ids.append(expected[-1])
         assert batched[i] == expected

@@ -1,13 +1,17 @@
-"""The compiled operators at the boundaries of the pieces in which their kernels work, against formulas that know nothing of crystal.
+"""The compiled operators at the boundaries of the pieces in which their kernels work, against formulas that
+know nothing of crystal.
 
-The kernels cut their work: a row of logits into parts of 16,384 and tiles of 512 to 2,048 (more with wider vectors), attention into
-tiles of 72 keys and 224 rows on a CPU, of 64 or 32 on a GPU, heads into slices of 32 and 64 numbers, everything into vectors, and
-the whole among threads. A fault at a cut shows only in a sample that reaches it: these have sizes just below, at and just above each
-cut, and the real vocabulary, with a label on either side of every cut.
+The kernels cut their work: a row of logits into parts of 16,384 and tiles of 512 to 2,048 (more with wider
+vectors), attention into tiles of 72 keys and 224 rows on a CPU, of 64 or 32 on a GPU, heads into slices of 32
+and 64 numbers, everything into vectors, and the whole among threads. A fault at a cut shows only in a sample
+that reaches it: these have sizes just below, at and just above each cut, and the real vocabulary, with a
+label on either side of every cut.
 
-The right values are written out here in NumPy and float64, by the formulas of the papers and their derivatives: softmax, cross
-entropy (p - onehot), KL, squared distance. Gradients from above differ from row to row.
+The right values are written out here in NumPy and float64, by the formulas of the papers and their
+derivatives: softmax, cross entropy (p - onehot), KL, squared distance. Gradients from above differ from row
+to row.
 """
+
 import math
 import zlib
 from typing import NamedTuple
@@ -23,7 +27,8 @@ f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 
 # How far a number may be from the exact one, relative to what it is summed from.
 CLOSE = {f64: 2e-12, f32: 2e-5, bf16: 2e-5}
-STORED = {f64: 0.0, f32: 0.0, bf16: 2.0**-8}  # and what rounding to the type of q, k or the logits adds to a gradient
+# And what rounding to the type of q, k or the logits adds to a gradient.
+STORED = {f64: 0.0, f32: 0.0, bf16: 2.0**-8}
 
 
 def random(*shape, seed, scale=1.0):
@@ -40,7 +45,9 @@ def values(x):
 
 
 def each_case(cases, operator):
-    """Names of the cases, in the types and places in which each runs here. The emulator is slow: there the last version, in float64 and bfloat16."""
+    """Names of the cases, in the types and places in which each runs here. The emulator is slow: there the
+    last version, in float64 and bfloat16.
+    """
     chosen = []
     for name in cases:
         for place in versions(operator)[-1:] if EMULATED else versions(operator):
@@ -49,10 +56,10 @@ def each_case(cases, operator):
     return pytest.mark.parametrize("name, dtype, place", chosen)
 
 
-# ---- logits ----------------------------------------------------------------------------------------------------------
+# --- logits ---
 
 VOCABULARY = 152064  # Qwen2.5-VL's
-PART = 16384         # logits of a row that are summed together: csrc/vocab_kl_ce.cpp
+PART = 16384  # logits of a row that are summed together: csrc/vocab_kl_ce.cpp
 
 VOCABULARIES = {  # pairs of vectors hold 4 to 32 logits; a tile 512, 1,024 or 2,048
     "pairs of vectors": [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33],
@@ -64,7 +71,9 @@ CUTS = [8, 16, 32, 512, 1024, 2048]
 
 
 def labels_of(V):
-    """The first logit and the last one, and those on either side of every cut -> (where pieces begin, where they end)."""
+    """The first logit and the last one, and those on either side of every cut -> (where pieces begin, where
+    they end).
+    """
     cuts = [cut for cut in [*CUTS, *range(PART, V, PART)] if cut < V]
     if V > 3 * PART:
         cuts = [cut for cut in cuts if cut % PART == 0]  # the small ones have vocabularies of their own
@@ -77,7 +86,10 @@ def log_softmax(z):
 
 
 class Terms(NamedTuple):
-    """What the formulas say of one position: losses, gradients of both paths' logits [V], and what those are summed from."""
+    """What the formulas say of one position: losses, gradients of both paths' logits [V], and what those are
+    summed from.
+    """
+
     ce_int: float
     ce_cor: float
     kl: float
@@ -87,7 +99,9 @@ class Terms(NamedTuple):
 
 
 def position_by_hand(z, z2, t, t2, answer, g, teacher_grad):
-    """Cross entropies and KL(p || q), and their derivatives: g_int (p - y) + g_kl p (log p - log q - KL), g_cor (q - y') + g_kl (q - p)."""
+    """Cross entropies and KL(p || q), and their derivatives: g_int (p - y) + g_kl p (log p - log q - KL),
+    g_cor (q - y') + g_kl (q - p).
+    """
     log_p, log_q = log_softmax(z), log_softmax(z2)
     p, q = np.exp(log_p), np.exp(log_q)
     KL = float((p * (log_p - log_q)).sum())
@@ -114,11 +128,15 @@ def check_vocabulary(V, dtype, device, joint, teacher_grad, most=None):
     answer = np.arange(N) % 3 != 1
     answer[-2] = True  # it has no label at all
 
-    # Rows that rise and rows that fall: the largest logit lies in the last piece, in the first one, or anywhere.
+    # Rows that rise and rows that fall: the largest logit lies in the last piece, in the first one, or
+    # anywhere.
     slope = np.linspace(-1, 1, V)[None] * (np.arange(N)[:, None] % 3 - 1) * 9
     z = leaf(random(N, V, seed=("z", V), scale=2) + slope, dtype, device)
     z2 = leaf(random(N, V, seed=("z2", V), scale=2) - slope / 2, dtype, device)
-    g = [torch.from_numpy(random(N, seed=(name, V))).to(device, torch.promote_types(dtype, f32)) for name in ("int", "cor", "kl")]
+    g = [
+        torch.from_numpy(random(N, seed=(name, V))).to(device, torch.promote_types(dtype, f32))
+        for name in ("int", "cor", "kl")
+    ]
 
     in_int, in_cor = (torch.from_numpy((x >= 0) | answer).to(device) for x in (t, t2))
     targets = [torch.from_numpy(x).to(device) for x in (t, t2, answer)]
@@ -132,10 +150,14 @@ def check_vocabulary(V, dtype, device, joint, teacher_grad, most=None):
         z_n, z2_n, d_n, d2_n = (values(x[n]) for x in (z, z2, z.grad, z2.grad))
         want = position_by_hand(z_n, z2_n, t[n], t2[n], answer[n], above[:, n], teacher_grad)
         where = f"V {V}, labels {t[n]} and {t2[n]}"
-        np.testing.assert_allclose(losses[:, n], want[:3], rtol=CLOSE[dtype], atol=CLOSE[dtype], err_msg=where)
+        np.testing.assert_allclose(
+            losses[:, n], want[:3], rtol=CLOSE[dtype], atol=CLOSE[dtype], err_msg=where
+        )
         for mine, right in ((d_n, want.d_int), (d2_n, want.d_cor)):
             error = abs(mine - right) - STORED[dtype] * abs(right)
-            assert (error <= CLOSE[dtype] * (abs(right) + want.size)).all(), f"{where}: a gradient is off by {error.max():.1e} at {error.argmax()}"
+            assert (error <= CLOSE[dtype] * (abs(right) + want.size)).all(), (
+                f"{where}: a gradient is off by {error.max():.1e} at {error.argmax()}"
+            )
 
 
 @each_case(VOCABULARIES, "vocab_kl_ce")
@@ -143,7 +165,9 @@ def test_vocabulary(name, dtype, place, compiled):
     """Losses and both gradients, with a label at the first and at the last logit of every piece."""
     with at_place(place, "vocab_kl_ce") as device:
         for i, V in enumerate(VOCABULARIES[name]):
-            check_vocabulary(V, dtype, device, joint=i % 2 == 0, teacher_grad=i % 3 != 1, most=3 if EMULATED else None)
+            check_vocabulary(
+                V, dtype, device, joint=i % 2 == 0, teacher_grad=i % 3 != 1, most=3 if EMULATED else None
+            )
 
 
 @each_place
@@ -163,10 +187,12 @@ def test_many_positions(place, compiled):
         np.testing.assert_allclose(mine, want[:3], rtol=1e-12, atol=1e-12)
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
+# --- attention ---
+
 
 class Shape(NamedTuple):
     """B sequences, H query heads on G key heads of d numbers, L positions, M rows, K columns."""
+
     L: int
     M: int
     K: int
@@ -179,7 +205,10 @@ class Shape(NamedTuple):
 KEYS, ROWS = 72, 224  # a tile on a CPU: csrc/attn_tile.h
 SHAPES = {
     "keys": [Shape(L, 4, 5) for L in (KEYS - 1, KEYS, KEYS + 1, 2 * KEYS, 2 * KEYS + 1, 63, 64, 65, 32, 33)],
-    "rows": [Shape(231, M, 3, H=H) for M, H in ((5, 1), (6, 1), (7, 1), (12, 1), (13, 1), (32, 7), (33, 7), (223, 1), (225, 1), (225, 2))],
+    "rows": [
+        Shape(231, M, 3, H=H)
+        for M, H in ((5, 1), (6, 1), (7, 1), (12, 1), (13, 1), (32, 7), (33, 7), (223, 1), (225, 1), (225, 2))
+    ],
     "columns": [Shape(150, 3, K) for K in (KEYS - 1, KEYS, KEYS + 1, 2 * KEYS + 1)],
     "head sizes": [Shape(75, 4, 4, d, H=14, G=2) for d in (64, 80, 96, 128, 256)],
     "odd head sizes": [Shape(75, 3, 3, d, H=3, B=2) for d in (1, 3, 15, 16, 17, 31, 33, 63, 65, 129)],
@@ -192,11 +221,11 @@ if EMULATED:  # slow, and its tiles are of 64 and 32 rows
 
 
 class Inputs(NamedTuple):
-    q: np.ndarray        # [B,H,L,d]
-    k: np.ndarray        # [B,G,L,d]
-    rows: np.ndarray     # [B,M]; the last position and the ends of tiles among them, -1 pads
-    cols: np.ndarray     # [B,K]
-    bias: np.ndarray | None     # [B,1,M,L]
+    q: np.ndarray  # [B,H,L,d]
+    k: np.ndarray  # [B,G,L,d]
+    rows: np.ndarray  # [B,M]; the last position and the ends of tiles among them, -1 pads
+    cols: np.ndarray  # [B,K]
+    bias: np.ndarray | None  # [B,1,M,L]
     padding: np.ndarray | None  # [B,L]
 
 
@@ -207,7 +236,8 @@ def inputs(shape, masked, paths=1):
 
     choose = np.random.default_rng(zlib.crc32(seed.encode()))
     rows = positions(choose, shape.B, shape.M, shape.L, [shape.L - 1])  # a row that sees everything
-    cols = positions(choose, shape.B, shape.K, shape.L, [0, min(KEYS, shape.L - 1)])  # and a column that every row sees
+    # And a column that every row sees.
+    cols = positions(choose, shape.B, shape.K, shape.L, [0, min(KEYS, shape.L - 1)])
     if shape.B > 1:
         rows[0, 1] = cols[1, -1] = -1
 
@@ -312,8 +342,15 @@ def on(device, dtype, x):
     """q, k, rows, cols as tensors, and the keywords bias and key_padding where there are any."""
     keywords = {}
     if x.bias is not None:
-        keywords = {"bias": torch.from_numpy(x.bias).to(device), "key_padding": torch.from_numpy(x.padding).to(device)}
-    return [leaf(x.q, dtype, device), leaf(x.k, dtype, device), *(torch.from_numpy(y).to(device) for y in (x.rows, x.cols))], keywords
+        keywords = {
+            "bias": torch.from_numpy(x.bias).to(device),
+            "key_padding": torch.from_numpy(x.padding).to(device),
+        }
+    return [
+        leaf(x.q, dtype, device),
+        leaf(x.k, dtype, device),
+        *(torch.from_numpy(y).to(device) for y in (x.rows, x.cols)),
+    ], keywords
 
 
 def above_like(x, dtype, device, seed):
@@ -347,7 +384,13 @@ def check_scores(shape, dtype, device, masked, scale):
 
     right = at_columns(scores_by_hand(x, scale), x.cols, -np.inf)
     assert np.array_equal(np.isinf(values(S)), np.isinf(right))
-    compare(f"scores, {shape}", S.detach().nan_to_num(neginf=0.0), np.where(np.isinf(right), 0, right), dtype, abs(np.where(np.isinf(right), 0, right)) + shape.d)
+    compare(
+        f"scores, {shape}",
+        S.detach().nan_to_num(neginf=0.0),
+        np.where(np.isinf(right), 0, right),
+        dtype,
+        abs(np.where(np.isinf(right), 0, right)) + shape.d,
+    )
     dS = to_keys(np.where(np.isinf(right), 0, above), x.cols, shape.L)
     dq, dk, size_q, size_k = gradients_by_hand(x, dS, scale)
     compare(f"dq, {shape}", args[0].grad, dq, dtype, size_q)
@@ -355,14 +398,20 @@ def check_scores(shape, dtype, device, masked, scale):
 
 
 def kl_by_hand(S, S2, rows):
-    """Mean over heads and rows of KL(p || q) over the columns that both paths see -> (losses [B], dLoss/dS, dLoss/dS2)."""
+    """Mean over heads and rows of KL(p || q) over the columns that both paths see -> (losses [B], dLoss/dS,
+    dLoss/dS2).
+    """
     hidden = np.isinf(S) | np.isinf(S2)
     p, q = (normalised(np.where(hidden, -np.inf, x)) for x in (S, S2))
     log_ratio = np.where(hidden, 0, np.log(np.where(hidden, 1, p)) - np.log(np.where(hidden, 1, q)))
     KL = (p * log_ratio).sum(-1)  # [B,H,M]
     counted = (rows >= 0)[:, None, :]
     share = counted / np.maximum(1, S.shape[1] * (rows >= 0).sum(1))[:, None, None]
-    return (KL * share).sum((1, 2)), share[..., None] * p * (log_ratio - KL[..., None]), share[..., None] * (q - p)
+    return (
+        (KL * share).sum((1, 2)),
+        share[..., None] * p * (log_ratio - KL[..., None]),
+        share[..., None] * (q - p),
+    )
 
 
 def check_align(kind, shape, dtype, device, masked, scale, teacher_grad):
@@ -370,7 +419,9 @@ def check_align(kind, shape, dtype, device, masked, scale, teacher_grad):
     x = rounded_to(inputs(shape, masked, paths=2), dtype)
     args, keywords = on(device, dtype, x)
     B, rows, cols = shape.B, x.rows[: shape.B], x.cols[: shape.B]
-    loss = ops.attn_align(kind, "keep", *args[:2], args[2][:B], args[3][:B], scale=scale, teacher_grad=teacher_grad, **keywords)
+    loss = ops.attn_align(
+        kind, "keep", *args[:2], args[2][:B], args[3][:B], scale=scale, teacher_grad=teacher_grad, **keywords
+    )
     g, above = above_like(loss, dtype, device, (kind, shape))
     loss.backward(g)
 
@@ -413,7 +464,9 @@ def test_scores(name, dtype, place, compiled):
             check_scores(shape, dtype, device, name == "masked", scale=0.31)
 
 
-@pytest.mark.parametrize("kind", ["kl", "frobenius"] if EMULATED else ["kl", "frobenius", "mse"])  # mse is frobenius, divided in Python
+@pytest.mark.parametrize(
+    "kind", ["kl", "frobenius"] if EMULATED else ["kl", "frobenius", "mse"]
+)  # mse is frobenius, divided in Python
 @each_case(SHAPES, "attn_align")
 def test_align(name, dtype, place, kind, compiled):
     with at_place(place, "attn_align") as device:
@@ -427,10 +480,13 @@ def test_default_scale(compiled):
     right = at_columns(scores_by_hand(x, 0.25), x.cols, -np.inf)
     args, _ = on("cpu", f64, x)
     np.testing.assert_allclose(values(ops.attn_scores(*args)), right, atol=1e-12)
-    np.testing.assert_allclose(values(ops.attn_slice(*args)), at_columns(normalised(scores_by_hand(x, 0.25)), x.cols, 0), atol=1e-12)
+    np.testing.assert_allclose(
+        values(ops.attn_slice(*args)), at_columns(normalised(scores_by_hand(x, 0.25)), x.cols, 0), atol=1e-12
+    )
 
 
-# ---- threads ---------------------------------------------------------------------------------------------------------
+# --- threads ---
+
 
 @pytest.fixture
 def threads():
@@ -443,7 +499,9 @@ def threads():
 @pytest.mark.skipif(not ON_CPU, reason="a CPU's kernels are not tested here")
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_threads(count, threads, compiled):
-    """Few sequences and many threads: the keys of one are shared among them, and the parts of a row of logits."""
+    """Few sequences and many threads: the keys of one are shared among them, and the parts of a row of
+    logits.
+    """
     threads(count)
     shape = Shape(4 * KEYS + 5, 9, 6, H=2)
     with at_place(ON_CPU[-1]) as device:
@@ -458,7 +516,9 @@ def test_threads(count, threads, compiled):
 
 @pytest.mark.skipif(not ON_CPU, reason="a CPU's kernels are not tested here")
 def test_results_do_not_depend_on_threads(threads, compiled):
-    """Logits: to the bit, whatever the number of threads (csrc/vocab_kl_ce.cpp cuts rows without asking for it)."""
+    """Logits: to the bit, whatever the number of threads (csrc/vocab_kl_ce.cpp cuts rows without asking for
+    it).
+    """
     z = torch.from_numpy(random(4, 3 * PART + 5, seed="threads", scale=3)).float().requires_grad_()
     t, answer = torch.tensor([0, PART]), torch.tensor([True, True])
     found = []

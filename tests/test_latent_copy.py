@@ -1,4 +1,7 @@
-"""The realisations of the copy are one thing: equal logits, losses and gradients; without the copy all of them change."""
+"""The realisations of the copy are one thing: equal logits, losses and gradients; without the copy all of
+them change.
+"""
+
 import pytest
 import torch
 
@@ -7,11 +10,22 @@ from crystal import latent_copy
 from crystal.attention_bias import additive_mask
 from crystal.latent_copy import LatentCopy, dual_forward, pack
 
-PRESETS = {"paper": [], "released": ["--method", "released", "--lora_dropout", "0"], "all layers, frobenius": ["--attn_layers", "all", "--attn_loss", "frobenius"],
-           "identical": ["--latent_kind", "identical"], "all columns": ["--attn_columns", "all"], "full": ["--tune", "full"], "checkpointing": ["--checkpointing"]}
-MORE = {"mse": ["--attn_loss", "mse", "--attn_layers", "0,2"], "heads' mean": ["--attn_heads", "mean", "--attn_columns", "thought"],
-        "cot": ["--thought", "cot", "--method", "released", "--lora_dropout", "0"],
-        "checkpointing, released": ["--method", "released", "--lora_dropout", "0", "--checkpointing"]}  # of packed alone: its slice is read elsewhere
+PRESETS = {
+    "paper": [],
+    "released": ["--method", "released", "--lora_dropout", "0"],
+    "all layers, frobenius": ["--attn_layers", "all", "--attn_loss", "frobenius"],
+    "identical": ["--latent_kind", "identical"],
+    "all columns": ["--attn_columns", "all"],
+    "full": ["--tune", "full"],
+    "checkpointing": ["--checkpointing"],
+}
+# Of packed alone: its slice is read elsewhere.
+MORE = {
+    "mse": ["--attn_loss", "mse", "--attn_layers", "0,2"],
+    "heads' mean": ["--attn_heads", "mean", "--attn_columns", "thought"],
+    "cot": ["--thought", "cot", "--method", "released", "--lora_dropout", "0"],
+    "checkpointing, released": ["--method", "released", "--lora_dropout", "0", "--checkpointing"],
+}
 
 
 def step(setup, *flags, **how):
@@ -21,7 +35,9 @@ def step(setup, *flags, **how):
     return s, terms, gradients(sum(terms[n] for n in s.settings.weights if n in terms), s.named)
 
 
-@pytest.mark.parametrize("preset, tied", [(p, False) for p in PRESETS] + [("paper", True), ("released", True)])
+@pytest.mark.parametrize(
+    "preset, tied", [(p, False) for p in PRESETS] + [("paper", True), ("released", True)]
+)
 def test_hidden_equals_kv_in_float64(setup, float64_modules, preset, tied):
     s, hidden, g_hidden = step(setup, "--latent_copy", "hidden", *PRESETS[preset], tied=tied)
     _, kv, g_kv = step(setup, "--latent_copy", "kv", *PRESETS[preset], tied=tied)
@@ -32,12 +48,17 @@ def test_hidden_equals_kv_in_float64(setup, float64_modules, preset, tied):
         assert (g_hidden[name] - g_kv[name]).abs().max() < 1e-10, name
 
 
-@pytest.mark.parametrize("preset, tied", [(p, False) for p in PRESETS | MORE] + [("paper", True), ("released", True)])
+@pytest.mark.parametrize(
+    "preset, tied", [(p, False) for p in PRESETS | MORE] + [("paper", True), ("released", True)]
+)
 def test_kv_equals_packed_in_float64(setup, float64_modules, preset, tied):
     flags = (PRESETS | MORE)[preset]
     s, kv, g_kv = step(setup, "--latent_copy", "kv", *flags, tied=tied)
     _, packed, g_packed = step(setup, "--latent_copy", "packed", *flags, tied=tied)
-    assert len(set(s.batch["attention_mask"].sum(1).tolist())) > 1 and len(s.batch["image_grid_thw"]) > len(s.batch["input_ids"])  # padding, several images
+    # Padding, several images.
+    assert len(set(s.batch["attention_mask"].sum(1).tolist())) > 1 and len(s.batch["image_grid_thw"]) > len(
+        s.batch["input_ids"]
+    )
     for name in kv:
         assert abs(kv[name] - packed[name]) < 1e-10, name
     assert max(g.abs().max() for g in g_kv.values()) > 1e-3
@@ -55,36 +76,68 @@ def test_all_equal_hidden_with_stock_modules(setup, other, preset):
 
 
 def test_packed_stands_as_the_paper_draws_it(setup):
-    """prefix | I_cor Q thought | I_int Q thought latents | rest (int) | rest (cor), and its mask, cell by cell."""
-    for flags, tail in (((), lambda s, b: s.batch["latents"][b].max()), (("--method", "released"), lambda s, b: s.batch["thought"][b, 1] - 1)):
+    """prefix | I_cor Q thought | I_int Q thought latents | rest (int) | rest (cor), and its mask, cell by
+    cell.
+    """
+    for flags, tail in (
+        ((), lambda s, b: s.batch["latents"][b].max()),
+        (("--method", "released"), lambda s, b: s.batch["thought"][b, 1] - 1),
+    ):
         s = setup(*flags)
         image, copied = s.batch["mm_token_type_ids"] == 1, s.method.copied(s.batch)
         p = pack(s.batch["attention_mask"], image, copied)
-        mask = additive_mask(p.blocks, (p.source >= 0).long())[:, 0] == 0                    # [B,P,P], who sees whom
+        mask = additive_mask(p.blocks, (p.source >= 0).long())[:, 0] == 0  # [B,P,P], who sees whom
         for b in range(len(copied)):
-            n, first, end = int(s.batch["attention_mask"][b].sum()), int(s.batch["image"][b, 0]), int(tail(s, b)) + 1
+            n, first, end = (
+                int(s.batch["attention_mask"][b].sum()),
+                int(s.batch["image"][b, 0]),
+                int(tail(s, b)) + 1,
+            )
             start = int(copied[b].nonzero()[0])
-            paths = ["both"] * first + ["cor"] * (start - first) + ["int"] * (end - first) + ["int"] * (n - end) + ["cor"] * (n - end)
+            paths = (
+                ["both"] * first
+                + ["cor"] * (start - first)
+                + ["int"] * (end - first)
+                + ["int"] * (n - end)
+                + ["cor"] * (n - end)
+            )
             places = [*range(first), *range(first, start), *range(first, end), *range(end, n), *range(end, n)]
             assert p.source[b].tolist() == places + [-1] * (p.source.shape[1] - len(places))
             for i, (path, t) in enumerate(zip(paths, places)):
-                sees = [(other in (path, "both") or path == "cor" and bool(copied[b, u])) and u <= t for other, u in zip(paths, places)]
+                sees = [
+                    (other in (path, "both") or path == "cor" and bool(copied[b, u])) and u <= t
+                    for other, u in zip(paths, places)
+                ]
                 assert mask[b, i, : len(paths)].tolist() == sees, (path, t)
-            assert mask[b].any(-1).all()                                                    # no row is blind, padding included
+            assert mask[b].any(-1).all()  # no row is blind, padding included
 
 
 def test_packed_in_one_path_only_what_the_other_lends(setup):
-    """The corrupted path's gradient at the intact image passes the copied rows; the intact path has none at the corrupted one."""
+    """The corrupted path's gradient at the intact image passes the copied rows; the intact path has none at
+    the corrupted one.
+    """
     s = setup()
-    batch = dict(s.batch, pixel_values=s.batch["pixel_values"].clone().requires_grad_(), pixel_values_cor=s.batch["pixel_values_cor"].clone().requires_grad_())
+    batch = dict(
+        s.batch,
+        pixel_values=s.batch["pixel_values"].clone().requires_grad_(),
+        pixel_values_cor=s.batch["pixel_values_cor"].clone().requires_grad_(),
+    )
     none = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     real = batch["attention_mask"].bool()
 
     def reach(copied):
         h_int, h_cor = dual_forward(s.model, batch, copied, "packed")
         own = real if copied is None else real & ~copied
-        return [torch.autograd.grad(h[rows].sum(), batch[x], allow_unused=True, retain_graph=True, materialize_grads=True)[0].abs().max() > 0
-                for h, rows in ((h_int, real), (h_cor, own)) for x in ("pixel_values", "pixel_values_cor")]
+        return [
+            torch.autograd.grad(
+                h[rows].sum(), batch[x], allow_unused=True, retain_graph=True, materialize_grads=True
+            )[0]
+            .abs()
+            .max()
+            > 0
+            for h, rows in ((h_int, real), (h_cor, own))
+            for x in ("pixel_values", "pixel_values_cor")
+        ]
 
     assert reach(s.method.copied(batch)) == [True, False, True, True]
     assert reach(none) == reach(None) == [True, False, False, True]
@@ -105,7 +158,8 @@ def test_labelled_logits_are_equal_and_copied_rows_are_the_only_difference(setup
     real = s.batch["attention_mask"].bool()
     for which in (0, 1):
         h, k, p = (out[how][which] for how in ("hidden", "kv", "packed"))
-        keep = real & ~copied if which else real  # nobody reads the corrupted path's copied rows, and each leaves something else there
+        # Nobody reads the corrupted path's copied rows, and each leaves something else there.
+        keep = real & ~copied if which else real
         for other in (k, p):
             assert (s.model.logits(h[keep]) - s.model.logits(other[keep])).abs().max() < 1e-10
     assert (out["hidden"][1][copied] - out["kv"][1][copied]).abs().max() > 1e-3
@@ -132,7 +186,9 @@ def test_the_corrupted_latents_are_the_intact_ones_at_every_layer(setup):
     s = setup()
     copied, seen = s.method.copied(s.batch), []
     for layer in s.model.layers[1:]:
-        layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
     dual_forward(s.model, s.batch, copied, "hidden")
     assert len(seen) == len(s.model.layers) - 1
     for h in seen:

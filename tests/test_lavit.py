@@ -1,4 +1,7 @@
-"""LaViT: every term alive, the gate's limits exact, controls that change what they say, gaze as pure functions."""
+"""LaViT: every term alive, the gate's limits exact, controls that change what they say, gaze as pure
+functions.
+"""
+
 import json
 import math
 import shutil
@@ -21,7 +24,8 @@ from test_ddp import SCRIPT, run
 
 TERMS = ("ce", "semantics", "gaze")
 LORA = ("--method", "lavit", "--tune", "lora")
-GRIDS = ([[3, 4]], [[2, 2]], [[5, 3], [2, 3]])  # the teacher's, of each record's images; the last record's are not the student's (4 x 3, 3 x 2)
+# The teacher's, of each record's images; the last record's are not the student's (4 x 3, 3 x 2).
+GRIDS = ([[3, 4]], [[2, 2]], [[5, 3], [2, 3]])
 
 
 def at(of_run):
@@ -34,8 +38,11 @@ def records_file(records_file):
     g, tensors, lines = torch.Generator().manual_seed(5), {}, []
     for line, grids in zip(records_file.read_text().splitlines(), GRIDS):
         record = json.loads(line)
-        tensors |= {f"{record['id']}/gaze": torch.rand(sum(h * w for h, w in grids), generator=g), f"{record['id']}/gaze_grid": torch.tensor(grids),
-                    f"{record['id']}/v_sem": torch.randn(32, generator=g)}
+        tensors |= {
+            f"{record['id']}/gaze": torch.rand(sum(h * w for h, w in grids), generator=g),
+            f"{record['id']}/gaze_grid": torch.tensor(grids),
+            f"{record['id']}/v_sem": torch.randn(32, generator=g),
+        }
         lines.append(json.dumps(record | {"features": {"lavit": "teacher.safetensors"}}) + "\n")
     save_file(tensors, records_file.parent / "teacher.safetensors")
     path = records_file.parent / "lavit.jsonl"
@@ -43,14 +50,16 @@ def records_file(records_file):
     return path
 
 
-# ---- the sequence ------------------------------------------------------------------------------------------------------
+# --- the sequence ---
+
 
 def test_sequence_and_rows(setup):
     s = setup(*LORA, which=[0])
     text = s.model.tokenizer.decode(s.batch["input_ids"][0])
     assert text.endswith("<|im_start|>assistant\n<|latent_0|><|latent_1|><|latent_2|><answer>red<|im_end|>")
     rows = s.batch["answer_positions"][0].tolist()
-    assert [s.model.tokenizer.decode(s.batch["input_ids"][0, t]) for t in rows] == ["<answer>", "red"]  # what predicts red is no latent
+    # What predicts red is no latent.
+    assert [s.model.tokenizer.decode(s.batch["input_ids"][0, t]) for t in rows] == ["<answer>", "red"]
     assert not set(rows) & set(s.batch["latents"][0].tolist())
 
 
@@ -58,13 +67,19 @@ def test_export_asks_as_training_does(setup):
     s = setup(*LORA)
     ids, image, latents = s.fmt.question([("user", "<image>\nWhat is it?")], [4])
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
-    rendered = s.model.tokenizer.apply_chat_template(messages, chat_template=s.fmt.chat_template(), tokenize=False, add_generation_prompt=True)
+    rendered = s.model.tokenizer.apply_chat_template(
+        messages, chat_template=s.fmt.chat_template(), tokenize=False, add_generation_prompt=True
+    )
     assert s.model.tokenizer.decode(ids).replace("<|image_pad|>" * 4, "<|image_pad|>") == rendered
     assert [ids[t] for t in latents] == s.fmt.latents and len(image) == 4
-    assert s.fmt.question([("user", "hello")], [], "drop")[0][-1] == s.fmt.answer_start_id and not s.fmt.question([("user", "hello")], [], "drop")[2]
+    assert (
+        s.fmt.question([("user", "hello")], [], "drop")[0][-1] == s.fmt.answer_start_id
+        and not s.fmt.question([("user", "hello")], [], "drop")[2]
+    )
 
 
-# ---- the terms ---------------------------------------------------------------------------------------------------------
+# --- the terms ---
+
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -74,7 +89,9 @@ def test_every_term_alone_moves_what_trains(setup, tune, checkpointing):
     assert set(terms) == {*TERMS, "mass"}
     for name in TERMS:
         grads = gradients(terms[name], s.named)
-        assert next(g for n, g in grads.items() if n.endswith("new_tokens.embedding")).abs().max() > 1e-9, f"{name} does not reach the latents' rows"
+        assert next(g for n, g in grads.items() if n.endswith("new_tokens.embedding")).abs().max() > 1e-9, (
+            f"{name} does not reach the latents' rows"
+        )
         # in the last layer gaze ends at the scores
         deep = [n for n in grads if ".layers." in n and not (name == "gaze" and ".layers.2." in n)]
         deep += [n for n in grads if n.startswith("heads.") and name == "semantics"]
@@ -89,6 +106,7 @@ def test_checkpointing_changes_no_gradient(setup):
         s = setup(*LORA, *flags)
         terms = s.objective(s.batch, at(0.1))
         return gradients(sum(terms[name] for name in TERMS), s.named)
+
     plain, again = step(), step("--checkpointing")
     assert all(torch.equal(plain[n], again[n]) for n in plain)
 
@@ -101,8 +119,13 @@ def test_gradient_of_each_term_equals_central_differences(setup, float64_modules
     parameters, h = dict(s.named), 1e-5
     rows = next(n for n in parameters if n.endswith("new_tokens.embedding"))
     D = parameters[rows].shape[1]
-    chosen = [(next(n for n in parameters if ".layers.1.self_attn.q_proj.lora_A" in n), 3), (next(n for n in parameters if ".layers.0.mlp.up_proj.lora_B" in n), 5),
-              (rows, 1 * D + 2), (rows, 3 * D + 7), ("heads.semantics.0.weight", 11)]
+    chosen = [
+        (next(n for n in parameters if ".layers.1.self_attn.q_proj.lora_A" in n), 3),
+        (next(n for n in parameters if ".layers.0.mlp.up_proj.lora_B" in n), 5),
+        (rows, 1 * D + 2),
+        (rows, 3 * D + 7),
+        ("heads.semantics.0.weight", 11),
+    ]
     for name, i in chosen:
         flat, ends = parameters[name].data.view(-1), []
         for sign in (1, -1):
@@ -113,8 +136,13 @@ def test_gradient_of_each_term_equals_central_differences(setup, float64_modules
             flat[i] -= sign * h
         s.model.after_update()
         for term in TERMS:
-            numeric, exact = float(ends[0][term] - ends[1][term]) / (2 * h), float(grads[term][name].view(-1)[i])
-            assert abs(numeric - exact) < 1e-7 + 1e-5 * abs(exact), f"{term} at {name}[{i}]: {numeric} instead of {exact}"
+            numeric, exact = (
+                float(ends[0][term] - ends[1][term]) / (2 * h),
+                float(grads[term][name].view(-1)[i]),
+            )
+            assert abs(numeric - exact) < 1e-7 + 1e-5 * abs(exact), (
+                f"{term} at {name}[{i}]: {numeric} instead of {exact}"
+            )
 
 
 def test_a_pair_counts_the_same_alone_and_in_a_padded_batch(setup):
@@ -128,7 +156,9 @@ def test_a_pair_counts_the_same_alone_and_in_a_padded_batch(setup):
 def test_the_latents_share_of_attention_is_watched_through_the_gate(setup):
     s = setup(*LORA)
     shut, opened = (s.objective(s.batch, at(of_run))["mass"] for of_run in (0.1, 1.0))
-    assert shut.item() == pytest.approx(eager_mass(s, s.method.gated(s.model, s.batch, s.method.gamma(0.1))), rel=1e-6)
+    assert shut.item() == pytest.approx(
+        eager_mass(s, s.method.gated(s.model, s.batch, s.method.gamma(0.1))), rel=1e-6
+    )
     assert opened.item() == pytest.approx(eager_mass(s, []), rel=1e-6) and shut != opened and opened > 0
     assert "mass" in s.method.monitored and not shut.requires_grad
 
@@ -136,10 +166,14 @@ def test_the_latents_share_of_attention_is_watched_through_the_gate(setup):
 def test_gaze_is_the_mean_over_layers_and_heads_of_what_eager_attention_computes(setup, float64_modules):
     s = setup(*LORA, which=[0])
     terms, weights = s.objective(s.batch, at(1.0)), []
+
     def eager(layer, q, k, scale):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = (q @ k.transpose(2, 3) * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
+        scores = (q @ k.transpose(2, 3) * scale).masked_fill(
+            torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf
+        )
         weights.append(scores.softmax(-1))
+
     s.model.hidden(s.batch, recorder=eager)
     A = torch.stack(weights).mean((0, 2))[0][s.batch["latents"][0]][:, s.batch["image"][0]]  # [K,N]
     A = A / A.sum(1, keepdim=True)
@@ -152,12 +186,17 @@ def test_gaze_is_the_mean_over_layers_and_heads_of_what_eager_attention_computes
 def test_semantics_read_the_last_latent_through_the_head(setup):
     s = setup(*LORA)
     h, phi = s.model.hidden(s.batch), s.method.heads["semantics"]
-    cosines = [torch.cosine_similarity(phi(h[b, s.batch["latents"][b, -1]]), s.batch["v_sem"][b].double(), 0) for b in range(3)]
+    cosines = [
+        torch.cosine_similarity(phi(h[b, s.batch["latents"][b, -1]]), s.batch["v_sem"][b].double(), 0)
+        for b in range(3)
+    ]
     assert abs(s.objective(s.batch, at(1.0))["semantics"] - (1 - sum(cosines) / 3)) < 1e-6
 
 
 def test_first_head_is_a_function_of_the_seed(setup):
-    """Torch's own first values of two layers with GELU between them, drawn after the seed; the global generator stays."""
+    """Torch's own first values of two layers with GELU between them, drawn after the seed; the global
+    generator stays.
+    """
     for seed in (0, 3):
         torch.manual_seed(8)
         s = setup(*LORA, "--seed", str(seed))
@@ -165,34 +204,64 @@ def test_first_head_is_a_function_of_the_seed(setup):
         torch.manual_seed(seed)
         layers = [torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)]
         head = s.method.heads["semantics"]
-        assert torch.equal(head[0].weight, layers[0].weight.double()) and torch.equal(head[2].weight, layers[1].weight.double())
+        assert torch.equal(head[0].weight, layers[0].weight.double()) and torch.equal(
+            head[2].weight, layers[1].weight.double()
+        )
         torch.manual_seed(8)
         assert torch.equal(after, torch.rand(()))
 
 
 def test_defaults_are_the_papers():
-    """Appendix A.2 and section 4: a fully trained language model, lambda 0.3, K 4, the gate open after 400 of 1000 steps."""
-    expected = {"latents": 4, "tune": "full", "max_steps": 1000, "batch_size": 16, "lr": 5e-6, "weight_decay": 0.0, "warmup": 0.03,
-                "decay": "linear", "gate": "cosine", "gate_warmup": 0.4, "gate_start": 1e-6, "w_semantics": 0.3, "w_gaze": 0.3, "gaze_top": 8}
+    """Appendix A.2 and section 4: a fully trained language model, lambda 0.3, K 4, the gate open after 400 of
+    1000 steps.
+    """
+    expected = {
+        "latents": 4,
+        "tune": "full",
+        "max_steps": 1000,
+        "batch_size": 16,
+        "lr": 5e-6,
+        "weight_decay": 0.0,
+        "warmup": 0.03,
+        "decay": "linear",
+        "gate": "cosine",
+        "gate_warmup": 0.4,
+        "gate_start": 1e-6,
+        "w_semantics": 0.3,
+        "w_gaze": 0.3,
+        "gaze_top": 8,
+    }
     settings = methods.parse(["--method", "lavit"])
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
 def test_loss_functions():
     cols = torch.tensor([[0, 1, 2, -1], [4, 5, 6, 7]])
-    A = torch.tensor([[[0.1, 0.2, 0.1, 0.0]] * 2, [[0.1, 0.1, 0.1, 0.1], [0.4, 0.1, 0.1, 0.2]]], dtype=torch.float64, requires_grad=True)  # [B,K,N]
+    A = torch.tensor(
+        [[[0.1, 0.2, 0.1, 0.0]] * 2, [[0.1, 0.1, 0.1, 0.1], [0.4, 0.1, 0.1, 0.2]]],
+        dtype=torch.float64,
+        requires_grad=True,
+    )  # [B,K,N]
     p = torch.tensor([[0.25, 0.5, 0.25, 0.0], [0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
     found = losses.gaze(A, p, cols)
     assert found[0].abs() < 1e-12  # renormalised, the same
-    assert found[1].item() == pytest.approx(math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.5) + 0.5 * math.log(0.5 / 0.125))  # summed over latents
-    assert torch.autograd.gradcheck(lambda a: losses.gaze(a.abs(), p, cols), [A.detach()[1:].repeat(2, 1, 1).requires_grad_()])
+    # Summed over latents.
+    assert found[1].item() == pytest.approx(
+        math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.5) + 0.5 * math.log(0.5 / 0.125)
+    )
+    assert torch.autograd.gradcheck(
+        lambda a: losses.gaze(a.abs(), p, cols), [A.detach()[1:].repeat(2, 1, 1).requires_grad_()]
+    )
     nothing = losses.gaze(A, torch.zeros_like(p), cols)
     assert torch.equal(nothing, torch.zeros(2)) and not torch.autograd.grad(nothing.sum(), A)[0].any()
     x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
-    assert torch.allclose(losses.semantics(x, torch.tensor([[6.0, 8.0], [0.0, 2.0]])), torch.tensor([0.0, 1.0]), atol=1e-6)
+    assert torch.allclose(
+        losses.semantics(x, torch.tensor([[6.0, 8.0], [0.0, 2.0]])), torch.tensor([0.0, 1.0]), atol=1e-6
+    )
 
 
-# ---- the gate ----------------------------------------------------------------------------------------------------------
+# --- the gate ---
+
 
 def test_gamma():
     of = lambda *flags: methods.get("lavit")(methods.parse(["--method", "lavit", *flags])).gamma
@@ -204,7 +273,8 @@ def test_gamma():
     assert hard(0) == hard(0.399) == 0 and hard(0.4) == 1
     assert of("--gate", "open")(0) == 1 and of("--gate_warmup", "0.5", "--gate_start", "0.01")(0) == 0.01
     settings = methods.parse(["--method", "lavit"])
-    assert settings.progress(400).of_run == settings.gate_warmup and settings.max_steps == 1000  # T_w = 400 of 1000
+    # T_w = 400 of 1000.
+    assert settings.progress(400).of_run == settings.gate_warmup and settings.max_steps == 1000
 
 
 def test_open_gate_is_the_plain_model_to_the_bit(setup):
@@ -216,7 +286,10 @@ def test_open_gate_is_the_plain_model_to_the_bit(setup):
 def test_almost_closed_gate_is_close_to_the_mask(setup):
     s = setup(*LORA)
     rows = position_mask(s.batch["answer_positions"], s.batch["input_ids"].shape[1])
-    shut, almost, half, plain = (s.model.hidden(s.batch, biases=s.method.gated(s.model, s.batch, g))[rows] for g in (0.0, 1e-6, 0.5, 1.0))
+    shut, almost, half, plain = (
+        s.model.hidden(s.batch, biases=s.method.gated(s.model, s.batch, g))[rows]
+        for g in (0.0, 1e-6, 0.5, 1.0)
+    )
     assert 0 < (shut - almost).abs().max() < 1e-4 * (shut - plain).abs().max()
     assert (half - plain).abs().max() < (shut - plain).abs().max()
 
@@ -227,17 +300,27 @@ def test_gate_blocks_the_answers_view_and_nothing_else(setup):
     plain = additive_mask([], s.batch["attention_mask"])[:, 0]
     for b in range(3):
         changed = {tuple(x) for x in (mask[b] != plain[b]).nonzero().tolist()}
-        assert changed == {(m, n) for m in s.batch["answer_positions"][b].tolist() for n in s.batch["image"][b].tolist() if m >= 0 and n >= 0}
+        assert changed == {
+            (m, n)
+            for m in s.batch["answer_positions"][b].tolist()
+            for n in s.batch["image"][b].tolist()
+            if m >= 0 and n >= 0
+        }
     half = additive_mask(s.method.gated(s.model, s.batch, 0.5), s.batch["attention_mask"])[:, 0]
     assert torch.allclose(half[mask != plain], torch.tensor(math.log(0.5)))
 
 
 def test_closed_gate_with_all_else_frozen_hides_the_image_exactly(setup):
-    """Two images, one batch; all rows but the answer's are lent: a closed gate leaves nothing to tell the images apart, an almost closed one does."""
+    """Two images, one batch; all rows but the answer's are lent: a closed gate leaves nothing to tell the
+    images apart, an almost closed one does.
+    """
     s = setup(*LORA, which=[0])
     L = s.batch["input_ids"].shape[1]
     image, rows = s.batch["input_ids"] == s.fmt.image, position_mask(s.batch["answer_positions"], L)
-    twice = {n: s.batch[n].repeat(2, 1) for n in ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids", "answer_positions")}
+    twice = {
+        n: s.batch[n].repeat(2, 1)
+        for n in ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids", "answer_positions")
+    }
     twice["pixel_values"] = torch.cat([s.batch["pixel_values"], s.batch["pixel_values"].flip(0)])
     copy = LatentCopy(~image & ~rows & s.batch["attention_mask"].bool(), "kv")
     for gamma, same in ((0.0, True), (1e-6, False), (1.0, False)):
@@ -252,12 +335,16 @@ def test_no_future_leaks_through_the_gate(setup):
     other["input_ids"][0, last] = s.fmt.end
     assert not torch.equal(other["input_ids"], s.batch["input_ids"])
     for gamma in (0.0, 0.5):
-        a, b = (s.model.hidden(x, biases=s.method.gated(s.model, s.batch, gamma))[0] for x in (s.batch, other))
+        a, b = (
+            s.model.hidden(x, biases=s.method.gated(s.model, s.batch, gamma))[0] for x in (s.batch, other)
+        )
         assert torch.equal(a[:last], b[:last]) and not torch.equal(a[last], b[last])
 
 
 def test_latents_masked_at_inference(setup):
-    """Table 3's last control: other latents change no row but theirs, to the bit; seen, they do. It adds to a method's own mask."""
+    """Table 3's last control: other latents change no row but theirs, to the bit; seen, they do. It adds to a
+    method's own mask.
+    """
     s = setup(*LORA, which=[0])
     other = dict(s.batch, input_ids=s.batch["input_ids"].clone())
     at_latents = s.batch["latents"][0]
@@ -277,27 +364,42 @@ def test_bottleneck_at_test_time_is_the_closed_gate(setup):
     """`evaluate --bottleneck` asks for the mask of a prompt whose only row is `<answer>`."""
     s = setup(*LORA, which=[0])
     ids, image, _ = s.fmt.question(s.records[0].turns, [len(s.batch["image"][0])])
-    batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "answer_positions": torch.tensor([[len(ids) - 1]])}
+    batch = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids)),
+        "answer_positions": torch.tensor([[len(ids) - 1]]),
+    }
     bias = s.method.biases(s.model, batch)[0]
-    assert bias.value == -math.inf and bias.queries.nonzero().tolist() == [[0, len(ids) - 1]] and bias.keys[0].nonzero()[:, 0].tolist() == image
+    assert (
+        bias.value == -math.inf
+        and bias.queries.nonzero().tolist() == [[0, len(ids) - 1]]
+        and bias.keys[0].nonzero()[:, 0].tolist() == image
+    )
 
 
-# ---- controls change what they say and nothing else --------------------------------------------------------------------
+# --- controls change what they say and nothing else ---
+
 
 def test_controls(setup):
     terms = lambda *flags, of_run=0.1: (lambda s: s.objective(s.batch, at(of_run)))(setup(*LORA, *flags))
     full = terms()
     without = terms("--w_gaze", "0")
-    assert set(without) == {"ce", "semantics", "mass"} and all(abs(without[n] - full[n]) < 1e-12 for n in without)
+    assert set(without) == {"ce", "semantics", "mass"} and all(
+        abs(without[n] - full[n]) < 1e-12 for n in without
+    )
     without = terms("--w_semantics", "0")
     assert set(without) == {"ce", "gaze", "mass"} and all(torch.equal(without[n], full[n]) for n in without)
     hard, open_ = terms("--gate", "hard"), terms("--gate", "open")
     assert all(abs(x["ce"] - full["ce"]) > 1e-6 for x in (hard, open_))
     for name in ("semantics", "gaze"):  # the latents stand before the gated rows
         assert torch.equal(hard[name], full[name]) and abs(open_[name] - full[name]) < 1e-12
-    assert torch.equal(open_["ce"], terms(of_run=1.0)["ce"]) and torch.equal(hard["ce"], terms("--gate", "hard", of_run=0.0)["ce"])
+    assert torch.equal(open_["ce"], terms(of_run=1.0)["ce"]) and torch.equal(
+        hard["ce"], terms("--gate", "hard", of_run=0.0)["ce"]
+    )
     fewer = terms("--gaze_top", "2")
-    assert abs(fewer["gaze"] - full["gaze"]) > 1e-6 and all(torch.equal(fewer[n], full[n]) for n in ("ce", "semantics"))
+    assert abs(fewer["gaze"] - full["gaze"]) > 1e-6 and all(
+        torch.equal(fewer[n], full[n]) for n in ("ce", "semantics")
+    )
 
 
 def test_without_both_terms_no_teacher_is_needed(setup):
@@ -311,9 +413,14 @@ def test_without_both_terms_no_teacher_is_needed(setup):
 def test_bad_input(setup):
     s = setup(*LORA)
     s.records[0].features = {}
-    with pytest.raises(RecordError, match="lavit.jsonl:1: field 'features': no 'lavit' in it; data_prep/lavit_teacher.py makes it"):
+    with pytest.raises(
+        RecordError,
+        match="lavit.jsonl:1: field 'features': no 'lavit' in it; data_prep/lavit_teacher.py makes it",
+    ):
         s.examples.build(0, 0)
-    with pytest.raises(RecordError, match="lavit.jsonl:3: field 'features': the teacher saw 2 images, the record has 1"):
+    with pytest.raises(
+        RecordError, match="lavit.jsonl:3: field 'features': the teacher saw 2 images, the record has 1"
+    ):
         s.method.extras(s.records[2], [None])
     s = setup(*LORA, "--semantics_dim", "7")
     with pytest.raises(UserError, match="--semantics_dim 32 is needed"):
@@ -323,26 +430,40 @@ def test_bad_input(setup):
             methods.parse(["--method", "lavit", *flags])
 
 
-# ---- runs --------------------------------------------------------------------------------------------------------------
+# --- runs ---
+
 
 @pytest.fixture
 def flags(model_dirs, records_file, tmp_path):
-    return lambda name, *more: ["--method", "lavit", "--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(tmp_path / name), "--latents", "3",
-                                "--lr", "1e-3", "--dtype", "float64", "--device", "cpu", "--eval_every", "0", "--log_every", "100", *more]
+    return lambda name, *more: [
+        "--method", "lavit", "--model", str(model_dirs[True]), "--data", str(records_file),
+        "--output", str(tmp_path / name), "--latents", "3", "--lr", "1e-3", "--dtype", "float64",
+        "--device", "cpu", "--eval_every", "0", "--log_every", "100", *more,
+    ]
 
 
 def test_two_processes_equal_one(flags, tmp_path):
     more = ["--max_steps", "3"]
     run(SCRIPT, flags("one", *more, "--batch_size", "4"))
-    run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *SCRIPT], flags("two", *more, "--batch_size", "1", "--accumulation", "2"))
-    a, b = ([json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *SCRIPT],
+        flags("two", *more, "--batch_size", "1", "--accumulation", "2"),
+    )
+    a, b = (
+        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
     assert len(a) == len(b) == 3
     for x, y in zip(a, b):
         for name in (*TERMS, "loss", "grad_norm"):
             assert x[name] == pytest.approx(y[name], rel=1e-6, abs=1e-9), name
         assert x["loss"] == pytest.approx(x["ce"] + 0.3 * (x["semantics"] + x["gaze"]))  # eq. 9
-    one, two = (load_file(tmp_path / n / "checkpoints" / "step-3" / "trainable.safetensors") for n in ("one", "two"))
-    assert any("heads.semantics" in n for n in one) and all(torch.allclose(one[n], two[n], rtol=0, atol=1e-6) for n in one)
+    one, two = (
+        load_file(tmp_path / n / "checkpoints" / "step-3" / "trainable.safetensors") for n in ("one", "two")
+    )
+    assert any("heads.semantics" in n for n in one) and all(
+        torch.allclose(one[n], two[n], rtol=0, atol=1e-6) for n in one
+    )
 
 
 def test_a_resumed_run_is_the_unbroken_one(flags, tmp_path):
@@ -357,12 +478,15 @@ def test_a_resumed_run_is_the_unbroken_one(flags, tmp_path):
     assert [[x[n] for n in TERMS] for x in lines[0]] == [[x[n] for n in TERMS] for x in lines[1]]
 
 
-# ---- gaze: pure functions ----------------------------------------------------------------------------------------------
+# --- gaze: pure functions ---
+
 
 def test_normalise_and_top():
     A = normalise(torch.tensor([2.0, 6.0, 4.0]))
     assert torch.allclose(A, torch.tensor([0.0, 1.0, 0.5])) and not normalise(torch.full((3,), 0.2)).any()
-    assert torch.allclose(top(A, 2), torch.tensor([0.0, 2 / 3, 1 / 3])) and torch.allclose(top(A, 8), torch.tensor([0.0, 2 / 3, 1 / 3]))
+    assert torch.allclose(top(A, 2), torch.tensor([0.0, 2 / 3, 1 / 3])) and torch.allclose(
+        top(A, 8), torch.tensor([0.0, 2 / 3, 1 / 3])
+    )
     assert top(torch.ones(5), 2).tolist() == [0.5, 0.5, 0, 0, 0] and not top(torch.zeros(4), 2).any()
 
 
@@ -371,22 +495,34 @@ def test_align():
     assert torch.equal(align(A, [[2, 3], [2, 2]], [[2, 3], [2, 2]]), A)
     # bilinear, pixel centres: 1 x 2 to 1 x 4 sits at -1/4, 1/4, 3/4, 5/4 and takes the border's beyond it
     assert align(torch.tensor([0.0, 1.0]), [[1, 2]], [[1, 4]]).tolist() == [0, 0.25, 0.75, 1]
-    both = align(torch.cat([A[:6], torch.tensor([0.0, 1.0]), torch.zeros(3)]), [[2, 3], [1, 2]], [[2, 3], [1, 4]])  # what follows is padding
+    # What follows is padding.
+    both = align(
+        torch.cat([A[:6], torch.tensor([0.0, 1.0]), torch.zeros(3)]), [[2, 3], [1, 2]], [[2, 3], [1, 4]]
+    )
     assert torch.equal(both, torch.tensor([0, 1, 2, 3, 4, 5, 0, 0.25, 0.75, 1.0]))
     assert align(torch.ones(6), [[2, 3]], [[5, 7]]).allclose(torch.ones(35))
 
 
 def test_statistics():
     A = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    assert focus(A, torch.tensor([True, False, False, True])).item() == pytest.approx(0.5) and focus(torch.zeros(4), A > 0) == 0
-    assert entropy(torch.ones(16)).item() == pytest.approx(math.log(16)) and entropy(torch.tensor([0.0, 3.0, 0.0])) == 0
+    assert (
+        focus(A, torch.tensor([True, False, False, True])).item() == pytest.approx(0.5)
+        and focus(torch.zeros(4), A > 0) == 0
+    )
+    assert (
+        entropy(torch.ones(16)).item() == pytest.approx(math.log(16))
+        and entropy(torch.tensor([0.0, 3.0, 0.0])) == 0
+    )
     assert entropy(A).item() == pytest.approx(-sum(p * math.log(p) for p in A.tolist()))
     assert salient(A) == 1 and salient(torch.ones(9)) == 0  # 0.4 > 1.5 x 0.25
 
 
 def test_inside():
-    grid = inside([[30, 0, 56, 28]], (112, 84), (3, 4)).view(3, 4)  # cells of 28 pixels; x1 and y1 are exclusive
+    # Cells of 28 pixels; x1 and y1 are exclusive.
+    grid = inside([[30, 0, 56, 28]], (112, 84), (3, 4)).view(3, 4)
     assert grid.nonzero().tolist() == [[0, 1]]
-    assert inside([[20, 20, 40, 40]], (112, 84), (3, 4)).view(3, 4).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert inside([[20, 20, 40, 40]], (112, 84), (3, 4)).view(3, 4).nonzero().tolist() == [
+        [0, 0], [0, 1], [1, 0], [1, 1],
+    ]
     assert inside([[0, 0, 1, 1], [111, 83, 112, 84]], (112, 84), (3, 4)).nonzero()[:, 0].tolist() == [0, 11]
     assert inside([[-5, -5, 500, 500]], (112, 84), (3, 4)).all() and not inside([], (10, 10), (2, 2)).any()

@@ -1,4 +1,7 @@
-"""The teacher's side of LaViT: gaze equal to eager attention's, resumable and sharded files, filters, and a student that learns from them."""
+"""The teacher's side of LaViT: gaze equal to eager attention's, resumable and sharded files, filters, and a
+student that learns from them.
+"""
+
 import json
 import math
 from types import SimpleNamespace
@@ -28,7 +31,12 @@ def source(records_file, tmp_path):
 
 
 def teach(model_dirs, source, *more):
-    lavit_teacher.main(["--teacher", str(model_dirs[True]), "--data", str(source), "--shard", "2", "--batch_size", "3", "--max_new_tokens", "3", "--device", "cpu", *more])
+    lavit_teacher.main(
+        [
+            "--teacher", str(model_dirs[True]), "--data", str(source), "--shard", "2", "--batch_size", "3",
+            "--max_new_tokens", "3", "--device", "cpu", *more,
+        ]
+    )
 
 
 def eager(model, batch):
@@ -37,11 +45,13 @@ def eager(model, batch):
 
     def keep(layer, q, k, scale):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = (q @ k.transpose(2, 3) * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
+        scores = (q @ k.transpose(2, 3) * scale).masked_fill(
+            torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf
+        )
         weights.append(scores.softmax(-1))
 
     model.hidden(batch, recorder=keep)
-    mean = torch.stack(weights).mean((0, 2))                                    # [B,L,L], over layers and heads
+    mean = torch.stack(weights).mean((0, 2))  # [B,L,L], over layers and heads
     out = []
     for b, cols in enumerate(batch["image"]):
         cols, own = cols[cols >= 0], set(batch["latents"][b].tolist())
@@ -56,7 +66,7 @@ def test_gaze_of_a_small_attention_by_hand():
     """
     # Scores q.k of d = 1 at scale 1: keys' values are the logarithms, so that weights are shares of small
     # numbers.
-    keys = torch.tensor([[1.0, 2.0, 1.0, 4.0]]).log()[None, :, :, None]                        # [1,1,4,1]
+    keys = torch.tensor([[1.0, 2.0, 1.0, 4.0]]).log()[None, :, :, None]  # [1,1,4,1]
     queries = torch.ones(1, 2, 4, 1)
     queries[0, 1] = 2.0  # the second head squares the numbers
     other = torch.tensor([[3.0, 1.0, 2.0, 2.0]]).log()[None, :, :, None]
@@ -64,10 +74,8 @@ def test_gaze_of_a_small_attention_by_hand():
     looks(0, queries, keys, 1.0)
     looks(1, queries[:, :, :, :], other, 1.0)
     # Row 2 sees keys 0 to 2, row 3 all four.
-    first = (
-        [1 / 4 + 1 / 8, 2 / 4 + 2 / 8],
-        [1 / 6 + 1 / 22, 4 / 6 + 4 / 22],
-    )  # layer 0: head 0, head 1; column by column
+    # Layer 0: head 0, head 1; column by column.
+    first = ([1 / 4 + 1 / 8, 2 / 4 + 2 / 8], [1 / 6 + 1 / 22, 4 / 6 + 4 / 22])
     second = [3 / 6 + 3 / 8, 1 / 6 + 1 / 8], [9 / 14 + 9 / 18, 1 / 14 + 1 / 18]
     expected = [sum(head[n] for layer in (first, second) for head in layer) / (2 * 2 * 2) for n in (0, 1)]
     assert looks.S.tolist() == [pytest.approx(expected, rel=1e-6)]
@@ -115,11 +123,8 @@ def stub(setup, monkeypatch):
     def answers(model, fmt, records, batch_size, max_new_tokens):
         told.answered.append(
             (
-                [r.id for r in records],
-                [len(r.images) for r in records],
-                [r.turns[-1][1] for r in records],
-                batch_size,
-                max_new_tokens,
+                [r.id for r in records], [len(r.images) for r in records], [r.turns[-1][1] for r in records],
+                batch_size, max_new_tokens,
             )
         )
         seeing = bool(records[0].images)
@@ -157,52 +162,27 @@ def test_the_command_passes_its_flags_on(stub, source, tmp_path, capsys):
     records.write_text(source.read_text())
     lavit_teacher.main(
         [
-            "--teacher",
-            "some/teacher",
-            "--data",
-            str(records),
-            "--image_root",
-            str(tmp_path),
-            "--limit",
-            "2",
-            "--shard",
-            "1",
-            "--batch_size",
-            "5",
-            "--max_new_tokens",
-            "6",
-            "--dtype",
-            "bfloat16",
-            "--keep",
-            "all",
-            "--device",
-            "cpu",
+            "--teacher", "some/teacher", "--data", str(records), "--image_root", str(tmp_path),
+            "--limit", "2", "--shard", "1", "--batch_size", "5", "--max_new_tokens", "6",
+            "--dtype", "bfloat16", "--keep", "all", "--device", "cpu",
         ]
     )
     (name, which, device), how = stub.opened[0]
     assert (name, which, device, how["dtype"]) == (
-        "some/teacher",
-        "best",
-        torch.device("cpu"),
-        torch.bfloat16,
+        "some/teacher", "best", torch.device("cpu"), torch.bfloat16,
     )
     assert stub.looked == [(["0"], 5), (["1"], 5)]
+    # With the image, then without.
     assert [(ids, images) for ids, images, *_ in stub.answered] == [
-        (["0"], [1]),
-        (["0"], [0]),
-        (["1"], [1]),
-        (["1"], [0]),
-    ]  # with the image, then without
+        (["0"], [1]), (["0"], [0]), (["1"], [1]), (["1"], [0]),
+    ]
     assert all((batch, room) == (5, 6) for *_, batch, room in stub.answered)
     assert stub.answered[0][2] == ["<image>\nWhat colour is the star?"] and stub.answered[1][2] == [
         "What colour is the star?"
     ]
 
     assert sorted(p.name for p in (tmp_path / "lavit").iterdir()) == [
-        "mine-00000.jsonl",
-        "mine-00000.safetensors",
-        "mine-00001.jsonl",
-        "mine-00001.safetensors",
+        "mine-00000.jsonl", "mine-00000.safetensors", "mine-00001.jsonl", "mine-00001.safetensors",
         "mine.json",
     ]
     assert load_file(tmp_path / "lavit" / "mine-00001.safetensors")["1/v_sem"].tolist() == [1.0] * 5
@@ -275,9 +255,10 @@ def test_the_command_keeps_what_passes(stub, source, tmp_path, capsys, share, bl
     )
     assert len(stub.opened) == 1
     lavit_teacher.main([*flags, "--keep", "all"])
+    # The shards are there.
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["0", "1", "2"] and len(
         stub.opened
-    ) == 1  # the shards are there
+    ) == 1
 
 
 @pytest.mark.parametrize("method", ["sft", "crystal"])
@@ -307,7 +288,11 @@ def test_semantics_are_the_mean_of_the_image_tokens_last_states(setup):
         assert int(tensors["gaze_grid"].prod(1).sum()) == len(tensors["gaze"]) == len(cols)
         if i < 2:
             assert tensors["gaze_grid"].tolist() == [grids[i]]
-        assert statistics["focus"] is None and 0 < statistics["entropy"] <= math.log(len(cols)) and statistics["salient"] >= 0
+        assert (
+            statistics["focus"] is None
+            and 0 < statistics["entropy"] <= math.log(len(cols))
+            and statistics["salient"] >= 0
+        )
     assert tensors["gaze_grid"].tolist() == [[4, 3], [3, 2]]  # two images
 
 
@@ -315,17 +300,30 @@ def test_focus_score_counts_what_the_boxes_touch(setup):
     s = setup("--method", "sft", which=[0])
     s.records[0].boxes = [[0, 0, 28, 28], [100, 60, 104, 70]]  # tokens 0 and 11 of 3 x 4
     tensors, statistics = look(s.model, s.fmt, s.method, s.records, 1)[0]
-    assert statistics["focus"] == pytest.approx(float((tensors["gaze"][0] + tensors["gaze"][11]) / tensors["gaze"].sum()))
+    assert statistics["focus"] == pytest.approx(
+        float((tensors["gaze"][0] + tensors["gaze"][11]) / tensors["gaze"].sum())
+    )
 
 
 def test_files_resume_and_the_student_learns_from_them(model_dirs, source, tmp_path, capsys):
     teach(model_dirs, source, "--keep", "all")
     out, folder = tmp_path / "set.v1.lavit.jsonl", tmp_path / "lavit"
     said = capsys.readouterr().out
-    assert "3 records in 2 shards, 0 there already" in said and "1 records have no boxes" in said and "--semantics_dim 32" in said
+    assert (
+        "3 records in 2 shards, 0 there already" in said
+        and "1 records have no boxes" in said
+        and "--semantics_dim 32" in said
+    )
     records, _ = data.read(out)
-    assert [r.features["lavit"].name for r in records] == ["set.v1-00000.safetensors"] * 2 + ["set.v1-00001.safetensors"]
-    assert {n: x.shape for n, x in data.load_features(records[2], "lavit").items()} == {"gaze": (18,), "gaze_grid": (2, 2), "gaze_top": (8,), "v_sem": (32,)}
+    assert [r.features["lavit"].name for r in records] == ["set.v1-00000.safetensors"] * 2 + [
+        "set.v1-00001.safetensors"
+    ]
+    assert {n: x.shape for n, x in data.load_features(records[2], "lavit").items()} == {
+        "gaze": (18,),
+        "gaze_grid": (2, 2),
+        "gaze_top": (8,),
+        "v_sem": (32,),
+    }
 
     lost, kept = folder / "set.v1-00001", folder / "set.v1-00000"
     before, stamp = load_file(f"{lost}.safetensors"), (folder / "set.v1-00000.safetensors").stat().st_mtime_ns
@@ -339,18 +337,27 @@ def test_files_resume_and_the_student_learns_from_them(model_dirs, source, tmp_p
     with pytest.raises(UserError, match="made by another teacher"):
         teach(model_dirs, source, "--max_pixels", "6272")
     teach(model_dirs, source, "--max_pixels", "6272", "--overwrite", "--keep", "all")
-    assert "0 there already" in capsys.readouterr().out and load_file(f"{kept}.safetensors")["0/gaze_grid"].prod() < 12
+    assert (
+        "0 there already" in capsys.readouterr().out
+        and load_file(f"{kept}.safetensors")["0/gaze_grid"].prod() < 12
+    )
 
     # a student that sees the images larger: its grid is finer than the teacher's
-    flags = ["--method", "lavit", "--model", str(model_dirs[True]), "--data", str(out), "--max_steps", "2", "--batch_size", "3", "--lr", "1e-3", "--min_pixels", "25088",
-             "--eval_every", "0", "--output", str(tmp_path / "run")]
+    flags = [
+        "--method", "lavit", "--model", str(model_dirs[True]), "--data", str(out), "--max_steps", "2",
+        "--batch_size", "3", "--lr", "1e-3", "--min_pixels", "25088", "--eval_every", "0",
+        "--output", str(tmp_path / "run"),
+    ]
     run = train.main(flags)
     first, last = (json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert last["gaze"] < first["gaze"] and last["semantics"] < first["semantics"]
 
     # a run as teacher: its checkpoint counts, not its name alone
     (tmp_path / "own.jsonl").write_text(source.read_text().splitlines()[0] + "\n")
-    own = ["--teacher", str(run), "--data", str(tmp_path / "own.jsonl"), "--max_new_tokens", "2", "--keep", "all", "--device", "cpu"]
+    own = [
+        "--teacher", str(run), "--data", str(tmp_path / "own.jsonl"), "--max_new_tokens", "2",
+        "--keep", "all", "--device", "cpu",
+    ]
     lavit_teacher.main(own)
     train.main(flags + ["--overwrite", "--seed", "1"])
     with pytest.raises(UserError, match="made by another teacher"):
@@ -358,15 +365,22 @@ def test_files_resume_and_the_student_learns_from_them(model_dirs, source, tmp_p
 
 
 def test_two_ranks_write_what_one_writes(model_dirs, source, tmp_path):
-    flags = ["--teacher", str(model_dirs[True]), "--data", str(source), "--shard", "1", "--max_new_tokens", "2", "--device", "cpu", "--keep", "all"]
+    flags = [
+        "--teacher", str(model_dirs[True]), "--data", str(source), "--shard", "1", "--max_new_tokens", "2",
+        "--device", "cpu", "--keep", "all",
+    ]
     script = str(ROOT / "data_prep" / "lavit_teacher.py")
     done = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script], flags)
     assert done.count("wrote 3 records") == 1
-    two = {p.name: p.read_bytes() for p in (tmp_path / "lavit").iterdir()} | {"records": (tmp_path / "set.v1.lavit.jsonl").read_bytes()}
+    two = {p.name: p.read_bytes() for p in (tmp_path / "lavit").iterdir()} | {
+        "records": (tmp_path / "set.v1.lavit.jsonl").read_bytes()
+    }
     for p in (tmp_path / "lavit").iterdir():
         p.unlink()
     lavit_teacher.main(flags)
-    assert two == {p.name: p.read_bytes() for p in (tmp_path / "lavit").iterdir()} | {"records": (tmp_path / "set.v1.lavit.jsonl").read_bytes()}
+    assert two == {p.name: p.read_bytes() for p in (tmp_path / "lavit").iterdir()} | {
+        "records": (tmp_path / "set.v1.lavit.jsonl").read_bytes()
+    }
 
 
 def test_a_broken_image_is_left_out_and_told(model_dirs, source, tmp_path, capsys):
@@ -383,12 +397,20 @@ def test_a_broken_image_is_left_out_and_told(model_dirs, source, tmp_path, capsy
     for there in (0, 2):
         teach(model_dirs, source, "--keep", "all", "--on_bad_record", "skip")
         out = capsys.readouterr().out
-        assert f"{there} there already" in out and "left out: " in out and "list.json[1]" in out and "2 records, entropy" in out
-        assert [json.loads(line)["id"] for line in (tmp_path / "list.lavit.jsonl").read_text().splitlines()] == ["0", "2"]
+        assert (
+            f"{there} there already" in out
+            and "left out: " in out
+            and "list.json[1]" in out
+            and "2 records, entropy" in out
+        )
+        assert [
+            json.loads(line)["id"] for line in (tmp_path / "list.lavit.jsonl").read_text().splitlines()
+        ] == ["0", "2"]
     last = (tmp_path / "2_0.png").read_bytes()
     (tmp_path / "2_0.png").write_bytes(b"x")
     (tmp_path / "lavit" / "list-00001.jsonl").unlink()
-    with pytest.raises(UserError, match="2 broken records, more than 1 % of 3"):  # that of the run before counts too
+    # That of the run before counts too.
+    with pytest.raises(UserError, match="2 broken records, more than 1 % of 3"):
         teach(model_dirs, source, "--on_bad_record", "skip")
     (tmp_path / "2_0.png").write_bytes(last)
     (tmp_path / "1_0.png").write_bytes(whole)
@@ -405,23 +427,49 @@ def test_a_broken_image_is_left_out_and_told(model_dirs, source, tmp_path, capsy
 
 
 def test_filters():
-    line = lambda correct, blind, focus: {"correct": correct, "blind_correct": blind, "focus": focus, "entropy": 1.0, "salient": 2}
-    assert passes(line(True, False, 0.2), 0.2) == (True, True, True) and passes(line(False, True, 0.19), 0.2) == (False, False, False)
+    line = lambda correct, blind, focus: {
+        "correct": correct,
+        "blind_correct": blind,
+        "focus": focus,
+        "entropy": 1.0,
+        "salient": 2,
+    }
+    assert passes(line(True, False, 0.2), 0.2) == (True, True, True) and passes(
+        line(False, True, 0.19), 0.2
+    ) == (False, False, False)
     assert passes(line(True, False, None), 0.2)[2]
-    text = report([line(True, False, 0.5), line(True, False, 0.1), line(True, True, 0.5), line(False, False, None)], 0.2)
-    assert "answered correctly: 3 alone, 3 after" in text and "without the image: 3 alone, 2 after" in text and "the boxes: 3 alone, 1 after" in text
+    text = report(
+        [line(True, False, 0.5), line(True, False, 0.1), line(True, True, 0.5), line(False, False, None)], 0.2
+    )
+    assert (
+        "answered correctly: 3 alone, 3 after" in text
+        and "without the image: 3 alone, 2 after" in text
+        and "the boxes: 3 alone, 1 after" in text
+    )
     assert "focus score 0.367" in text and "1 records have no boxes" in text
 
 
 def test_bad_input(model_dirs, source, records_file):
-    for flags in (["--shard", "0"], ["--batch_size", "0"], ["--max_new_tokens", "0"], ["--limit", "-1"], ["--device", "cuda:99"]):
+    for flags in (
+        ["--shard", "0"], ["--batch_size", "0"], ["--max_new_tokens", "0"], ["--limit", "-1"],
+        ["--device", "cuda:99"],
+    ):
         with pytest.raises(UserError, match=" ".join(flags)):
             teach(model_dirs, source, *flags)
-    with pytest.raises(UserError, match="no record passes all three filters"):  # a random teacher answers nothing
+    # A random teacher answers nothing.
+    with pytest.raises(UserError, match="no record passes all three filters"):
         teach(model_dirs, source)
     lines = source.read_text().splitlines()
-    for change, message in (({"id": "0"}, "set.v1.jsonl:2: field 'id': missing, or that of another"), ({"images": [], "conversations": [{"from": "human", "value": "Why?"},
-                            {"from": "gpt", "value": "so"}]}, "set.v1.jsonl:2: field 'image': missing")):
+    for change, message in (
+        ({"id": "0"}, "set.v1.jsonl:2: field 'id': missing, or that of another"),
+        (
+            {
+                "images": [],
+                "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}],
+            },
+            "set.v1.jsonl:2: field 'image': missing",
+        ),
+    ):
         source.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change)]) + "\n")
         with pytest.raises(UserError, match=message):
             teach(model_dirs, source)

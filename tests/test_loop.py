@@ -1,14 +1,15 @@
 """The training loop against twenty lines of plain PyTorch.
 
-`plain_loop` below is the right value: torch's AdamW, a schedule, a clipping and a copy of the trainable tokens
-written out here, over the same batches. Of crystal it takes what a record looks like in a batch and what a
-method's terms are (both are held by tests of their own), and nothing of the loop: the order of the records,
-the stages, the weights and the seeds of dropout stand here as numbers and formulas. train.py must then log
-the same losses and leave the same weights, to the bit; on two processes, which sum in another order, within
-TOLERANCE.
+`plain_loop` below is the right value: torch's AdamW, a schedule, a clipping and a copy of the trainable
+tokens written out here, over the same batches. Of crystal it takes what a record looks like in a batch and
+what a method's terms are (both are held by tests of their own), and nothing of the loop: the order of the
+records, the stages, the weights and the seeds of dropout stand here as numbers and formulas. train.py must
+then log the same losses and leave the same weights, to the bit; on two processes, which sum in another order,
+within TOLERANCE.
 
 Run as a script, this file is one of those two processes.
 """
+
 import json
 import math
 import os
@@ -37,23 +38,34 @@ UPDATES = 6
 TOLERANCE = 1e-6  # between one process and two, in float64
 
 
-# ---- three files of records, unlike each other in length, pictures and number ------------------------------
+# --- three files of records, unlike each other in length, pictures and number ---
 
 TALK = {  # file: [(question, answer, sizes of its pictures, thoughts)]
-    "train": [("What colour is the star?", "red", [(112, 84)], ["I look.", "It is red."]),
-              ("How many rings are there in the picture?", "3", [(56, 56)], ["I count."]),
-              ("Which is nearer to the cross, the ring or the heart?", "the heart is nearer",
-               [(84, 112), (56, 84)], []),
-              ("Is it night?", "no", [(84, 56)], ["The sky is bright.", "So it is day."]),
-              ("What stands left of the tree?", "a bench", [(56, 112)], ["I look left."])],
-    "second": [("Where is the cat?", "on the roof", [(56, 84)], ["I search."]),
-               ("What is it made of?", "wood and some iron", [(112, 56)], ["I see grain."]),
-               ("How far is the moon?", "far", [(84, 84)], [])],
-    "val": [("What colour is the cross?", "dark green", [(84, 84)], ["I look."]),
-            ("How many hearts?", "2", [(56, 112)], []),
-            ("Is the ring above the star or below it?", "it is above", [(112, 112)], ["I compare."]),
-            ("Is it raining?", "yes", [(56, 56)], ["It is wet."]),
-            ("What is behind the fence?", "a dog", [(112, 56), (84, 56)], ["I look behind it."])]}
+    "train": [
+        ("What colour is the star?", "red", [(112, 84)], ["I look.", "It is red."]),
+        ("How many rings are there in the picture?", "3", [(56, 56)], ["I count."]),
+        (
+            "Which is nearer to the cross, the ring or the heart?",
+            "the heart is nearer",
+            [(84, 112), (56, 84)],
+            [],
+        ),
+        ("Is it night?", "no", [(84, 56)], ["The sky is bright.", "So it is day."]),
+        ("What stands left of the tree?", "a bench", [(56, 112)], ["I look left."]),
+    ],
+    "second": [
+        ("Where is the cat?", "on the roof", [(56, 84)], ["I search."]),
+        ("What is it made of?", "wood and some iron", [(112, 56)], ["I see grain."]),
+        ("How far is the moon?", "far", [(84, 84)], []),
+    ],
+    "val": [
+        ("What colour is the cross?", "dark green", [(84, 84)], ["I look."]),
+        ("How many hearts?", "2", [(56, 112)], []),
+        ("Is the ring above the star or below it?", "it is above", [(112, 112)], ["I compare."]),
+        ("Is it raining?", "yes", [(56, 56)], ["It is wet."]),
+        ("What is behind the fence?", "a dog", [(112, 56), (84, 56)], ["I look behind it."]),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +89,13 @@ def files(tmp_path_factory):
     return paths
 
 
-# ---- the twenty lines --------------------------------------------------------------------------------------
+# --- the twenty lines ---
+
 
 @dataclass
 class Part:
     """A stage: its updates (stop is not one), its peak rate, updates that warm up, the file that it reads."""
+
     start: int
     stop: int
     peak: float
@@ -92,17 +106,18 @@ class Part:
 @dataclass
 class Case:
     """What the flags of a run mean, as numbers that `plain_loop` reads."""
+
     flags: str
     stages: list
-    weights: dict                    # of every term that trains; a term that is not here is watched
+    weights: dict  # of every term that trains; a term that is not here is watched
     batch: int = 2
     accumulation: int = 1
     clip: float = 1.0
-    decay: float = 0.1               # of matrices
-    rows: float = 1.0                # rate of the trainable tokens, in multiples of the others'
-    line: bool = False               # after the warm-up a line, not a cosine
+    decay: float = 0.1  # of matrices
+    rows: float = 1.0  # rate of the trainable tokens, in multiples of the others'
+    line: bool = False  # after the warm-up a line, not a cosine
     dtype: torch.dtype = torch.float32
-    narrow: bool = False             # computed in bfloat16 on float32 weights
+    narrow: bool = False  # computed in bfloat16 on float32 weights
     corruption: Corruption = None
     seed: int = 4
     untied: bool = False
@@ -147,14 +162,21 @@ def plain_loop(case, argv, files):
     trained = {name: p for name, p in whole.named_parameters() if p.requires_grad}
     rows = [p for name, p in trained.items() if name.startswith("model.new_tokens.")]
     others = [p for name, p in trained.items() if not name.startswith("model.new_tokens.")]
-    optimizer = torch.optim.AdamW([{"params": [p for p in others if p.ndim > 1], "weight_decay": case.decay},
-                                   {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-                                   {"params": rows, "weight_decay": 0.0}], betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": case.decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            {"params": rows, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
     pad, log = model.tokenizer.pad_token_id, []
 
     def examples(name, number, seed):
         def layout(record, image_tokens):
             return method.layout(fmt, record, image_tokens, number)
+
         records = data.read(files[name])[0]
         more = {"copies": fmt.copies, "extras": method.extras}
         return data.RecordDataset(records, layout, model.image_processor, case.corruption, seed, **more)
@@ -202,7 +224,9 @@ def plain_loop(case, argv, files):
 def follow(model):
     """The vocabulary's new rows become what was trained in their place; an untied head has its own."""
     if model.new_tokens is not None:
-        model.hf.get_input_embeddings().weight[model.new_tokens.ids] = model.new_tokens.embedding.to(model.hf.dtype)
+        model.hf.get_input_embeddings().weight[model.new_tokens.ids] = model.new_tokens.embedding.to(
+            model.hf.dtype
+        )
         if model.hf.lm_head.weight is not model.hf.get_input_embeddings().weight:
             model.hf.lm_head.weight[model.new_tokens.ids] = model.new_tokens.head.to(model.hf.dtype)
 
@@ -221,7 +245,7 @@ def validation(case, whole, method, examples, pad):
     return means
 
 
-# ---- the runs ----------------------------------------------------------------------------------------------
+# --- the runs ---
 
 OWN = """from dataclasses import dataclass
 from crystal.runtime import config
@@ -249,58 +273,121 @@ ONES = {"ce_int": 1.0, "ce_cor": 1.0, "kl": 1.0, "attn": 1.0}
 
 CASES = {
     # Adapters with dropout; unlike weights; a clip that is always reached; rows at three times the rate.
-    "lora": Case("--lora_dropout 0.2 --lr 1e-2 --lr_tokens 3 --weight_decay 0.5 --warmup 0.5 --clip 0.05 "
-                 "--w_ce_int 0.75 --w_ce_cor 0.25 --w_kl 2 --w_attn 0.5 --eval_every 2",
-                 [Part(0, 6, 1e-2, 3)], {"ce_int": 0.75, "ce_cor": 0.25, "kl": 2.0, "attn": 0.5}, clip=0.05,
-                 decay=0.5, rows=3.0, corruption=BLUR, validated=[2, 4, 6]),
+    "lora": Case(
+        "--lora_dropout 0.2 --lr 1e-2 --lr_tokens 3 --weight_decay 0.5 --warmup 0.5 --clip 0.05 "
+        "--w_ce_int 0.75 --w_ce_cor 0.25 --w_kl 2 --w_attn 0.5 --eval_every 2",
+        [Part(0, 6, 1e-2, 3)],
+        {"ce_int": 0.75, "ce_cor": 0.25, "kl": 2.0, "attn": 0.5},
+        clip=0.05,
+        decay=0.5,
+        rows=3.0,
+        corruption=BLUR,
+        validated=[2, 4, 6],
+    ),
     # Every weight in float32, computed in bfloat16 and recomputed; three parts; a clip out of reach.
-    "full": Case("--tune full --dtype bfloat16 --checkpointing --accumulation 3 --lr 2e-3 --weight_decay 0.3 "
-                 "--decay linear --warmup 0.3 --clip 1000 --corruption noise",
-                 [Part(0, 6, 2e-3, 2)], ONES, accumulation=3, clip=1000.0, decay=0.3, line=True, narrow=True,
-                 corruption=Corruption("noise=15:50")),
+    "full": Case(
+        "--tune full --dtype bfloat16 --checkpointing --accumulation 3 --lr 2e-3 --weight_decay 0.3 "
+        "--decay linear --warmup 0.3 --clip 1000 --corruption noise",
+        [Part(0, 6, 2e-3, 2)],
+        ONES,
+        accumulation=3,
+        clip=1000.0,
+        decay=0.3,
+        line=True,
+        narrow=True,
+        corruption=Corruption("noise=15:50"),
+    ),
     # Nothing but the rows, which have a head of their own; one record at a time.
-    "rows": Case("--tune tokens --batch_size 1 --lr 1e-2 --lr_tokens 0.5 --weight_decay 0.9 --warmup 0",
-                 [Part(0, 6, 1e-2, 0)], ONES, batch=1, rows=0.5, corruption=BLUR, untied=True),
+    "rows": Case(
+        "--tune tokens --batch_size 1 --lr 1e-2 --lr_tokens 0.5 --weight_decay 0.9 --warmup 0",
+        [Part(0, 6, 1e-2, 0)],
+        ONES,
+        batch=1,
+        rows=0.5,
+        corruption=BLUR,
+        untied=True,
+    ),
     # Two stages that differ in who sees what; frozen weights in bfloat16, adapters in float32, in every part.
-    "livr": Case("--method livr --masked 0.6 --lora_dropout 0.1 --accumulation 3 --batch_size 1 --lr 1e-2 "
-                 "--weight_decay 0.2 --warmup 0.5 --dtype bfloat16 --lora_on language,vision,merger "
-                 "--eval_every 3",
-                 [Part(0, 4, 1e-2, 2), Part(4, 6, 1e-2, 1)], {"ce": 1.0}, batch=1, accumulation=3, decay=0.2,
-                 dtype=torch.bfloat16, validated=[3, 6]),
+    "livr": Case(
+        "--method livr --masked 0.6 --lora_dropout 0.1 --accumulation 3 --batch_size 1 --lr 1e-2 "
+        "--weight_decay 0.2 --warmup 0.5 --dtype bfloat16 --lora_on language,vision,merger "
+        "--eval_every 3",
+        [Part(0, 4, 1e-2, 2), Part(4, 6, 1e-2, 1)],
+        {"ce": 1.0},
+        batch=1,
+        accumulation=3,
+        decay=0.2,
+        dtype=torch.bfloat16,
+        validated=[3, 6],
+    ),
     # Two stages of unlike rates and layouts; heads beside the model; validation sees the last stage.
-    "valr": Case("--method valr --encoders own --first_share 0.34 --lr 1e-3 --lr_latents 4e-3 "
-                 "--weight_decay 0.4 --w_repa 0.25 --warmup 0.25 --clip 2 --eval_every 6",
-                 [Part(0, 2, 1e-3, 1), Part(2, 6, 4e-3, 1)], {"ce": 1.0, "repa": 0.25}, clip=2.0, decay=0.4,
-                 validated=[6]),
+    "valr": Case(
+        "--method valr --encoders own --first_share 0.34 --lr 1e-3 --lr_latents 4e-3 "
+        "--weight_decay 0.4 --w_repa 0.25 --warmup 0.25 --clip 2 --eval_every 6",
+        [Part(0, 2, 1e-3, 1), Part(2, 6, 4e-3, 1)],
+        {"ce": 1.0, "repa": 0.25},
+        clip=2.0,
+        decay=0.4,
+        validated=[6],
+    ),
     # A gate that follows the whole run.
-    "lavit": Case("--method lavit --w_gaze 0 --w_semantics 0 --gate_warmup 0.9 --lr 1e-3 --tune full "
-                  "--warmup 0.2 --eval_every 4",
-                  [Part(0, 6, 1e-3, 2)], {"ce": 1.0}, decay=0.0, line=True, validated=[4, 6]),
+    "lavit": Case(
+        "--method lavit --w_gaze 0 --w_semantics 0 --gate_warmup 0.9 --lr 1e-3 --tune full "
+        "--warmup 0.2 --eval_every 4",
+        [Part(0, 6, 1e-3, 2)],
+        {"ce": 1.0},
+        decay=0.0,
+        line=True,
+        validated=[4, 6],
+    ),
     # A method of one's own: a file for each stage, a weight for some terms, one more that is monitored.
-    "own": Case("--method OWN --second SECOND --lr 1e-2 --batch_size 3 --lora_dropout 0.1",
-                [Part(0, 3, 1e-2, 1), Part(3, 6, 2.5e-3, 1, "second")],
-                {"ce_int": 0.5, "ce_cor": 1.0, "attn": 3.0}, batch=3, corruption=BLUR)}
+    "own": Case(
+        "--method OWN --second SECOND --lr 1e-2 --batch_size 3 --lora_dropout 0.1",
+        [Part(0, 3, 1e-2, 1), Part(3, 6, 2.5e-3, 1, "second")],
+        {"ce_int": 0.5, "ce_cor": 1.0, "attn": 3.0},
+        batch=3,
+        corruption=BLUR,
+    ),
+}
 
 # The rates of some of them, by hand, in multiples of the peak: an angle of 60 degrees has a cosine of a half.
-RATES = {"lora": [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4],
-         "full": [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4],
-         "rows": [1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2],
-         "livr": [1 / 2, 1, 1, 1 / 2, 1, 1],
-         "valr": [1, 1, 4, 4, 3, 1],
-         "own": [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8]}
+RATES = {
+    "lora": [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4],
+    "full": [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4],
+    "rows": [1, (1 + 3**0.5 / 2) / 2, 3 / 4, 1 / 2, 1 / 4, (1 - 3**0.5 / 2) / 2],
+    "livr": [1 / 2, 1, 1, 1 / 2, 1, 1],
+    "valr": [1, 1, 4, 4, 3, 1],
+    "own": [1, 1, 1 / 2, 1 / 4, 1 / 4, 1 / 8],
+}
 CLIPPED = {"lora": True, "full": False}  # at every update, or at none
 
 # For two processes: dropout, of which each must draw its own; shares of the validation that are unlike, since
 # five records in batches of two are 1, 2 and 5 for the first process, 3 and 4 for the second.
 TWO = {
-    "two": Case("--dtype float64 --batch_size 1 --accumulation 2 --lora_dropout 0.3 --lr 1e-2 --lr_tokens 2 "
-                "--clip 0.1 --warmup 0.3",
-                [Part(0, 6, 1e-2, 2)], ONES, batch=1, accumulation=2, clip=0.1, rows=2.0, dtype=torch.float64,
-                corruption=BLUR, world=2),
-    "stages": Case("--method livr --dtype float64 --batch_size 2 --lora_dropout 0.2 --lr 1e-2 --masked 0.5 "
-                   "--eval_every 2 --weight_decay 0.3",
-                   [Part(0, 3, 1e-2, 1), Part(3, 6, 1e-2, 1)], {"ce": 1.0}, decay=0.3, dtype=torch.float64,
-                   validated=[2, 4, 6], world=2)}
+    "two": Case(
+        "--dtype float64 --batch_size 1 --accumulation 2 --lora_dropout 0.3 --lr 1e-2 --lr_tokens 2 "
+        "--clip 0.1 --warmup 0.3",
+        [Part(0, 6, 1e-2, 2)],
+        ONES,
+        batch=1,
+        accumulation=2,
+        clip=0.1,
+        rows=2.0,
+        dtype=torch.float64,
+        corruption=BLUR,
+        world=2,
+    ),
+    "stages": Case(
+        "--method livr --dtype float64 --batch_size 2 --lora_dropout 0.2 --lr 1e-2 --masked 0.5 "
+        "--eval_every 2 --weight_decay 0.3",
+        [Part(0, 3, 1e-2, 1), Part(3, 6, 1e-2, 1)],
+        {"ce": 1.0},
+        decay=0.3,
+        dtype=torch.float64,
+        validated=[2, 4, 6],
+        world=2,
+    ),
+}
 
 
 @pytest.fixture
@@ -310,11 +397,16 @@ def arguments(model_dirs, files, tmp_path):
     names = {"OWN": str(tmp_path / "own.py"), "SECOND": str(files["second"])}
 
     def make(case):
-        fixed = (f"--max_steps {UPDATES} --batch_size 2 --eval_every 0 --log_every 100 --latents 3 "
-                 f"--lora_r 2 --seed {case.seed} --device cpu")
-        argv = ["--model", str(model_dirs[not case.untied]), "--data", str(files["train"]),
-                "--val_data", str(files["val"]), "--output", str(tmp_path / "run"), *fixed.split()]
+        fixed = (
+            f"--max_steps {UPDATES} --batch_size 2 --eval_every 0 --log_every 100 --latents 3 "
+            f"--lora_r 2 --seed {case.seed} --device cpu"
+        )
+        argv = [
+            "--model", str(model_dirs[not case.untied]), "--data", str(files["train"]),
+            "--val_data", str(files["val"]), "--output", str(tmp_path / "run"), *fixed.split(),
+        ]
         return argv + [names.get(flag, flag) for flag in case.flags.split()]
+
     return make
 
 
@@ -379,7 +471,8 @@ def test_the_records_of_two_seeds_by_hand():
         assert [epoch for epoch, _ in stream] == [0] * 5 + [1] * 5 + [2] * 5
 
 
-# ---- two processes -----------------------------------------------------------------------------------------
+# --- two processes ---
+
 
 def test_two_processes_equal_the_plain_loop(arguments, files, tmp_path):
     """Ranks draw dropout of their own, share an update's records and the validation's, and average."""
@@ -387,14 +480,24 @@ def test_two_processes_equal_the_plain_loop(arguments, files, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    named = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    named = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     ranks = []
     for rank in ("0", "1"):
         command = [sys.executable, __file__, json.dumps(list(runs.values()))]
         environment = os.environ | named | {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.PIPE, text=True))
+        ranks.append(
+            subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     try:
         errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:

@@ -1,4 +1,7 @@
-"""Adapters and trainable tokens: the values, the gradients, what does not move, and that other tools load what is saved."""
+"""Adapters and trainable tokens: the values, the gradients, what does not move, and that other tools load
+what is saved.
+"""
+
 import copy
 import json
 
@@ -31,12 +34,30 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def tiny(tied, dtype=torch.float32, seed=0):
     """A frozen random Qwen2.5-VL: 2 decoder layers, hidden size 64, a vision tower of depth 1."""
     config = Qwen2_5_VLConfig(
-        text_config=dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=V,
-                         initializer_range=0.1, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[0],
-                           initializer_range=0.1),
-        tie_word_embeddings=tied, image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+        text_config=dict(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=V,
+            initializer_range=0.1,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]),
+        ),
+        vision_config=dict(
+            depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64,
+            fullatt_block_indexes=[0], initializer_range=0.1,
+        ),
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -55,7 +76,12 @@ def batch(model, ids=IDS):
     for i, t in enumerate(ids):
         tokens[0, 8 + i] = tokens[1, 12 + 2 * i] = tokens[0, 16] = t
     pixels = torch.randn(32, 3 * 2 * 14 * 14, generator=g).to(model.dtype)
-    return dict(input_ids=tokens, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 4]] * 2), mm_token_type_ids=(tokens == IMAGE).int())
+    return dict(
+        input_ids=tokens,
+        pixel_values=pixels,
+        image_grid_thw=torch.tensor([[1, 4, 4]] * 2),
+        mm_token_type_ids=(tokens == IMAGE).int(),
+    )
 
 
 def logits(model, b):
@@ -81,19 +107,26 @@ def adapted(tied, dtype=torch.float32, pattern=EVERYWHERE, r=16, alpha=32, dropo
     return model, rows
 
 
-# --- low-rank adapters -------------------------------------------------------------------------------------------
+# --- low-rank adapters ---
+
 
 def test_wraps_exactly_what_matches():
     model = tiny(True)
     before = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     names = add_lora(model, LANGUAGE, r=4)
     assert len(names) == 14 and names == list(adapters(model)) and set(names) <= before
-    layer, base = model.model.language_model.layers[0].self_attn.q_proj, tiny(True).model.language_model.layers[0].self_attn.q_proj
+    layer, base = (
+        model.model.language_model.layers[0].self_attn.q_proj,
+        tiny(True).model.language_model.layers[0].self_attn.q_proj,
+    )
     assert isinstance(layer, LoRALinear) and not layer.training
     assert torch.equal(layer.weight, base.weight) and torch.equal(layer.bias, base.bias)
     assert (layer.in_features, layer.out_features) == (64, 64)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{n}.lora_{x}" for n in names for x in "AB"}
-    # The whole name must match, a Linear gets one adapter, and the Linear inside an adapter is not a new target.
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{n}.lora_{x}" for n in names for x in "AB"
+    }
+    # The whole name must match, a Linear gets one adapter, and the Linear inside an adapter is not a new
+    # target.
     for pattern in (r"model\.visual\.merger", LANGUAGE, r".*q_proj\.base"):
         with pytest.raises(ValueError, match="no nn.Linear without an adapter"):
             add_lora(model, pattern)
@@ -109,10 +142,17 @@ def test_starts_as_the_base_and_from_a_seed(dtype):
     add_lora(again, EVERYWHERE, generator=torch.Generator().manual_seed(7))
     add_lora(other, EVERYWHERE, generator=torch.Generator().manual_seed(8))
     for name, layer in adapters(model).items():
-        bound = layer.in_features ** -0.5  # Kaiming-uniform: gain sqrt(2 / (1 + 5)), so gain sqrt(3 / in) = in^-1/2
-        assert layer.lora_A.dtype == layer.lora_B.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        # Kaiming-uniform: gain sqrt(2 / (1 + 5)), so gain sqrt(3 / in) = in^-1/2.
+        bound = layer.in_features**-0.5
+        assert (
+            layer.lora_A.dtype
+            == layer.lora_B.dtype
+            == (torch.float64 if dtype == torch.float64 else torch.float32)
+        )
         assert 0.9 * bound < layer.lora_A.abs().max() <= bound and not layer.lora_B.any()
-        assert torch.equal(layer.lora_A, adapters(again)[name].lora_A) and not torch.equal(layer.lora_A, adapters(other)[name].lora_A)
+        assert torch.equal(layer.lora_A, adapters(again)[name].lora_A) and not torch.equal(
+            layer.lora_A, adapters(other)[name].lora_A
+        )
 
 
 @pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64), (0, 64)])
@@ -136,6 +176,7 @@ def test_lora_gradient(bias):
 
     def f(x, A, B):
         return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, x)
+
     assert torch.autograd.gradcheck(f, (x, layer.lora_A, layer.lora_B))
 
 
@@ -149,6 +190,7 @@ def test_dropout_is_seeded_and_only_in_training():
     def run(seed):
         torch.manual_seed(seed)
         return layer(x)
+
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
     torch.manual_seed(0)
     kept = F.dropout(x, 0.25)  # the base sees x, the adapter what dropout leaves of it
@@ -157,7 +199,9 @@ def test_dropout_is_seeded_and_only_in_training():
     assert torch.equal(run(0), run(1))
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-5), (torch.float32, 2e-5), (torch.bfloat16, 0.15)], ids=str)
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float64, 1e-5), (torch.float32, 2e-5), (torch.bfloat16, 0.15)], ids=str
+)
 @TIED
 def test_merged_weights(tied, dtype, tolerance):
     # Stock float64 modules still compute RMSNorm in float32, hence 1e-5 there too.
@@ -180,7 +224,8 @@ def test_merged_weights(tied, dtype, tolerance):
         assert not torch.equal(W, wide.to(dtype)) and W.dtype == dtype
 
 
-# --- trainable rows of the vocabulary ----------------------------------------------------------------------------
+# --- trainable rows of the vocabulary ---
+
 
 def full_gradient(model, b):
     """Gradients [V,D] of embedding and head when the whole vocabulary trains."""
@@ -223,7 +268,10 @@ def test_no_other_row_ever_moves(tied):
     assert all(torch.equal(module.weight[IDS], P) for module, P in rows.pairs())
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         W = model.state_dict()[name]
-        assert torch.equal(W[others], start[name][others]) and ((W - start[name])[IDS].abs().amax(1) > 1e-3).all()
+        assert (
+            torch.equal(W[others], start[name][others])
+            and ((W - start[name])[IDS].abs().amax(1) > 1e-3).all()
+        )
     # Values with the hooks are those of a plain model that holds the same rows, gradients on or not.
     plain = tiny(tied, seed=5)
     put_in(model)
@@ -250,12 +298,15 @@ def test_rows_of_bfloat16_weights(tied):
         with torch.no_grad():
             P += 1e-4  # far below bfloat16's resolution of most rows: P keeps it, W rounds it
         rows.sync()
-        assert torch.equal(module.weight[IDS], P.bfloat16()) and not torch.equal(module.weight[IDS].float(), P)
+        assert torch.equal(module.weight[IDS], P.bfloat16()) and not torch.equal(
+            module.weight[IDS].float(), P
+        )
 
 
 @TIED
 def test_absent_ids_get_zeros(tied):
-    # In the head the rows are competitors wherever a token is predicted; zeros there need logits that nothing reads.
+    # In the head the rows are competitors wherever a token is predicted; zeros there need logits that nothing
+    # reads.
     model = tiny(tied)
     rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
     b = batch(model, ids=[])
@@ -267,7 +318,10 @@ def test_absent_ids_get_zeros(tied):
 
 def test_any_leading_shape():
     torch.manual_seed(0)
-    embed, head = nn.Embedding(9, 4).double().requires_grad_(False), nn.Linear(4, 9, bias=False).double().requires_grad_(False)
+    embed, head = (
+        nn.Embedding(9, 4).double().requires_grad_(False),
+        nn.Linear(4, 9, bias=False).double().requires_grad_(False),
+    )
     rows = TrainableTokens(embed, head, [8, 1])
     for shape in ((), (5,), (2, 3), (2, 1, 3), (0,)):
         ids = torch.randint(9, shape)
@@ -276,7 +330,9 @@ def test_any_leading_shape():
         z = head(h)
         assert torch.equal(z, F.linear(h, head.weight))
         z.sum().backward()
-        torch.testing.assert_close(rows.head.grad, h.detach().reshape(-1, 4).sum(0).expand(2, 4), rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            rows.head.grad, h.detach().reshape(-1, 4).sum(0).expand(2, 4), rtol=0, atol=1e-14
+        )
         rows.zero_grad()
 
 
@@ -291,7 +347,9 @@ def test_gradients_under_checkpointing(tied):
             assert model.model.language_model.layers[0].gradient_checkpointing
         torch.manual_seed(3)
         loss(model, batch(model)).backward()
-        gradients.append({n: p.grad for m in (model, rows) for n, p in m.named_parameters() if p.requires_grad})
+        gradients.append(
+            {n: p.grad for m in (model, rows) for n, p in m.named_parameters() if p.requires_grad}
+        )
     plain, recomputed = gradients
     assert len(plain) == len(recomputed) == 2 * len(adapters(model)) + (1 if tied else 2)
     for name, g in plain.items():
@@ -312,12 +370,14 @@ def test_misuse_of_rows():
         rows.sync()
 
 
-# --- on disk -----------------------------------------------------------------------------------------------------
+# --- on disk ---
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @TIED
 def test_peft_and_transformers_load_it(tied, dtype, tmp_path):
     from peft import PeftModel
+
     model, rows = adapted(tied, dtype)
     b = batch(model)
     with torch.no_grad():
@@ -329,7 +389,11 @@ def test_peft_and_transformers_load_it(tied, dtype, tmp_path):
         stock.load_adapter(str(tmp_path))
         # alpha / r is a power of two here, so order of operations cannot matter in float32: equal to the bit.
         for name, other in {"peft": peft, "transformers": stock}.items():
-            found = {n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in other.named_parameters() if "lora_A" in n}
+            found = {
+                n.split(".lora_A")[0].removeprefix("base_model.model.")
+                for n, _ in other.named_parameters()
+                if "lora_A" in n
+            }
             assert found == set(adapters(model)), name
             z = logits(other, b)
             if dtype == torch.float32:
@@ -343,6 +407,7 @@ def test_peft_and_transformers_load_it(tied, dtype, tmp_path):
 
 def test_peft_saves_the_same_keys(tmp_path):
     from peft import PeftModel
+
     for tied in (True, False):
         model, rows = adapted(tied)
         model.config.save_pretrained(tmp_path / "base")
@@ -351,7 +416,9 @@ def test_peft_saves_the_same_keys(tmp_path):
         ours, theirs = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("ours", "theirs"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
         names = ["model.language_model.embed_tokens"] + ([] if tied else ["lm_head"])
-        assert {k for k in ours if "lora" not in k} == {f"base_model.model.{n}.token_adapter.trainable_tokens_delta" for n in names}
+        assert {k for k in ours if "lora" not in k} == {
+            f"base_model.model.{n}.token_adapter.trainable_tokens_delta" for n in names
+        }
         assert adapter_config(model, rows, "base")["trainable_token_indices"] == {n: IDS for n in names}
         config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
         for key, value in adapter_config(model, rows, tmp_path / "base").items():
@@ -374,7 +441,9 @@ def test_round_trip(tied, with_rows, tmp_path):
     add_lora(other, EVERYWHERE if with_rows else LANGUAGE, generator=torch.Generator().manual_seed(9))
     load_adapter(tmp_path / "a", other, other_rows)
     state = adapter_state(model, rows)
-    assert state.keys() == adapter_state(other, other_rows).keys() and all(torch.equal(v, adapter_state(other, other_rows)[k]) for k, v in state.items())
+    assert state.keys() == adapter_state(other, other_rows).keys() and all(
+        torch.equal(v, adapter_state(other, other_rows)[k]) for k, v in state.items()
+    )
     assert torch.equal(logits(model, b), logits(other, b))
     with torch.no_grad():  # what was taken is a copy, not the parameter that trains on
         adapters(model)[name := next(iter(adapters(model)))].lora_A.zero_()
@@ -407,7 +476,9 @@ def test_a_wrong_file_is_refused_whole(tmp_path):
         save_file(broken, weights)
         refused(str(weights), *words)
     save_file(state, weights)
-    for key, value in (("r", 8), ("lora_alpha", 16), ("peft_type", "LOHA"), ("trainable_token_indices", None)):
+    for key, value in (
+        ("r", 8), ("lora_alpha", 16), ("peft_type", "LOHA"), ("trainable_token_indices", None),
+    ):
         config.write_text(json.dumps(settings | {key: value}))
         refused(str(config), key)
     for text in ("", "[1]", "\xff"):
@@ -439,9 +510,17 @@ def test_the_adapters_file_says_what_the_adapter_is():
     )
     assert names == [f"model.language_model.layers.1.self_attn.{x}_proj" for x in "qv"]
     assert adapter_config(model, None, "base/model") == {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base/model", "r": 3,
-        "lora_alpha": 4.5, "lora_dropout": 0.25, "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True, "target_modules": names, "trainable_token_indices": None,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base/model",
+        "r": 3,
+        "lora_alpha": 4.5,
+        "lora_dropout": 0.25,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": names,
+        "trainable_token_indices": None,
     }
     whole = tiny(True)
     add_lora(whole, LANGUAGE, r=2, alpha=5.0)

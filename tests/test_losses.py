@@ -1,4 +1,7 @@
-"""losses.py against loops in float64, and at the edges: no rows, hidden cells, equal paths, large logits, half inputs."""
+"""losses.py against loops in float64, and at the edges: no rows, hidden cells, equal paths, large logits,
+half inputs.
+"""
+
 import math
 from fractions import Fraction
 
@@ -29,7 +32,9 @@ def normal(*shape, seed=0, scale=1.0, dtype=f64):
 
 
 def gradients(f, *inputs, seed=1):
-    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where f has no graph."""
+    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where f has
+    no graph.
+    """
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     out = f(*leaves)
     out = out if out.requires_grad else out.requires_grad_()
@@ -41,7 +46,8 @@ def close(a, b, tolerance=1e-12):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---- rows of logits --------------------------------------------------------------------------------------------------
+# --- rows of logits ---
+
 
 def naive_ce(logits, targets):
     rows = zip(logits.tolist(), targets.tolist())
@@ -50,9 +56,11 @@ def naive_ce(logits, targets):
 
 def naive_kl(z_int, z_cor):
     """sum p (log p - log q) of each row, in Python's floats."""
+
     def log_softmax(row):
         lse = max(row) + math.log(math.fsum(math.exp(z - max(row)) for z in row))
         return [z - lse for z in row]
+
     pairs = zip(map(log_softmax, z_int.tolist()), map(log_softmax, z_cor.tolist()))
     return torch.tensor([math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q)) for p, q in pairs], dtype=f64)
 
@@ -69,7 +77,9 @@ def test_rows(N, V):
 
 def test_row_gradients():
     """Those of the closed forms: P - y for CE; P_cor - P_int and p (log p - log q - KL) for KL."""
-    z_int, z_cor, targets, up = normal(5, 11), normal(5, 11, seed=1), torch.arange(5), normal(5, seed=1)[:, None]
+    z_int, z_cor, targets, up = (
+        normal(5, 11), normal(5, 11, seed=1), torch.arange(5), normal(5, seed=1)[:, None],
+    )
     p, q = z_int.softmax(1), z_cor.softmax(1)
     close(gradients(lambda z: ce_rows(z, targets), z_int)[0], up * (p - torch.eye(11, dtype=f64)[:5]))
     d_int, d_cor = gradients(kl_rows, z_int, z_cor)
@@ -85,7 +95,11 @@ def test_large_logits(dtype):
     z_int[0], z_cor[0] = -30, -30
     z_int[0, 3] = z_cor[0, 8] = 30
     close(kl_rows(z_int, z_cor).to(f64), naive_kl(z_int, z_cor), 1e-12 if dtype == f64 else 1e-5)
-    for gradient in gradients(kl_rows, z_int, z_cor) + gradients(kl_rows, 1e4 * z_int, z_cor) + gradients(kl_rows, z_int, 1e4 * z_cor):
+    for gradient in (
+        gradients(kl_rows, z_int, z_cor)
+        + gradients(kl_rows, 1e4 * z_int, z_cor)
+        + gradients(kl_rows, z_int, 1e4 * z_cor)
+    ):
         assert gradient.isfinite().all()
     targets = torch.full((6,), 8)
     close(ce_rows(z_int, targets).to(f64), naive_ce(z_int.to(f64), targets), 1e-12 if dtype == f64 else 1e-5)
@@ -94,11 +108,20 @@ def test_large_logits(dtype):
 @pytest.mark.parametrize("dtype", [f64, torch.float32, torch.bfloat16])
 def test_equal_paths(dtype):
     """p = q: every loss exactly 0, every gradient exactly zero."""
-    z, rows, cols = normal(4, 300, scale=10, dtype=dtype), torch.tensor([[2, 9, -1]]), torch.tensor([[3, 0, 1, -1]])
+    z, rows, cols = (
+        normal(4, 300, scale=10, dtype=dtype),
+        torch.tensor([[2, 9, -1]]),
+        torch.tensor([[3, 0, 1, -1]]),
+    )
     S = hide(normal(1, 4, 3, 4, scale=3, dtype=dtype), rows, cols)
     A = S.exp() / 50
-    for f, x in ((kl_rows, z), (lambda a, b: attn_kl(a, b, rows, cols), S), (lambda a, b: attn_kl_heads_mean(a, b, rows, cols), A),
-                 (lambda a, b: attn_mse(a, b, rows, cols), A), (attn_frobenius, A)):
+    for f, x in (
+        (kl_rows, z),
+        (lambda a, b: attn_kl(a, b, rows, cols), S),
+        (lambda a, b: attn_kl_heads_mean(a, b, rows, cols), A),
+        (lambda a, b: attn_mse(a, b, rows, cols), A),
+        (attn_frobenius, A),
+    ):
         assert not f(x, x).any()
         assert not any(g.any() for g in gradients(f, x, x))
 
@@ -109,17 +132,28 @@ def hide(S, rows, cols):
     return S.masked_fill(hidden[:, None], -INF)
 
 
-# ---- means of a pair -------------------------------------------------------------------------------------------------
+# --- means of a pair ---
+
 
 @pytest.mark.parametrize("share", [1.0, 0.1, 0.29, 0.5, 0.7])
 @pytest.mark.parametrize("order", ["sorted", "mixed"])
 def test_mean_per_pair(share, order):
-    """n = 1..25 rows, pair 3 without any, 100 in the last: the largest max(1, floor(share n)) of each, and no others."""
+    """n = 1..25 rows, pair 3 without any, 100 in the last: the largest max(1, floor(share n)) of each, and no
+    others.
+    """
     counts = [n if n != 3 else 0 for n in range(1, 26)] + [100]
     pair = torch.cat([torch.full((n,), b) for b, n in enumerate(counts)])
-    pair = pair if order == "sorted" else pair[torch.randperm(len(pair), generator=torch.Generator().manual_seed(0))]
+    pair = (
+        pair
+        if order == "sorted"
+        else pair[torch.randperm(len(pair), generator=torch.Generator().manual_seed(0))]
+    )
     values = normal(len(pair)).requires_grad_()
-    means, expected, slopes = mean_per_pair(values, pair, len(counts), share), [], torch.zeros(len(pair), dtype=f64)
+    means, expected, slopes = (
+        mean_per_pair(values, pair, len(counts), share),
+        [],
+        torch.zeros(len(pair), dtype=f64),
+    )
     for b, n in enumerate(counts):
         own = sorted(((values[i].item(), i) for i in range(len(pair)) if pair[i] == b), reverse=True)
         own = own[: max(1, math.floor(Fraction(str(share)) * n))]
@@ -159,7 +193,7 @@ def test_what_is_refused():
         total({"kl": torch.tensor(1.0)}, {"attn": 1.0})
 
 
-# ---- attention -------------------------------------------------------------------------------------------------------
+# --- attention ---
 
 CASES = {  # rows, cols
     "plain": ([[5, 6], [4, 7]], [[0, 1, 2], [1, 2, 3]]),
@@ -199,8 +233,12 @@ def naive_loss(kind, heads, X_int, X_cor, rows, cols):
                 seen = [n for n in c if a[h, m, n] != (-INF if heads == "keep" else 0)]
                 p, q = ((x.exp() if heads == "keep" else x) for x in (a[h, m, seen], b[h, m, seen]))
                 p, q = p / p.sum(), q / q.sum()
-                terms.append(sum([p[n] * (p[n] / q[n]).log() for n in range(len(seen))], torch.zeros((), dtype=f64)))
-        out.append(sum(terms, torch.zeros((), dtype=f64)) / (1 if kind == "frobenius" else max(1, len(terms))))
+                terms.append(
+                    sum([p[n] * (p[n] / q[n]).log() for n in range(len(seen))], torch.zeros((), dtype=f64))
+                )
+        out.append(
+            sum(terms, torch.zeros((), dtype=f64)) / (1 if kind == "frobenius" else max(1, len(terms)))
+        )
     return torch.stack(out)
 
 
@@ -226,7 +264,9 @@ def test_gradcheck_attention(name, kind, heads):
     free = X_int.isfinite() & (X_int != 0)  # what no mask fixes
     fill = lambda X, x: X.masked_scatter(free, x)
     inputs = [X[free].requires_grad_() for X in (X_int, X_cor)]
-    assert torch.autograd.gradcheck(lambda a, b: attn_loss(kind, heads, fill(X_int, a), fill(X_cor, b), rows, cols), inputs, eps=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda a, b: attn_loss(kind, heads, fill(X_int, a), fill(X_cor, b), rows, cols), inputs, eps=1e-7
+    )
 
 
 @pytest.mark.gradcheck
@@ -237,7 +277,9 @@ def test_gradcheck_rows(N, V):
     assert torch.autograd.gradcheck(lambda z: ce_rows(z, targets), z_int)
     assert torch.autograd.gradcheck(kl_rows, (z_int, z_cor))
     for share in (1.0, 0.7):
-        assert torch.autograd.gradcheck(lambda a, b: mean_per_pair(kl_rows(a, b), pair, 3, share), (z_int, z_cor))
+        assert torch.autograd.gradcheck(
+            lambda a, b: mean_per_pair(kl_rows(a, b), pair, 3, share), (z_int, z_cor)
+        )
 
 
 def test_hidden_in_one_path_only():
@@ -271,17 +313,27 @@ def test_head_or_path_without_weight():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs(dtype):
-    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain computation in that dtype."""
+    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain computation in that
+    dtype.
+    """
     z = [normal(16, 500, seed=i, scale=3, dtype=dtype) for i in (0, 1)]
     S = [normal(2, 4, 8, 8, seed=i, dtype=dtype) for i in (0, 1)]
     A = [x.exp() / 100 for x in S]
     rows, cols, targets = torch.arange(8, 16).expand(2, -1), torch.arange(8).expand(2, -1), torch.arange(16)
     kl = lambda a, b: (a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1)
     plain_and_ours = [
-        (z, lambda a, b: (a.logsumexp(-1) - a[targets, targets]) + 0 * b.sum(), lambda a, b: ce_rows(a, targets) + 0 * b.sum()),
+        (
+            z,
+            lambda a, b: (a.logsumexp(-1) - a[targets, targets]) + 0 * b.sum(),
+            lambda a, b: ce_rows(a, targets) + 0 * b.sum(),
+        ),
         (z, kl, kl_rows),
         (S, lambda a, b: kl(a, b).mean((1, 2)), lambda a, b: attn_kl(a, b, rows, cols)),
-        (A, lambda a, b: kl(a.mean(1).log(), b.mean(1).log()).mean(1), lambda a, b: attn_kl_heads_mean(a, b, rows, cols)),
+        (
+            A,
+            lambda a, b: kl(a.mean(1).log(), b.mean(1).log()).mean(1),
+            lambda a, b: attn_kl_heads_mean(a, b, rows, cols),
+        ),
         (A, lambda a, b: ((a - b) ** 2).mean((1, 2, 3)), lambda a, b: attn_mse(a, b, rows, cols)),
         (A, lambda a, b: ((a - b) ** 2).sum((1, 2, 3)), attn_frobenius),
     ]
@@ -290,14 +342,18 @@ def test_half_inputs(dtype):
         wide = [x.to(f64) for x in inputs]
         assert ours(*inputs).dtype == torch.float32 and ours(*wide).dtype == f64
         assert error(ours(*inputs), ours(*wide)) <= min(1e-5, 2 * error(plain(*inputs), ours(*wide)))
-        for got, low, true in zip(gradients(ours, *inputs), gradients(plain, *inputs), gradients(ours, *wide)):
+        for got, low, true in zip(
+            gradients(ours, *inputs), gradients(plain, *inputs), gradients(ours, *wide)
+        ):
             assert error(got, true) <= 3 * error(low, true)
 
 
 def test_dispatch_and_total():
     assert [slice_kind(*k) for k in KINDS] == ["scores", "weights", "weights", "weights"]
     X_int, X_cor, rows, cols = case("ragged", "mse", "keep")
-    for (kind, heads), f in zip(KINDS, (attn_kl, attn_kl_heads_mean, lambda a, b, *_: attn_frobenius(a, b), attn_mse)):
+    for (kind, heads), f in zip(
+        KINDS, (attn_kl, attn_kl_heads_mean, lambda a, b, *_: attn_frobenius(a, b), attn_mse)
+    ):
         assert torch.equal(attn_loss(kind, heads, X_int, X_cor, rows, cols), f(X_int, X_cor, rows, cols))
     terms = {"ce": torch.tensor(2.0, requires_grad=True), "kl": torch.tensor(3.0, requires_grad=True)}
     loss = total(terms, {"ce": 1.0, "kl": 0.5, "attn": 9.0})
@@ -305,7 +361,8 @@ def test_dispatch_and_total():
     assert loss == 3.5 and terms["ce"].grad == 1.0 and terms["kl"].grad == 0.5
 
 
-# ---- VaLR: alignment to patches --------------------------------------------------------------------------------------
+# --- VaLR: alignment to patches ---
+
 
 def test_a_term_without_a_weight_is_an_error():
     """None drops out of eq. 6 unseen; the others are weighted each by its own."""
@@ -329,11 +386,19 @@ def test_upsampling_is_linear_along_the_latents(K, P):
 
 def test_patch_alignment_is_minus_the_mean_cosine():
     F_hat, F = normal(2, 6, 4), normal(6, 4, seed=1, scale=30.0)
-    cosine = lambda a, b: math.fsum(x * y for x, y in zip(a, b)) / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
-    naive = lambda target: -math.fsum(cosine(F_hat[n, p].tolist(), target[n, p].tolist()) for n in range(2) for p in range(6)) / 12
+    cosine = lambda a, b: (
+        math.fsum(x * y for x, y in zip(a, b))
+        / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+    )
+    naive = lambda target: (
+        -math.fsum(cosine(F_hat[n, p].tolist(), target[n, p].tolist()) for n in range(2) for p in range(6))
+        / 12
+    )
     close(patch_alignment(F_hat, F), torch.tensor(naive(F.expand(2, 6, 4)), dtype=f64))
     own = normal(2, 6, 4, seed=2)
     close(patch_alignment(F_hat, own), torch.tensor(naive(own), dtype=f64))
     close(patch_alignment(3 * F, F), torch.tensor(-1.0, dtype=f64))
     assert patch_alignment(F_hat.bfloat16(), F.float()).dtype == torch.float32
-    assert torch.autograd.gradcheck(lambda x: patch_alignment(upsample_latents(x, 6), F), normal(2, 4, 4).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: patch_alignment(upsample_latents(x, 6), F), normal(2, 4, 4).requires_grad_()
+    )

@@ -1,4 +1,5 @@
 """python -m crystal lists the commands, and importing the package costs nothing."""
+
 import subprocess
 import sys
 

@@ -1,9 +1,10 @@
 """A run directory may come from anywhere: opening one runs no file that it names.
 
-Each command that opens a run is started on one whose method is a file that has turned evil since: it must leave no trace.
-Digests are hashlib's of the bytes that the test wrote. The methods themselves have tests of their own (test_crystal.py and
-so on), their settings test_config.py.
+Each command that opens a run is started on one whose method is a file that has turned evil since: it must
+leave no trace. Digests are hashlib's of the bytes that the test wrote. The methods themselves have tests of
+their own (test_crystal.py and so on), their settings test_config.py.
 """
+
 import hashlib
 import json
 import shutil
@@ -17,7 +18,9 @@ from crystal.runtime.config import UserError
 from data_prep import lavit_teacher
 from data_prep.checks import feedback as feedback_check
 
-GOOD = "from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    said = 'good'\n"
+GOOD = (
+    "from crystal.methods.crystal import Method as Crystal\n\n\nclass Method(Crystal):\n    said = 'good'\n"
+)
 EVIL = "from pathlib import Path\nPath({trace!r}).write_text('I was here')\n" + GOOD
 
 
@@ -33,15 +36,22 @@ def original(model_dirs, records_file, tmp_path_factory):
     root = tmp_path_factory.mktemp("own")
     file = root / "mine.py"
     file.write_text(GOOD)
-    run = train.main(["--method", str(file), "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
-                      "--max_steps", "2", "--save_every", "1", "--keep", "2", "--eval_every", "0", "--output", str(root / "run")])
+    run = train.main(
+        [
+            "--method", str(file), "--model", str(model_dirs[True]), "--data", str(records_file),
+            "--latents", "3", "--lora_r", "2", "--max_steps", "2", "--save_every", "1", "--keep", "2",
+            "--eval_every", "0", "--output", str(root / "run"),
+        ]
+    )
     shutil.rmtree(run / "checkpoints" / "step-2")
     return run, file
 
 
 @pytest.fixture
 def evil(original, records_file, tmp_path, monkeypatch):
-    """The run copied to another place, and the file that it names turned evil -> run, a good file of the user's, trace, records."""
+    """The run copied to another place, and the file that it names turned evil -> run, a good file of the
+    user's, trace, records.
+    """
     run, file = original
     moved = tmp_path / "run"
     shutil.copytree(run, moved)
@@ -59,8 +69,14 @@ def evil(original, records_file, tmp_path, monkeypatch):
 
 COMMANDS = {
     "evaluate": lambda run, data: (evaluate, ["--model", run, "--data", data, "--device", "cpu"]),
-    "reliance": lambda run, data: (evaluate, ["--model", run, "--data", data, "--device", "cpu", "--reliance"]),
-    "diagnose": lambda run, data: (evaluate, ["--model", run, "--data", data, "--device", "cpu", "--diagnose"]),
+    "reliance": lambda run, data: (
+        evaluate,
+        ["--model", run, "--data", data, "--device", "cpu", "--reliance"],
+    ),
+    "diagnose": lambda run, data: (
+        evaluate,
+        ["--model", run, "--data", data, "--device", "cpu", "--diagnose"],
+    ),
     "generate": lambda run, data: (generate, ["--model", run, "--question", "What?", "--device", "cpu"]),
     "visualize": lambda run, data: (visualize, ["--run", run, "--data", data, "--device", "cpu"]),
     "serve": lambda run, data: (serve, ["--model", run, "--port", "0", "--device", "cpu"]),
@@ -74,7 +90,9 @@ COMMANDS = {
 def test_no_command_runs_the_file_that_a_run_names(evil, name):
     run, _, trace, records = evil
     command, flags = COMMANDS[name](str(run), str(records))
-    with pytest.raises(UserError, match=r"step-1: made by .*mine\.py, a method of its own, .*--method FILE .*--trust_method") as refused:
+    with pytest.raises(
+        UserError, match=r"step-1: made by .*mine\.py, a method of its own, .*--method FILE .*--trust_method"
+    ) as refused:
         command.main(flags)
     assert "\n" not in str(refused.value) and not trace.exists()
     assert not (run / "merged").exists()
@@ -94,7 +112,11 @@ def test_every_command_takes_both_answers(evil, name, monkeypatch):
         raise Asked(method, trust)
 
     monkeypatch.setattr(methods, "of_run", decide)
-    for given, expected in (([], ("", False)), (["--method", str(good)], (str(good), False)), (["--trust_method"], ("", True))):
+    for given, expected in (
+        ([], ("", False)),
+        (["--method", str(good)], (str(good), False)),
+        (["--trust_method"], ("", True)),
+    ):
         with pytest.raises(Asked) as asked:
             command.main([*flags, *given])
         assert asked.value.args == expected
@@ -113,8 +135,10 @@ def test_what_the_user_names_or_trusts_is_run(evil, chosen, capsys):
 
 def test_a_resume_runs_its_own_file_alone(evil, model_dirs, records_file):
     run, good, trace, _ = evil
-    flags = ["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--max_steps", "2", "--eval_every", "0",
-             "--output", str(run), "--resume"]
+    flags = [
+        "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
+        "--max_steps", "2", "--eval_every", "0", "--output", str(run), "--resume",
+    ]
     for method in (str(good), "crystal"):
         with pytest.raises(UserError, match=r"was made with --method .*mine\.py', not .*; a resume keeps it"):
             train.main(["--method", method, *flags])
@@ -140,8 +164,12 @@ def test_the_digest_is_of_what_was_run_not_of_later_edits(tmp_path):
     assert (tmp_path / "method.py").read_text() == GOOD
 
 
-def test_an_edited_file_is_told_and_a_resume_keeps_the_new_one(original, model_dirs, records_file, tmp_path, capsys):
-    """A resume names its file itself; where it was edited since, one line says so, and the run's copy is the new one."""
+def test_an_edited_file_is_told_and_a_resume_keeps_the_new_one(
+    original, model_dirs, records_file, tmp_path, capsys
+):
+    """A resume names its file itself; where it was edited since, one line says so, and the run's copy is the
+    new one.
+    """
     run, file = original
     moved = tmp_path / "run"
     shutil.copytree(run, moved)
@@ -150,16 +178,26 @@ def test_an_edited_file_is_told_and_a_resume_keeps_the_new_one(original, model_d
     forget(file)
     capsys.readouterr()
     try:
-        train.main(["--method", str(file), "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
-                    "--max_steps", "2", "--save_every", "1", "--keep", "2", "--eval_every", "0", "--output", str(moved), "--resume"])
+        train.main(
+            [
+                "--method", str(file), "--model", str(model_dirs[True]), "--data", str(records_file),
+                "--latents", "3", "--lora_r", "2", "--max_steps", "2", "--save_every", "1", "--keep", "2",
+                "--eval_every", "0", "--output", str(moved), "--resume",
+            ]
+        )
     finally:
         file.write_text(GOOD)
         forget(file)
     notes = capsys.readouterr().err.splitlines()
     assert [line for line in notes if line.startswith("note: ")] == [
-        f"note: {file} is not the file that {moved}/checkpoints/step-1 was made by (SHA-256 differs); it is used all the same"]
+        f"note: {file} is not the file that {moved}/checkpoints/step-1 was made by (SHA-256 differs); it "
+        "is used all the same"
+    ]
     assert (moved / "method.py").read_text() == edited
-    assert json.loads((moved / "config.json").read_text())["method_sha256"] == hashlib.sha256(edited.encode()).hexdigest()
+    assert (
+        json.loads((moved / "config.json").read_text())["method_sha256"]
+        == hashlib.sha256(edited.encode()).hexdigest()
+    )
 
 
 def state_of(method, digest=None):
@@ -177,18 +215,25 @@ def test_the_rule_by_cases(tmp_path, capsys):
     decide = methods.of_run
 
     # A built-in name needs nothing, and may be said.
-    assert decide(built_in, directory) == decide(built_in, directory, "livr") == decide(built_in, directory, trust=True) == "livr"
+    assert (
+        decide(built_in, directory)
+        == decide(built_in, directory, "livr")
+        == decide(built_in, directory, trust=True)
+        == "livr"
+    )
     # The user's own file is run; that a run without a digest says nothing of it is no harm.
     assert decide(own, directory, str(mine)) == decide(old, directory, str(mine)) == str(mine)
 
-    for state, answers, says in ((built_in, ("sft",), "was made with --method 'livr', not 'sft'"),
-                                 (built_in, (str(mine),), "was made with --method 'livr', not"),
-                                 (own, ("crystal",), "was made with --method '/elsewhere/x.py', not 'crystal'"),
-                                 (own, (), "no file is run because a run names it"),
-                                 (own, (str(mine), True), "two answers to one question"),
-                                 (own, (str(tmp_path / "none.py"),), "none.py: no such file"),
-                                 (own, ("", True), "method.py: no such file"),
-                                 (state_of(7), ("", True), "its state names no method")):
+    for state, answers, says in (
+        (built_in, ("sft",), "was made with --method 'livr', not 'sft'"),
+        (built_in, (str(mine),), "was made with --method 'livr', not"),
+        (own, ("crystal",), "was made with --method '/elsewhere/x.py', not 'crystal'"),
+        (own, (), "no file is run because a run names it"),
+        (own, (str(mine), True), "two answers to one question"),
+        (own, (str(tmp_path / "none.py"),), "none.py: no such file"),
+        (own, ("", True), "method.py: no such file"),
+        (state_of(7), ("", True), "its state names no method"),
+    ):
         with pytest.raises(UserError, match=says):
             decide(state, directory, *answers)
 
@@ -198,14 +243,19 @@ def test_the_rule_by_cases(tmp_path, capsys):
     with pytest.raises(UserError, match="says no SHA-256 of its method"):
         decide(old, directory, trust=True)
     copy.write_text(GOOD + "# changed\n")
-    with pytest.raises(UserError, match=r"method\.py: not the file that .*step-3 was made by \(SHA-256 differs\)"):
+    with pytest.raises(
+        UserError, match=r"method\.py: not the file that .*step-3 was made by \(SHA-256 differs\)"
+    ):
         decide(own, directory, trust=True)
     assert capsys.readouterr().err == ""
 
     # A file of the user's that differs is used, and told.
     mine.write_text(GOOD + "# another\n")
     assert decide(own, directory, str(mine)) == str(mine)
-    assert capsys.readouterr().err == f"note: {mine} is not the file that {directory} was made by (SHA-256 differs); it is used all the same\n"
+    assert (
+        capsys.readouterr().err
+        == f"note: {mine} is not the file that {directory} was made by (SHA-256 differs); it is used all the same\n"
+    )
 
 
 def test_what_is_no_run_takes_no_method(model_dirs, tmp_path):
@@ -217,20 +267,34 @@ def test_what_is_no_run_takes_no_method(model_dirs, tmp_path):
 
 
 def test_a_built_in_run_keeps_no_file(model_dirs, records_file, tmp_path):
-    run = train.main(["--method", "sft", "--model", str(model_dirs[True]), "--data", str(records_file), "--lora_r", "2", "--max_steps", "1",
-                      "--eval_every", "0", "--output", str(tmp_path / "run")])
-    assert not (run / "method.py").exists() and "method_sha256" not in json.loads((run / "config.json").read_text())
+    run = train.main(
+        [
+            "--method", "sft", "--model", str(model_dirs[True]), "--data", str(records_file), "--lora_r", "2",
+            "--max_steps", "1", "--eval_every", "0", "--output", str(tmp_path / "run"),
+        ]
+    )
+    assert not (run / "method.py").exists() and "method_sha256" not in json.loads(
+        (run / "config.json").read_text()
+    )
     assert opening.open_model(run)[2].method == "sft"
 
 
 def test_settings_do_not_change(tmp_path):
-    """They were checked when they were made. A method's file that declares them otherwise is told so in one line."""
+    """They were checked when they were made. A method's file that declares them otherwise is told so in one
+    line.
+    """
     for name in ("sft", "crystal", "released", "livr", "lavit", "valr"):
         settings = methods.parse(["--method", name])
         with pytest.raises(FrozenInstanceError):
             settings.latents = 3
     file = tmp_path / "mine.py"
-    file.write_text("from dataclasses import dataclass\nfrom crystal.methods import crystal\n\n@dataclass\nclass Settings(crystal.Settings):\n    mine: int = 3\n")
+    file.write_text(
+        "from dataclasses import dataclass\nfrom crystal.methods import crystal\n\n@dataclass\nclass "
+        "Settings(crystal.Settings):\n    mine: int = 3\n"
+    )
     with pytest.raises(UserError) as refused:
         methods.get(str(file))
-    assert str(refused.value) == f"--method {file}: settings do not change once they are made; write @dataclass(frozen=True)"
+    assert (
+        str(refused.value)
+        == f"--method {file}: settings do not change once they are made; write @dataclass(frozen=True)"
+    )

@@ -3,6 +3,7 @@
 The parts are mostly the test's own (functions that succeed, fail, hang or have nothing to do), so what the
 table has to say is known. The numbers that on_gpu.py judges are written by hand.
 """
+
 import json
 import os
 import re
@@ -24,6 +25,7 @@ PARTS = "packages card scenes build cpu_train tests gpu_train bench memcheck rac
 @pytest.fixture
 def script(tmp_path):
     """script(*flags, stubs=) -> the process, its folder. stubs: shell text, read after the script's parts."""
+
     def run(*flags, stubs="", start=subprocess.run, **how):
         folder, own = tmp_path / "out", tmp_path / "stubs.sh"
         own.write_text("".join(f"{part}() {{ echo {part} ran; }}\n" for part in PARTS) + stubs)
@@ -31,6 +33,7 @@ def script(tmp_path):
         environment |= {"ON_GPU_STUBS": str(own) if stubs else "", "CUDA_VISIBLE_DEVICES": ""}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return start(["bash", str(SCRIPT), str(folder), *flags], env=environment, **pipes, **how), folder
+
     return run
 
 
@@ -49,7 +52,8 @@ def printed_table(text):
     return {row[0]: row[1] for row in rows}, lines[-1]
 
 
-# ---- the script ----------------------------------------------------------------------------------------
+# --- the script ---
+
 
 def test_bash_can_read_it():
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
@@ -82,9 +86,12 @@ def test_goes_on_after_what_fails_hangs_or_has_nothing_to_do(script, tmp_path):
     done, folder = script(stubs=stubs, timeout=60)
     assert done.returncode == 1
     assert table(folder) == {part: ("passed", "") for part in PARTS} | {
-        "build": ("failed", "exit code 1"), "tests": ("failed", "stopped at its limit of 1 s"),
-        "gpu_train": ("failed", "stopped at its limit of 1 s"), "bench": ("failed", "exit code 5"),
-        "memcheck": ("skipped", "it is not here")}
+        "build": ("failed", "exit code 1"),
+        "tests": ("failed", "stopped at its limit of 1 s"),
+        "gpu_train": ("failed", "stopped at its limit of 1 s"),
+        "bench": ("failed", "exit code 5"),
+        "memcheck": ("skipped", "it is not here"),
+    }
     rows, counts = printed_table(done.stdout)
     assert rows == {part: result for part, (result, _) in table(folder).items()}
     assert counts == "7 passed, 4 failed, 1 skipped"
@@ -117,7 +124,8 @@ def test_stopped_from_outside_it_says_what_it_knows(script):
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert table(folder) == {part: ("passed", "") for part in ("packages", "card", "scenes")} | {
-        part: ("failed", "stopped from outside") for part in ("build", "cpu_train")}
+        part: ("failed", "stopped from outside") for part in ("build", "cpu_train")
+    }
     assert printed_table(text)[1] == "3 passed, 2 failed, 0 skipped"
     for part in ("build", "cpu_train"):
         pid = int((folder / part).read_text())
@@ -134,8 +142,10 @@ def test_only_some_parts(script):
 def test_dry_is_small_on_a_cpu_and_patient(script):
     show = 'echo "$DEVICE, $UPDATES updates, bench $SMALL"; if [ -n "$DRY" ]; then echo dry; fi'
     small = "--rows 3 --vocab 500 --slice 2,40,6,3,4,2,8 --repeats 3"
-    for flags, lines, limits in (([], "cuda, 50 updates, bench \n", "limits 60 470"),
-                                 (["--dry"], f"cpu, 3 updates, bench {small}\ndry\n", "limits 360 2400")):
+    for flags, lines, limits in (
+        ([], "cuda, 50 updates, bench \n", "limits 60 470"),
+        (["--dry"], f"cpu, 3 updates, bench {small}\ndry\n", "limits 360 2400"),
+    ):
         stubs = f"card() {{ {show}; }}; echo limits ${{LIMIT[card]}} $BUDGET"
         done, folder = script("--only", "card", *flags, stubs=stubs)
         assert (folder / "log.txt").read_text().endswith(lines) and limits in done.stdout, flags
@@ -145,9 +155,12 @@ def test_dry_is_small_on_a_cpu_and_patient(script):
 
 def test_what_is_refused(script, tmp_path):
     (tmp_path / "empty").mkdir()
-    for flags, says in ((["--dri"], "there is no option --dri"), (["--only"], "--only needs parts"),
-                        (["--only", "card,cart"], "--only cart: the parts are packages"),
-                        (["--wheels", str(tmp_path / "empty")], "no wheels there")):
+    for flags, says in (
+        (["--dri"], "there is no option --dri"),
+        (["--only"], "--only needs parts"),
+        (["--only", "card,cart"], "--only cart: the parts are packages"),
+        (["--wheels", str(tmp_path / "empty")], "no wheels there"),
+    ):
         done, _ = script(*flags, stubs="true")
         assert done.returncode == 2 and says in done.stdout, flags
     done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True)
@@ -172,7 +185,7 @@ def test_without_a_sanitizer_its_parts_are_skipped(script):
     assert table(folder) == {"memcheck": ("skipped", "compute-sanitizer is not installed here")}
 
 
-# ---- what the tests' words select ----------------------------------------------------------------------
+# --- what the tests' words select ---
 
 COLLECT = """
 import sys, pytest
@@ -186,21 +199,28 @@ sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.arg
 def names_on_a_gpu(files):
     """Names of the tests that a machine with a GPU would collect from files below tests/.
 
-    Tests run in the places that a machine has (tests/places.py). Here the emulated GPU stands for the real one: told of
-    one, the files offer its places, and their names begin with another word.
+    Tests run in the places that a machine has (tests/places.py). Here the emulated GPU stands for the real
+    one: told of one, the files offer its places, and their names begin with another word.
     """
     found = subprocess.run(
         [sys.executable, "-c", COLLECT, *[f"tests/{file}" for file in files]],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CRYSTAL_CUDA_ON_CPU": "emulated.so"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CRYSTAL_CUDA_ON_CPU": "emulated.so"},
     )
     assert found.returncode == 0, found.stderr
-    return {line.replace("emulated", "cuda") for line in found.stdout.splitlines() if line.startswith("tests/")}
+    return {
+        line.replace("emulated", "cuda") for line in found.stdout.splitlines() if line.startswith("tests/")
+    }
 
 
 def fits(name, words):
     """Whether a name has the words of pytest's -k; `and`, `or`, `not` and brackets are Python's own."""
+
     def is_there(word):
         return word[0] if word[0] in ("and", "or", "not") else str(word[0] in name)
+
     return eval(re.sub(r"\w+", is_there, words))
 
 
@@ -233,7 +253,8 @@ def test_the_sanitizers_filter_fits_every_kernel():
         assert 0 <= text.find("namespace crystal {") < text.find("__global__"), path.name
 
 
-# ---- what on_gpu.py judges -----------------------------------------------------------------------------
+# --- what on_gpu.py judges ---
+
 
 def judge(*argv):
     """on_gpu.py's command -> what it ends with: 0, or what it says."""
@@ -244,13 +265,24 @@ def judge(*argv):
     return 0
 
 
-@pytest.mark.parametrize("cases, passes, line", [
-    ("<testcase name='a'/><testcase name='b'><skipped/></testcase>", True, "1 passed, 0 failed, 1 skipped"),
-    ("<testcase name='b'><skipped/></testcase>", False, "0 passed, 0 failed, 1 skipped"),
-    ("", False, "0 passed, 0 failed, 0 skipped"),
-    ("<testcase name='c'><failure/></testcase><testcase name='d'><error/></testcase>", False,
-     "0 passed, 2 failed, 0 skipped"),
-], ids=["one passed", "all skipped", "none selected", "all failed"])
+@pytest.mark.parametrize(
+    "cases, passes, line",
+    [
+        (
+            "<testcase name='a'/><testcase name='b'><skipped/></testcase>",
+            True,
+            "1 passed, 0 failed, 1 skipped",
+        ),
+        ("<testcase name='b'><skipped/></testcase>", False, "0 passed, 0 failed, 1 skipped"),
+        ("", False, "0 passed, 0 failed, 0 skipped"),
+        (
+            "<testcase name='c'><failure/></testcase><testcase name='d'><error/></testcase>",
+            False,
+            "0 passed, 2 failed, 0 skipped",
+        ),
+    ],
+    ids=["one passed", "all skipped", "none selected", "all failed"],
+)
 def test_a_selection_in_which_nothing_passed_fails(tmp_path, capsys, cases, passes, line):
     (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     assert (judge("counted", tmp_path / "junit.xml") == 0) == passes
@@ -267,14 +299,18 @@ def write_runs(folder, losses):
 
 
 # The CPU's losses are 3, 1, 1: of a difference d the first is d / 4, the others d / 2.
-@pytest.mark.parametrize("losses, says", [
-    ([3.04, 1.02, 1.0], ""),                                              # 0.01 and a mean of 0.0067
-    ([3.4, 1.0, 1.0], "off by 1.0e-01 at update 1, by 3.3e-02 on average"),
-    ([3.0, 1.4, 1.8], "off by 0.0e+00 at update 1, by 2.0e-01 on average"),
-    ([2.6, 1.0, 1.0], "off by 1.0e-01 at update 1"),                      # below is as bad as above
-    ([3.0, 1.0, float("nan")], "off by 0.0e+00 at update 1, by nan on average"),
-    ([3.0, 1.0], "2 updates, and 3 on the CPU"),
-], ids=["near", "first", "later", "below", "nan", "short"])
+@pytest.mark.parametrize(
+    "losses, says",
+    [
+        ([3.04, 1.02, 1.0], ""),  # 0.01 and a mean of 0.0067
+        ([3.4, 1.0, 1.0], "off by 1.0e-01 at update 1, by 3.3e-02 on average"),
+        ([3.0, 1.4, 1.8], "off by 0.0e+00 at update 1, by 2.0e-01 on average"),
+        ([2.6, 1.0, 1.0], "off by 1.0e-01 at update 1"),  # below is as bad as above
+        ([3.0, 1.0, float("nan")], "off by 0.0e+00 at update 1, by nan on average"),
+        ([3.0, 1.0], "2 updates, and 3 on the CPU"),
+    ],
+    ids=["near", "first", "later", "below", "nan", "short"],
+)
 def test_curves_are_held_to_the_tolerance(tmp_path, capsys, monkeypatch, losses, says):
     monkeypatch.setattr(on_gpu, "TOLERANCE", {"float32": (1e-9, 1e-9), "bfloat16": (0.05, 0.1)})
     cpu, half, single = folders = [tmp_path / name for name in ("cpu", "bfloat16", "float32")]
@@ -302,10 +338,12 @@ def test_curves_without_runs_fail(tmp_path):
 
 def test_times_name_what_is_missing(tmp_path, capsys):
     ours = {"forward_ms": 1.0, "backward_ms": 2.0, "share_of_floor": 0.5, "peak_bytes": 3e6}
-    rows = [{"operator": "vocab", "peer": "compiled"} | ours,
-            {"operator": "vocab", "peer": "eager", "times_ours": 4.0},
-            {"operator": "vocab", "peer": "Liger", "cannot_run": "no"},
-            {"operator": "slice", "peer": "eager", "times_ours": 4.0}]
+    rows = [
+        {"operator": "vocab", "peer": "compiled"} | ours,
+        {"operator": "vocab", "peer": "eager", "times_ours": 4.0},
+        {"operator": "vocab", "peer": "Liger", "cannot_run": "no"},
+        {"operator": "slice", "peer": "eager", "times_ours": 4.0},
+    ]
     (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
     assert judge("times", tmp_path / "bench.json", "vocab") == 0
     line = "1.000 + 2.000 ms, 50% of the floor, peak 3.0 MB; times ours: eager 4.00, Liger did not run"
@@ -329,6 +367,7 @@ def test_every_method_is_trained_alike_on_both_sides(monkeypatch, tmp_path):
     methods = {path.stem for path in (ROOT / "crystal" / "methods").glob("*.py")} - {"__init__"}
     assert {command[command.index("--method") + 1] for command in asked} == methods == set(on_gpu.METHODS)
     from crystal.methods import parse
+
     for command in asked:
         settings = parse(command[3:])  # every flag is one that the method has
         assert (settings.device, settings.dtype, settings.max_steps) == ("cpu", "bfloat16", 7)

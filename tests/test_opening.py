@@ -1,4 +1,7 @@
-"""What --model takes is opened as asked: the checkpoint that was named, its own bounds on pixels, dtype and device."""
+"""What --model takes is opened as asked: the checkpoint that was named, its own bounds on pixels, dtype and
+device.
+"""
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -62,9 +65,8 @@ def test_a_model_is_opened_as_asked(run, model_dirs):
         ours = {f"model.{name}": p for name, p in model.named_parameters()}
         assert all(torch.equal(ours[name], tensor) for name, tensor in saved(run, step).items())
         assert settings.latents == fmt.count == 3 and not model.training
-        embedding = (
-            model.hf.get_input_embeddings().weight
-        )  # the rows that the forward reads follow what was trained
+        # The rows that the forward reads follow what was trained.
+        embedding = model.hf.get_input_embeddings().weight
         assert torch.equal(embedding[model.new_tokens.ids], saved(run, step)["model.new_tokens.embedding"])
     assert dict(model.image_processor.size)["longest_edge"] == 6272
 
@@ -74,10 +76,7 @@ def test_a_model_is_opened_as_asked(run, model_dirs):
         dict(model.image_processor.size)["longest_edge"],
     ) == (4704, 9408)
     model, fmt, settings = opening.open_model(
-        str(model_dirs[True]),
-        dtype=torch.bfloat16,
-        device=torch.device("meta"),
-        min_pixels=3136,
+        str(model_dirs[True]), dtype=torch.bfloat16, device=torch.device("meta"), min_pixels=3136,
         max_pixels=6272,
     )
     assert (model.hf.dtype, model.device.type, settings, fmt.count) == (torch.bfloat16, "meta", None, 0)

@@ -1,13 +1,18 @@
-"""ops.py: every compiled operator against its plain reference, on one list of samples and with four checks of each.
+"""ops.py: every compiled operator against its plain reference, on one list of samples and with four checks of
+each.
 
-    values      float64: equal to round-off. Smaller types: the error against float64 is at most twice that of plain PyTorch in that type
-    gradients   the same with random gradients from above, at most three times; every combination of wanted gradients, of unused outputs
+    values      float64: equal to round-off. Smaller types: the error against float64 is at most twice that of
+                plain PyTorch in that type
+    gradients   the same with random gradients from above, at most three times; every combination of wanted
+                gradients, of unused outputs
     gradcheck   against finite differences in float64
     opcheck     torch.library's own: schema, fake kernel, autograd registration, tracing
 
-A *place* is a device, on the CPU with the width of its vectors (places.py). tests/test_kernels.py compares the operators with formulas
-that know nothing of crystal, at the boundaries of the pieces in which the kernels work.
+A *place* is a device, on the CPU with the width of its vectors (places.py). tests/test_kernels.py compares
+the operators with formulas that know nothing of crystal, at the boundaries of the pieces in which the kernels
+work.
 """
+
 import faulthandler
 import fcntl
 import functools
@@ -56,13 +61,14 @@ SAMPLES = []
 @dataclass
 class Sample:
     """name: the operator. make(dtype) -> its arguments; a list, floats among them of that dtype on the CPU."""
+
     name: str
     case: str
     make: callable
     keywords: dict = field(default_factory=dict)
-    opcheck: bool = False   # slow: one or two of each operator
+    opcheck: bool = False  # slow: one or two of each operator
     gradcheck: bool = True  # False where something is detached: finite differences know nothing of that
-    exact: tuple = ()      # numbers of outputs that are exactly 0, with exactly zero gradients
+    exact: tuple = ()  # numbers of outputs that are exactly 0, with exactly zero gradients
 
     def __str__(self):
         return f"{self.name}-{self.case}"
@@ -72,7 +78,8 @@ def normal(*shape, seed=0, scale=1.0, dtype=f64):
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=f64)).to(dtype)
 
 
-# ---- places ----------------------------------------------------------------------------------------------------------
+# --- places ---
+
 
 @pytest.mark.parametrize("place", ["cpu-128", "cpu-256", "cpu-512", "cuda"])
 @pytest.mark.skipif(bool(EMULATED), reason="the place is the emulated one")
@@ -89,58 +96,94 @@ def test_place(compiled, place, request):
 
 
 def test_operators_are_built(compiled):
-    """A build that is missing or does not load fails here by its own words; every other test of this file then has no place."""
+    """A build that is missing or does not load fails here by its own words; every other test of this file
+    then has no place.
+    """
     assert PROBLEM is None and ONE_WIDTH
 
 
 def test_a_missing_build_fails(tmp_path):
-    """Without the extension the tests fail, unless plain PyTorch was asked for: a suite of skips would look like one that passed."""
-    (tmp_path / "test_some.py").write_text("from pathlib import Path\nfrom crystal.runtime import ops\nops.HERE = Path(__file__).parent\nfrom places import PLACES, compiled\n"
-                                           "def test_some(compiled):\n    pass\ndef test_no_place():\n    assert PLACES == []\n")
+    """Without the extension the tests fail, unless plain PyTorch was asked for: a suite of skips would look
+    like one that passed.
+    """
+    (tmp_path / "test_some.py").write_text(
+        "from pathlib import Path\nfrom crystal.runtime import ops\nops.HERE = Path(__file__).parent\nfrom "
+        "places import PLACES, compiled\n"
+        "def test_some(compiled):\n    pass\ndef test_no_place():\n    assert PLACES == []\n"
+    )
     for mode, said in (("auto", "1 passed, 1 error"), ("reference", "1 passed, 1 skipped")):
         environment = os.environ | {"CRYSTAL_OPS": mode, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert said in done.stdout and ("_C.so is not built: make setup" in done.stdout) == (mode == "auto"), done.stdout + done.stderr
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_some.py"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert said in done.stdout and ("_C.so is not built: make setup" in done.stdout) == (
+            mode == "auto"
+        ), done.stdout + done.stderr
 
 
 @pytest.fixture
 def device(compiled, request):
-    """Of the parameter `place`: its device, with the CPU's vectors set to its width, or a version of the operator's CUDA kernels."""
+    """Of the parameter `place`: its device, with the CPU's vectors set to its width, or a version of the
+    operator's CUDA kernels.
+    """
     index = request.getfixturevalue("index") if "index" in request.fixturenames else None
     with at_place(request.getfixturevalue("place"), None if index is None else SAMPLES[index].name) as device:
         yield device
 
 
-# ---- the four checks -------------------------------------------------------------------------------------------------
+# --- the four checks ---
+
 
 def run(f, args, sample, device="cpu", dtype=None, wanted=None, used=None):
-    """f on a copy of args -> (outputs, gradients of the float arguments at random gradients from above), in float64 on the CPU.
+    """f on a copy of args -> (outputs, gradients of the float arguments at random gradients from above), in
+    float64 on the CPU.
 
-    wanted, used: numbers of the float arguments that want a gradient, of the outputs that have one (None: all).
+    wanted, used: numbers of the float arguments that want a gradient, of the outputs that have one (None:
+    all).
     """
     leaves, inputs = [], []
     for x in args:
         if isinstance(x, torch.Tensor):
             floating = x.is_floating_point()
             # moved with its strides: a sample may be a view
-            x = torch.empty_strided(x.shape, x.stride(), dtype=dtype if floating and dtype else x.dtype, device=device).copy_(x) if x.numel() else x.to(device, dtype if floating and dtype else x.dtype)
+            x = (
+                torch.empty_strided(
+                    x.shape, x.stride(), dtype=dtype if floating and dtype else x.dtype, device=device
+                ).copy_(x)
+                if x.numel()
+                else x.to(device, dtype if floating and dtype else x.dtype)
+            )
             if floating:
                 x.requires_grad_(wanted is None or len(leaves) in wanted)
                 leaves.append(x)
         inputs.append(x)
-    out = f(*inputs, **{n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in sample.keywords.items()})
+    out = f(
+        *inputs, **{n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in sample.keywords.items()}
+    )
     out = out if isinstance(out, tuple) else (out,)
     g = torch.Generator().manual_seed(7)
     above = [torch.randn(o.shape, generator=g, dtype=f64).to(o) for o in out]
     used = [i for i in (range(len(out)) if used is None else used) if out[i].requires_grad]
     want = [x for x in leaves if x.requires_grad]
-    grads = torch.autograd.grad([out[i] for i in used], want, [above[i] for i in used], allow_unused=True, materialize_grads=True) if used and want else []
+    grads = (
+        torch.autograd.grad(
+            [out[i] for i in used], want, [above[i] for i in used], allow_unused=True, materialize_grads=True
+        )
+        if used and want
+        else []
+    )
     assert all(grad.dtype == x.dtype for grad, x in zip(grads, want))
     return [o.detach().cpu().double() for o in out], [x.cpu().double() for x in grads]
 
 
 def within(got, plain, exact, times, dtype, what):
-    """|got - exact| <= times |plain - exact|, at their largest; below a few ulps of the largest value all is round-off."""
+    """|got - exact| <= times |plain - exact|, at their largest; below a few ulps of the largest value all is
+    round-off.
+    """
     for i, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
         assert a.shape == c.shape, f"{what} {i}"
         if not c.numel():
@@ -151,7 +194,9 @@ def within(got, plain, exact, times, dtype, what):
             continue
         error, plain_error = (float((x - c)[finite].abs().max()) for x in (a, b))
         floor = (100 if dtype == f64 else 4) * torch.finfo(dtype).eps * max(1.0, float(c[finite].abs().max()))
-        assert error <= times * plain_error + floor, f"{what} {i}: error {error:.2e}, plain PyTorch's {plain_error:.2e}"
+        assert error <= times * plain_error + floor, (
+            f"{what} {i}: error {error:.2e}, plain PyTorch's {plain_error:.2e}"
+        )
 
 
 def wide(dtype):
@@ -163,7 +208,11 @@ def references(index, dtype):
     """Of SAMPLES[index]: (arguments in dtype, plain PyTorch in dtype, the same in float64)."""
     sample = SAMPLES[index]
     args = sample.make(dtype)
-    return args, run(REFERENCE[sample.name], args, sample), run(REFERENCE[sample.name], args, sample, dtype=f64)
+    return (
+        args,
+        run(REFERENCE[sample.name], args, sample),
+        run(REFERENCE[sample.name], args, sample, dtype=f64),
+    )
 
 
 def name_of(dtype):
@@ -178,7 +227,8 @@ def each_sample(keep=lambda sample: True):
 def each_sample_dtype_and_version(keep=lambda sample: True):
     """Samples, in every type that is served and in every version of the kernels that this machine runs.
 
-    Under the emulator, which is slow, float16 (bfloat16 with other roundings) and older versions take some of the samples.
+    Under the emulator, which is slow, float16 (bfloat16 with other roundings) and older versions take some of
+    the samples.
     """
     chosen = []
     for i, sample in enumerate(SAMPLES):
@@ -187,7 +237,9 @@ def each_sample_dtype_and_version(keep=lambda sample: True):
             served = dtypes(sample.name, place)
             if EMULATED and not sample.opcheck:
                 served = [dtype for dtype in served if dtype != f16 and (place == places[-1] or dtype == f64)]
-            chosen += [pytest.param(i, dtype, place, id=f"{sample}-{name_of(dtype)}-{place}") for dtype in served]
+            chosen += [
+                pytest.param(i, dtype, place, id=f"{sample}-{name_of(dtype)}-{place}") for dtype in served
+            ]
     return pytest.mark.parametrize("index, dtype, place", chosen)
 
 
@@ -204,7 +256,9 @@ def check_sample(index, dtype, device):
 
 
 def check_combinations(index, device):
-    """Every combination of wanted gradients with all outputs, and every combination of used outputs with all gradients."""
+    """Every combination of wanted gradients with all outputs, and every combination of used outputs with all
+    gradients.
+    """
     sample = SAMPLES[index]
     args = sample.make(f64)
     floats = sum(isinstance(x, torch.Tensor) and x.is_floating_point() for x in args)
@@ -219,7 +273,10 @@ def check_combinations(index, device):
 
 def check_gradients(index, device):
     sample = SAMPLES[index]
-    args = [x.to(device).requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in sample.make(f64)]
+    args = [
+        x.to(device).requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x
+        for x in sample.make(f64)
+    ]
     keywords = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in sample.keywords.items()}
 
     def finite(*args):  # -inf, where a cell is hidden, has no difference quotient
@@ -239,7 +296,17 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "crystal":
             graph = "backward" not in function.__name__  # a backward has no gradient of its own
-            self.made.append((function, [x.detach().clone().requires_grad_(x.requires_grad and graph) if isinstance(x, torch.Tensor) else x for x in args]))
+            self.made.append(
+                (
+                    function,
+                    [
+                        x.detach().clone().requires_grad_(x.requires_grad and graph)
+                        if isinstance(x, torch.Tensor)
+                        else x
+                        for x in args
+                    ],
+                )
+            )
         return function(*args, **kwargs or {})
 
 
@@ -252,18 +319,29 @@ def check_registration(index, device):
         torch.library.opcheck(function, args)
 
 
-# ---- vocab_kl_ce -----------------------------------------------------------------------------------------------------
+# --- vocab_kl_ce ---
 
 REFERENCE["vocab_kl_ce"] = losses.vocab_kl_ce
 
 
 def vocab(labels_int, labels_cor, answer, V, joint=False, scale=3.0, equal=False, view=None, slope=0.0):
-    """make(dtype) of vocab_kl_ce's arguments. labels_*: a string with a letter for each n, `.` where it has no label; answer: `x` where KL is wanted."""
+    """make(dtype) of vocab_kl_ce's arguments. labels_*: a string with a letter for each n, `.` where it has
+    no label; answer: `x` where KL is wanted.
+    """
+
     def make(dtype):
-        t, t2 = (torch.tensor([(7 * i + 3) % V if letter != "." else -100 * (i % 2) - 1 for i, letter in enumerate(labels)], dtype=torch.int64) for labels in (labels_int, labels_cor))
+        t, t2 = (
+            torch.tensor(
+                [(7 * i + 3) % V if letter != "." else -100 * (i % 2) - 1 for i, letter in enumerate(labels)],
+                dtype=torch.int64,
+            )
+            for labels in (labels_int, labels_cor)
+        )
         kl = torch.tensor([letter == "x" for letter in answer], dtype=torch.bool)
         R, R2 = (int(((x >= 0) | kl).sum()) for x in (t, t2))
-        z = normal(R + R2, V, scale=scale) + slope * torch.linspace(-1, 1, V, dtype=f64) * (1 - 2 * torch.arange(R + R2)[:, None] % 4)
+        z = normal(R + R2, V, scale=scale) + slope * torch.linspace(-1, 1, V, dtype=f64) * (
+            1 - 2 * torch.arange(R + R2)[:, None] % 4
+        )
         z = z.to(dtype)
         if equal:
             z[R:] = z[:R2]
@@ -274,14 +352,24 @@ def vocab(labels_int, labels_cor, answer, V, joint=False, scale=3.0, equal=False
         elif view == "rows":  # rows far apart
             z = torch.cat([z, z], 1)[:, :V]
         return [z, None, t, t2, kl] if joint else [z[:R], z[R:], t, t2, kl]
+
     return make
 
 
 SAMPLES += [
     Sample("vocab_kl_ce", "paths apart", vocab("ab.c.", ".bc..", "x..x.", 11), opcheck=True),
     Sample("vocab_kl_ce", "one product", vocab("ab.cde", ".bc.ef", "xx.x.x", 37, joint=True), opcheck=True),
-    Sample("vocab_kl_ce", "teacher detached", vocab("ab.c", ".bca", "xxxx", 19), {"teacher_grad": False}, gradcheck=False),
-    Sample("vocab_kl_ce", "one product, teacher detached", vocab("ab.c", ".bca", ".xx.", 64, joint=True), {"teacher_grad": False}, gradcheck=False),
+    Sample(
+        "vocab_kl_ce", "teacher detached", vocab("ab.c", ".bca", "xxxx", 19), {"teacher_grad": False},
+        gradcheck=False,
+    ),
+    Sample(
+        "vocab_kl_ce",
+        "one product, teacher detached",
+        vocab("ab.c", ".bca", ".xx.", 64, joint=True),
+        {"teacher_grad": False},
+        gradcheck=False,
+    ),
     Sample("vocab_kl_ce", "one row", vocab("a", "b", "x", 50)),
     Sample("vocab_kl_ce", "one token", vocab("a", "a", "x", 1), exact=(0, 1, 2)),
     Sample("vocab_kl_ce", "no row", vocab("", "", "", 7)),
@@ -295,7 +383,12 @@ SAMPLES += [
     Sample("vocab_kl_ce", "logits of +-30", vocab("abcd", "abcd", "xxxx", 257, scale=30.0)),
     Sample("vocab_kl_ce", "rising and falling", vocab("abcd", "abcd", "xxxx", 5003, slope=40.0)),
     Sample("vocab_kl_ce", "equal paths", vocab("abcd", "abcd", "xxxx", 20011, equal=True), exact=(2,)),
-    Sample("vocab_kl_ce", "equal paths, large", vocab("abcd", "abcd", "xxxx", 100, scale=30.0, equal=True), exact=(2,)),
+    Sample(
+        "vocab_kl_ce",
+        "equal paths, large",
+        vocab("abcd", "abcd", "xxxx", 100, scale=30.0, equal=True),
+        exact=(2,),
+    ),
 ]
 
 
@@ -307,10 +400,18 @@ def test_tokens_that_cannot_be(place, device, dtype):
     z[0, 0] = z[1, ::2] = z[2, :2048] = z[3, 70] = -INF
     z[4, 2500] = float("nan")
     t = torch.tensor([5, 71, 2999, 70, 3])
-    plain, exact, got = (run(f, [x, t], Sample("", "", None)) for f, x in ((losses.ce_rows, z), (losses.ce_rows, z.double()), (ops.ce_rows, z)))
+    plain, exact, got = (
+        run(f, [x, t], Sample("", "", None))
+        for f, x in ((losses.ce_rows, z), (losses.ce_rows, z.double()), (ops.ce_rows, z))
+    )
     assert got[0][0][4].isnan() and got[1][0][4].isnan().all() and got[0][0][3] == INF
-    within([x[:4] for x in got[0]], [x[:4] for x in plain[0]], [x[:4] for x in exact[0]], 2, wide(dtype), "output")
-    within([x[:4] for x in got[1]], [x[:4] for x in plain[1]], [x[:4] for x in exact[1]], 3, dtype, "gradient")
+    within(
+        [x[:4] for x in got[0]], [x[:4] for x in plain[0]], [x[:4] for x in exact[0]], 2, wide(dtype),
+        "output",
+    )
+    within(
+        [x[:4] for x in got[1]], [x[:4] for x in plain[1]], [x[:4] for x in exact[1]], 3, dtype, "gradient"
+    )
     assert not got[1][0][:3][z[:3].isneginf()].any()
 
 
@@ -337,7 +438,8 @@ def test_vocab_in_place(compiled):
     with pytest.raises(RuntimeError, match="a second time"):
         torch.autograd.grad(loss, W)
     z = h @ W
-    square = z.square().sum()  # another reader of the logits, whose backward comes after vocab_kl_ce's: it raises
+    # Another reader of the logits, whose backward comes after vocab_kl_ce's: it raises.
+    square = z.square().sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(vocab_step(z, in_place=True) + square, W)
     z = h @ W
@@ -354,7 +456,9 @@ def test_vocab_under_checkpointing(compiled, in_place):
     """Logits that are computed again in the backward pass."""
     h, W = normal(8, 5), normal(5, 30, seed=1).requires_grad_()
     (want,) = torch.autograd.grad(vocab_step(h @ W), W)
-    loss = torch.utils.checkpoint.checkpoint(lambda W: vocab_step(h @ W, in_place=in_place), W, use_reentrant=False)
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda W: vocab_step(h @ W, in_place=in_place), W, use_reentrant=False
+    )
     assert torch.equal(torch.autograd.grad(loss, W)[0], want)
 
 
@@ -368,7 +472,10 @@ def test_vocab_second_derivative_raises(compiled):
 def test_vocab_what_is_refused(compiled):
     z, t, kl = normal(4, 9), torch.tensor([0, 1]), torch.tensor([True, True])
     for f, error in ((ops.vocab_kl_ce, RuntimeError), (losses.vocab_kl_ce, ValueError)):
-        for args in ((z, None, t[:1], t[:1], kl[:1]), (z[:3], None, t, t, kl), (z[:2], z[:3], t, t, kl), (z[:1], z[:2], t, t, kl)):
+        for args in (
+            (z, None, t[:1], t[:1], kl[:1]), (z[:3], None, t, t, kl), (z[:2], z[:3], t, t, kl),
+            (z[:1], z[:2], t, t, kl),
+        ):
             with pytest.raises(error, match="speak of"):
                 f(*args)
     with pytest.raises(RuntimeError, match="below the vocabulary"):
@@ -376,7 +483,9 @@ def test_vocab_what_is_refused(compiled):
 
 
 def test_vocab_not_a_number(compiled):
-    """NaN and infinite logits reach the loss, which stops the training; a path without KL does not hear of the other's."""
+    """NaN and infinite logits reach the loss, which stops the training; a path without KL does not hear of
+    the other's.
+    """
     t, kl = torch.tensor([0, 1]), torch.tensor([True, False])
     for bad in (float("nan"), float("inf")):
         for row in range(4):
@@ -387,17 +496,29 @@ def test_vocab_not_a_number(compiled):
             assert broken == [row == 0, row == 1, row == 2, row == 3, row in (0, 2), False]
 
 
-# ---- attn_slice, attn_scores -----------------------------------------------------------------------------------------
+# --- attn_slice, attn_scores ---
 
 REFERENCE["attn_slice"], REFERENCE["attn_scores"] = attention.attn_slice, attention.attn_scores
 
 
 def heads(rows, cols, H=4, G=2, L=9, d=5, contiguous=True, scale=1.0):
     """make(dtype) of q [B,H,L,d], k [B,G,L,d], rows [B,M], cols [B,K]."""
+
     def make(dtype):
         B = len(rows)
-        q, k = (normal(B, n, L, d, seed=n, scale=scale, dtype=dtype) if contiguous else normal(B, L, d, n, seed=n, scale=scale, dtype=dtype).permute(0, 3, 1, 2) for n in (H, G + 10))
-        return [q, k[:, :G], torch.tensor(rows, dtype=torch.int64).view(B, -1), torch.tensor(cols, dtype=torch.int64).view(B, -1)]
+        q, k = (
+            normal(B, n, L, d, seed=n, scale=scale, dtype=dtype)
+            if contiguous
+            else normal(B, L, d, n, seed=n, scale=scale, dtype=dtype).permute(0, 3, 1, 2)
+            for n in (H, G + 10)
+        )
+        return [
+            q,
+            k[:, :G],
+            torch.tensor(rows, dtype=torch.int64).view(B, -1),
+            torch.tensor(cols, dtype=torch.int64).view(B, -1),
+        ]
+
     return make
 
 
@@ -423,11 +544,31 @@ ATTENTION = [  # case, make, keywords, opcheck
     ("not contiguous", heads([[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], contiguous=False), {}, False),
     ("own scale", heads([[3, 5]], [[0, 2]]), {"scale": 0.3}, False),
     ("bias", heads([[3, 4, 5, 8, -1]], [[0, 2, 4]]), masks(1, 5, 9, padding=False), False),
-    ("padding", heads([[1, 4, 8], [6, 7, 8]], [[0, 2, 3], [0, 7, 8]], G=4), masks(2, 3, 9, bias=False), False),
+    (
+        "padding",
+        heads([[1, 4, 8], [6, 7, 8]], [[0, 2, 3], [0, 7, 8]], G=4),
+        masks(2, 3, 9, bias=False),
+        False,
+    ),
     ("bias and padding", heads([[1, 4, 8], [6, 7, 8]], [[0, 2, 3], [0, 7, 8]], G=1), masks(2, 3, 9), True),
-    ("several tiles", heads([[200, 71, 72, 144, 3, 150, 201, 99]], [[70, 71, 72, 143, 144, 199]], H=6, G=2, L=203, d=17), {}, False),
-    ("several chunks of rows", heads([list(range(90, 170))], [[5, 80]], H=3, G=1, L=170, d=8), masks(1, 80, 170), False),
-    ("more columns than a tile", heads([[99, 98, 60]], [list(range(95)) + [-1, 99, 3]], H=2, G=1, L=100, d=6), {}, False),
+    (
+        "several tiles",
+        heads([[200, 71, 72, 144, 3, 150, 201, 99]], [[70, 71, 72, 143, 144, 199]], H=6, G=2, L=203, d=17),
+        {},
+        False,
+    ),
+    (
+        "several chunks of rows",
+        heads([list(range(90, 170))], [[5, 80]], H=3, G=1, L=170, d=8),
+        masks(1, 80, 170),
+        False,
+    ),
+    (
+        "more columns than a tile",
+        heads([[99, 98, 60]], [list(range(95)) + [-1, 99, 3]], H=2, G=1, L=100, d=6),
+        {},
+        False,
+    ),
     ("scores of +-30", heads([[40, 39, 38, 20]], [[30, 31, 5, 39]], L=41, d=16, scale=3.3), {}, False),
 ]
 for name in ("attn_slice", "attn_scores"):
@@ -437,13 +578,18 @@ for name in ("attn_slice", "attn_scores"):
 @each_place
 @pytest.mark.parametrize("case", ATTENTION, ids=[case[0] for case in ATTENTION])
 def test_slice_with_lse_given(case, place, device):
-    """Given the rows' log sum exp, values and gradients are the same; a row that sees nothing may hold anything there."""
+    """Given the rows' log sum exp, values and gradients are the same; a row that sees nothing may hold
+    anything there.
+    """
     _, make, keywords, _ = case
     q, k, rows, cols = args = make(f64)
     lse = attention.attn_lse(q, k, rows, **keywords)
     for filler in (-INF, 0.0):
         sample = Sample("attn_slice", "", None, keywords | {"lse": lse.masked_fill(lse.isneginf(), filler)})
-        got, want = run(ops.attn_slice, args, sample, device), run(attention.attn_slice, args, Sample("", "", None, keywords))
+        got, want = (
+            run(ops.attn_slice, args, sample, device),
+            run(attention.attn_slice, args, Sample("", "", None, keywords)),
+        )
         within(got[0], want[0], want[0], 0, f64, "weights")
         within(got[1], want[1], want[1], 0, f64, "gradient")
 
@@ -460,7 +606,9 @@ def test_slice_saves_nothing_of_rows_by_length(compiled):
 
 def test_slice_not_a_number(compiled):
     """NaN in a query, or in a key that a row sees, reaches that row and no other."""
-    for which, at, broken in ((0, 5, [False, True]), (1, 4, [False, True]), (1, 2, [True, True]), (1, 8, [False, False])):
+    for which, at, broken in (
+        (0, 5, [False, True]), (1, 4, [False, True]), (1, 2, [True, True]), (1, 8, [False, False]),
+    ):
         args = heads([[3, 5]], [[0, 1]])(f32)
         args[which][:, :, at] = float("nan")
         assert ops.attn_slice(*args).isnan().any(-1)[0, 0].tolist() == broken
@@ -479,7 +627,12 @@ def test_attention_what_is_refused(compiled):
             f(q, k[:, :, :8], rows, cols)
 
 
-OUT_OF_RANGE = [(operator, which, bad) for operator in ("attn_slice", "attn_scores", "kl", "frobenius") for which in ("rows", "cols") for bad in (9, -2)]
+OUT_OF_RANGE = [
+    (operator, which, bad)
+    for operator in ("attn_slice", "attn_scores", "kl", "frobenius")
+    for which in ("rows", "cols")
+    for bad in (9, -2)
+]
 OUT_OF_RANGE += [("attn_backward", "rows", 9), ("attn_backward", "rows", -2)]
 
 
@@ -488,7 +641,9 @@ def call_out_of_range(operator, which, bad, device):
     q, k, rows, cols = (x.to(device) for x in heads([[3, 5], [3, 5]], [[0, 2], [0, 2]])(f32))
     (rows if which == "rows" else cols)[:, 1] = bad
     if operator == "attn_backward":
-        torch.ops.crystal.attn_backward(q, k, rows, cols, 0.3, torch.ones(2, 4, 2, 2, device=device), None, None, None, None, True, True)
+        torch.ops.crystal.attn_backward(
+            q, k, rows, cols, 0.3, torch.ones(2, 4, 2, 2, device=device), None, None, None, None, True, True
+        )
     elif operator in ("kl", "frobenius"):
         ops.attn_align(operator, "keep", q, k, rows[:1], cols[:1])
     else:
@@ -501,7 +656,13 @@ def said_by_a_child(operator, which, bad):
     """The same where a kernel stops the program -> (whether it ended well, what it said)."""
     if not EMULATED:
         code = f"import sys; sys.path.insert(0, 'tests'); import test_ops; test_ops.call_out_of_range({operator!r}, {which!r}, {bad}, 'cuda')"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"CRYSTAL_OPS": "require"}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"CRYSTAL_OPS": "require"},
+            capture_output=True,
+            text=True,
+        )
         return done.returncode == 0, done.stdout + done.stderr
     with tempfile.TemporaryFile() as said:
         child = os.fork()
@@ -518,7 +679,9 @@ def said_by_a_child(operator, which, bad):
 @pytest.mark.parametrize("operator, which, bad", OUT_OF_RANGE)
 @each_device
 def test_positions_outside_the_sequence(operator, which, bad, place, compiled):
-    """Row L of a head is row 0 of the next one, or lies behind the tensor: refused on a CPU, and a trap in a GPU's kernels."""
+    """Row L of a head is row 0 of the next one, or lies behind the tensor: refused on a CPU, and a trap in a
+    GPU's kernels.
+    """
     if place.startswith("cpu"):
         with pytest.raises(RuntimeError, match=f"{which[:3]}.* {bad} is not in -1..8"):
             call_out_of_range(operator, which, bad, "cpu")
@@ -531,48 +694,79 @@ def test_positions_outside_the_sequence(operator, which, bad, place, compiled):
 
 def test_slice_second_derivative_raises(compiled):
     q, k, rows, cols = heads([[3, 5]], [[0, 2]])(f64)
-    (grad,) = torch.autograd.grad(ops.attn_slice(q.requires_grad_(), k, rows, cols).square().sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        ops.attn_slice(q.requires_grad_(), k, rows, cols).square().sum(), q, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="has none itself"):
         grad.sum().backward()
 
 
-# ---- attention_with_slice --------------------------------------------------------------------------------------------
+# --- attention_with_slice ---
+
 
 def with_value(make, pad=1):
     """make(dtype) with v after q and k; pad: heads are padded to a multiple of it."""
+
     def made(dtype):
         q, k, rows, cols = make(dtype)
         if q.shape[3] % pad:
             q, k = (torch.nn.functional.pad(x, (0, -q.shape[3] % pad)) for x in (q, k))
         return [q, k, normal(*k.shape, seed=9, dtype=dtype), rows, cols]
+
     return made
 
 
 def square_mask(B, L, kind):
-    """Causal [B,1,L,L] with blocked cells, one row of the first sequence blocked wholly: bool, or float with values between."""
+    """Causal [B,1,L,L] with blocked cells, one row of the first sequence blocked wholly: bool, or float with
+    values between.
+    """
     b = normal(B, 1, L, L, seed=5)
     blocked = (b > 1.2) | torch.ones(L, L, dtype=torch.bool).triu(1)
     blocked[0, 0, 4] = True
     return ~blocked if kind == "bool" else b.masked_fill(blocked, -INF)
 
 
-WITH_SLICE = [(f"{case}{', eights' * (pad > 1)}", with_value(make, pad), {}) for pad in (1, 8) for case, make, keywords, _ in ATTENTION if not keywords] + [
-    (f"{kind} mask", with_value(heads([[3, 4, 8, -1], [8, 7, 4, 0]], [[0, 2, 3], [0, 7, 8]])), {"mask": square_mask(2, 9, kind)}) for kind in ("bool", "float")
-] + [("own scale given", with_value(heads([[3, 5]], [[0, 2]], d=8)), {"scale": 0.3}),
-     ("eights, not contiguous", with_value(heads([[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], d=8, contiguous=False)), {})]
+WITH_SLICE = (
+    [
+        (f"{case}{', eights' * (pad > 1)}", with_value(make, pad), {})
+        for pad in (1, 8)
+        for case, make, keywords, _ in ATTENTION
+        if not keywords
+    ]
+    + [
+        (
+            f"{kind} mask",
+            with_value(heads([[3, 4, 8, -1], [8, 7, 4, 0]], [[0, 2, 3], [0, 7, 8]])),
+            {"mask": square_mask(2, 9, kind)},
+        )
+        for kind in ("bool", "float")
+    ]
+    + [
+        ("own scale given", with_value(heads([[3, 5]], [[0, 2]], d=8)), {"scale": 0.3}),
+        (
+            "eights, not contiguous",
+            with_value(heads([[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], d=8, contiguous=False)),
+            {},
+        ),
+    ]
+)
 
 
 def flash(q, k, v, dropout, causal, *_, scale):
     """aten._scaled_dot_product_flash_attention by its formulas, for a CPU."""
     assert causal and not dropout and q.shape[3] % 8 == 0
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    S = (scale * q.to(wide(q.dtype)) @ k.to(wide(q.dtype)).mT).masked_fill(torch.ones(2 * q.shape[2:3], dtype=torch.bool).triu(1), -INF)
+    S = (scale * q.to(wide(q.dtype)) @ k.to(wide(q.dtype)).mT).masked_fill(
+        torch.ones(2 * q.shape[2:3], dtype=torch.bool).triu(1), -INF
+    )
     lse, L, nothing = S.logsumexp(-1), q.shape[2], torch.zeros((), dtype=torch.uint64)
     return (S - lse[..., None]).exp().to(q.dtype) @ v, lse, None, None, L, L, nothing, nothing, q.new_empty(0)
 
 
 def flash_backward(d_out, q, k, v, out, lse, cum_q, cum_k, L_q, L_k, dropout, causal, seed, offset, *, scale):
-    """aten._scaled_dot_product_flash_attention_backward likewise: of `out` it takes rowsum(dO O) and nothing else."""
+    """aten._scaled_dot_product_flash_attention_backward likewise: of `out` it takes rowsum(dO O) and nothing
+    else.
+    """
     assert causal and not dropout and cum_q is cum_k is None and L_q == L_k == q.shape[2]
     G, C = k.shape[1], wide(q.dtype)
     keys, values = (x.repeat_interleave(q.shape[1] // G, 1).to(C) for x in (k, v))
@@ -580,12 +774,17 @@ def flash_backward(d_out, q, k, v, out, lse, cum_q, cum_k, L_q, L_k, dropout, ca
     P = (S - lse[..., None]).exp()
     dS = P * (d_out.to(C) @ values.mT - (d_out.to(C) * out.to(C)).sum(-1, keepdim=True))
     shared = lambda x: x.unflatten(1, (G, -1)).sum(2)
-    return (scale * dS @ keys).to(q.dtype), shared(scale * dS.mT @ q.to(C)).to(k.dtype), shared(P.mT @ d_out.to(C)).to(v.dtype)
+    return (
+        (scale * dS @ keys).to(q.dtype),
+        shared(scale * dS.mT @ q.to(C)).to(k.dtype),
+        shared(P.mT @ d_out.to(C)).to(v.dtype),
+    )
 
 
 @pytest.fixture
 def at(request, monkeypatch):
-    """The device of `place`. Where the GPU's kernels are emulated, its attention is too: flash attention for half precision and no mask, and,
+    """The device of `place`. Where the GPU's kernels are emulated, its attention is too: flash attention for
+    half precision and no mask, and,
     which no GPU has, for float64, in which the identity is exact."""
     device = request.getfixturevalue("device")
     if not EMULATED:
@@ -594,40 +793,64 @@ def at(request, monkeypatch):
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("_scaled_dot_product_flash_attention", flash, "CPU")
     aten.impl("_scaled_dot_product_flash_attention_backward", flash_backward, "CPU")
-    monkeypatch.setattr(ops, "_fused", lambda q, k, v, mask: ops._OnGPU if mask is None and q.shape[3] % 8 == 0 and q.dtype != f32 else None)
+    monkeypatch.setattr(
+        ops,
+        "_fused",
+        lambda q, k, v, mask: ops._OnGPU if mask is None and q.shape[3] % 8 == 0 and q.dtype != f32 else None,
+    )
     yield device
     aten._destroy()
 
 
 def with_slice_cases(gpu_alone=("eights",)):
-    """(case, place) of each case that says something there: heads padded to a multiple of 8 are for a GPU's attention."""
-    return [(case, place) for case in WITH_SLICE for place in ONE_WIDTH if not (place.startswith("cpu") and any(word in case[0] for word in gpu_alone))]
+    """(case, place) of each case that says something there: heads padded to a multiple of 8 are for a GPU's
+    attention.
+    """
+    return [
+        (case, place)
+        for case in WITH_SLICE
+        for place in ONE_WIDTH
+        if not (place.startswith("cpu") and any(word in case[0] for word in gpu_alone))
+    ]
 
 
 def each_with_slice_and_dtype():
     chosen = []
     for case, place in with_slice_cases():
-        chosen += [pytest.param(case, place, dtype, id=f"{case[0]}-{place}-{name_of(dtype)}") for dtype in dtypes("attn_slice", place)]
+        chosen += [
+            pytest.param(case, place, dtype, id=f"{case[0]}-{place}-{name_of(dtype)}")
+            for dtype in dtypes("attn_slice", place)
+        ]
     return pytest.mark.parametrize("case, place, dtype", chosen)
 
 
 def each_dtype_and_device():
-    chosen = [pytest.param(place, dtype, id=f"{place}-{name_of(dtype)}") for place in ONE_WIDTH for dtype in dtypes("attn_slice", place)]
+    chosen = [
+        pytest.param(place, dtype, id=f"{place}-{name_of(dtype)}")
+        for place in ONE_WIDTH
+        for dtype in dtypes("attn_slice", place)
+    ]
     return pytest.mark.parametrize("place, dtype", chosen)
 
 
 @each_with_slice_and_dtype()
 def test_attention_with_slice(case, place, at, dtype):
-    """Values and gradients, of both outputs and of each alone; in float64 every combination of wanted gradients."""
+    """Values and gradients, of both outputs and of each alone; in float64 every combination of wanted
+    gradients.
+    """
     _, make, keywords = case
     sample, args = Sample("", "", None, keywords), make(dtype)
     for used in (None, [0], [1]):
-        for wanted in ([None, (0,), (1,), (2,), (0, 1), (0, 2), (1, 2)] if dtype == f64 else [None]):
+        for wanted in [None, (0,), (1,), (2,), (0, 1), (0, 2), (1, 2)] if dtype == f64 else [None]:
             if (used, wanted) == ([1], (2,)):
                 continue  # the slice does not hang on the values
             got = run(ops.attention_with_slice, args, sample, at, wanted=wanted, used=used)
             plain = run(attention.attention_with_slice, args, sample, wanted=wanted, used=used)
-            exact = plain if dtype == f64 else run(attention.attention_with_slice, args, sample, dtype=f64, wanted=wanted, used=used)
+            exact = (
+                plain
+                if dtype == f64
+                else run(attention.attention_with_slice, args, sample, dtype=f64, wanted=wanted, used=used)
+            )
             within(got[0], plain[0], exact[0], 2, dtype, f"used {used} wanted {wanted} output")
             within(got[1], plain[1], exact[1], 3, dtype, f"used {used} wanted {wanted} gradient")
 
@@ -636,11 +859,25 @@ GRADCHECKED = ("plain", "ragged", "float mask", "plain, eights")  # values and g
 
 
 @pytest.mark.gradcheck
-@pytest.mark.parametrize("case, place", [pytest.param(case, place, id=f"{case[0]}-{place}") for case, place in with_slice_cases() if case[0] in GRADCHECKED])
+@pytest.mark.parametrize(
+    "case, place",
+    [
+        pytest.param(case, place, id=f"{case[0]}-{place}")
+        for case, place in with_slice_cases()
+        if case[0] in GRADCHECKED
+    ],
+)
 def test_attention_with_slice_gradcheck(case, place, at):
     _, make, keywords = case
     args = [x.to(at).requires_grad_(x.is_floating_point()) for x in make(f64)]
-    torch.autograd.gradcheck(functools.partial(ops.attention_with_slice, **{n: x.to(at) if isinstance(x, torch.Tensor) else x for n, x in keywords.items()}), args, fast_mode=True)
+    torch.autograd.gradcheck(
+        functools.partial(
+            ops.attention_with_slice,
+            **{n: x.to(at) if isinstance(x, torch.Tensor) else x for n, x in keywords.items()},
+        ),
+        args,
+        fast_mode=True,
+    )
 
 
 @each_dtype_and_device()
@@ -658,8 +895,13 @@ def test_attention_with_slice_where_nothing_reads_the_output(size, place, at, dt
         above = [x.to(device) for x in (above[0] * factor.to(out.dtype), above[1])]
         return [x.cpu().double() for x in torch.autograd.grad([out, A], leaves[:3], above)]
 
-    got, plain, exact = gradients_of(ops.attention_with_slice, args, at), gradients_of(attention.attention_with_slice, args), \
-        gradients_of(attention.attention_with_slice, [x.double() if x.is_floating_point() else x for x in args])
+    got, plain, exact = (
+        gradients_of(ops.attention_with_slice, args, at),
+        gradients_of(attention.attention_with_slice, args),
+        gradients_of(
+            attention.attention_with_slice, [x.double() if x.is_floating_point() else x for x in args]
+        ),
+    )
     within(got, plain, exact, 3, dtype, "gradient")
 
 
@@ -667,14 +909,18 @@ def test_attention_with_slice_where_nothing_reads_the_output(size, place, at, dt
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=name_of)
 def test_attention_with_slice_is_folded(place, at, dtype):
     """Where every chosen row's output is read, backward asks attn_backward_ for the chosen cells alone."""
-    args = [x.to(at).requires_grad_(x.is_floating_point()) for x in with_value(heads([[3, 5]], [[0, 2]], d=8))(dtype)]
+    args = [
+        x.to(at).requires_grad_(x.is_floating_point())
+        for x in with_value(heads([[3, 5]], [[0, 2]], d=8))(dtype)
+    ]
     with Calls() as calls:
         out, A = ops.attention_with_slice(*args)
         (out.square().sum() + A.square().sum()).backward()
         out, A = ops.attention_with_slice(*args)
         (out[:, :, :5].square().sum() + A.square().sum()).backward()
     made = [made[8].cpu() for function, made in calls.made if "attn_backward_" in function.name()]
-    if dtype == f32 and (EMULATED or at.type == "cuda"):  # no attention that hands out its log sum exp serves it there
+    # No attention that hands out its log sum exp serves it there.
+    if dtype == f32 and (EMULATED or at.type == "cuda"):
         assert not made
         return
     assert not made[0].any() and made[1][:, :, 1].all() and not made[1][:, :, 0].any()
@@ -695,50 +941,119 @@ def test_attention_with_slice_of_a_gpu_fits_its_schema(compiled):
 def test_backward_through_zeros_reads_no_lse(index, place, device):
     """Where no row has a gradient through its normaliser there is no pass over L: an lse of NaN does no harm."""
     q, k, rows, cols = (x.to(device) for x in SAMPLES[index].make(f32))
-    direct, none = normal(*q.shape[:2], rows.shape[1], cols.shape[1], dtype=f32).to(device), torch.zeros(*q.shape[:2], rows.shape[1], device=device)
+    direct, none = (
+        normal(*q.shape[:2], rows.shape[1], cols.shape[1], dtype=f32).to(device),
+        torch.zeros(*q.shape[:2], rows.shape[1], device=device),
+    )
     backward = functools.partial(torch.ops.crystal.attn_backward, q, k, rows, cols, 0.3, direct)
-    for got, want in zip(backward(none, none / 0, None, None, True, True), backward(None, None, None, None, True, True)):
+    for got, want in zip(
+        backward(none, none / 0, None, None, True, True), backward(None, None, None, None, True, True)
+    ):
         torch.testing.assert_close(got, want)
     one = none.index_fill(2, torch.tensor(3, device=device), 1.0)
     assert all(x.isnan().any() for x in backward(one, none / 0, None, None, True, True))
 
 
-# ---- attn_align ------------------------------------------------------------------------------------------------------
+# --- attn_align ---
 
 REFERENCE["attn_align"] = losses.attn_align
 
 
 def aligned(kind, rows, cols, heads_kept="keep", equal=False, **options):
     """make(dtype) of attn_align's arguments: both paths' q, k, the rows and columns that they share."""
+
     def make(dtype):
         q, k, at, columns = heads(rows * 2, cols * 2, **options)(dtype)
         if equal:
             q, k = (torch.cat([x[: len(rows)]] * 2) for x in (q, k))
         return [kind, heads_kept, q, k, at[: len(rows)], columns[: len(rows)]]
+
     return make
 
 
 for kind in ("kl", "frobenius", "mse"):
     SAMPLES += [
-        Sample("attn_align", f"{kind}, plain", aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]]), opcheck=kind != "mse"),
-        Sample("attn_align", f"{kind}, teacher detached", aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]]), {"teacher_grad": False}, gradcheck=False),
+        Sample(
+            "attn_align",
+            f"{kind}, plain",
+            aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]]),
+            opcheck=kind != "mse",
+        ),
+        Sample(
+            "attn_align",
+            f"{kind}, teacher detached",
+            aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]]),
+            {"teacher_grad": False},
+            gradcheck=False,
+        ),
         Sample("attn_align", f"{kind}, one row, one column", aligned(kind, [[4]], [[2]], H=1, G=1)),
         Sample("attn_align", f"{kind}, no rows", aligned(kind, [[], []], [[1], [2]])),
         Sample("attn_align", f"{kind}, no columns", aligned(kind, [[1], [2]], [[], []])),
         Sample("attn_align", f"{kind}, hidden by causality", aligned(kind, [[1, 3, 8]], [[2, 4, 5]])),
-        Sample("attn_align", f"{kind}, ragged", aligned(kind, [[3, 5, -1], [-1, -1, -1], [8, 2, 7]], [[0, -1], [2, 3], [7, 1]], H=6, G=2)),
+        Sample(
+            "attn_align",
+            f"{kind}, ragged",
+            aligned(kind, [[3, 5, -1], [-1, -1, -1], [8, 2, 7]], [[0, -1], [2, 3], [7, 1]], H=6, G=2),
+        ),
         Sample("attn_align", f"{kind}, twice and unsorted", aligned(kind, [[5, 3, 5]], [[2, 0, 2]])),
-        Sample("attn_align", f"{kind}, not contiguous", aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], contiguous=False)),
-        Sample("attn_align", f"{kind}, masks that differ", aligned(kind, [[3, 5, 8]], [[0, 2, 3, 5]]), masks(2, 3, 9)),
-        Sample("attn_align", f"{kind}, several tiles", aligned(kind, [[200, 71, 72, 144, 3, 150, 201, 99]], [[70, 71, 72, 143, 144, 199]], H=6, G=2, L=203, d=17)),
-        Sample("attn_align", f"{kind}, several chunks of rows", aligned(kind, [list(range(90, 170))], [[5, 80, 100]], H=3, G=1, L=170, d=8), {"scale": 0.2}),
-        Sample("attn_align", f"{kind}, more columns than a tile", aligned(kind, [[99, 98, 60]], [list(range(95)) + [-1, 99, 3]], H=2, G=1, L=100, d=6)),
-        Sample("attn_align", f"{kind}, scores of +-30", aligned(kind, [[40, 39, 38, 20]], [[30, 31, 5, 39]], L=41, d=16, scale=3.3)),
-        Sample("attn_align", f"{kind}, equal paths", aligned(kind, [[3, 5, 80]], [[0, 2, 3]], equal=True, L=90), exact=(0,)),
+        Sample(
+            "attn_align",
+            f"{kind}, not contiguous",
+            aligned(kind, [[3, 5], [4, 6]], [[0, 2, 3], [1, 2, 4]], contiguous=False),
+        ),
+        Sample(
+            "attn_align",
+            f"{kind}, masks that differ",
+            aligned(kind, [[3, 5, 8]], [[0, 2, 3, 5]]),
+            masks(2, 3, 9),
+        ),
+        Sample(
+            "attn_align",
+            f"{kind}, several tiles",
+            aligned(
+                kind,
+                [[200, 71, 72, 144, 3, 150, 201, 99]],
+                [[70, 71, 72, 143, 144, 199]],
+                H=6,
+                G=2,
+                L=203,
+                d=17,
+            ),
+        ),
+        Sample(
+            "attn_align",
+            f"{kind}, several chunks of rows",
+            aligned(kind, [list(range(90, 170))], [[5, 80, 100]], H=3, G=1, L=170, d=8),
+            {"scale": 0.2},
+        ),
+        Sample(
+            "attn_align",
+            f"{kind}, more columns than a tile",
+            aligned(kind, [[99, 98, 60]], [list(range(95)) + [-1, 99, 3]], H=2, G=1, L=100, d=6),
+        ),
+        Sample(
+            "attn_align",
+            f"{kind}, scores of +-30",
+            aligned(kind, [[40, 39, 38, 20]], [[30, 31, 5, 39]], L=41, d=16, scale=3.3),
+        ),
+        Sample(
+            "attn_align",
+            f"{kind}, equal paths",
+            aligned(kind, [[3, 5, 80]], [[0, 2, 3]], equal=True, L=90),
+            exact=(0,),
+        ),
     ]
 SAMPLES += [
-    Sample("attn_align", "kl, heads averaged", aligned("kl", [[3, 5], [4, -1]], [[0, 2, 3], [1, 2, -1]], "mean")),
-    Sample("attn_align", "kl, heads averaged, teacher detached", aligned("kl", [[3, 5], [4, -1]], [[0, 2, 3], [1, 2, -1]], "mean"), {"teacher_grad": False}, gradcheck=False),
+    Sample(
+        "attn_align", "kl, heads averaged", aligned("kl", [[3, 5], [4, -1]], [[0, 2, 3], [1, 2, -1]], "mean")
+    ),
+    Sample(
+        "attn_align",
+        "kl, heads averaged, teacher detached",
+        aligned("kl", [[3, 5], [4, -1]], [[0, 2, 3], [1, 2, -1]], "mean"),
+        {"teacher_grad": False},
+        gradcheck=False,
+    ),
 ]
 
 
@@ -777,19 +1092,34 @@ def test_align_what_is_refused(compiled):
             ops.attn_align(kind, kept, *args[2:])
 
 
-# ---- a training step -------------------------------------------------------------------------------------------------
+# --- a training step ---
+
 
 @pytest.mark.parametrize("checkpointing", [(), ("--checkpointing",)], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("flags", [(), ("--attn_loss", "frobenius", "--attn_layers", "all"), ("--attn_loss", "mse", "--attn_columns", "all"), ("--attn_heads", "mean", "--teacher_grad"),
-                                   ("--latent_copy", "hidden")], ids=lambda flags: "-".join(flags).replace("--", "") or "kl")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--attn_loss", "frobenius", "--attn_layers", "all"),
+        ("--attn_loss", "mse", "--attn_columns", "all"),
+        ("--attn_heads", "mean", "--teacher_grad"),
+        ("--latent_copy", "hidden"),
+    ],
+    ids=lambda flags: "-".join(flags).replace("--", "") or "kl",
+)
 def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
-    """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in float64."""
+    """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in
+    float64.
+    """
+
     def step(mode):
         monkeypatch.setenv("CRYSTAL_OPS", mode)
         forget_the_choice()
         s = setup("--lora_dropout", "0", *flags, *checkpointing)
         terms = s.objective(s.batch, 0.0)
-        return terms, gradients(sum(value for name, value in terms.items() if name not in s.method.monitored), s.named)
+        return terms, gradients(
+            sum(value for name, value in terms.items() if name not in s.method.monitored), s.named
+        )
 
     try:
         (got, got_grads), (want, want_grads) = step("require"), step("reference")
@@ -798,41 +1128,59 @@ def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
     for a, b in ((got, want), (got_grads, want_grads)):
         assert a.keys() == b.keys()
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(
+                a[name], b[name], rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}"
+            )
 
 
 REACHED = [  # flags of a method -> what its forward and backward ask of the compiled operators, without the layers' repetition
     ((), {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_align", "attn_align_backward"}),
-    (("--attn_loss", "frobenius"), {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_align", "attn_align_backward"}),
+    (
+        ("--attn_loss", "frobenius"),
+        {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_align", "attn_align_backward"},
+    ),
     (("--attn_heads", "mean"), {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_slice", "attn_backward"}),
     (("--method", "sft"), {"vocab_kl_ce", "vocab_kl_ce_backward"}),
 ]
 
 
-@pytest.mark.parametrize("flags, wanted", REACHED, ids=lambda x: "-".join(x).replace("--", "") or "crystal" if isinstance(x, tuple) else "")
+@pytest.mark.parametrize(
+    "flags, wanted",
+    REACHED,
+    ids=lambda x: "-".join(x).replace("--", "") or "crystal" if isinstance(x, tuple) else "",
+)
 def test_training_reaches_the_operators(compiled, setup, monkeypatch, flags, wanted):
-    """A step asks the compiled operators for its losses, with CRYSTAL_OPS unset or at auto; with CRYSTAL_OPS=reference it asks for none."""
+    """A step asks the compiled operators for its losses, with CRYSTAL_OPS unset or at auto; with
+    CRYSTAL_OPS=reference it asks for none.
+    """
     s = setup(*flags, dtype=f32)
     for mode, expected in ((None, wanted), ("auto", wanted), ("reference", set())):
         monkeypatch.delenv("CRYSTAL_OPS") if mode is None else monkeypatch.setenv("CRYSTAL_OPS", mode)
         forget_the_choice()
         with Calls() as calls:
             terms = s.objective(s.batch, 0.0)
-            torch.autograd.grad(sum(value for name, value in terms.items() if value.requires_grad), [p for _, p in s.named], allow_unused=True)
+            torch.autograd.grad(
+                sum(value for name, value in terms.items() if value.requires_grad),
+                [p for _, p in s.named],
+                allow_unused=True,
+            )
         asked = {function.name().removeprefix("crystal::") for function, _ in calls.made}
         assert wanted <= asked if expected else not asked, mode
         monkeypatch.setenv("CRYSTAL_OPS", "auto")
 
 
-# ---- the checks of every sample (below the samples of all operators) -------------------------------------------------
+# --- the checks of every sample (below the samples of all operators) ---
+
 
 @each_sample_dtype_and_version()
 def test_values_and_gradients(index, dtype, place, device):
     check_sample(index, dtype, device)
 
 
-# What is asked for is settled before any vector is loaded, and float64 is compared with the reference to round-off: one width of
-# vectors will do for combinations, and some samples of each operator for finite differences.
+# What is asked for is settled before any vector is loaded, and float64 is compared with the reference to
+# round-off: one width of vectors will do for combinations, and some samples of each operator for finite
+# differences.
+
 
 @each_device
 @each_sample()
@@ -853,11 +1201,13 @@ def test_opcheck(index, place, device):
     check_registration(index, device)
 
 
-# ---- the choice ------------------------------------------------------------------------------------------------------
+# --- the choice ---
+
 
 @pytest.fixture
 def fresh(monkeypatch, capsys):
     """fresh(mode): the module as at its first import under CRYSTAL_OPS=mode."""
+
     def forget():
         forget_the_choice()
         ops._said.clear()
@@ -866,12 +1216,17 @@ def fresh(monkeypatch, capsys):
         monkeypatch.setenv("CRYSTAL_OPS", mode)
         forget()
         capsys.readouterr()
+
     yield make
     forget()
 
 
 def test_choice_is_said_once(compiled, fresh, capsys):
-    for mode, line in (("auto", "operators: compiled for cpu"), ("require", "operators: compiled for cpu"), ("reference", "operators: plain PyTorch (CRYSTAL_OPS=reference)")):
+    for mode, line in (
+        ("auto", "operators: compiled for cpu"),
+        ("require", "operators: compiled for cpu"),
+        ("reference", "operators: plain PyTorch (CRYSTAL_OPS=reference)"),
+    ):
         fresh(mode)
         z = normal(2, 5)
         for _ in range(2):
@@ -890,7 +1245,9 @@ def test_choice_without_the_extension(fresh, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "HERE", tmp_path)
     monkeypatch.setattr(ops, "_load", ops._load.__wrapped__)
     fresh("auto")
-    torch.testing.assert_close(ops.ce_rows(normal(2, 5), torch.tensor([0, 1])), losses.ce_rows(normal(2, 5), torch.tensor([0, 1])))
+    torch.testing.assert_close(
+        ops.ce_rows(normal(2, 5), torch.tensor([0, 1])), losses.ce_rows(normal(2, 5), torch.tensor([0, 1]))
+    )
     assert "operators: plain PyTorch (crystal/_C.so is not built: make setup" in capsys.readouterr().err
     fresh("require")
     with pytest.raises(UserError, match="CRYSTAL_OPS=require, but crystal/_C.so is not built"):
@@ -924,32 +1281,54 @@ def test_served_types(compiled):
     assert len(ops.SERVED) == 4
 
 
-# ---- the build -------------------------------------------------------------------------------------------------------
+# --- the build ---
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def build(tmp_path, **environment):
-    """Builds into tmp_path from the objects that are there, as `python setup.py build_ext` -> the finished process. One at a time: they share build/csrc."""
+    """Builds into tmp_path from the objects that are there, as `python setup.py build_ext` -> the finished
+    process. One at a time: they share build/csrc.
+    """
     with open(Path(tempfile.gettempdir()) / f"crystal-build-{os.getuid()}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)], cwd=ROOT, env=os.environ | environment,
-                              capture_output=True, text=True, timeout=900)
+        return subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
 
 
 def test_build_says_what_it_builds(tmp_path):
     for environment, code, line in (
-            ({"CRYSTAL_CUDA": "yes"}, 1, "CRYSTAL_CUDA=yes: choose auto, 1 or 0"),
-            ({"CRYSTAL_CUDA": "1", "NVCC": "no-such-nvcc"}, 1, "CRYSTAL_CUDA=1, but there is no nvcc"),
-            ({"CRYSTAL_CUDA": "1", "CXX": "no-such-compiler"}, 1, "CRYSTAL_CUDA=1, but there is no"),
-            ({"CRYSTAL_CUDA": "auto", "CXX": "no-such-compiler"}, 0, "no C++ compiler found, compiled operators not built; plain PyTorch serves instead")):
+        ({"CRYSTAL_CUDA": "yes"}, 1, "CRYSTAL_CUDA=yes: choose auto, 1 or 0"),
+        ({"CRYSTAL_CUDA": "1", "NVCC": "no-such-nvcc"}, 1, "CRYSTAL_CUDA=1, but there is no nvcc"),
+        ({"CRYSTAL_CUDA": "1", "CXX": "no-such-compiler"}, 1, "CRYSTAL_CUDA=1, but there is no"),
+        (
+            {"CRYSTAL_CUDA": "auto", "CXX": "no-such-compiler"},
+            0,
+            "no C++ compiler found, compiled operators not built; plain PyTorch serves instead",
+        ),
+    ):
         done = build(tmp_path, **environment)
-        assert done.returncode == code and line in done.stdout + done.stderr and not (tmp_path / "crystal").exists(), done.stdout + done.stderr
+        assert (
+            done.returncode == code
+            and line in done.stdout + done.stderr
+            and not (tmp_path / "crystal").exists()
+        ), done.stdout + done.stderr
     if not shutil.which("g++"):
         pytest.skip("no compiler here")
-    for environment, why in (({"CRYSTAL_CUDA": "0"}, "CRYSTAL_CUDA=0"), ({"CRYSTAL_CUDA": "auto", "NVCC": "no-such-nvcc"}, "no nvcc found")):
+    for environment, why in (
+        ({"CRYSTAL_CUDA": "0"}, "CRYSTAL_CUDA=0"),
+        ({"CRYSTAL_CUDA": "auto", "NVCC": "no-such-nvcc"}, "no nvcc found"),
+    ):
         done = build(tmp_path, **environment)
-        assert done.stdout == f"crystal: compiled operators ready for CPU; not for CUDA ({why})\n", done.stdout + done.stderr
+        assert done.stdout == f"crystal: compiled operators ready for CPU; not for CUDA ({why})\n", (
+            done.stdout + done.stderr
+        )
         assert [p.name for p in (tmp_path / "crystal").iterdir()] == ["_C.so"]
 
 
@@ -976,86 +1355,178 @@ def test_commands_of_the_build(tmp_path, cuda, ninja):
         programs[name] = str(tmp_path / name)
         Path(programs[name]).write_text(FAKE_COMPILER.format(python=sys.executable, log=tmp_path / "log"))
         Path(programs[name]).chmod(0o755)
-    environment = os.environ | programs | {"CRYSTAL_CUDA": cuda} | ({} if ninja else {"NINJA": "no-such-ninja"})
-    done = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "out"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = (
+        os.environ | programs | {"CRYSTAL_CUDA": cuda} | ({} if ninja else {"NINJA": "no-such-ninja"})
+    )
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "out"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
     asked = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     compiled_ones = {words[words.index("-o") + 1]: words for words in asked if "-c" in words}
-    widths = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]}
+    widths = {
+        "portable": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    }
     outputs = {f"build/csrc/{stem}.o": None for stem in ("attn_align", "attn_slice", "ops", "vocab_kl_ce")}
-    outputs |= {f"build/csrc/{stem}_simd.{width}.o": width for stem in ("attn_align", "attn_slice", "vocab_kl_ce") for width in widths}
-    gpu = {f"build/csrc/{stem}.o" for stem in ("attn_align.cu", "attn_frobenius.cu", "attn_slice.cu", "vocab_kl_ce.cu", "attn_align_cuda", "attn_slice_cuda", "vocab_kl_ce_cuda")}
+    outputs |= {
+        f"build/csrc/{stem}_simd.{width}.o": width
+        for stem in ("attn_align", "attn_slice", "vocab_kl_ce")
+        for width in widths
+    }
+    gpu = {
+        f"build/csrc/{stem}.o"
+        for stem in (
+            "attn_align.cu", "attn_frobenius.cu", "attn_slice.cu", "vocab_kl_ce.cu", "attn_align_cuda",
+            "attn_slice_cuda", "vocab_kl_ce_cuda",
+        )
+    }
     assert set(compiled_ones) == set(outputs) | (gpu if cuda == "1" else set())
     for output, words in compiled_ones.items():
         assert {"-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"} <= set(words)
         if output in gpu:
             assert Path(words[1]).name == "NVCC" or Path(words[0]).name == "NVCC"
             codes = [word.removeprefix("arch=") for word in words if word.startswith("arch=")]
-            assert codes == ["compute_80,code=sm_80", "compute_86,code=sm_86", "compute_90,code=sm_90", "compute_90,code=compute_90"]
+            assert codes == [
+                "compute_80,code=sm_80", "compute_86,code=sm_86", "compute_90,code=sm_90",
+                "compute_90,code=compute_90",
+            ]
         else:
             assert {"-fPIC", "-fvisibility=hidden"} <= set(words)
             assert [word for word in words if word.startswith("-m")] == widths.get(outputs[output], [])
-            assert [word for word in words if word.startswith("-DWIDTH")] == ([f"-DWIDTH={outputs[output]}"] if outputs[output] else [])
+            assert [word for word in words if word.startswith("-DWIDTH")] == (
+                [f"-DWIDTH={outputs[output]}"] if outputs[output] else []
+            )
 
-    linked = {words[words.index("-o") + 1]: {word for word in words if word.endswith(".o")} for words in asked if "-c" not in words}
-    assert linked == {"out/crystal/_C.so": set(outputs)} | ({"out/crystal/_C_cuda.so": gpu} if cuda == "1" else {})
+    linked = {
+        words[words.index("-o") + 1]: {word for word in words if word.endswith(".o")}
+        for words in asked
+        if "-c" not in words
+    }
+    assert linked == {"out/crystal/_C.so": set(outputs)} | (
+        {"out/crystal/_C_cuda.so": gpu} if cuda == "1" else {}
+    )
 
 
 def test_every_width_runs_its_own_kernels(compiled):
-    """Vectors of another width add in another order, which the last bits of a row's sum show: as many sums as widths."""
+    """Vectors of another width add in another order, which the last bits of a row's sum show: as many sums as
+    widths.
+    """
     z, t = normal(16, 5000, scale=3.0, dtype=f32), torch.arange(16)
     found = []
     for place in ON_CPU:
         with at_place(place):
-            sums = torch.ops.crystal.vocab_kl_ce(z, z[:0], t, torch.full_like(t, -1), torch.zeros(16, dtype=torch.bool), True, False)[3]  # [16,5]
-        torch.testing.assert_close(sums[:, 1].log() + sums[:, 0], z.double().logsumexp(1), rtol=1e-6, atol=1e-6)
+            sums = torch.ops.crystal.vocab_kl_ce(
+                z, z[:0], t, torch.full_like(t, -1), torch.zeros(16, dtype=torch.bool), True, False
+            )[3]  # [16,5]
+        torch.testing.assert_close(
+            sums[:, 1].log() + sums[:, 0], z.double().logsumexp(1), rtol=1e-6, atol=1e-6
+        )
         found.append(sums[:, 1])
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(found, 2))
 
 
 def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
-    """nvcc's report on every kernel and every GPU, from the build that is there (brought up to date where it is not)."""
-    if not any(map(shutil.which, [os.environ["NVCC"]] if "NVCC" in os.environ else ["nvcc", "/usr/local/cuda/bin/nvcc"])):
+    """nvcc's report on every kernel and every GPU, from the build that is there (brought up to date where it
+    is not).
+    """
+    if not any(
+        map(
+            shutil.which,
+            [os.environ["NVCC"]] if "NVCC" in os.environ else ["nvcc", "/usr/local/cuda/bin/nvcc"],
+        )
+    ):
         skip_or_fail(request, "no nvcc here")
     done = build(tmp_path, CRYSTAL_CUDA="1")
-    assert done.returncode == 0 and "and CUDA (sm_80, sm_86, sm_90 and PTX)" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "and CUDA (sm_80, sm_86, sm_90 and PTX)" in done.stdout, (
+        done.stdout + done.stderr
+    )
     sources = sorted(p.stem for p in (ROOT / "csrc").glob("*.cu"))
     assert sources
     for source in sources:
         report = (ROOT / "build" / "csrc" / f"{source}.cu.o.log").read_text()
-        kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        kernels = re.findall(
+            r"Compiling entry function '(\w+)' for '(sm_\d+)'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+            report,
+        )
         assert {gpu for _, gpu, *_ in kernels} == {"sm_80", "sm_86", "sm_90"}, f"{source}.cu"
-        assert len(kernels) == report.count("Compiling entry function"), f"{source}.cu: a report that this test does not read"
+        assert len(kernels) == report.count("Compiling entry function"), (
+            f"{source}.cu: a report that this test does not read"
+        )
         for kernel, gpu, _, stores, loads in kernels:
             assert stores == loads == "0", f"{source}.cu: {kernel} spills {stores} + {loads} bytes on {gpu}"
     # The library needs nothing that a torch without CUDA lacks: it loads beside it too.
-    assert subprocess.run([sys.executable, "-c", "import sys, torch; [torch.ops.load_library(p) for p in sys.argv[1:]]", *(str(tmp_path / "crystal" / f) for f in ("_C.so", "_C_cuda.so"))],
-                          capture_output=True).returncode == 0
+    assert (
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys, torch; [torch.ops.load_library(p) for p in sys.argv[1:]]",
+                *(str(tmp_path / "crystal" / f) for f in ("_C.so", "_C_cuda.so")),
+            ],
+            capture_output=True,
+        ).returncode
+        == 0
+    )
 
 
 ON_A_GPU = "test_values_and_gradients or attention_with_slice or reads_no_lse or outside_the_sequence or test_kernels"
 
 
 def test_cuda_kernels_on_the_cpu(compiled, tmp_path):
-    """The CUDA kernels' own source, compiled for the CPU and run there thread by thread: values and gradients of every sample, the boundaries of the pieces, what is trapped;
+    """The CUDA kernels' own source, compiled for the CPU and run there thread by thread: values and gradients
+    of every sample, the boundaries of the pieces, what is trapped;
     and with PyTorch's attention for GPUs, by its formulas, beneath them."""
     if not shutil.which("g++"):
         pytest.skip("no g++ here")
-    torch_at, sources = Path(torch.__file__).parent, sorted([*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*_cuda.cpp")])
-    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DCRYSTAL_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc", "-Itests", f"-I{torch_at}/include"]
+    torch_at, sources = (
+        Path(torch.__file__).parent,
+        sorted([*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*_cuda.cpp")]),
+    )
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-w",
+        "-DCRYSTAL_ON_CPU",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-Icsrc",
+        "-Itests",
+        f"-I{torch_at}/include",
+    ]
     objects = [str(tmp_path / f"{source.name}.o") for source in sources]
-    compilers = [subprocess.Popen(["g++", *flags, "-c", "-x", "c++", str(source), "-o", output], cwd=ROOT) for source, output in zip(sources, objects)]
+    compilers = [
+        subprocess.Popen(["g++", *flags, "-c", "-x", "c++", str(source), "-o", output], cwd=ROOT)
+        for source, output in zip(sources, objects)
+    ]
     assert [c.wait() for c in compilers] == [0] * len(sources)
     library = tmp_path / "emulated.so"
-    subprocess.run(["g++", "-shared", *objects, "-o", library, f"-L{torch_at}/lib", "-ltorch_cpu"], check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_kernels.py", "-k", ON_A_GPU], cwd=ROOT,
-                          env=os.environ | {"CRYSTAL_CUDA_ON_CPU": str(library)}, capture_output=True, text=True)
+    subprocess.run(
+        ["g++", "-shared", *objects, "-o", library, f"-L{torch_at}/lib", "-ltorch_cpu"], check=True
+    )
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py",
+            "tests/test_kernels.py", "-k", ON_A_GPU,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"CRYSTAL_CUDA_ON_CPU": str(library)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_wide_vectors_on_a_narrow_cpu(compiled, tmp_path):
-    """The AVX-512 copy of the CPU kernels, its vectors taken apart by the compiler, on every sample: values and gradients."""
+    """The AVX-512 copy of the CPU kernels, its vectors taken apart by the compiler, on every sample: values
+    and gradients.
+    """
     if torch.ops.crystal.vector_bits(0) == 512:
         pytest.skip("this CPU has 512-bit vectors: cpu-512 ran")
     if not shutil.which("g++"):
@@ -1063,12 +1534,60 @@ def test_wide_vectors_on_a_narrow_cpu(compiled, tmp_path):
     assert build(tmp_path, CRYSTAL_CUDA="0").returncode == 0
     torch_at, work = Path(torch.__file__).parent, ROOT / "build" / "csrc"
     sources = [*(ROOT / "csrc").glob("*_simd.cpp"), ROOT / "csrc" / "ops.cpp"]
-    flags = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-w", "-DWIDTH=avx512", "-DCRYSTAL_BYTES=64", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch_at}/include"]
-    compilers = [subprocess.Popen(["g++", *flags, "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")], cwd=ROOT) for source in sources]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-fPIC",
+        "-w",
+        "-DWIDTH=avx512",
+        "-DCRYSTAL_BYTES=64",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{torch_at}/include",
+    ]
+    compilers = [
+        subprocess.Popen(
+            ["g++", *flags, "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")], cwd=ROOT
+        )
+        for source in sources
+    ]
     assert [c.wait() for c in compilers] == [0] * len(sources)
     replaced = {"ops.o"} | {f"{source.stem}.avx512.o" for source in sources}
-    others = [str(x) for x in work.glob("*.o") if x.name not in replaced and ".cu." not in x.name and not x.name.endswith("_cuda.o")]
-    subprocess.run(["g++", "-shared", *(str(tmp_path / f"{source.stem}.o") for source in sources), *others, "-o", tmp_path / "_C.so", f"-L{torch_at}/lib", "-ltorch_cpu"], check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_kernels.py", "-k", "test_values_and_gradients or test_kernels"], cwd=ROOT,
-                          env=os.environ | {"CRYSTAL_WIDE": str(tmp_path)}, capture_output=True, text=True)
+    others = [
+        str(x)
+        for x in work.glob("*.o")
+        if x.name not in replaced and ".cu." not in x.name and not x.name.endswith("_cuda.o")
+    ]
+    subprocess.run(
+        [
+            "g++",
+            "-shared",
+            *(str(tmp_path / f"{source.stem}.o") for source in sources),
+            *others,
+            "-o",
+            tmp_path / "_C.so",
+            f"-L{torch_at}/lib",
+            "-ltorch_cpu",
+        ],
+        check=True,
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "tests/test_ops.py",
+            "tests/test_kernels.py",
+            "-k",
+            "test_values_and_gradients or test_kernels",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"CRYSTAL_WIDE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

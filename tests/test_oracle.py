@@ -8,6 +8,7 @@ of settings with the largest difference of each.
 
 A setting that a method gains needs a row here, or a line in ELSEWHERE that says which test holds it.
 """
+
 import json
 import sys
 from contextlib import nullcontext
@@ -58,19 +59,33 @@ class Row(NamedTuple):
         return " ".join([self.method, *said])
 
 
-ONE = (((0, 0),),)                             # a one-token answer alone
-TWO = (((0, 1), (0, 2)), ((3, 2), (3, 0)))     # two micro-batches of different epochs
+ONE = (((0, 0),),)  # a one-token answer alone
+TWO = (((0, 1), (0, 2)), ((3, 2), (3, 0)))  # two micro-batches of different epochs
 
 # What the rows of a method share: small, weights that all differ, and no dropout, which is random.
 SMALL = {
     "sft": {"lora_r": 2},
-    "crystal": {"lora_r": 2, "latents": 3, "w_ce_int": 0.7, "w_ce_cor": 1.3, "w_kl": 0.9, "w_attn": 1.6,
-                "lora_dropout": 0.0},
+    "crystal": {
+        "lora_r": 2,
+        "latents": 3,
+        "w_ce_int": 0.7,
+        "w_ce_cor": 1.3,
+        "w_kl": 0.9,
+        "w_attn": 1.6,
+        "lora_dropout": 0.0,
+    },
     "released": {"lora_r": 2, "latents": 3, "w_ce_int": 0.7, "w_kl": 0.9, "w_attn": 1.6, "lora_dropout": 0.0},
     "livr": {"lora_r": 2, "latents": 3, "max_steps": 10, "masked": 0.3, "lora_dropout": 0.0},
     "lavit": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_semantics": 0.2, "w_gaze": 0.45, "tune": "lora"},
-    "valr": {"lora_r": 2, "latents": 3, "max_steps": 10, "w_repa": 0.8, "tune": "lora", "first_share": 0.4,
-             "encoders": "own"},
+    "valr": {
+        "lora_r": 2,
+        "latents": 3,
+        "max_steps": 10,
+        "w_repa": 0.8,
+        "tune": "lora",
+        "first_share": 0.4,
+        "encoders": "own",
+    },
 }
 
 
@@ -101,7 +116,6 @@ TABLE = [
     row("sft", min_pixels=9408, max_pixels=12544),
     row("sft", max_pixels=3136),
     row("sft", TWO, checkpointing=True),
-
     # CrystaL as in the paper: the defaults, then each value alone
     row("crystal", own=True),
     row("released", own=True, lora_dropout=0.0),
@@ -131,24 +145,32 @@ TABLE = [
     row("crystal", tune="full"),
     row("crystal", tune="tokens", latent_copy="packed"),
     row("crystal", lora_on="vision,merger"),
-
     # where they meet
-    *[row("crystal", latent_copy=way, copied=what, attn_columns=columns, attn_layers=layers)
-      for way in REALISATIONS for what, columns, layers in SHARED],
-    *[row("crystal", ce=ce, answer_positions=rows, labels=labels)
-      for ce, rows in (("per_path", "span"), ("pooled", "predicting"), ("pooled", "span"))
-      for labels in ("all", "answer")],
-    *[row("crystal", attn_loss=loss, attn_layers=layers, attn_columns=columns, answer_positions=rows)
-      for loss in ("kl", "frobenius", "mse") for layers, columns, rows in COMPARED],
-    *[row("crystal", attn_heads="mean", attn_layers=layers, attn_columns=columns)
-      for layers, columns in (("all", "latents"), ("last", "all"), ("0", "thought"))],
+    *[
+        row("crystal", latent_copy=way, copied=what, attn_columns=columns, attn_layers=layers)
+        for way in REALISATIONS
+        for what, columns, layers in SHARED
+    ],
+    *[
+        row("crystal", ce=ce, answer_positions=rows, labels=labels)
+        for ce, rows in (("per_path", "span"), ("pooled", "predicting"), ("pooled", "span"))
+        for labels in ("all", "answer")
+    ],
+    *[
+        row("crystal", attn_loss=loss, attn_layers=layers, attn_columns=columns, answer_positions=rows)
+        for loss in ("kl", "frobenius", "mse")
+        for layers, columns, rows in COMPARED
+    ],
+    *[
+        row("crystal", attn_heads="mean", attn_layers=layers, attn_columns=columns)
+        for layers, columns in (("all", "latents"), ("last", "all"), ("0", "thought"))
+    ],
     *[row("crystal", thought="cot", copied="thought", latent_copy=way, ce="pooled") for way in REALISATIONS],
     *[row("released", latent_copy=way) for way in REALISATIONS],
     row("released", "tied", thought="cot"),
     row("released", ONE),
     row("released", TWO, latent_copy="packed", kl_share=0.5),
     row("released", attn_heads="keep", teacher_grad=True, lora_on="language"),
-
     # LIVR: stage 1 and stage 2, and its controls
     *[row("livr", own=True, lora_dropout=0.0, step=step) for step in (1599, 1600)],
     row("livr", "tied", step=2),
@@ -161,11 +183,14 @@ TABLE = [
     row("livr", latents=0, masked=0.0, image_copies=2),
     row("livr", image_copies=2),
     row("livr", tune="tokens", masked=0.0),
-    *[row("livr", mask=mask, latents_see=see, place=place)
-      for mask in ("prompt", "answer") for see in ("all", "image") for place in ("after", "before")],
+    *[
+        row("livr", mask=mask, latents_see=see, place=place)
+        for mask in ("prompt", "answer")
+        for see in ("all", "image")
+        for place in ("after", "before")
+    ],
     row("livr", latents=5, latent_kind="identical", place="before"),
     row("livr", image_copies=2, place="before", latents_see="image"),
-
     # LaViT: the gate's kinds along the run, and its terms
     row("lavit", own=True, step=100),
     *[row("lavit", gate=gate, step=step) for gate in ("cosine", "hard") for step in (0, 3, 4)],
@@ -182,7 +207,6 @@ TABLE = [
     row("lavit", data="wide.jsonl", semantics_dim=20, step=1),
     row("lavit", tune="full", step=1),
     row("lavit", tune="tokens", step=1),
-
     # VaLR: both stages, layers, encoders, segments
     row("valr", ONE, own=True, step=2000, tolerance=FEATURES),
     row("valr", step=4),
@@ -217,24 +241,42 @@ ELSEWHERE = {
 }
 
 
-# ---- what all rows share -----------------------------------------------------------------------------------
+# --- what all rows share ---
 
 # Two pictures in one record, few of them square; one-token and long answers; steps as a list, a text and
 # none.
 RECORDS = [
-    {"id": "a", "images": ["a.png"], "cot": ["I look.", "I see a star."],
-     "conversations": [{"from": "human", "value": "<image>\nWhat colour is the star?"},
-                       {"from": "gpt", "value": "red"}]},
-    {"id": "b", "images": ["b.png", "c.png"], "cot": "They differ.",
-     "conversations": [{"from": "human", "value": "Compare <image>\nwith <image>: which heart is nearer?"},
-                       {"from": "gpt", "value": "the heart in the second picture is nearer"}]},
-    {"id": "c", "image": "d.png",
-     "messages": [{"role": "user", "content": "How many rings?"},
-                  {"role": "assistant", "content": "three of them"},
-                  {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "yes, quite"}]},
+    {
+        "id": "a",
+        "images": ["a.png"],
+        "cot": ["I look.", "I see a star."],
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat colour is the star?"},
+            {"from": "gpt", "value": "red"},
+        ],
+    },
+    {
+        "id": "b",
+        "images": ["b.png", "c.png"],
+        "cot": "They differ.",
+        "conversations": [
+            {"from": "human", "value": "Compare <image>\nwith <image>: which heart is nearer?"},
+            {"from": "gpt", "value": "the heart in the second picture is nearer"},
+        ],
+    },
+    {
+        "id": "c",
+        "image": "d.png",
+        "messages": [
+            {"role": "user", "content": "How many rings?"},
+            {"role": "assistant", "content": "three of them"},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "yes, quite"},
+        ],
+    },
 ]
 SIZES = {"a.png": (84, 56), "b.png": (56, 112), "c.png": (84, 84), "d.png": (56, 84)}
-TEACHER = {"a": [[2, 3]], "b": [[3, 2], [5, 4]], "c": [[2, 2]]}     # its grids; not all are the student's
+TEACHER = {"a": [[2, 3]], "b": [[3, 2], [5, 4]], "c": [[2, 2]]}  # its grids; not all are the student's
 
 
 @pytest.fixture(scope="session")
@@ -295,7 +337,9 @@ def flags_of(row, world):
 def built(row, world):
     """A row's run as `train.main` builds it, less the loop."""
     settings = methods.parse(flags_of(row, world))
-    model = crystal.backbone.model.load(settings.model, torch.float64, "cpu", settings.min_pixels, settings.max_pixels)
+    model = crystal.backbone.model.load(
+        settings.model, torch.float64, "cpu", settings.min_pixels, settings.max_pixels
+    )
     method, fmt = methods.attach(model, settings)
     objective = train.Objective(model, method).train()
 
@@ -311,8 +355,9 @@ def built(row, world):
     one_process = SimpleNamespace(first=nullcontext, is_first=True, print=lambda *_: None)
     train_sets, val_set, _ = train.open_data(settings, method, model, fmt, one_process)
     examples = val_set if row.split == "val" else train_sets[settings.progress(row.step).stage]
-    return SimpleNamespace(settings=settings, model=model, method=method, objective=objective, named=named,
-                           examples=examples)
+    return SimpleNamespace(
+        settings=settings, model=model, method=method, objective=objective, named=named, examples=examples
+    )
 
 
 def crystals_terms(row, s):
@@ -373,7 +418,8 @@ def oracles_net(row, world, s, given):
 
 PAPER = {"released": "crystal"}  # a method that is another one's with defaults of its own
 WEIGHTS = {  # eq. 6, eq. 9 of LaViT, and VaLR's sum
-    "sft": {"ce": None}, "livr": {"ce": None},
+    "sft": {"ce": None},
+    "livr": {"ce": None},
     "crystal": {"ce": "w_ce_int", "ce_int": "w_ce_int", "ce_cor": "w_ce_cor", "kl": "w_kl", "attn": "w_attn"},
     "lavit": {"ce": None, "semantics": "w_semantics", "gaze": "w_gaze"},
     "valr": {"ce": None, "repa": "w_repa"},
@@ -422,7 +468,7 @@ def checked_pixels(net, record, number, given, place, found, world):
     return found.double()
 
 
-# ---- the comparison ----------------------------------------------------------------------------------------
+# --- the comparison ---
 
 DIFFERENCES = {}  # {row: (largest of a term, largest of a gradient, how many terms, how many parameters)}
 
@@ -507,13 +553,25 @@ def test_nothing_is_left_out_twice():
     assert {name for names in ELSEWHERE for name in names.split(", ")} <= known
 
 
-REFERENCE = [row for row in TABLE if str(row) in {
-    "sft", "crystal", "crystal one pair", "crystal 2 micro-batches", "crystal kl_share=0.3",
-    "released latent_copy=kv", "crystal teacher_grad=True",
-    "crystal teacher_grad=True attn_heads=mean",
-    "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_positions=span",
-    "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_positions=predicting",
-    "lavit gate=cosine step=3", "livr mask=prompt latents_see=all place=after"}]
+REFERENCE = [
+    row
+    for row in TABLE
+    if str(row)
+    in {
+        "sft",
+        "crystal",
+        "crystal one pair",
+        "crystal 2 micro-batches",
+        "crystal kl_share=0.3",
+        "released latent_copy=kv",
+        "crystal teacher_grad=True",
+        "crystal teacher_grad=True attn_heads=mean",
+        "crystal attn_loss=frobenius attn_layers=0,1 attn_columns=all answer_positions=span",
+        "crystal attn_loss=mse attn_layers=all attn_columns=latents answer_positions=predicting",
+        "lavit gate=cosine step=3",
+        "livr mask=prompt latents_see=all place=after",
+    }
+]
 
 
 @pytest.mark.parametrize("row", REFERENCE, ids=identifier)

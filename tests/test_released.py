@@ -1,23 +1,63 @@
-"""CrystaL as its authors released it: every choice of paper and released code, typed out from the two sources."""
+"""CrystaL as its authors released it: every choice of paper and released code, typed out from the two
+sources.
+"""
+
 import pytest
 
 from crystal import methods
 from crystal.methods import crystal, released
 
 
-# What each of the two sources does (the table of DESIGN.md, section 1, and the released code at bc08a90), written out.
+# What each of the two sources does (the table of DESIGN.md, section 1, and the released code at bc08a90),
+# written out.
 SOURCES = {
     "crystal": {
-        "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "latents", "ce": "per_path", "kl_share": 1.0,
-        "answer_positions": "predicting", "attn_loss": "kl", "attn_heads": "keep", "attn_columns": "latents", "attn_layers": "last",
-        "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
-        "lora_on": "language", "lora_dropout": 0.0, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
+        "thought": "fixed",
+        "labels": "all",
+        "corruption": "blur",
+        "copied": "latents",
+        "ce": "per_path",
+        "kl_share": 1.0,
+        "answer_positions": "predicting",
+        "attn_loss": "kl",
+        "attn_heads": "keep",
+        "attn_columns": "latents",
+        "attn_layers": "last",
+        "teacher_grad": False,
+        "latents": 8,
+        "latent_kind": "diverse",
+        "lora_r": 16,
+        "lora_alpha": 32.0,
+        "lora_on": "language",
+        "lora_dropout": 0.0,
+        "max_steps": 4000,
+        "lr": 2e-4,
+        "warmup": 0.05,
+        "decay": "cosine",
     },
     "released": {
-        "thought": "fixed", "labels": "all", "corruption": "blur", "copied": "thought", "ce": "pooled", "kl_share": 0.1,
-        "answer_positions": "span", "attn_loss": "kl", "attn_heads": "mean", "attn_columns": "thought", "attn_layers": "last",
-        "teacher_grad": False, "latents": 8, "latent_kind": "diverse", "lora_r": 16, "lora_alpha": 32.0,
-        "lora_on": "language,vision,merger", "lora_dropout": 0.01, "max_steps": 4000, "lr": 2e-4, "warmup": 0.05, "decay": "cosine",
+        "thought": "fixed",
+        "labels": "all",
+        "corruption": "blur",
+        "copied": "thought",
+        "ce": "pooled",
+        "kl_share": 0.1,
+        "answer_positions": "span",
+        "attn_loss": "kl",
+        "attn_heads": "mean",
+        "attn_columns": "thought",
+        "attn_layers": "last",
+        "teacher_grad": False,
+        "latents": 8,
+        "latent_kind": "diverse",
+        "lora_r": 16,
+        "lora_alpha": 32.0,
+        "lora_on": "language,vision,merger",
+        "lora_dropout": 0.01,
+        "max_steps": 4000,
+        "lr": 2e-4,
+        "warmup": 0.05,
+        "decay": "cosine",
     },
 }
 

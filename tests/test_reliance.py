@@ -1,4 +1,7 @@
-"""Interventions that touch the latents and nothing else, a bottleneck without a leak, intervals against closed forms, mass against eager softmax."""
+"""Interventions that touch the latents and nothing else, a bottleneck without a leak, intervals against
+closed forms, mass against eager softmax.
+"""
+
 import itertools
 import json
 import math
@@ -12,20 +15,13 @@ import torch
 from crystal import evaluate, train
 from crystal.corrupt import Corruption
 from crystal.evaluation import reliance
-from crystal.evaluation.interventions import (
-    questions,
-)
-from crystal.evaluation.reliance import (
-    CONDITIONS,
-    donors,
-    measure,
-    paired_bootstrap,
-    verdict,
-)
+from crystal.evaluation.interventions import questions
+from crystal.evaluation.reliance import CONDITIONS, donors, measure, paired_bootstrap, verdict
 from crystal.layout import Format
 from crystal.runtime.config import UserError
 
-# --- intervals, donors, verdict -------------------------------------------------------------------------------------------
+# --- intervals, donors, verdict ---
+
 
 def test_bootstrap_against_all_resamples():
     """Four questions have 4^4 resamples: the interval's ends are quantiles of all of them."""
@@ -35,6 +31,8 @@ def test_bootstrap_against_all_resamples():
         expected = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], method="nearest")
         assert paired_bootstrap(a, b, level=level)[1:] == tuple(expected)
     assert paired_bootstrap(a, b)[0] == 0.5 and paired_bootstrap(a, a) == (0.0, 0.0, 0.0)
+
+
 from test_interventions import ask, states_of
 
 
@@ -49,19 +47,32 @@ def test_bootstrap_against_the_normal_interval():
     assert paired_bootstrap(a, b, seed=1) != (mean, low, high) == paired_bootstrap(a, b)
 
 
-@pytest.mark.parametrize("numbers, used, words", [((0.1, 0.02, 0.2), True, "are used"), ((0.1, 0.0, 0.2), False, "No use"), ((-0.1, -0.2, -0.02), False, "not used to advantage"),
-                                                  ((0.0, -0.01, 0.01), False, "No use")])
+@pytest.mark.parametrize(
+    "numbers, used, words",
+    [
+        ((0.1, 0.02, 0.2), True, "are used"),
+        ((0.1, 0.0, 0.2), False, "No use"),
+        ((-0.1, -0.2, -0.02), False, "not used to advantage"),
+        ((0.0, -0.01, 0.01), False, "No use"),
+    ],
+)
 def test_verdict(numbers, used, words):
     said, line = verdict(*numbers)
     assert said is used and words in line and "\n" not in line
 
 
 def test_donors():
-    record = lambda question, answer, image, family: SimpleNamespace(turns=[("user", question)], answer=answer, images=[image], family=family, where=f"x:{image}")
-    records = [record("q", "1", "a", "f"), record("q", "2", "a", "f"), record("q", "2", "b", "f"), record("q", "1", "c", "f"),
-               record("p", "2", "d", "f"), record("p", "Two.", "e", "g"), record("r", "two", "f", "g")]
+    record = lambda question, answer, image, family: SimpleNamespace(
+        turns=[("user", question)], answer=answer, images=[image], family=family, where=f"x:{image}"
+    )
+    records = [
+        record("q", "1", "a", "f"), record("q", "2", "a", "f"), record("q", "2", "b", "f"),
+        record("q", "1", "c", "f"), record("p", "2", "d", "f"), record("p", "Two.", "e", "g"),
+        record("r", "two", "f", "g"),
+    ]
     found = donors(records)
-    assert found == donors(records) and found[0] == 2 and found[1] == 3 and found[2] in (0, 3)  # its own image, or its own answer, will not do
+    # Its own image, or its own answer, will not do.
+    assert found == donors(records) and found[0] == 2 and found[1] == 3 and found[2] in (0, 3)
     # Whatever is drawn: record 1 has another answer and record 0's own image.
     assert all(donors(records, seed)[0] == 2 for seed in range(20))
     assert found[4] == 5  # the same question, even in another family
@@ -72,7 +83,8 @@ def test_donors():
         donors(records[5:])
 
 
-# --- attention ------------------------------------------------------------------------------------------------------------
+# --- attention ---
+
 
 def test_mass_equals_eager_softmax(setup):
     s = setup()
@@ -84,7 +96,14 @@ def test_mass_equals_eager_softmax(setup):
         ids, pixels, grid = a.prompts[0]
         x = torch.tensor([ids + s.fmt.text(record.answer)])
         with torch.no_grad():
-            out = s.model.hf(input_ids=x, mm_token_type_ids=(x == s.fmt.image).int(), pixel_values=pixels.double(), image_grid_thw=grid, output_attentions=True, use_cache=False)
+            out = s.model.hf(
+                input_ids=x,
+                mm_token_type_ids=(x == s.fmt.image).int(),
+                pixel_values=pixels.double(),
+                image_grid_thw=grid,
+                output_attentions=True,
+                use_cache=False,
+            )
         for n, weights in enumerate(out.attentions):  # [1,H,L,L]
             rows = weights[0, :, len(ids) - 1 : -1].mean((0, 1))  # [L]
             expected["latents"][n] += rows[a.where[0]].sum() / 3
@@ -94,18 +113,27 @@ def test_mass_equals_eager_softmax(setup):
         assert torch.allclose(torch.tensor(mass[name]), expected[name], atol=1e-5) and min(mass[name]) > 0
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------------
+# --- the whole ---
+
 
 def test_measure_is_the_same_whenever_and_however_batched(setup):
     s = setup()
     first = measure(s.model.eval(), s.fmt, s.records, batch_size=3, max_new_tokens=3)
     assert first == measure(s.model, s.fmt, s.records, batch_size=3, max_new_tokens=3)
-    assert [c["condition"] for c in first["conditions"]] == [c.name for c in CONDITIONS] and first["questions"] == 3 and first["latents"] == 3
+    assert (
+        [c["condition"] for c in first["conditions"]] == [c.name for c in CONDITIONS]
+        and first["questions"] == 3
+        and first["latents"] == 3
+    )
     one = measure(s.model, s.fmt, s.records, batch_size=1, max_new_tokens=3)
     assert [c["right"] for c in one["conditions"]] == [c["right"] for c in first["conditions"]]
     assert one["attention"]["image"] == pytest.approx(first["attention"]["image"], abs=1e-6)
     lines = reliance.text(first).splitlines()
-    assert lines[-1] == f"verdict: {first['verdict']}" and lines[-2] == f"rule: {reliance.RULE}" and len(lines) == 2 + len(CONDITIONS) + 6
+    assert (
+        lines[-1] == f"verdict: {first['verdict']}"
+        and lines[-2] == f"rule: {reliance.RULE}"
+        and len(lines) == 2 + len(CONDITIONS) + 6
+    )
 
 
 def test_each_condition_feeds_what_it_says(setup, monkeypatch):
@@ -136,20 +164,31 @@ def test_each_condition_feeds_what_it_says(setup, monkeypatch):
     assert [c.get("changed") for c in result["conditions"]] == [None, 1, 1, 1, 1, 1, 0, 1, 1]
     drops = [i for i, (prompts, _) in enumerate(fed) if not set(s.fmt.latents) & set(prompts[0][0])]
     blurred = [i for i, (prompts, _) in enumerate(fed) if not torch.equal(prompts[0][1], fed[0][0][0][1])]
-    assert drops == [1, 6] and blurred == [7, 8] and [i for i, (_, x) in enumerate(fed) if x["hidden"]] == [5, 6]
+    assert (
+        drops == [1, 6] and blurred == [7, 8] and [i for i, (_, x) in enumerate(fed) if x["hidden"]] == [5, 6]
+    )
     assert [i for i, (_, x) in enumerate(fed) if x["replaced"] is not None] == [2, 3, 4, 7]
     own = states_of(s, ask(s))
     partner = donors(s.records)
     mean, noise, swapped, intact = (fed[i][1]["replaced"] for i in (2, 3, 4, 7))
     for n in range(3):
-        assert torch.allclose(mean[n], own[n].mean(0).expand(3, -1, -1)) and torch.allclose(intact[n], own[n], atol=1e-12)
+        assert torch.allclose(mean[n], own[n].mean(0).expand(3, -1, -1)) and torch.allclose(
+            intact[n], own[n], atol=1e-12
+        )
         assert torch.allclose(swapped[n], own[n][partner], atol=1e-5)
-    deviation = (noise[1:] - mean[1:]) / torch.stack([x.std(0, correction=0) for x in own[1:]])[:, None]  # layer 0 is the embedding, alike for all
+    # Layer 0 is the embedding, alike for all.
+    deviation = (noise[1:] - mean[1:]) / torch.stack([x.std(0, correction=0) for x in own[1:]])[:, None]
     assert deviation.std() == pytest.approx(1, abs=0.15) and abs(deviation.mean()) < 0.1
 
 
-@pytest.mark.parametrize("flags, says", [(("--method", "sft"), "no latents stand in its prompts"), (("--thought", "cot"), "makes its latents while it answers"),
-                                         (("--method", "valr", "--encoders", "none"), "makes its latents while it answers")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--method", "sft"), "no latents stand in its prompts"),
+        (("--thought", "cot"), "makes its latents while it answers"),
+        (("--method", "valr", "--encoders", "none"), "makes its latents while it answers"),
+    ],
+)
 def test_a_model_without_latents_in_its_prompts_is_refused(setup, flags, says):
     s = setup(*flags)
     with pytest.raises(UserError, match=says):
@@ -161,20 +200,39 @@ def test_a_merged_directorys_latents_are_found_by_name(setup):
     for latents in ("keep", "drop"):
         own = [questions(s.model, s.fmt, s.records, latents).build(i, 0)["layout"] for i in range(3)]
         template, s.model.tokenizer.chat_template = s.model.tokenizer.chat_template, s.fmt.chat_template()
-        merged = [questions(s.model, Format(s.model.tokenizer), s.records, latents).build(i, 0)["layout"] for i in range(3)]
+        merged = [
+            questions(s.model, Format(s.model.tokenizer), s.records, latents).build(i, 0)["layout"]
+            for i in range(3)
+        ]
         s.model.tokenizer.chat_template = template
         assert merged == own
 
 
 def test_command_line(model_dirs, records_file, tmp_path, capsys):
-    run = train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2", "--max_steps", "1", "--eval_every", "0",
-                      "--output", str(tmp_path / "run")])
+    run = train.main(
+        [
+            "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
+            "--max_steps", "1", "--eval_every", "0", "--output", str(tmp_path / "run"),
+        ]
+    )
     capsys.readouterr()
-    evaluate.main(["--model", str(run), "--data", str(records_file), "--reliance", "--max_new_tokens", "2", "--device", "cpu", "--corruption", "noise=30"])
+    evaluate.main(
+        [
+            "--model", str(run), "--data", str(records_file), "--reliance", "--max_new_tokens", "2",
+            "--device", "cpu", "--corruption", "noise=30",
+        ]
+    )
     out = capsys.readouterr().out
     folder = run / "reliance" / "train"
     result = json.loads((folder / "reliance.json").read_text())
-    assert result["verdict"] in out and result["corruption"] == "noise=30" and result["model"] == str(run) and (folder / "reliance.txt").read_text() in out
+    assert (
+        result["verdict"] in out
+        and result["corruption"] == "noise=30"
+        and result["model"] == str(run)
+        and (folder / "reliance.txt").read_text() in out
+    )
     assert (folder / "attention.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="no latents"):
-        evaluate.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--reliance", "--device", "cpu"])
+        evaluate.main(
+            ["--model", str(model_dirs[True]), "--data", str(records_file), "--reliance", "--device", "cpu"]
+        )

@@ -1,9 +1,10 @@
 """Reliance on a model made by hand (by_hand.py), whose answer under every condition is written out here.
 
-The right tables are worked out from by_hand.py's rules: of eight questions, `see` goes by the latents, `look` by the picture,
-`both` needs the two, and `guess` is always wrong. Bootstrap intervals come from the exact distribution of a resample's sum,
-built term by term; Wilson's from scipy; attention from counting tokens.
+The right tables are worked out from by_hand.py's rules: of eight questions, `see` goes by the latents, `look`
+by the picture, `both` needs the two, and `guess` is always wrong. Bootstrap intervals come from the exact
+distribution of a resample's sum, built term by term; Wilson's from scipy; attention from counting tokens.
 """
+
 import copy
 import math
 import threading
@@ -46,7 +47,9 @@ def measured(hand, monkeypatch, **how):
         return summarise(results, records, partner, seed)
 
     monkeypatch.setattr(reliance, "summarise", spy)
-    found = reliance.measure(hand.model, hand.fmt, hand.records, WHOLE, **({"batch_size": 3, "max_new_tokens": 3} | how))
+    found = reliance.measure(
+        hand.model, hand.fmt, hand.records, WHOLE, **({"batch_size": 3, "max_new_tokens": 3} | how)
+    )
     said = {}
     for r in sorted(kept["results"], key=lambda r: r["index"]):
         said.setdefault(r["condition"], []).append(r["prediction"])
@@ -55,26 +58,44 @@ def measured(hand, monkeypatch, **how):
 
 # The answers, by hand. Records:          see       see       look       look       look       guess     both       see
 SAID = {
-    "as trained":                        ["black",   "white",   "dark",    "light",   "light",   "white.", "white",   "grey"],
-    "latents dropped":                   ["nothing", "nothing", "dark",    "light",   "light",   "pale",   "nothing", "nothing"],
+    "as trained": ["black", "white", "dark", "light", "light", "white.", "white", "grey"],
+    "latents dropped": ["nothing", "nothing", "dark", "light", "light", "pale", "nothing", "nothing"],
     # The mean code is (0 + 240 + 60 + 180 + 180 + 120 + 240 + 120) / 8 = 142.5, nearest to grey.
-    "latents: mean":                     ["grey",    "grey",    "dark",    "light",   "light",   "white.", "grey",    "grey"],
-    "latents: noise":                    ["static",  "static",  "dark",    "light",   "light",   "white.", "static",  "static"],
-    # Who gets whose: 0 and 1 each other's (the same question), 2 of 3 or 4, these 2's, 5 and 6 each other's (the family).
-    "latents: swapped":                  ["white",   "black",   "dark",    "light",   "light",   "white.", "grey",    None],
-    "image hidden, latents kept":        ["black",   "white",   "nothing", "nothing", "nothing", "white.", "nothing", "grey"],
-    "image hidden, latents dropped":     ["nothing", "nothing", "nothing", "nothing", "nothing", "pale",   "nothing", "nothing"],
-    "image corrupted, latents intact":   ["black",   "white",   "black",   "black",   "black",   "white.", "white",   "grey"],
-    "image corrupted, latents corrupted": ["black",  "black",   "black",   "black",   "black",   "white.", "black",   "black"],
+    "latents: mean": ["grey", "grey", "dark", "light", "light", "white.", "grey", "grey"],
+    "latents: noise": ["static", "static", "dark", "light", "light", "white.", "static", "static"],
+    # Who gets whose: 0 and 1 each other's (the same question), 2 of 3 or 4, these 2's, 5 and 6 each other's
+    # (the family).
+    "latents: swapped": ["white", "black", "dark", "light", "light", "white.", "grey", None],
+    "image hidden, latents kept": [
+        "black", "white", "nothing", "nothing", "nothing", "white.", "nothing", "grey",
+    ],
+    "image hidden, latents dropped": [
+        "nothing", "nothing", "nothing", "nothing", "nothing", "pale", "nothing", "nothing",
+    ],
+    "image corrupted, latents intact": [
+        "black", "white", "black", "black", "black", "white.", "white", "grey",
+    ],
+    "image corrupted, latents corrupted": [
+        "black", "black", "black", "black", "black", "white.", "black", "black",
+    ],
 }
 # How many of the eight are right, and how many say another thing than as trained.
-COUNTS = {"as trained": (7, None), "latents dropped": (3, 5), "latents: mean": (4, 3), "latents: noise": (3, 4), "latents: swapped": (3, 4),
-          "image hidden, latents kept": (3, 4), "image hidden, latents dropped": (0, 8), "image corrupted, latents intact": (4, 3),
-          "image corrupted, latents corrupted": (1, 6)}
+COUNTS = {
+    "as trained": (7, None),
+    "latents dropped": (3, 5),
+    "latents: mean": (4, 3),
+    "latents: noise": (3, 4),
+    "latents: swapped": (3, 4),
+    "image hidden, latents kept": (3, 4),
+    "image hidden, latents dropped": (0, 8),
+    "image corrupted, latents intact": (4, 3),
+    "image corrupted, latents corrupted": (1, 6),
+}
 
 
 def exact_interval(differences, level=0.95):
-    """What each end of the percentile interval over all resamples may be, from the exact distribution of a resample's sum.
+    """What each end of the percentile interval over all resamples may be, from the exact distribution of a
+    resample's sum.
 
     One value an end, but where ten thousand draws could fall on either side of a step: there both sides.
     """
@@ -104,10 +125,17 @@ def test_every_condition_has_its_right_table(hand, monkeypatch):
     assert said.keys() == SAID.keys()
     for name, expected in SAID.items():
         assert said[name][:7] == expected[:7] and expected[7] in (said[name][7], None), name
-    # The last has no other of its question or family: its partner is any with another answer, and it says that one's level.
+    # The last has no other of its question or family: its partner is any with another answer, and it says
+    # that one's level.
     assert said["latents: swapped"][7] == by_hand.PICTURES[partner[7]] != "grey"
 
-    right = {name: [a.removesuffix(".").lower() == q[2].removesuffix(".").lower() for a, q in zip(answers, by_hand.QUESTIONS)] for name, answers in said.items()}
+    right = {
+        name: [
+            a.removesuffix(".").lower() == q[2].removesuffix(".").lower()
+            for a, q in zip(answers, by_hand.QUESTIONS)
+        ]
+        for name, answers in said.items()
+    }
     lines = {c["condition"]: c for c in found["conditions"]}
     assert list(lines) == list(SAID)
     for name, line in lines.items():
@@ -120,11 +148,17 @@ def test_every_condition_has_its_right_table(hand, monkeypatch):
             continue
         lows, highs = exact_interval([a - b for a, b in zip(right[name], right["as trained"])])
         assert line["difference"] == (count - 7) / 8 and line["changed"] == changed / 8, name
-        assert line["difference_low"] in lows and line["difference_high"] in highs and len(lows) * len(highs) <= 2, name
+        assert (
+            line["difference_low"] in lows
+            and line["difference_high"] in highs
+            and len(lows) * len(highs) <= 2
+        ), name
 
-    # With the other's latents five answers are the other's (0, 1, 5, 6, 7); as trained the guess at 5 alone, for 6 is white.
+    # With the other's latents five answers are the other's (0, 1, 5, 6, 7); as trained the guess at 5 alone,
+    # for 6 is white.
     assert found["followed"] == {"latents: swapped": 5 / 8, "as trained": 1 / 8}
-    # Four of eight are lost. A resample loses Binomial(8, 1/2): its quantiles at 2.5 and 97.5 percent are 1 and 7.
+    # Four of eight are lost. A resample loses Binomial(8, 1/2): its quantiles at 2.5 and 97.5 percent are 1
+    # and 7.
     assert found["used"] is True and "+50.0 points, 95 % interval +12.5 to +87.5" in found["verdict"]
     assert (found["questions"], found["latents"], found["corruption"], found["seed"]) == (8, 3, "mask=1", 0)
     assert found["rule"] == "used if the paired 95 % interval of (as trained - swapped) lies above 0"
@@ -133,7 +167,12 @@ def test_every_condition_has_its_right_table(hand, monkeypatch):
 def test_partners_by_hand(hand):
     for seed in range(8):
         found = reliance.donors(hand.records, seed)
-        assert found[:2] == [1, 0] and found[2] in (3, 4) and found[3:7] == [2, 2, 6, 5] and found[7] in (0, 1, 2, 3, 4, 6)
+        assert (
+            found[:2] == [1, 0]
+            and found[2] in (3, 4)
+            and found[3:7] == [2, 2, 6, 5]
+            and found[7] in (0, 1, 2, 3, 4, 6)
+        )
     assert {reliance.donors(hand.records, seed)[2] for seed in range(12)} == {3, 4}
     assert len({reliance.donors(hand.records, seed)[7] for seed in range(30)}) > 3
 
@@ -151,10 +190,13 @@ def test_a_batch_of_any_size_and_another_seed(hand, monkeypatch):
     assert heard["latents: swapped"][7] == by_hand.PICTURES[partner[7]]
 
 
-# --- what is put in ------------------------------------------------------------------------------------------------------
+# --- what is put in ---
+
 
 def states_put_in(hand, monkeypatch, batch_size, seed):
-    """What stands at the latents for noise, for each record: {index: [layers,K,D]}, and for each condition how often something was put in."""
+    """What stands at the latents for noise, for each record: {index: [layers,K,D]}, and for each condition
+    how often something was put in.
+    """
     kept, replaced = [], reliance.replaced
 
     def spy(model, where, states):
@@ -163,27 +205,38 @@ def states_put_in(hand, monkeypatch, batch_size, seed):
 
     with monkeypatch.context() as patch:
         patch.setattr(reliance, "replaced", spy)
-        reliance.measure(hand.model, hand.fmt, hand.records, WHOLE, batch_size=batch_size, max_new_tokens=3, seed=seed)
+        reliance.measure(
+            hand.model, hand.fmt, hand.records, WHOLE, batch_size=batch_size, max_new_tokens=3, seed=seed
+        )
     order = ["mean", "noise", "swapped", "intact"]
     assert len(kept) % 4 == 0
     return {name: torch.cat(kept[i::4], 1) for i, name in enumerate(order)}
 
 
 def test_mean_and_noise_by_number(hand, monkeypatch):
-    """Their moments are those of the eight codes; every question, layer, latent and number has noise of its own."""
+    """Their moments are those of the eight codes; every question, layer, latent and number has noise of its
+    own.
+    """
     codes = np.array([by_hand.LEVELS[level] for level in by_hand.PICTURES])
     assert codes.mean() == 142.5
     put_in = states_put_in(hand, monkeypatch, 3, 0)
-    base = torch.tensor([[by_hand.STEP * n + by_hand.APART * k for k in range(3)] for n in range(2)], dtype=torch.float64)  # [layers,K]
+    base = torch.tensor(
+        [[by_hand.STEP * n + by_hand.APART * k for k in range(3)] for n in range(2)], dtype=torch.float64
+    )  # [layers,K]
 
-    assert torch.allclose(put_in["mean"], (142.5 + base)[:, None, :, None].expand(2, 8, 3, by_hand.WIDTH), atol=1e-2)
+    assert torch.allclose(
+        put_in["mean"], (142.5 + base)[:, None, :, None].expand(2, 8, 3, by_hand.WIDTH), atol=1e-2
+    )
     own = (torch.tensor(codes)[None, :, None] + base[:, None])[..., None].expand(2, 8, 3, by_hand.WIDTH)
     assert torch.allclose(put_in["intact"], own.double(), atol=1e-2)
     assert torch.allclose(put_in["swapped"], own[:, reliance.donors(hand.records)].double(), atol=1e-2)
 
     standard = (put_in["noise"] - put_in["mean"]) / codes.std()  # the spread over questions, not of a sample
     assert abs(float(standard.mean())) < 0.06 and float(standard.std()) == pytest.approx(1, abs=0.04)
-    assert abs(float(standard.pow(3).mean())) < 0.2 and float(standard.pow(4).mean()) == pytest.approx(3, abs=0.4)  # Gaussian
+    # Gaussian.
+    assert abs(float(standard.pow(3).mean())) < 0.2 and float(standard.pow(4).mean()) == pytest.approx(
+        3, abs=0.4
+    )
     for axis in range(3):  # a layer's, a question's or a latent's is no other's
         rows = standard.transpose(0, axis).flatten(1)
         correlation = torch.corrcoef(rows) - torch.eye(len(rows))
@@ -198,7 +251,10 @@ def test_noise_is_of_seed_and_question_alone(hand, monkeypatch):
 
 
 def test_a_mask_that_all_is_asked_under(hand, monkeypatch):
-    """`biases` joins every condition's own mask. Here it hides the picture from every row but the latents', as --bottleneck does."""
+    """`biases` joins every condition's own mask. Here it hides the picture from every row but the latents',
+    as --bottleneck does.
+    """
+
     def bottleneck(batch):
         latents = torch.isin(batch["input_ids"], torch.tensor(hand.fmt.latents))
         picture = batch["input_ids"] == hand.fmt.image
@@ -206,31 +262,44 @@ def test_a_mask_that_all_is_asked_under(hand, monkeypatch):
 
     _, said, _ = measured(hand, monkeypatch, biases=bottleneck)
     assert said["as trained"] == said["image hidden, latents kept"] == SAID["image hidden, latents kept"]
-    assert said["latents dropped"] == said["image hidden, latents dropped"] == SAID["image hidden, latents dropped"]
+    assert (
+        said["latents dropped"]
+        == said["image hidden, latents dropped"]
+        == SAID["image hidden, latents dropped"]
+    )
     assert said["latents: swapped"][:6] == ["white", "black", "nothing", "nothing", "nothing", "white."]
 
 
 def test_the_partners_are_asked_under_the_mask_too(hand, monkeypatch):
-    """A mask that blinds the latents themselves: what a partner's latents then hold is nothing that anybody could read."""
+    """A mask that blinds the latents themselves: what a partner's latents then hold is nothing that anybody
+    could read.
+    """
+
     def blind(batch):
         picture = batch["input_ids"] == hand.fmt.image
         return [AttentionBias(~picture, picture)]
 
     _, said, _ = measured(hand, monkeypatch, biases=blind)
     for name in ("as trained", "latents: swapped", "image corrupted, latents intact"):
-        assert said[name] == ["static", "static", "nothing", "nothing", "nothing", "white.", "nothing", "static"], name
+        assert said[name] == [
+            "static", "static", "nothing", "nothing", "nothing", "white.", "nothing", "static",
+        ], name
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------
+# --- attention ---
+
 
 def expected_mass(hand):
-    """Counted: of row t the first layer gives each of t + 1 tokens as much; the second layer's first head 2 to a latent, 3 to the image's."""
+    """Counted: of row t the first layer gives each of t + 1 tokens as much; the second layer's first head 2
+    to a latent, 3 to the image's.
+    """
     totals = {"latents": [0.0, 0.0], "image": [0.0, 0.0]}
     examples = reliance.questions(hand.model, hand.fmt, hand.records)
     for i, record in enumerate(hand.records):
         ids = examples.build(i, 0)["layout"][0]
         K, N = 3, ids.count(hand.fmt.image)
-        rows = range(len(ids) - 1, len(ids) - 1 + len(hand.fmt.text(record.answer)))  # each predicts a token of the answer
+        # Each predicts a token of the answer.
+        rows = range(len(ids) - 1, len(ids) - 1 + len(hand.fmt.text(record.answer)))
         plain = sum(1 / (t + 1) for t in rows) / len(rows)
         heavy = sum(1 / (t + 1 + K + 2 * N) for t in rows) / len(rows)
         for name, count, weight in (("latents", K, 2), ("image", N, 3)):
@@ -249,10 +318,12 @@ def test_attention_by_counting(hand, monkeypatch):
         assert found["attention"][name] == pytest.approx(expected, abs=1e-6)
 
 
-# --- ranks --------------------------------------------------------------------------------------------------------------
+# --- ranks ---
+
 
 class Rank:
     """One of two processes that are threads here: sums and lists of all ranks, in rank order."""
+
     world, device = 2, torch.device("cpu")
 
     def __init__(self, rank, board, meet):
@@ -291,7 +362,9 @@ def test_two_ranks_share_the_questions(hand, monkeypatch):
         model = by_hand.model_by_hand(hand.real)  # layers of its own: hooks of one rank are not the other's
         fmt = copy.deepcopy(hand.fmt)  # and a tokenizer, which keeps state while it encodes
         model.tokenizer = fmt.tokenizer
-        found[rank] = reliance.measure(model, fmt, hand.records, WHOLE, batch_size=3, max_new_tokens=3, procs=Rank(rank, board, meet))
+        found[rank] = reliance.measure(
+            model, fmt, hand.records, WHOLE, batch_size=3, max_new_tokens=3, procs=Rank(rank, board, meet)
+        )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -299,10 +372,13 @@ def test_two_ranks_share_the_questions(hand, monkeypatch):
     for thread in threads:
         thread.join(120)
     for mine in found:
-        assert {n: x for n, x in mine.items() if n != "attention"} == {n: x for n, x in alone.items() if n != "attention"}
+        assert {n: x for n, x in mine.items() if n != "attention"} == {
+            n: x for n, x in alone.items() if n != "attention"
+        }
         for name in ("latents", "image"):
             assert mine["attention"][name] == pytest.approx(alone["attention"][name], abs=1e-9)
-    # Four questions each, under nine conditions, and two passes more that record states: the partner's and its own.
+    # Four questions each, under nine conditions, and two passes more that record states: the partner's and
+    # its own.
     assert len(asked[0]) == len(asked[1]) == 4 * 11
 
 
@@ -312,16 +388,36 @@ def test_too_few_questions_for_the_ranks(hand):
         with pytest.raises(reliance.UserError, match=f"1 questions for {procs.world} process"):
             reliance.measure(hand.model, hand.fmt, records, WHOLE, procs=procs)
     with pytest.raises(reliance.UserError, match="2 questions for 3 process"):
-        reliance.measure(hand.model, hand.fmt, hand.records[:2], WHOLE, procs=SimpleNamespace(rank=0, world=3, is_first=True, device=torch.device("cpu")))
+        reliance.measure(
+            hand.model,
+            hand.fmt,
+            hand.records[:2],
+            WHOLE,
+            procs=SimpleNamespace(rank=0, world=3, is_first=True, device=torch.device("cpu")),
+        )
 
 
-# --- what a reader sees --------------------------------------------------------------------------------------------------
+# --- what a reader sees ---
 
 RESULT = {
-    "questions": 40, "latents": 3, "corruption": "blur=2:5", "rule": "the rule", "verdict": "the verdict",
-    "conditions": [{"condition": "as trained", "right": 0.75, "low": 0.6, "high": 0.86},
-                   {"condition": "latents: swapped", "right": 0.5, "low": 0.35, "high": 0.65, "difference": -0.25, "difference_low": -0.4,
-                    "difference_high": -0.075, "changed": 0.325}],
+    "questions": 40,
+    "latents": 3,
+    "corruption": "blur=2:5",
+    "rule": "the rule",
+    "verdict": "the verdict",
+    "conditions": [
+        {"condition": "as trained", "right": 0.75, "low": 0.6, "high": 0.86},
+        {
+            "condition": "latents: swapped",
+            "right": 0.5,
+            "low": 0.35,
+            "high": 0.65,
+            "difference": -0.25,
+            "difference_low": -0.4,
+            "difference_high": -0.075,
+            "changed": 0.325,
+        },
+    ],
     "followed": {"latents: swapped": 0.275, "as trained": 0.05},
     "attention": {"latents": [0.011, 0.2], "image": [0.5, 0.125]},
 }
@@ -330,7 +426,8 @@ RESULT = {
 def test_the_text_by_hand():
     """A half width is half of the interval; signs, columns and percent as printed."""
     assert reliance.text(RESULT).splitlines() == [
-        "40 questions; percent right; differences to the first line are paired, with 95 % intervals; corruption blur=2:5",
+        "40 questions; percent right; differences to the first line are paired, with 95 % intervals; "
+        "corruption blur=2:5",
         "condition                                  right  difference     95 % interval  answers changed",
         "as trained                            75.0 ±13.0",
         "latents: swapped                      50.0 ±15.0       -25.0     -40.0 to -7.5             32.5",
@@ -339,16 +436,20 @@ def test_the_text_by_hand():
         "  to 3 latents         1.1  20.0",
         "  to the image        50.0  12.5",
         "rule: the rule",
-        "verdict: the verdict"]
+        "verdict: the verdict",
+    ]
 
 
 def test_the_picture_by_hand(tmp_path, monkeypatch):
     kept = {}
     monkeypatch.setattr(reliance.figures, "save", lambda fig, path: kept.update(fig=fig, path=path))
     reliance.picture(RESULT | {"used": True}, tmp_path / "a.png")
-    axes, = kept["fig"].axes
+    (axes,) = kept["fig"].axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
-    assert lines == {"3 latents": ([0, 1], pytest.approx([1.1, 20.0])), "image": ([0, 1], pytest.approx([50.0, 12.5]))}
+    assert lines == {
+        "3 latents": ([0, 1], pytest.approx([1.1, 20.0])),
+        "image": ([0, 1], pytest.approx([50.0, 12.5])),
+    }
     assert axes.get_title() == "used" and kept["path"] == tmp_path / "a.png"
     reliance.picture(RESULT | {"used": False}, tmp_path / "b.png")
     assert kept["fig"].axes[0].get_title() == "no use shown"
@@ -357,10 +458,14 @@ def test_the_picture_by_hand(tmp_path, monkeypatch):
 def test_verdict_by_number():
     assert reliance.verdict(0.125, 0.05, 0.2)[1].endswith("(+12.5 points, 95 % interval +5.0 to +20.0).")
     assert reliance.verdict(-0.125, -0.2, -0.05)[1].endswith("(-12.5 points, 95 % interval -20.0 to -5.0).")
-    assert reliance.verdict(0.0, -0.05, 0.0)[1].endswith("(+0.0 points, 95 % interval -5.0 to +0.0, which holds 0).")
+    assert reliance.verdict(0.0, -0.05, 0.0)[1].endswith(
+        "(+0.0 points, 95 % interval -5.0 to +0.0, which holds 0)."
+    )
 
 
-@pytest.mark.parametrize("a, b", [([1, 1, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1, 1, 0, 1]), ([0, 0, 1, 1, 0], [1, 0, 1, 0, 1])])
+@pytest.mark.parametrize(
+    "a, b", [([1, 1, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1, 1, 0, 1]), ([0, 0, 1, 1, 0], [1, 0, 1, 0, 1])]
+)
 def test_bootstrap_against_the_exact_distribution(a, b):
     mean, low, high = reliance.paired_bootstrap(a, b)
     assert mean == pytest.approx((sum(a) - sum(b)) / len(a))

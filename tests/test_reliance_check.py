@@ -73,42 +73,16 @@ def test_the_flags_choose_runs_and_questions(setup, monkeypatch, tmp_path, capsy
     with pytest.raises(SystemExit) as ended:
         reliance_check.main(
             [
-                "--methods",
-                "bottleneck,open",
-                "--seeds",
-                "4",
-                "7",
-                "--max_steps",
-                "9",
-                "--family",
-                "depth",
-                "--questions",
-                "2",
-                "--output",
-                "to",
+                "--methods", "bottleneck,open", "--seeds", "4", "7", "--max_steps", "9", "--family", "depth",
+                "--questions", "2", "--output", "to",
             ]
         )
     assert ended.value.code == code
 
     names = ["bottleneck-4", "open-4", "bottleneck-7", "open-7"]
     fixed = [
-        "--batch_size",
-        "16",
-        "--lr",
-        "1e-3",
-        "--lr_tokens",
-        "4",
-        "--labels",
-        "answer",
-        "--eval_every",
-        "40",
-        "--eval_records",
-        "96",
-        "--log_every",
-        "40",
-        "--save_every",
-        "1000",
-        "--overwrite",
+        "--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "4", "--labels", "answer", "--eval_every", "40",
+        "--eval_records", "96", "--log_every", "40", "--save_every", "1000", "--overwrite",
     ]
     assert trained == [
         [
@@ -195,7 +169,9 @@ def test_the_bottleneck_leaves_the_answer_the_latents_alone(setup, monkeypatch, 
     # A prompt to generate from, padded to the left: its last row alone.
     ids = s.batch["input_ids"][:1, : int(s.batch["answer_positions"][0, 0]) + 1]
     left = torch.nn.functional.pad(ids, (3, 0), value=s.model.tokenizer.pad_token_id)
-    [bias] = s.method.biases(s.model, {"input_ids": left, "answer_positions": torch.tensor([[left.shape[1] - 1]])})
+    [bias] = s.method.biases(
+        s.model, {"input_ids": left, "answer_positions": torch.tensor([[left.shape[1] - 1]])}
+    )
     rows, keys = expected(left[0].tolist(), left.shape[1] - 1)
     assert bias.queries[0].tolist() == rows and sum(rows) == 1 and bias.keys[0].tolist() == keys
     kind = methods.get(str(FILES / "reliance_bottleneck.py"))

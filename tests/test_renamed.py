@@ -2,6 +2,7 @@
 
 Each was stopped after the second of four updates; metrics.jsonl holds what the old code logged for all four.
 """
+
 import json
 import shutil
 from dataclasses import replace
@@ -19,11 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 OLD = ROOT / "tests" / "old"
 
 # Each run, and the flags that it would have today.
-COMMON = ["--data", "tests/old/records.jsonl", "--max_steps", "4", "--save_every", "2", "--eval_every", "0",
-          "--latents", "2", "--device", "cpu"]
+COMMON = [
+    "--data", "tests/old/records.jsonl", "--max_steps", "4", "--save_every", "2", "--eval_every", "0",
+    "--latents", "2", "--device", "cpu",
+]
 RUNS = {
-    "released": ["--method", "released", "--latent_copy", "hidden", "--lora_r", "1", "--lr_tokens", "2",
-                 "--lr", "1e-2", "--lora_on", "language"],
+    "released": [
+        "--method", "released", "--latent_copy", "hidden", "--lora_r", "1", "--lr_tokens", "2",
+        "--lr", "1e-2", "--lora_on", "language",
+    ],
     "rows": ["--method", "livr", "--tune", "tokens", "--lr", "1e-2", "--batch_size", "1"],
     "positions": ["--answer_positions", "span", "--tune", "tokens", "--lr", "1e-2"],
 }
@@ -39,7 +44,9 @@ def copied(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_opens_under_todays_names(copied, name):
     model, fmt, settings = opening.open_model(copied(name))
-    today = methods.parse([*RUNS[name], *COMMON, "--keep", "2", "--log_every", "1", "--output", f"tests/old/{name}"])
+    today = methods.parse(
+        [*RUNS[name], *COMMON, "--keep", "2", "--log_every", "1", "--output", f"tests/old/{name}"]
+    )
     today = replace(today, dtype=settings.dtype)  # what "auto" meant is saved
     assert settings == today
     prompt = fmt.question([("user", "Hello")], [])[0]
@@ -48,7 +55,9 @@ def test_an_old_run_opens_under_todays_names(copied, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_goes_on(copied, name):
-    """Its third and fourth update have the losses that the old code logged, so weights and moments found their places."""
+    """Its third and fourth update have the losses that the old code logged, so weights and moments found
+    their places.
+    """
     run = copied(name)
     expected = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train.main([*RUNS[name], *COMMON, "--keep", "2", "--log_every", "1", "--output", str(run), "--resume"])
@@ -68,8 +77,12 @@ def test_todays_names_are_left_as_they_are():
 
 def test_old_tensors_have_todays_names():
     old = ["model.rows.rows", "model.rows.head_rows", "model.rows.rows.exp_avg", "model.rows.head_rows.step"]
-    new = ["model.new_tokens.embedding", "model.new_tokens.head",
-           "model.new_tokens.embedding.exp_avg", "model.new_tokens.head.step"]
+    new = [
+        "model.new_tokens.embedding",
+        "model.new_tokens.head",
+        "model.new_tokens.embedding.exp_avg",
+        "model.new_tokens.head.step",
+    ]
     tensors = [torch.full((1,), float(i)) for i in range(4)]
     assert renamed.tensors(dict(zip(old, tensors))) == dict(zip(new, tensors))
 
@@ -77,7 +90,9 @@ def test_old_tensors_have_todays_names():
 def test_a_preset_of_a_file_of_ones_own_goes():
     """What it chose is saved in every setting; which method a file defines is the file's own."""
     assert renamed.settings({"preset": "released", "method": "/x/mine.py", "ce": "pooled"}) == {
-        "method": "/x/mine.py", "ce": "pooled"}
+        "method": "/x/mine.py",
+        "ce": "pooled",
+    }
 
 
 def test_the_two_ends_of_a_strength_stand_behind_its_mode():
@@ -87,17 +102,20 @@ def test_the_two_ends_of_a_strength_stand_behind_its_mode():
     assert renamed.settings(own) == {"method": "crystal", "corruption": "mask"}
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--realisation", "kv"], "--realisation is now --latent_copy"),
-    (["--lr_rows=2"], "--lr_rows is now --lr_tokens"),
-    (["--answer_rows", "span"], "--answer_rows is now --answer_positions"),
-    (["--tune", "rows"], "--tune rows is now --tune tokens"),
-    (["--tune=rows"], "--tune rows is now --tune tokens"),
-    (["--preset", "released"], "--preset released is now --method released"),
-    (["--strength_low", "2"], "--strength_low is now part of --corruption, as in --corruption blur=2:8"),
-    (["--strength_high=2"], "--strength_high is now part of --corruption, as in --corruption blur=2:8"),
-    (["--preset", "paper"], "--preset paper is now --method crystal"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--realisation", "kv"], "--realisation is now --latent_copy"),
+        (["--lr_rows=2"], "--lr_rows is now --lr_tokens"),
+        (["--answer_rows", "span"], "--answer_rows is now --answer_positions"),
+        (["--tune", "rows"], "--tune rows is now --tune tokens"),
+        (["--tune=rows"], "--tune rows is now --tune tokens"),
+        (["--preset", "released"], "--preset released is now --method released"),
+        (["--strength_low", "2"], "--strength_low is now part of --corruption, as in --corruption blur=2:8"),
+        (["--strength_high=2"], "--strength_high is now part of --corruption, as in --corruption blur=2:8"),
+        (["--preset", "paper"], "--preset paper is now --method crystal"),
+    ],
+)
 def test_an_old_flag_ends_in_one_line(flags, message):
     with pytest.raises(UserError) as refused:
         methods.parse(["--max_steps", "2", *flags])

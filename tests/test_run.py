@@ -1,4 +1,7 @@
-"""A run in Python: what it answers, batches and shows is what the commands, training and stock transformers say."""
+"""A run in Python: what it answers, batches and shows is what the commands, training and stock transformers
+say.
+"""
+
 import json
 
 import pytest
@@ -19,8 +22,13 @@ from crystal.runtime.config import UserError
 def trained(model_dirs, records_file, tmp_path_factory):
     """A run of two updates whose first records are those of the file."""
     run = tmp_path_factory.mktemp("run") / "crystal"
-    train.main(["--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(run), "--latents", "3", "--lora_r", "2",
-                "--lr", "1e-2", "--max_steps", "2", "--eval_every", "0", "--seed", "5", "--corruption", "noise=20:40", "--attn_layers", "all"])
+    train.main(
+        [
+            "--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(run),
+            "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--max_steps", "2", "--eval_every", "0",
+            "--seed", "5", "--corruption", "noise=20:40", "--attn_layers", "all",
+        ]
+    )
     return run
 
 
@@ -37,32 +45,61 @@ def test_answers_are_the_commands(trained, opened, records_file, capsys):
     """Whatever an image is given as; and `<image>` in a question is text."""
     picture = records_file.parent / "0_0.png"
     for question in ("What is it?", "Is <image> a word?"):
-        generate.main(["--model", str(trained), "--image", str(picture), "--question", question, "--device", "cpu", "--max_new_tokens", "5"])
+        generate.main(
+            [
+                "--model", str(trained), "--image", str(picture), "--question", question, "--device", "cpu",
+                "--max_new_tokens", "5",
+            ]
+        )
         expected = capsys.readouterr().out.splitlines()[-1]
         for image in (picture, str(picture), picture.read_bytes(), Image.open(picture), [picture]):
             assert opened.answer(image, question, max_new_tokens=5) == expected
-    generate.main(["--model", str(trained), "--question", "Hello?", "--device", "cpu", "--max_new_tokens", "3", "--latents", "drop"])
+    generate.main(
+        [
+            "--model", str(trained), "--question", "Hello?", "--device", "cpu", "--max_new_tokens", "3",
+            "--latents", "drop",
+        ]
+    )
     assert opened.answer(None, "Hello?", 3, latents="drop") == capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_batch_is_what_training_sees(trained, opened, records_file):
-    """From a file, from its dictionaries, and with pictures in memory: pixels, corrupted ones and ids to the bit."""
+    """From a file, from its dictionaries, and with pictures in memory: pixels, corrupted ones and ids to the
+    bit.
+    """
     settings = opened.settings
-    examples, _, _ = train.open_data(settings, opened.method, opened.model, opened.format, train.distributed.Processes())
+    examples, _, _ = train.open_data(
+        settings, opened.method, opened.model, opened.format, train.distributed.Processes()
+    )
     expected = data.collate([examples[0][0, i] for i in range(3)], opened.model.tokenizer.pad_token_id)
     lines = lines_of(records_file)[:3]
-    in_memory = [line | {"images": [Image.open(records_file.parent / name) for name in line["images"]]} for line in lines]
-    as_bytes = [line | {"images": [(records_file.parent / name).read_bytes() for name in line["images"]]} for line in lines]
-    by_path = [line | {"images": [str(records_file.parent / name) for name in line["images"]]} for line in lines]
+    in_memory = [
+        line | {"images": [Image.open(records_file.parent / name) for name in line["images"]]}
+        for line in lines
+    ]
+    as_bytes = [
+        line | {"images": [(records_file.parent / name).read_bytes() for name in line["images"]]}
+        for line in lines
+    ]
+    by_path = [
+        line | {"images": [str(records_file.parent / name) for name in line["images"]]} for line in lines
+    ]
     given = [(lines, records_file.parent), (in_memory, None), (as_bytes, None), (by_path, None)]
     for records, root in given:
         batch = opened.batch(records, image_root=root)
         assert batch.keys() == expected.keys()
         for name, value in expected.items():
-            assert torch.equal(batch[name], value) if isinstance(value, torch.Tensor) else batch[name] == value, name
+            assert (
+                torch.equal(batch[name], value) if isinstance(value, torch.Tensor) else batch[name] == value
+            ), name
     whole = opened.batch(records_file)
-    assert len(whole["input_ids"]) == len(lines_of(records_file)) and len(opened.batch(lines[0], records_file.parent)["input_ids"]) == 1
-    assert not torch.equal(opened.batch(lines, records_file.parent, seed=6)["pixel_values_cor"], expected["pixel_values_cor"])
+    assert (
+        len(whole["input_ids"]) == len(lines_of(records_file))
+        and len(opened.batch(lines[0], records_file.parent)["input_ids"]) == 1
+    )
+    assert not torch.equal(
+        opened.batch(lines, records_file.parent, seed=6)["pixel_values_cor"], expected["pixel_values_cor"]
+    )
 
 
 def test_forward_gives_terms_and_the_states_they_come_from(opened, records_file):
@@ -83,7 +120,9 @@ def test_forward_gives_terms_and_the_states_they_come_from(opened, records_file)
 
 @pytest.fixture
 def eager(model_dirs, opened):
-    """Stock transformers with written-out attention and the run's weights: forward(batch, pixels) -> its output."""
+    """Stock transformers with written-out attention and the run's weights: forward(batch, pixels) -> its
+    output.
+    """
     from conftest import put_in
 
     stock = AutoModelForImageTextToText.from_pretrained(model_dirs[True], attn_implementation="eager").eval()
@@ -93,7 +132,12 @@ def eager(model_dirs, opened):
 
     def forward(batch, pixels="pixel_values"):
         names = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
-        return stock.model(**{n: batch[n] for n in names}, pixel_values=batch[pixels], output_attentions=True, output_hidden_states=True)
+        return stock.model(
+            **{n: batch[n] for n in names},
+            pixel_values=batch[pixels],
+            output_attentions=True,
+            output_hidden_states=True,
+        )
 
     forward.layers = stock.model.language_model.layers
     return forward
@@ -101,7 +145,9 @@ def eager(model_dirs, opened):
 
 @torch.no_grad()
 def test_attention_and_latents_are_stock_transformers(opened, eager, records_file):
-    """The intact path is a plain forward; the corrupted one has the intact path's latents put in before each layer."""
+    """The intact path is a plain forward; the corrupted one has the intact path's latents put in before each
+    layer.
+    """
     record = lines_of(records_file)[1]
     root = records_file.parent
     record["images"] = [str(root / name) for name in record["images"]]
@@ -109,7 +155,9 @@ def test_attention_and_latents_are_stock_transformers(opened, eager, records_fil
     where = batch["latents"]
     out = eager(batch)
     states = opened.latents(record)
-    expected = torch.stack([h[0, where[0]] for h in out.hidden_states[:-1]] + [out.last_hidden_state[0, where[0]]])
+    expected = torch.stack(
+        [h[0, where[0]] for h in out.hidden_states[:-1]] + [out.last_hidden_state[0, where[0]]]
+    )
     assert len(states) == len(eager.layers) + 1
     assert torch.allclose(states, expected, atol=1e-5)
 
@@ -146,8 +194,14 @@ def test_what_is_no_run_has_one_path(records_file):
 
 def test_trained_heads_are_the_checkpoints(model_dirs, records_file, tmp_path):
     """VaLR's projections, which its losses need: the terms are those that the run's own validation measured."""
-    run = train.main(["--method", "valr", "--encoders", "own", "--model", str(model_dirs[True]), "--data", str(records_file), "--val_data", str(records_file),
-                      "--output", str(tmp_path / "valr"), "--latents", "2", "--lr", "1e-2", "--lr_latents", "1e-2", "--max_steps", "2", "--eval_every", "2", "--tune", "lora"])
+    run = train.main(
+        [
+            "--method", "valr", "--encoders", "own", "--model", str(model_dirs[True]),
+            "--data", str(records_file), "--val_data", str(records_file), "--output", str(tmp_path / "valr"),
+            "--latents", "2", "--lr", "1e-2", "--lr_latents", "1e-2", "--max_steps", "2", "--eval_every", "2",
+            "--tune", "lora",
+        ]
+    )
     opened = crystal.open(run, device="cpu")
     saved = load_file(checkpoint.step_dir(run, 2) / "trainable.safetensors")
     heads = {n: p for n, p in opened.heads.named_parameters() if p.requires_grad}
@@ -155,7 +209,9 @@ def test_trained_heads_are_the_checkpoints(model_dirs, records_file, tmp_path):
     told = [line for line in lines_of(run / "metrics.jsonl") if "val_repa" in line][-1]
     with torch.no_grad():
         terms = opened.forward(opened.batch(records_file)).terms
-    assert float(terms["repa"]) == pytest.approx(told["val_repa"], rel=1e-4) and float(terms["ce"]) == pytest.approx(told["val_ce"], rel=1e-4)
+    assert float(terms["repa"]) == pytest.approx(told["val_repa"], rel=1e-4) and float(
+        terms["ce"]
+    ) == pytest.approx(told["val_ce"], rel=1e-4)
 
 
 def test_mistakes_are_one_line(opened, records_file, tmp_path):

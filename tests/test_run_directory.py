@@ -2,6 +2,7 @@
 
 How it begins, is overwritten and goes on in a whole run, test_train.py says.
 """
+
 import copy
 import resource
 import subprocess
@@ -23,7 +24,9 @@ from crystal.runtime.distributed import Processes
 @pytest.mark.parametrize("name", ["file", "file/below/it"])
 def test_output_must_be_a_directory(tmp_path, name):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=f"--output .*{name}: .*/file is not a directory that can be written to"):
+    with pytest.raises(
+        UserError, match=f"--output .*{name}: .*/file is not a directory that can be written to"
+    ):
         train.main(["--output", str(tmp_path / name), "--max_steps", "1"])
     run_directory.check_writable(tmp_path / "not" / "yet" / "there")
 
@@ -39,21 +42,8 @@ def test_versions_and_memory_are_those_of_this_process():
 
 # A resume may set these anew, and nothing else.
 MAY_CHANGE = {
-    "output",
-    "batch_size",
-    "accumulation",
-    "device",
-    "checkpointing",
-    "workers",
-    "on_bad_record",
-    "eval_every",
-    "eval_records",
-    "save_every",
-    "keep",
-    "log_every",
-    "resume",
-    "overwrite",
-    "tensorboard",
+    "output", "batch_size", "accumulation", "device", "checkpointing", "workers", "on_bad_record",
+    "eval_every", "eval_records", "save_every", "keep", "log_every", "resume", "overwrite", "tensorboard",
 }
 
 
@@ -115,7 +105,8 @@ def test_restored_by_value(stored):
 def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
     field = next(f for f in fields(CrystalSettings) if f.name == name)
     now = copy.copy(stored.settings)
-    object.__setattr__(now, name, another(getattr(now, name), field.metadata["choices"]))  # also what no command line gives
+    # Also what no command line gives.
+    object.__setattr__(now, name, another(getattr(now, name), field.metadata["choices"]))
     if name in ("batch_size", "accumulation"):  # the pairs of an update stay
         now = replace(now, batch_size=3, accumulation=2)
     if name in MAY_CHANGE:

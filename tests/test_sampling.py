@@ -1,6 +1,5 @@
 """The order of records: one stream however it is shared, another for every epoch and seed."""
 
-
 from crystal.runtime.sampling import BatchSampler, seed_of
 
 
@@ -9,9 +8,12 @@ def test_order_is_one_stream_however_it_is_shared():
 
     Not only the same sets: for 1 rank x 8, 2 x 2 x 2 accumulated, 2 x 4, 4 x 1 x 2, and resumed at 2.
     """
+
     def stream(batch_size, accumulation, world, seed=5, start=0):
-        ranks = [list(BatchSampler(10, batch_size, accumulation, rank, world, seed, start, 4))
-                 for rank in range(world)]
+        ranks = [
+            list(BatchSampler(10, batch_size, accumulation, rank, world, seed, start, 4))
+            for rank in range(world)
+        ]
         found = []
         for update in range(4 - start):
             for batches in ranks:

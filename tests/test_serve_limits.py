@@ -1,8 +1,11 @@
-"""The endpoint field by field: each limit just met and just passed, each field's values, each answer's JSON written out.
+"""The endpoint field by field: each limit just met and just passed, each field's values, each answer's JSON
+written out.
 
-Requests are given to the ASGI application itself, without sockets; the model is a real tiny one whose `generate` is replaced,
-so that its tokens are known. test_serve.py runs the whole over HTTP, with many clients.
+Requests are given to the ASGI application itself, without sockets; the model is a real tiny one whose
+`generate` is replaced, so that its tokens are known. test_serve.py runs the whole over HTTP, with many
+clients.
 """
+
 import asyncio
 import base64
 import io
@@ -54,10 +57,24 @@ def server(opened, latents="keep", key=None, hosts=("127.0.0.1",), **limits):
 
 
 def call(made, body, path="/v1/chat/completions", method="POST", headers=JSON, parts=None):
-    """One request -> (status, JSON or text, headers). parts: the body in pieces; a list that shrinks as they are read."""
+    """One request -> (status, JSON or text, headers). parts: the body in pieces; a list that shrinks as they
+    are read.
+    """
     pieces = [json.dumps(body).encode() if not isinstance(body, bytes) else body] if parts is None else parts
-    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
-             "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 1), "scheme": "http", "root_path": ""}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "server": ("127.0.0.1", 8000),
+        "client": ("127.0.0.1", 1),
+        "scheme": "http",
+        "root_path": "",
+    }
     sent = []
 
     async def talk():
@@ -75,7 +92,11 @@ def call(made, body, path="/v1/chat/completions", method="POST", headers=JSON, p
     asyncio.run(talk())
     text = b"".join(m.get("body", b"") for m in sent[1:]).decode()
     headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], json.loads(text) if headers["content-type"] == "application/json" else text, headers
+    return (
+        sent[0]["status"],
+        json.loads(text) if headers["content-type"] == "application/json" else text,
+        headers,
+    )
 
 
 def ask(content="Hello?", **more):
@@ -89,27 +110,43 @@ def link(width, height, colour=(255, 0, 0)):
 
 
 def picture(*links):
-    return [{"type": "image_url", "image_url": {"url": url}} for url in links] + [{"type": "text", "text": "What?"}]
+    return [{"type": "image_url", "image_url": {"url": url}} for url in links] + [
+        {"type": "text", "text": "What?"}
+    ]
 
 
 def refused(made, body, status, message, param):
     got, reply, _ = call(made, body)
     assert got == status
-    assert reply == {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": status}}
+    assert reply == {
+        "error": {"message": message, "type": "invalid_request_error", "param": param, "code": status}
+    }
     assert made.places == 0
 
 
-# --- limits, met and passed ------------------------------------------------------------------------------------------------
+# --- limits, met and passed ---
+
 
 def test_what_the_limits_are():
-    assert vars(Limits()) == {"body": 33_554_432, "body_seconds": 60.0, "images": 16, "pixels": 50_000_000, "tokens": 4096, "default_tokens": 512, "queue": 64, "batch": 8}
+    assert vars(Limits()) == {
+        "body": 33_554_432,
+        "body_seconds": 60.0,
+        "images": 16,
+        "pixels": 50_000_000,
+        "tokens": 4096,
+        "default_tokens": 512,
+        "queue": 64,
+        "batch": 8,
+    }
     assert chat.FORMATS == ("PNG", "JPEG", "WEBP", "GIF", "BMP") and serve.KEY == "CRYSTAL_API_KEY"
 
 
 def test_bytes(opened, answered):
     body = json.dumps(ask()).encode()
     assert call(server(opened, body=len(body)), body)[0] == 200
-    refused(server(opened, body=len(body) - 1), body, 413, f"the body is larger than {len(body) - 1} bytes", None)
+    refused(
+        server(opened, body=len(body) - 1), body, 413, f"the body is larger than {len(body) - 1} bytes", None
+    )
 
 
 def test_bytes_in_pieces_add_up(opened, answered):
@@ -121,7 +158,9 @@ def test_bytes_in_pieces_add_up(opened, answered):
 
 @pytest.mark.parametrize("count, left", [(8, 0), (9, 0), (12, 3)])
 def test_four_times_the_bytes_are_read_and_dropped_and_no_more(opened, count, left):
-    """Of pieces of 50 bytes under a limit of 100: 8 are 400 and the end is awaited; the ninth is too much, what comes then is left."""
+    """Of pieces of 50 bytes under a limit of 100: 8 are 400 and the end is awaited; the ninth is too much,
+    what comes then is left.
+    """
     parts = [b" " * 50] * count
     assert call(server(opened, body=100), b"", parts=parts)[0] == 413
     assert len(parts) == left
@@ -138,17 +177,29 @@ def test_seconds(opened, answered, monkeypatch):
 def test_images(opened, answered):
     made = server(opened, images=2)
     assert call(made, ask(picture(link(56, 56), link(56, 28))))[0] == 200
-    refused(made, ask(picture(*[link(28, 28)] * 3)), 400, "messages: 3 images, at most 2 are allowed", "messages")
+    refused(
+        made, ask(picture(*[link(28, 28)] * 3)), 400, "messages: 3 images, at most 2 are allowed", "messages"
+    )
     assert call(server(opened, images=0), ask())[0] == 200
     # Of all messages together.
-    talk = [{"role": "user", "content": picture(link(28, 28), link(28, 28))}, {"role": "assistant", "content": "a"}, {"role": "user", "content": picture(link(28, 28))}]
+    talk = [
+        {"role": "user", "content": picture(link(28, 28), link(28, 28))},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": picture(link(28, 28))},
+    ]
     refused(made, ask() | {"messages": talk}, 400, "messages: 3 images, at most 2 are allowed", "messages")
 
 
 def test_pixels(opened, answered):
     made = server(opened, pixels=56 * 84)
     assert call(made, ask(picture(link(56, 84))))[0] == 200
-    refused(made, ask(picture(link(56, 84), link(5, 941))), 400, "messages.0.content.1.image_url.url: 5 x 941 pixels, at most 4704 are allowed", "messages.0.content.1.image_url.url")
+    refused(
+        made,
+        ask(picture(link(56, 84), link(5, 941))),
+        400,
+        "messages.0.content.1.image_url.url: 5 x 941 pixels, at most 4704 are allowed",
+        "messages.0.content.1.image_url.url",
+    )
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
@@ -162,7 +213,12 @@ def test_tokens(opened, answered, field):
 
 def test_tokens_of_a_request_that_names_none(opened, answered):
     made = server(opened, tokens=40, default_tokens=11)
-    for more in ({}, {"max_tokens": None, "max_completion_tokens": None}, {"max_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 4}):
+    for more in (
+        {},
+        {"max_tokens": None, "max_completion_tokens": None},
+        {"max_tokens": 3},
+        {"max_tokens": 3, "max_completion_tokens": 4},
+    ):
         assert call(made, ask(**more))[0] == 200
     assert [limit for _, limit, _ in answered.calls] == [11, 11, 3, 4]
 
@@ -174,7 +230,13 @@ def test_context(opened, answered):
     length = len(answered.calls[0][0][0][0])
     made.context = length + 20
     assert call(made, ask(max_tokens=20))[0] == 200
-    refused(made, ask(max_tokens=21), 400, f"messages: {length} tokens and 21 new ones, the model's context is {length + 20}", "messages")
+    refused(
+        made,
+        ask(max_tokens=21),
+        400,
+        f"messages: {length} tokens and 21 new ones, the model's context is {length + 20}",
+        "messages",
+    )
 
 
 def test_places(opened, answered):
@@ -184,7 +246,12 @@ def test_places(opened, answered):
     made.places = 3
     status, reply, headers = call(made, ask())
     assert status == 503 and headers["retry-after"] == "1" and made.places == 3
-    assert reply["error"] == {"message": "all 3 places are taken; try again", "type": "server_error", "param": None, "code": 503}
+    assert reply["error"] == {
+        "message": "all 3 places are taken; try again",
+        "type": "server_error",
+        "param": None,
+        "code": 503,
+    }
 
 
 def test_decoded_pictures_are_of_two_batches_at_most(opened, answered):
@@ -223,7 +290,11 @@ def test_a_batch_waits_a_moment_for_others(opened, monkeypatch):
     """Not for long, and not at all once it is full."""
     made, kept = waiting(opened, jobs_of(4, 4), 3), []
     real = made.ready.wait_for
-    monkeypatch.setattr(made.ready, "wait_for", lambda ready, *seconds: kept.append((bool(ready()), *seconds)) or real(ready, *seconds))
+    monkeypatch.setattr(
+        made.ready,
+        "wait_for",
+        lambda ready, *seconds: kept.append((bool(ready()), *seconds)) or real(ready, *seconds),
+    )
     made.next_batch()
     assert kept == [(True,), (False, 0.01)]
     made.jobs = jobs_of(4, 4, 4)
@@ -231,12 +302,26 @@ def test_a_batch_waits_a_moment_for_others(opened, monkeypatch):
     assert kept[2:] == [(True,), (True, 0.01)]
 
 
-# --- fields --------------------------------------------------------------------------------------------------------------
+# --- fields ---
 
-@pytest.mark.parametrize("field, good, bad", [
-    ("temperature", [0, 0.0, None], [1e-6, -1e-6, 1]), ("n", [1, None], [0, 2]), ("presence_penalty", [0, None], [0.1, -0.1]), ("frequency_penalty", [0, None], [0.1, -0.1]),
-    ("repetition_penalty", [1, 1.0, None], [1.05, 0.95]), ("top_p", [0.2, 1, None], ["x"]), ("top_k", [1, 40, None], [1.5]), ("seed", [7, None], ["x"]), ("user", ["me", None], [3]),
-    ("stream", [False, None], ["x"]), ("stream_options", [None, {}, {"include_usage": True}], [{"include": True}]), ("max_tokens", [1, None], [0, -1, 1.5])])
+
+@pytest.mark.parametrize(
+    "field, good, bad",
+    [
+        ("temperature", [0, 0.0, None], [1e-6, -1e-6, 1]),
+        ("n", [1, None], [0, 2]),
+        ("presence_penalty", [0, None], [0.1, -0.1]),
+        ("frequency_penalty", [0, None], [0.1, -0.1]),
+        ("repetition_penalty", [1, 1.0, None], [1.05, 0.95]),
+        ("top_p", [0.2, 1, None], ["x"]),
+        ("top_k", [1, 40, None], [1.5]),
+        ("seed", [7, None], ["x"]),
+        ("user", ["me", None], [3]),
+        ("stream", [False, None], ["x"]),
+        ("stream_options", [None, {}, {"include_usage": True}], [{"include": True}]),
+        ("max_tokens", [1, None], [0, -1, 1.5]),
+    ],
+)
 def test_values_of_a_field(field, good, bad):
     for value in good:
         taken = parse(json.dumps(ask(**{field: value})).encode()).model_dump()[field]
@@ -249,7 +334,10 @@ def test_values_of_a_field(field, good, bad):
         assert error.value.message.endswith("; this server answers greedily") == greedy
 
 
-@pytest.mark.parametrize("field", ["stop", "tools", "logprobs", "top_logprobs", "response_format", "logit_bias", "functions", "best_of"])
+@pytest.mark.parametrize(
+    "field",
+    ["stop", "tools", "logprobs", "top_logprobs", "response_format", "logit_bias", "functions", "best_of"],
+)
 def test_fields_that_are_not_honoured_are_refused(field):
     with pytest.raises(Refusal, match=f"^{field}: not known to this server$") as error:
         parse(json.dumps(ask(**{field: 1})).encode())
@@ -257,24 +345,46 @@ def test_fields_that_are_not_honoured_are_refused(field):
 
 
 def test_fields_of_a_message():
-    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "name": "me", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-            {"role": "assistant", "content": "c"}, {"role": "user", "content": picture("L1", "L2")}]
+    talk = [
+        {"role": "system", "content": "be brief"},
+        {
+            "role": "user",
+            "name": "me",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        },
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": picture("L1", "L2")},
+    ]
     turns, urls = turns_of(parse(json.dumps(ask() | {"messages": talk}).encode()).messages, Limits())
-    assert turns == [("system", ["be brief"]), ("user", ["ab"]), ("assistant", ["c"]), ("user", ["", "", "What?"])]
-    assert urls == [("L1", "messages.3.content.0.image_url.url"), ("L2", "messages.3.content.1.image_url.url")]
+    assert turns == [
+        ("system", ["be brief"]), ("user", ["ab"]), ("assistant", ["c"]), ("user", ["", "", "What?"]),
+    ]
+    assert urls == [
+        ("L1", "messages.3.content.0.image_url.url"),
+        ("L2", "messages.3.content.1.image_url.url"),
+    ]
     detailed = [{"type": "image_url", "image_url": {"url": "L", "detail": "high"}}]
-    assert turns_of(parse(json.dumps(ask(detailed)).encode()).messages, Limits())[1] == [("L", "messages.0.content.0.image_url.url")]
+    assert turns_of(parse(json.dumps(ask(detailed)).encode()).messages, Limits())[1] == [
+        ("L", "messages.0.content.0.image_url.url")
+    ]
 
 
 def test_the_model_gets_the_whole_conversation(opened, answered):
     """Roles, texts and pictures in their order; which picture is which is seen in the pixels."""
     model, fmt = opened
-    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": picture(link(56, 56, (255, 255, 255)), link(56, 84, (0, 0, 0)))},
-            {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Sure?"}]
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": picture(link(56, 56, (255, 255, 255)), link(56, 84, (0, 0, 0)))},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Sure?"},
+    ]
     assert call(server(opened), ask() | {"messages": talk})[0] == 200
-    (ids, pixels, grid), = answered.calls[0][0]
+    ((ids, pixels, grid),) = answered.calls[0][0]
     text = model.tokenizer.decode(ids)
-    places = [text.index(x) for x in ("system", "Be brief.", "user", "<|image_pad|>", "What?", "assistant", "Two.", "Sure?")]
+    places = [
+        text.index(x)
+        for x in ("system", "Be brief.", "user", "<|image_pad|>", "What?", "assistant", "Two.", "Sure?")
+    ]
     assert places == sorted(places) and text.rstrip().endswith("assistant")
     white, black = pixels[: int(grid[0].prod())], pixels[int(grid[0].prod()) :]
     assert grid.prod(1).tolist() == [16, 24] and white.min() > 1 and black.max() < -1
@@ -286,8 +396,10 @@ def test_latents_are_in_the_prompt_or_left_out(setup, answered, latents):
     s = setup(dtype=torch.float32)
     made = server((s.model, s.fmt), latents)
     assert call(made, ask())[0] == 200
-    (prompts, _, told), = answered.calls
-    assert [token for token in prompts[0][0] if token in s.fmt.latents] == (s.fmt.latents if latents == "keep" else [])
+    ((prompts, _, told),) = answered.calls
+    assert [token for token in prompts[0][0] if token in s.fmt.latents] == (
+        s.fmt.latents if latents == "keep" else []
+    )
     assert told == latents
 
 
@@ -297,23 +409,43 @@ def test_each_copy_of_an_image_is_prepared(opened):
 
     model, _ = opened
     made = engine.Engine(model, Twice(model.tokenizer), "keep", 1)
-    ids, _, grid = made.prepare([("user", ["", "", "?"])], [Image.new("RGB", (56, 56)), Image.new("RGB", (56, 84))])
+    ids, _, grid = made.prepare(
+        [("user", ["", "", "?"])], [Image.new("RGB", (56, 56)), Image.new("RGB", (56, 84))]
+    )
     assert grid.prod(1).tolist() == [16, 16, 24, 24] and ids.count(made.fmt.image) == 20
 
 
-# --- answers -------------------------------------------------------------------------------------------------------------
+# --- answers ---
+
 
 def test_an_answer_in_full(opened, answered, monkeypatch):
     monkeypatch.setattr(serve.time, "time", lambda: 1234.5)
     status, reply, _ = call(server(opened), ask(max_tokens=3))
     prompt = len(answered.calls[0][0][0][0])
     assert reply.pop("id").startswith("chatcmpl-") and status == 200
-    assert reply == {"created": 1234, "model": "small", "object": "chat.completion",
-                     "choices": [{"index": 0, "message": {"role": "assistant", "content": "fine"}, "logprobs": None, "finish_reason": "length"}],
-                     "usage": {"prompt_tokens": prompt, "completion_tokens": 3, "total_tokens": prompt + 3}}
+    assert reply == {
+        "created": 1234,
+        "model": "small",
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "fine"},
+                "logprobs": None,
+                "finish_reason": "length",
+            }
+        ],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": 3, "total_tokens": prompt + 3},
+    }
 
 
-@pytest.mark.parametrize("said, limit, tokens, finish", [([5, 6, 7], 4, 3, "stop"), ([5, 6, 7], 3, 3, "length"), ([5, 6, "end"], 3, 3, "stop"), ([5, "end", 0, 0], 9, 2, "stop")])
+@pytest.mark.parametrize(
+    "said, limit, tokens, finish",
+    [
+        ([5, 6, 7], 4, 3, "stop"), ([5, 6, 7], 3, 3, "length"), ([5, 6, "end"], 3, 3, "stop"),
+        ([5, "end", 0, 0], 9, 2, "stop"),
+    ],
+)
 def test_why_an_answer_ended(opened, answered, said, limit, tokens, finish):
     """At its limit without its end it is cut; what pads it beside longer ones is no token of its own."""
     answered.tokens = [opened[1].end if token == "end" else token for token in said]
@@ -335,22 +467,42 @@ def test_a_stream_in_full(opened, answered, monkeypatch, usage):
     monkeypatch.setattr(serve.time, "time", lambda: 99.9)
     options = {} if usage is None else {"stream_options": {"include_usage": usage}}
     status, text, headers = call(server(opened), ask(stream=True, max_tokens=50, **options))
-    assert status == 200 and headers["content-type"].startswith("text/event-stream") and headers["cache-control"] == "no-store"
+    assert (
+        status == 200
+        and headers["content-type"].startswith("text/event-stream")
+        and headers["cache-control"] == "no-store"
+    )
     events = [line.removeprefix("data: ") for line in text.split("\n\n")]
-    assert events[-2:] == ["[DONE]", ""] and all(line.startswith("data: ") for line in text.split("\n\n")[:-1])
+    assert events[-2:] == ["[DONE]", ""] and all(
+        line.startswith("data: ") for line in text.split("\n\n")[:-1]
+    )
     chunks = [json.loads(event) for event in events[:-2]]
     prompt = len(answered.calls[0][0][0][0])
-    expected = {"prompt_tokens": prompt, "completion_tokens": len(words) + 1, "total_tokens": prompt + len(words) + 1}
+    expected = {
+        "prompt_tokens": prompt,
+        "completion_tokens": len(words) + 1,
+        "total_tokens": prompt + len(words) + 1,
+    }
     for chunk in chunks:
-        assert chunk["object"] == "chat.completion.chunk" and chunk["created"] == 99 and chunk["model"] == "small" and chunk["id"] == chunks[0]["id"]
+        assert (
+            chunk["object"] == "chat.completion.chunk"
+            and chunk["created"] == 99
+            and chunk["model"] == "small"
+            and chunk["id"] == chunks[0]["id"]
+        )
     if usage:
         last = chunks.pop()
         assert last["choices"] == [] and last["usage"] == expected
     assert all("usage" not in chunk for chunk in chunks)
     choices = [chunk["choices"] for chunk in chunks]
-    assert choices[0] == [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
+    assert choices[0] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
     assert choices[-1] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
-    assert "".join(choice[0]["delta"]["content"] for choice in choices[1:-1]) == "red and blue" and len(choices) > 3
+    assert (
+        "".join(choice[0]["delta"]["content"] for choice in choices[1:-1]) == "red and blue"
+        and len(choices) > 3
+    )
 
 
 def test_a_stream_holds_back_half_a_character(opened, answered):
@@ -369,36 +521,76 @@ def test_models_and_health_in_full(opened, monkeypatch):
     monkeypatch.setattr(serve.time, "time", lambda: 77.7)
     made = server(opened, queue=5)
     made.places = 2
-    assert call(made, b"", "/v1/models", "GET")[:2] == (200, {"object": "list", "data": [{"id": "small", "object": "model", "created": 77, "owned_by": "crystal"}]})
+    assert call(made, b"", "/v1/models", "GET")[:2] == (
+        200,
+        {
+            "object": "list",
+            "data": [{"id": "small", "object": "model", "created": 77, "owned_by": "crystal"}],
+        },
+    )
     status, reply, _ = call(made, b"", "/health", "GET")
-    assert (status, reply) == (500, {"status": "the model's thread has ended", "model": "small", "places_taken": 2, "places": 5})
+    assert (status, reply) == (
+        500,
+        {"status": "the model's thread has ended", "model": "small", "places_taken": 2, "places": 5},
+    )
     monkeypatch.setattr(made.engine, "is_alive", lambda: True)
-    assert call(made, b"", "/health", "GET")[:2] == (200, {"status": "ok", "model": "small", "places_taken": 2, "places": 5})
+    assert call(made, b"", "/health", "GET")[:2] == (
+        200,
+        {"status": "ok", "model": "small", "places_taken": 2, "places": 5},
+    )
 
 
-# --- who may ask -----------------------------------------------------------------------------------------------------------
+# --- who may ask ---
 
-@pytest.mark.parametrize("host, fine", [("127.0.0.1:8000", True), ("127.0.0.1", True), ("localhost:1", True), ("[::1]:8000", True), ("evil.example:8000", False), ("127.0.0.1.evil.example", False), ("", False)])
+
+@pytest.mark.parametrize(
+    "host, fine",
+    [
+        ("127.0.0.1:8000", True), ("127.0.0.1", True), ("localhost:1", True), ("[::1]:8000", True),
+        ("evil.example:8000", False), ("127.0.0.1.evil.example", False), ("", False),
+    ],
+)
 def test_hosts(opened, answered, host, fine):
     made = server(opened, hosts=("127.0.0.1", "localhost", "[::1]"))
     status, reply, _ = call(made, ask(), headers=JSON | {"host": host})
     assert status == (200 if fine else 403)
     if not fine:
         assert reply["error"]["message"].endswith(": this server answers to 127.0.0.1, localhost, [::1]")
-    assert call(server(opened, hosts=()), ask(), headers=JSON | {"host": host})[0] == 200  # where all may come
+    # Where all may come.
+    assert call(server(opened, hosts=()), ask(), headers=JSON | {"host": host})[0] == 200
 
 
-@pytest.mark.parametrize("given, fine", [("Bearer secret", True), ("Bearer secret ", False), ("Bearer secre", False), ("Bearer secrets", False), ("", False), ("Basic secret", False)])
+@pytest.mark.parametrize(
+    "given, fine",
+    [
+        ("Bearer secret", True), ("Bearer secret ", False), ("Bearer secre", False),
+        ("Bearer secrets", False), ("", False), ("Basic secret", False),
+    ],
+)
 def test_keys(opened, answered, given, fine):
     made = server(opened, key="secret")
     for path, method, body in (("/v1/chat/completions", "POST", ask()), ("/v1/models", "GET", b"")):
-        status, reply, headers = call(made, body, path, method, JSON | ({"authorization": given} if given else {}))
+        status, reply, headers = call(
+            made, body, path, method, JSON | ({"authorization": given} if given else {})
+        )
         assert status == (200 if fine else 401)
         if not fine:
-            assert headers["www-authenticate"] == "Bearer" and reply["error"]["message"] == "wrong or missing API key (Authorization: Bearer ...)"
+            assert (
+                headers["www-authenticate"] == "Bearer"
+                and reply["error"]["message"] == "wrong or missing API key (Authorization: Bearer ...)"
+            )
 
 
-@pytest.mark.parametrize("kind, fine", [("application/json", True), ("application/json; charset=utf-8", True), ("text/plain", False), ("application/jsonp", False), ("", False)])
+@pytest.mark.parametrize(
+    "kind, fine",
+    [
+        ("application/json", True),
+        ("application/json; charset=utf-8", True),
+        ("text/plain", False),
+        ("application/jsonp", False),
+        ("", False),
+    ],
+)
 def test_content_types(opened, answered, kind, fine):
     status, reply, _ = call(server(opened), ask(), headers=JSON | {"content-type": kind})
     assert status == (200 if fine else 415)
@@ -406,18 +598,36 @@ def test_content_types(opened, answered, kind, fine):
 
 
 def test_another_model_is_not_here(opened, answered):
-    refused(server(opened), ask() | {"model": "large"}, 404, "model: no 'large' here, this server has 'small'", "model")
+    refused(
+        server(opened),
+        ask() | {"model": "large"},
+        404,
+        "model: no 'large' here, this server has 'small'",
+        "model",
+    )
 
 
-@pytest.mark.parametrize("status, kind, headers", [(400, "invalid_request_error", {}), (404, "invalid_request_error", {}), (499, "invalid_request_error", {}), (500, "server_error", {}),
-                                                   (503, "server_error", {"retry-after": "1"}), (401, "invalid_request_error", {"www-authenticate": "Bearer"})])
+@pytest.mark.parametrize(
+    "status, kind, headers",
+    [
+        (400, "invalid_request_error", {}),
+        (404, "invalid_request_error", {}),
+        (499, "invalid_request_error", {}),
+        (500, "server_error", {}),
+        (503, "server_error", {"retry-after": "1"}),
+        (401, "invalid_request_error", {"www-authenticate": "Bearer"}),
+    ],
+)
 def test_a_refusal_on_the_wire(status, kind, headers):
     response = Refusal(status, "two\n lines", "field").response()
-    assert response.status_code == status and json.loads(response.body) == {"error": {"message": "two lines", "type": kind, "param": "field", "code": status}}
+    assert response.status_code == status and json.loads(response.body) == {
+        "error": {"message": "two lines", "type": kind, "param": "field", "code": status}
+    }
     assert {n: v for n, v in response.headers.items() if n in ("retry-after", "www-authenticate")} == headers
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------------
+# --- pictures ---
+
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_formats_that_are_taken(kind):
@@ -432,10 +642,13 @@ def test_of_an_animation_the_first_picture_counts():
     file = io.BytesIO()
     frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    assert image_of(f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}", "here", Limits()).getpixel((1, 1)) == (255, 0, 0)
+    assert image_of(
+        f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}", "here", Limits()
+    ).getpixel((1, 1)) == (255, 0, 0)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
+# --- the command ---
+
 
 @pytest.fixture
 def started(opened, monkeypatch):
@@ -450,7 +663,11 @@ def started(opened, monkeypatch):
 
     class Runner:
         def __init__(self, config):
-            kept["config"] = {"log_level": config.log_level, "graceful": config.timeout_graceful_shutdown, "lifespan": config.lifespan}
+            kept["config"] = {
+                "log_level": config.log_level,
+                "graceful": config.timeout_graceful_shutdown,
+                "lifespan": config.lifespan,
+            }
 
         def run(self, sockets):
             kept["sockets"] = [s.getsockname()[:2] for s in sockets]
@@ -472,23 +689,50 @@ def started(opened, monkeypatch):
 def test_the_command_at_its_defaults(started, capsys):
     serve.main(["--port", "0", "--device", "cpu"])
     name, limits, latents, key, hosts = started["server"]
-    assert (name, latents, key) == ("tiny", "keep", None) and limits == Limits() and set(hosts) == {"127.0.0.1", "localhost", "[::1]"}
-    assert started["opened"] == ("tiny", "best", "cpu", {"min_pixels": None, "max_pixels": None, "method": "", "trust_method": False})
+    assert (
+        (name, latents, key) == ("tiny", "keep", None)
+        and limits == Limits()
+        and set(hosts) == {"127.0.0.1", "localhost", "[::1]"}
+    )
+    assert started["opened"] == (
+        "tiny",
+        "best",
+        "cpu",
+        {"min_pixels": None, "max_pixels": None, "method": "", "trust_method": False},
+    )
     assert started["config"] == {"log_level": "warning", "graceful": 30, "lifespan": "off"}
-    (host, port), = started["sockets"]
-    assert host == "127.0.0.1" and port > 0 and capsys.readouterr().out == f"serving tiny at http://127.0.0.1:{port}/v1 (stop with Ctrl-C)\nstopped\n"
+    ((host, port),) = started["sockets"]
+    assert (
+        host == "127.0.0.1"
+        and port > 0
+        and capsys.readouterr().out
+        == f"serving tiny at http://127.0.0.1:{port}/v1 (stop with Ctrl-C)\nstopped\n"
+    )
 
 
 def test_each_flag_of_the_command(started, monkeypatch, capsys):
     monkeypatch.setenv(serve.KEY, "secret")
-    serve.main(["--model", "some/where", "--checkpoint", "3", "--device", "cpu", "--min_pixels", "11", "--max_pixels", "12", "--method", "m.py", "--trust_method",
-                "--host", "0.0.0.0", "--port", "0", "--latents", "drop", "--body", "101", "--images", "0", "--pixels", "103", "--tokens", "104", "--default_tokens", "105",
-                "--queue", "106", "--batch", "107"])
+    serve.main(
+        [
+            "--model", "some/where", "--checkpoint", "3", "--device", "cpu", "--min_pixels", "11",
+            "--max_pixels", "12", "--method", "m.py", "--trust_method", "--host", "0.0.0.0", "--port", "0",
+            "--latents", "drop", "--body", "101", "--images", "0", "--pixels", "103", "--tokens", "104",
+            "--default_tokens", "105", "--queue", "106", "--batch", "107",
+        ]
+    )
     name, limits, latents, key, hosts = started["server"]
-    assert (name, latents, key, hosts) == ("where", "drop", "secret", ())  # a key keeps others out, whatever the name they come by
+    # A key keeps others out, whatever the name they come by.
+    assert (name, latents, key, hosts) == ("where", "drop", "secret", ())
     # What a request gets that names no number is no more than it may name.
-    assert limits == Limits(body=101, images=0, pixels=103, tokens=104, default_tokens=104, queue=106, batch=107)
-    assert started["opened"] == ("some/where", "3", "cpu", {"min_pixels": 11, "max_pixels": 12, "method": "m.py", "trust_method": True})
+    assert limits == Limits(
+        body=101, images=0, pixels=103, tokens=104, default_tokens=104, queue=106, batch=107
+    )
+    assert started["opened"] == (
+        "some/where",
+        "3",
+        "cpu",
+        {"min_pixels": 11, "max_pixels": 12, "method": "m.py", "trust_method": True},
+    )
     serve.main(["--port", "0", "--device", "cpu", "--name", "mine", "--default_tokens", "7"])
     assert started["server"][0] == "mine" and started["server"][1] == Limits(default_tokens=7)
     assert "serving mine at" in capsys.readouterr().out
@@ -509,7 +753,13 @@ def test_limits_of_the_command_begin_at_one(started, name):
         serve.main(["--port", "0", "--device", "cpu", f"--{name}", "0"])
 
 
-@pytest.mark.parametrize("address, local", [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("::1%lo", True), ("0.0.0.0", False), ("::", False), ("192.168.1.4", False), ("fe80::1%eth0", False)])
+@pytest.mark.parametrize(
+    "address, local",
+    [
+        ("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("::1%lo", True), ("0.0.0.0", False),
+        ("::", False), ("192.168.1.4", False), ("fe80::1%eth0", False),
+    ],
+)
 def test_which_addresses_are_this_machines(address, local):
     assert serve.is_loopback(address) == local
 

@@ -64,16 +64,17 @@ def test_every_flag_has_an_entry():
     assert sorted(HELD.keys() - known) == []
 
 
-# ---- records of our own, and what is built from a command line ---------------------------------------------
+# --- records of our own, and what is built from a command line ---
 
 ANSWERS = [
     "red", "3", "the heart is nearer", "blue star", "green", "a ring", "yes", "no", "two of them", "left",
     "right", "ten",
 ]
+# Width, height.
 SIZES = [
     (112, 84), (56, 56), (84, 112), (70, 56), (56, 84), (98, 56), (56, 112), (84, 84), (112, 56), (70, 70),
     (56, 70), (84, 56),
-]  # width, height
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,10 @@ def twelve(tmp_path_factory):
             Image.fromarray(noise).resize((width, height)).save(root / f"{i}.png")
             talk = [{"from": "human", "value": f"<image>\nQuestion {i}?"}, {"from": "gpt", "value": answer}]
             record = {
-                "id": str(i), "image": f"{i}.png", "conversations": talk, "cot": ["I look.", "I see."],
+                "id": str(i),
+                "image": f"{i}.png",
+                "conversations": talk,
+                "cot": ["I look.", "I see."],
                 "features": {"lavit": "teacher.safetensors"},
             }
             lines.write(json.dumps(record) + "\n")
@@ -112,7 +116,9 @@ def built(model_dirs, twelve, tmp_path):
             "--latents", "3", "--lora_r", "2", *flags,
         ]
         settings = methods.parse(given)
-        model = crystal.backbone.model.load(settings.model, dtype, "cpu", settings.min_pixels, settings.max_pixels)
+        model = crystal.backbone.model.load(
+            settings.model, dtype, "cpu", settings.min_pixels, settings.max_pixels
+        )
         method, fmt = methods.attach(model, settings)
         objective = train.Objective(model, method).train()
         train_sets, val_set, broken = train.open_data(settings, method, model, fmt, Processes())
@@ -182,41 +188,40 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
             patch.setattr(train.gc, "collect", list)  # for process groups alone, of which there are none here
             seen.run = train.main(
                 [
-                    "--model", str(model_dirs[tied]), "--data", str(twelve), "--output",
-                    str(tmp_path / name), "--latents", "3", "--lora_r", "2", "--batch_size", "2",
-                    "--max_steps", "1", "--eval_every", "0", "--log_every", "100", *flags,
+                    "--model", str(model_dirs[tied]), "--data", str(twelve), "--output", str(tmp_path / name),
+                    "--latents", "3", "--lora_r", "2", "--batch_size", "2", "--max_steps", "1",
+                    "--eval_every", "0", "--log_every", "100", *flags,
                 ]
             )
         log = seen.run / "metrics.jsonl"
-        seen.lines = (
-            [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        )  # the first process's alone
+        # The first process's alone.
+        seen.lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         seen.out = capsys.readouterr().out
         return seen
 
     return go
 
 
-# ---- what each flag is without being given -----------------------------------------------------------------
+# --- what each flag is without being given ---
 
 # CrystaL, appendix A: LoRA with r 16 and alpha 32, learning rate 2e-4. As its released code has it: 4000
 # steps, batches of one pair a process, weight decay 0.1, warm-up 5 %, cosine. Table 3: 8 latents, diverse.
 SHARED = dict(
-    model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8,
-    latent_kind="diverse", turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0,
-    lora_on="language", max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1,
-    warmup=0.05, decay="cosine", clip=1.0, device="auto", dtype="auto", checkpointing=False, workers=0,
-    min_pixels=None, max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500,
-    keep=2, log_every=10, resume=False, overwrite=False, tensorboard=False,
+    model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8, latent_kind="diverse",
+    turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
+    max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
+    decay="cosine", clip=1.0, device="auto", dtype="auto", checkpointing=False, workers=0, min_pixels=None,
+    max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500, keep=2,
+    log_every=10, resume=False, overwrite=False, tensorboard=False,
 )
 OWN = {
     "sft": {},
     # Eq. 3 to 6, table 4 (KL is the best row) and table 5 (blur is).
     "crystal": dict(
-        thought="fixed", labels="all", corruption="blur",
-        latent_copy="kv", copied="latents", ce="per_path", kl_share=1.0, answer_positions="predicting",
-        attn_loss="kl", attn_heads="keep", attn_columns="latents", attn_layers="last", teacher_grad=False,
-        w_ce_int=1.0, w_ce_cor=1.0, w_kl=1.0, w_attn=1.0,
+        thought="fixed", labels="all", corruption="blur", latent_copy="kv", copied="latents", ce="per_path",
+        kl_share=1.0, answer_positions="predicting", attn_loss="kl", attn_heads="keep",
+        attn_columns="latents", attn_layers="last", teacher_grad=False, w_ce_int=1.0, w_ce_cor=1.0, w_kl=1.0,
+        w_attn=1.0,
     ),
     # LIVR, section 3.2 and appendix B: 16 latents, 4 epochs masked and 6 open, dropout 0.05, 1e-4, decay
     # 0.01, batches of 8.
@@ -233,8 +238,8 @@ OWN = {
     ),
     # VaLR: 16 latents a step, lambda 0.5, the decoder whole, 1e-5 and then 2e-6.
     "valr": dict(
-        latents=16, tune="full", lr=1e-5, lr_latents=2e-6, weight_decay=0.0, first_share=0.5,
-        encoders="tiny", align_layer=0, w_repa=0.5, updates=None,
+        latents=16, tune="full", lr=1e-5, lr_latents=2e-6, weight_decay=0.0, first_share=0.5, encoders="tiny",
+        align_layer=0, w_repa=0.5, updates=None,
     ),
 }
 # The authors' released CrystaL where it is not the paper: the whole thought is shared, one token mean over
@@ -263,13 +268,25 @@ def test_released_is_the_table_of_the_two_sources():
 
 
 CHOICES = {
-    "latent_kind": "diverse identical", "turns": "first all", "tune": "lora full tokens",
-    "decay": "cosine linear", "dtype": "auto float32 bfloat16 float64", "on_bad_record": "stop skip",
-    "thought": "fixed cot", "labels": "all answer",
+    "latent_kind": "diverse identical",
+    "turns": "first all",
+    "tune": "lora full tokens",
+    "decay": "cosine linear",
+    "dtype": "auto float32 bfloat16 float64",
+    "on_bad_record": "stop skip",
+    "thought": "fixed cot",
+    "labels": "all answer",
     "latent_copy": "hidden kv packed",
-    "copied": "latents thought", "ce": "per_path pooled", "answer_positions": "predicting span",
-    "attn_loss": "kl frobenius mse", "attn_heads": "keep mean", "attn_columns": "latents thought all",
-    "place": "after before", "mask": "prompt answer", "latents_see": "all image", "gate": "cosine hard open",
+    "copied": "latents thought",
+    "ce": "per_path pooled",
+    "answer_positions": "predicting span",
+    "attn_loss": "kl frobenius mse",
+    "attn_heads": "keep mean",
+    "attn_columns": "latents thought all",
+    "place": "after before",
+    "mask": "prompt answer",
+    "latents_see": "all image",
+    "gate": "cosine hard open",
 }
 
 
@@ -281,9 +298,8 @@ def test_what_a_flag_may_be(method):
         if f.name not in CHOICES:
             assert f.metadata["choices"] is None, f.name
             continue
-        alone = (
-            ["--w_gaze", "0", "--w_semantics", "0"] if method == "lavit" else []
-        )  # a teacher sees one turn
+        # A teacher sees one turn.
+        alone = ["--w_gaze", "0", "--w_semantics", "0"] if method == "lavit" else []
         for value in CHOICES[f.name].split():
             assert getattr(methods.parse(["--method", method, *alone, f"--{f.name}", value]), f.name) == value
         with pytest.raises(UserError, match=f"--{f.name}: invalid choice: 'other'"):
@@ -295,24 +311,54 @@ def test_what_a_flag_may_be(method):
 
 
 JUST = [  # method, flag, a value on the bound that is taken, one beyond it that is not
-    ("sft", "max_steps", 1, 0), ("sft", "batch_size", 1, 0), ("sft", "accumulation", 1, 0),
-    ("sft", "lora_r", 1, 0), ("sft", "keep", 1, 0), ("sft", "save_every", 1, 0), ("sft", "log_every", 1, 0),
-    ("sft", "eval_every", 0, -1), ("sft", "eval_records", 0, -1), ("sft", "workers", 0, -1),
-    ("sft", "weight_decay", 0.0, -0.1), ("sft", "seed", 2**63 - 1, 2**63), ("sft", "seed", 0, -1),
-    ("sft", "lora_dropout", 0.0, -0.1), ("sft", "lora_dropout", 0.99, 1.0), ("sft", "warmup", 0.0, -0.1),
-    ("sft", "warmup", 0.99, 1.0), ("sft", "lr", 1e-9, 0.0), ("sft", "lr_tokens", 1e-9, 0.0),
-    ("sft", "clip", 1e-9, 0.0), ("sft", "latents", 1, 0), ("sft", "lora_on", "merger", "merger,"),
-    ("sft", "lora_on", "vision,language", "head"), ("crystal", "kl_share", 1.0, 1.1),
-    ("crystal", "kl_share", 0.01, 0.0), ("crystal", "attn_layers", "0,-3", "0;3"),
-    ("livr", "masked", 0.0, -0.1), ("livr", "masked", 1.0, 1.1), ("livr", "image_copies", 1, 0),
-    ("livr", "latents", 1, -1), ("lavit", "gate_warmup", 1.0, 1.1), ("lavit", "gate_warmup", 0.1, 0.0),
-    ("lavit", "gate_start", 1.0, 1.1), ("lavit", "gate_start", 1e-9, 0.0),
-    ("lavit", "w_semantics", 0.0, -0.1), ("lavit", "w_gaze", 0.0, -0.1), ("lavit", "gaze_top", 1, 0),
-    ("lavit", "latents", 1, 0), ("valr", "first_share", 0.0, -0.1), ("valr", "first_share", 0.99, 1.0),
-    ("valr", "lr_latents", 1e-9, 0.0), ("valr", "w_repa", 0.0, -0.1), ("valr", "align_layer", 0, -1),
-    ("valr", "updates", 0, -1), ("valr", "encoders", "none", "none,tiny"),
+    ("sft", "max_steps", 1, 0),
+    ("sft", "batch_size", 1, 0),
+    ("sft", "accumulation", 1, 0),
+    ("sft", "lora_r", 1, 0),
+    ("sft", "keep", 1, 0),
+    ("sft", "save_every", 1, 0),
+    ("sft", "log_every", 1, 0),
+    ("sft", "eval_every", 0, -1),
+    ("sft", "eval_records", 0, -1),
+    ("sft", "workers", 0, -1),
+    ("sft", "weight_decay", 0.0, -0.1),
+    ("sft", "seed", 2**63 - 1, 2**63),
+    ("sft", "seed", 0, -1),
+    ("sft", "lora_dropout", 0.0, -0.1),
+    ("sft", "lora_dropout", 0.99, 1.0),
+    ("sft", "warmup", 0.0, -0.1),
+    ("sft", "warmup", 0.99, 1.0),
+    ("sft", "lr", 1e-9, 0.0),
+    ("sft", "lr_tokens", 1e-9, 0.0),
+    ("sft", "clip", 1e-9, 0.0),
+    ("sft", "latents", 1, 0),
+    ("sft", "lora_on", "merger", "merger,"),
+    ("sft", "lora_on", "vision,language", "head"),
+    ("crystal", "kl_share", 1.0, 1.1),
+    ("crystal", "kl_share", 0.01, 0.0),
+    ("crystal", "attn_layers", "0,-3", "0;3"),
+    ("livr", "masked", 0.0, -0.1),
+    ("livr", "masked", 1.0, 1.1),
+    ("livr", "image_copies", 1, 0),
+    ("livr", "latents", 1, -1),
+    ("lavit", "gate_warmup", 1.0, 1.1),
+    ("lavit", "gate_warmup", 0.1, 0.0),
+    ("lavit", "gate_start", 1.0, 1.1),
+    ("lavit", "gate_start", 1e-9, 0.0),
+    ("lavit", "w_semantics", 0.0, -0.1),
+    ("lavit", "w_gaze", 0.0, -0.1),
+    ("lavit", "gaze_top", 1, 0),
+    ("lavit", "latents", 1, 0),
+    ("valr", "first_share", 0.0, -0.1),
+    ("valr", "first_share", 0.99, 1.0),
+    ("valr", "lr_latents", 1e-9, 0.0),
+    ("valr", "w_repa", 0.0, -0.1),
+    ("valr", "align_layer", 0, -1),
+    ("valr", "updates", 0, -1),
+    ("valr", "encoders", "none", "none,tiny"),
     ("valr", "encoders", "features:dino:1", "features:dino:0"),
-    ("valr", "encoders", "features:dino:12", "features:dino"), ("valr", "encoders", "own,tiny", "own,,tiny"),
+    ("valr", "encoders", "features:dino:12", "features:dino"),
+    ("valr", "encoders", "own,tiny", "own,,tiny"),
     ("valr", "encoders", "own", "features:dino:x"),
 ]
 
@@ -328,10 +374,16 @@ def test_each_bound_just_met_and_just_passed(method, flag, last, beyond):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--corruption", "blur=1:0.9"], ["--corruption", "blur=-1:2"], ["--corruption", "blur="],
-        ["--corruption", "blur=2:"], ["--corruption", "blur,"], ["--corruption", "nothing=1"],
-        ["--attn_heads", "mean", "--attn_loss", "frobenius"], ["--method", "livr", "--latents", "0"],
-        ["--method", "lavit", "--turns", "all"], ["--method", "lavit", "--turns", "all", "--w_gaze", "0"],
+        ["--corruption", "blur=1:0.9"],
+        ["--corruption", "blur=-1:2"],
+        ["--corruption", "blur="],
+        ["--corruption", "blur=2:"],
+        ["--corruption", "blur,"],
+        ["--corruption", "nothing=1"],
+        ["--attn_heads", "mean", "--attn_loss", "frobenius"],
+        ["--method", "livr", "--latents", "0"],
+        ["--method", "lavit", "--turns", "all"],
+        ["--method", "lavit", "--turns", "all", "--w_gaze", "0"],
         ["--method", "lavit", "--turns", "all", "--w_semantics", "0"],
     ],
 )
@@ -343,8 +395,11 @@ def test_flags_that_exclude_one_another(flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--corruption", "blur=1:1"], ["--corruption", "blur=0:2"], ["--corruption", "blur=0,noise"],
-        ["--attn_heads", "mean"], ["--method", "livr", "--latents", "0", "--mask", "answer"],
+        ["--corruption", "blur=1:1"],
+        ["--corruption", "blur=0:2"],
+        ["--corruption", "blur=0,noise"],
+        ["--attn_heads", "mean"],
+        ["--method", "livr", "--latents", "0", "--mask", "answer"],
         ["--method", "livr", "--latents", "0", "--masked", "0"],
         ["--method", "lavit", "--turns", "all", "--w_gaze", "0", "--w_semantics", "0"],
     ],
@@ -365,7 +420,7 @@ def steps(text):
     return methods.get("crystal")(methods.parse(["--corruption", text])).corruption.steps
 
 
-# ---- what is trained on what -------------------------------------------------------------------------------
+# --- what is trained on what ---
 
 
 @holds("method")
@@ -412,17 +467,16 @@ def test_records_come_from_the_files_that_are_named(built, twelve, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([record(0, "one"), record(1, "two")]))
     (tmp_path / "b.json").write_text(json.dumps([record(2, "three"), record(1, "four"), record(0, "five")]))
     flags = [
-        "--data", str(tmp_path / "a.json"), "--val_data", str(tmp_path / "b.json"), "--image_root",
-        str(tmp_path / "pictures"),
+        "--data", str(tmp_path / "a.json"), "--val_data", str(tmp_path / "b.json"),
+        "--image_root", str(tmp_path / "pictures"),
     ]
     s = built("--method", "sft", *flags, "--eval_records", "2")
     assert [r.answer for r in s.records] == ["one", "two"] and [r.answer for r in s.val_set.records] == [
         "three", "four",
     ]
     assert s.records[1].images == [tmp_path / "pictures" / "deep" / "1.png"]
-    assert s.val_set[0, 0]["image_grid_thw"].tolist() == [
-        [1, 8, 4]
-    ]  # 56 x 98 px: 7 rows of patches, rounded to an even number
+    # 56 x 98 px: 7 rows of patches, rounded to an even number.
+    assert s.val_set[0, 0]["image_grid_thw"].tolist() == [[1, 8, 4]]
     assert [r.answer for r in built("--method", "sft", *flags).val_set.records] == ["three", "four", "five"]
     assert built("--method", "sft").val_set is None
     with pytest.raises(UserError, match="a.json.*deep/0.png"):
@@ -510,7 +564,7 @@ def test_output_is_where_all_is_written_and_nothing_is_lost_unasked(run, tmp_pat
     )
 
 
-# ---- the sequence ------------------------------------------------------------------------------------------
+# --- the sequence ---
 
 USER = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Question 0?"
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
@@ -584,14 +638,19 @@ def test_labels_are_all_that_is_said_or_the_answer_alone(built):
         assert all(batch["targets"][b, t] == batch["input_ids"][b, t + 1] for b, t in rows)
 
 
-# ---- what trains -------------------------------------------------------------------------------------------
+# --- what trains ---
 
 DECODER = "model.hf.model.language_model."
+# (out, in) of the test model's.
 LINEARS = {
-    "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-    "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
+    "self_attn.q_proj": (32, 32),
+    "self_attn.k_proj": (16, 32),
+    "self_attn.v_proj": (16, 32),
+    "self_attn.o_proj": (32, 32),
+    "mlp.gate_proj": (48, 32),
+    "mlp.up_proj": (48, 32),
     "mlp.down_proj": (32, 48),
-}  # (out, in) of the test model's
+}
 ADAPTERS = {f"{DECODER}layers.{i}.{name}.lora_{x}" for i in range(3) for name in LINEARS for x in "AB"}
 WHOLE = (
     {f"{DECODER}layers.{i}.{name}.weight" for i in range(3) for name in LINEARS}
@@ -611,7 +670,9 @@ def test_tune_names_exactly_what_trains(built, method):
     }.get(method, set())
     for tied in (True, False):
         rows = (
-            set() if method == "sft" else {"model.new_tokens.embedding"} | (set() if tied else {"model.new_tokens.head"})
+            set()
+            if method == "sft"
+            else {"model.new_tokens.embedding"} | (set() if tied else {"model.new_tokens.head"})
         )
         for tune, weights in (("lora", ADAPTERS), ("full", WHOLE), ("tokens", set())):
             s = built("--method", method, *more, "--tune", tune, tied=tied)
@@ -685,7 +746,7 @@ def test_adapters_are_on_the_parts_that_are_named(built, parts, wrapped):
     assert {n for n, m in s.model.hf.named_modules() if hasattr(m, "lora_A")} == wrapped
 
 
-# ---- the optimiser -----------------------------------------------------------------------------------------
+# --- the optimiser ---
 
 
 def adamw(p, grads, lrs, decay):
@@ -707,8 +768,8 @@ def test_each_group_moves_by_its_rate_and_its_decay(run, tune):
     Matrices decay, rows and vectors never.
     """
     seen = run(
-        "groups", "--tune", tune, "--lr", "0.02", "--lr_tokens", "3", "--weight_decay", "0.4", "--warmup",
-        "0.5", "--max_steps", "8", "--eval_every", "0", tied=False,
+        "groups", "--tune", tune, "--lr", "0.02", "--lr_tokens", "3", "--weight_decay", "0.4",
+        "--warmup", "0.5", "--max_steps", "8", "--eval_every", "0", tied=False,
     )
     lr, kinds = (0.005, 0.01), Counter()
     for name, (before, first, _) in seen.updates[0].items():
@@ -750,9 +811,8 @@ def test_the_gradients_norm_is_at_most_clip(run):
     assert norm > 0.5 and told == pytest.approx(norm, rel=1e-5)
     small = norm / 7
     clipped, now, told = gradients("clipped", str(small))
-    assert now == pytest.approx(small, rel=1e-4) and told == pytest.approx(
-        norm, rel=1e-5
-    )  # the log tells the norm before clipping
+    # The log tells the norm before clipping.
+    assert now == pytest.approx(small, rel=1e-4) and told == pytest.approx(norm, rel=1e-5)
     assert all(torch.allclose(clipped[n], free[n] / 7, rtol=1e-4, atol=1e-9) for n in free)
     above, _, _ = gradients("above", str(norm * 1.01))
     assert all(torch.equal(above[n], free[n]) for n in free)
@@ -831,15 +891,14 @@ def test_updates_forwards_and_pairs_are_as_many_as_told(run):
         for batch, _, _ in seen.batches
         for b in range(4)
     ]
-    assert (
-        sorted(answers[:12]) == sorted(answers[12:]) == sorted(f"{a}<|im_end|>" for a in ANSWERS)
-    )  # 24 pairs: two epochs of twelve
+    # 24 pairs: two epochs of twelve.
+    assert sorted(answers[:12]) == sorted(answers[12:]) == sorted(f"{a}<|im_end|>" for a in ANSWERS)
     printed = [line for line in seen.out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in printed] == ["2/3", "3/3"]
     assert f"ce {seen.lines[1]['ce']:.4f}" in printed[0]
 
 
-# ---- seeds -------------------------------------------------------------------------------------------------
+# --- seeds ---
 
 
 @holds("seed")
@@ -852,9 +911,8 @@ def test_order_depends_on_the_seed(built):
 
     first, again, other = order("7"), order("7"), order("8")
     assert first == again and first[:12] != other[:12] and sorted(first[:12]) == sorted(other[:12])
-    assert first[:12] != first[12:] and first[:12] != [
-        f"{a}<|im_end|>" for a in ANSWERS
-    ]  # epochs differ, and none is the file's order
+    # Epochs differ, and none is the file's order.
+    assert first[:12] != first[12:] and first[:12] != [f"{a}<|im_end|>" for a in ANSWERS]
 
 
 @holds("seed")
@@ -921,9 +979,8 @@ def test_first_heads_depend_on_the_seed(built, method, flags):
     if method == "valr":
         assert not torch.equal(first["0.0.weight"], first["1.0.weight"])
     weights = torch.cat([p.flatten() for n, p in first.items() if n.endswith("weight")])
-    assert weights.abs().max() < 32**-0.5 and weights.std() == pytest.approx(
-        32**-0.5 / 3**0.5, rel=0.05
-    )  # nn.Linear's own start
+    # Nn.Linear's own start.
+    assert weights.abs().max() < 32**-0.5 and weights.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.05)
 
 
 @holds("seed")
@@ -979,7 +1036,8 @@ def test_corruption_has_the_mode_and_strength_that_are_told_and_the_seeds_own(bu
     """
     asked, corrupt = [], corruptions.corrupt
     monkeypatch.setattr(
-        corruptions, "corrupt",
+        corruptions,
+        "corrupt",
         lambda x, mode, strength, *more: asked.append((mode, strength)) or corrupt(x, mode, strength, *more),
     )
     flags = ["--corruption", "noise=40:44"]
@@ -1024,7 +1082,7 @@ def test_validation_is_corrupted_from_a_seed_of_its_own(built, twelve):
     assert not torch.equal(s.train_sets[0][0, 0]["pixel_values_cor"], s.val_set[0, 0]["pixel_values_cor"])
 
 
-# ---- how it runs -------------------------------------------------------------------------------------------
+# --- how it runs ---
 
 
 @holds("device")
@@ -1090,7 +1148,12 @@ def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
 
     monkeypatch.setitem(crystal.backbone.model.AttentionInterface._global_mapping, "crystal", counted)
     more = [
-        "--method", method, "--tune", "full", "--lora_dropout", "0",
+        "--method",
+        method,
+        "--tune",
+        "full",
+        "--lora_dropout",
+        "0",
         *{"valr": ["--encoders", "own", "--first_share", "0"]}.get(method, []),
     ]
     found = []
@@ -1171,7 +1234,7 @@ def test_pixel_bounds_reach_the_loop(run):
     assert found[1][1, 8, 10] >= 1 and min(rows * columns * 196 for _, rows, columns in found[1]) >= 12000
 
 
-# ---- what it writes ----------------------------------------------------------------------------------------
+# --- what it writes ---
 
 
 @holds("eval_every", "save_every", "keep", "val_data", "eval_records")
@@ -1181,8 +1244,8 @@ def test_validations_and_checkpoints_come_when_told(run, twelve):
     Saved after each second and the last, of which two are kept beside the best.
     """
     seen = run(
-        "when", "--method", "sft", "--max_steps", "7", "--eval_every", "3", "--save_every", "2", "--keep",
-        "2", "--val_data", str(twelve), "--eval_records", "3", "--lora_r", "1", "--lr", "1e-9",
+        "when", "--method", "sft", "--max_steps", "7", "--eval_every", "3", "--save_every", "2",
+        "--keep", "2", "--val_data", str(twelve), "--eval_records", "3", "--lora_r", "1", "--lr", "1e-9",
     )
     values = {x["step"]: x["val_ce"] for x in seen.lines if "val_ce" in x}
     assert sorted(values) == [3, 6, 7] and "val: 3 records" in seen.out
@@ -1190,8 +1253,8 @@ def test_validations_and_checkpoints_come_when_told(run, twelve):
     best = checkpoint.best(seen.run)["step"]
     assert best == min(values, key=values.get) and saved == sorted({6, 7, best})
     never = run(
-        "never", "--method", "sft", "--max_steps", "5", "--eval_every", "0", "--save_every", "1", "--keep",
-        "3", "--val_data", str(twelve),
+        "never", "--method", "sft", "--max_steps", "5", "--eval_every", "0", "--save_every", "1",
+        "--keep", "3", "--val_data", str(twelve),
     )
     assert not any("val_ce" in x for x in never.lines)
     assert sorted(p.name for p in (never.run / "checkpoints").glob("step-*")) == [
@@ -1226,7 +1289,7 @@ def test_tensorboard_gets_every_number(run, monkeypatch):
         run("absent", "--method", "sft", "--tensorboard")
 
 
-# ---- CrystaL: eq. 3 to 6 by plain loops over states, queries and keys that are drawn here ------------------
+# --- CrystaL: eq. 3 to 6 by plain loops over states, queries and keys that are drawn here ---
 
 
 def planted(s, batch, monkeypatch):
@@ -1261,7 +1324,11 @@ def places(s, batch, b):
     thought = list(range(names.index("<think>"), names.index("</think>") + 1))
     opened = len(names) - 1 - names[::-1].index("<answer>")
     return SimpleNamespace(
-        thought=thought, latents=latents, image=image, opened=opened, end=end,
+        thought=thought,
+        latents=latents,
+        image=image,
+        opened=opened,
+        end=end,
         ids=batch["input_ids"][b].tolist(),
     )
 
@@ -1307,8 +1374,8 @@ def attention_difference(A_int, A_cor, columns, attn_loss, attn_heads):
 
 
 PAPER = dict(
-    labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_positions="predicting", attn_loss="kl",
-    attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False,
+    labels="all", copied="latents", ce="per_path", kl_share=1.0, answer_positions="predicting",
+    attn_loss="kl", attn_heads="keep", attn_columns="latents", attn_layers=(2,), teacher_grad=False,
 )
 
 
@@ -1347,12 +1414,16 @@ def eq_6(s, batch, seen, **choice):
 @pytest.mark.parametrize(
     "flags, choice",
     [
-        ([], {}), (["--labels", "answer"], dict(labels="answer")),
-        (["--copied", "thought"], dict(copied="thought")), (["--ce", "pooled"], dict(ce="pooled")),
+        ([], {}),
+        (["--labels", "answer"], dict(labels="answer")),
+        (["--copied", "thought"], dict(copied="thought")),
+        (["--ce", "pooled"], dict(ce="pooled")),
         (["--ce", "pooled", "--labels", "answer"], dict(ce="pooled", labels="answer")),
-        (["--kl_share", "0.4"], dict(kl_share=0.4)), (["--answer_positions", "span"], dict(answer_positions="span")),
+        (["--kl_share", "0.4"], dict(kl_share=0.4)),
+        (["--answer_positions", "span"], dict(answer_positions="span")),
         (["--attn_loss", "frobenius"], dict(attn_loss="frobenius")),
-        (["--attn_loss", "mse"], dict(attn_loss="mse")), (["--attn_heads", "mean"], dict(attn_heads="mean")),
+        (["--attn_loss", "mse"], dict(attn_loss="mse")),
+        (["--attn_heads", "mean"], dict(attn_heads="mean")),
         (["--attn_columns", "thought"], dict(attn_columns="thought")),
         (["--attn_columns", "all"], dict(attn_columns="all")),
         (["--attn_layers", "0,-2"], dict(attn_layers=(0, 1))),
@@ -1408,7 +1479,8 @@ def test_realisation_is_how_the_two_paths_run(built, monkeypatch):
         crystal.latent_copy, "_share", lambda x, mask: done.append((x.ndim, mask.ndim)) or share(x, mask)
     )
     monkeypatch.setattr(
-        crystal.backbone.model.Model, "hidden",
+        crystal.backbone.model.Model,
+        "hidden",
         lambda self, inputs, *a, **k: (
             done.append(len(inputs["input_ids"])) or run_model(self, inputs, *a, **k)
         ),
@@ -1439,7 +1511,7 @@ def test_crystals_weights_belong_to_their_terms(built, run):
     )
 
 
-# ---- LIVR --------------------------------------------------------------------------------------------------
+# --- LIVR ---
 
 
 @holds("place", of="livr")
@@ -1481,7 +1553,8 @@ def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
     names = [s.model.tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch["input_ids"]]
     given, forward = [], type(s.model.hf.model.language_model).forward
     monkeypatch.setattr(
-        type(s.model.hf.model.language_model), "forward",
+        type(s.model.hf.model.language_model),
+        "forward",
         lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k),
     )
     for step in (2, 3):
@@ -1492,9 +1565,8 @@ def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
         length = int(batch["attention_mask"][b].sum())
         image = [name in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>") for name in row]
         latent = [name.startswith("<|latent_") for name in row]
-        answer = (
-            len(row) - row[::-1].index("<|im_start|>") + 1
-        )  # the newline after "assistant" predicts the answer's first token
+        # The newline after "assistant" predicts the answer's first token.
+        answer = len(row) - row[::-1].index("<|im_start|>") + 1
         for t in range(length):
             for column in range(length):
                 sees = column <= t
@@ -1505,7 +1577,7 @@ def test_who_is_blind_in_livrs_first_stage(built, monkeypatch, mask, see):
                 assert (blocked[b, 0, t, column] == 0) == sees, (row[t], row[column])
 
 
-# ---- LaViT -------------------------------------------------------------------------------------------------
+# --- LaViT ---
 
 
 @holds("gate", "gate_warmup", "gate_start", of="lavit")
@@ -1530,7 +1602,8 @@ def test_the_gate_opens_as_told(built, monkeypatch, flags, gammas):
     s = built("--method", "lavit", *flags, "--max_steps", "8", "--w_gaze", "0", "--w_semantics", "0")
     batch, given, forward = batch_of(s, [2, 0]), [], type(s.model.hf.model.language_model).forward
     monkeypatch.setattr(
-        type(s.model.hf.model.language_model), "forward",
+        type(s.model.hf.model.language_model),
+        "forward",
         lambda self, *a, **k: given.append(k["attention_mask"]) or forward(self, *a, **k),
     )
     for step, gamma in enumerate(gammas):
@@ -1601,7 +1674,7 @@ def test_semantics_dim_is_the_teachers_size(built):
         s.objective(batch_of(s, [0]), s.settings.progress(0))
 
 
-# ---- VaLR --------------------------------------------------------------------------------------------------
+# --- VaLR ---
 
 
 @holds("encoders", of="valr")
@@ -1663,8 +1736,8 @@ def test_valrs_weights_and_stages_as_the_loop_logs_them(run):
     The alignment counts four times.
     """
     seen = run(
-        "stages", "--method", "valr", "--encoders", "own", "--w_repa", "4", "--first_share", "0.5", "--lr",
-        "0.01", "--lr_latents", "0.03", "--warmup", "0", "--decay", "linear", "--max_steps", "4",
+        "stages", "--method", "valr", "--encoders", "own", "--w_repa", "4", "--first_share", "0.5",
+        "--lr", "0.01", "--lr_latents", "0.03", "--warmup", "0", "--decay", "linear", "--max_steps", "4",
     )
     assert ["repa" in x for x in seen.lines] == [False, False, True, True]
     assert [x["loss"] for x in seen.lines] == pytest.approx(

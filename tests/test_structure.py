@@ -1,8 +1,9 @@
 """The house stays as it is drawn: layers whose imports point up, one concept a file, each file with its test.
 
-HOUSE lists the files of crystal/ in the order in which a reader goes through them. A file may import from its own layer,
-without a circle, and from the layers above it.
+HOUSE lists the files of crystal/ in the order in which a reader goes through them. A file may import from its
+own layer, without a circle, and from the layers above it.
 """
+
 import ast
 import re
 import subprocess
@@ -18,11 +19,16 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("backbone", "families model record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
-    [("evaluation", "benchmarks asking predictions figures interventions reliance"), ("serving", "chat engine")],
+    [
+        ("evaluation", "benchmarks asking predictions figures interventions reliance"),
+        ("serving", "chat engine"),
+    ],
     [("", "run train evaluate export visualize serve compare demo bench __main__")],
 ]
 CRYSTAL = ROOT / "crystal"
-LAYERS = [[CRYSTAL / folder / f"{stem}.py" for folder, stems in layer for stem in stems.split()] for layer in HOUSE]
+LAYERS = [
+    [CRYSTAL / folder / f"{stem}.py" for folder, stems in layer for stem in stems.split()] for layer in HOUSE
+]
 ORDER = [path for layer in LAYERS for path in layer]
 SPECIFICATION = LAYERS[0]  # the paper: torch and the standard library alone
 SOURCES = sorted(CRYSTAL.rglob("*.py"))
@@ -33,18 +39,25 @@ def name(path):
 
 
 def imports(path):
-    """[(line, dotted name)] of every import of a file, those inside functions too; a relative one begins with a dot."""
+    """[(line, dotted name)] of every import of a file, those inside functions too; a relative one begins with
+    a dot.
+    """
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found += [(node.lineno, "." * node.level + ".".join(filter(None, [node.module, alias.name]))) for alias in node.names]
+            found += [
+                (node.lineno, "." * node.level + ".".join(filter(None, [node.module, alias.name])))
+                for alias in node.names
+            ]
     return found
 
 
 def own(path):
-    """[(line, file)] of what a file imports from crystal: `from crystal.methods.sft import Method` -> crystal/methods/sft.py."""
+    """[(line, file)] of what a file imports from crystal: `from crystal.methods.sft import Method` ->
+    crystal/methods/sft.py.
+    """
     found = []
     for line, what in imports(path):
         parts = what.split(".")
@@ -69,7 +82,11 @@ def layer_of(path):
 def foreign(path):
     """[(line, package)] of imports from neither crystal nor the standard library."""
     packages = [(line, what.split(".")[0]) for line, what in imports(path)]
-    return [(line, package) for line, package in packages if package not in sys.stdlib_module_names and package != "crystal"]
+    return [
+        (line, package)
+        for line, package in packages
+        if package not in sys.stdlib_module_names and package != "crystal"
+    ]
 
 
 def test_every_file_has_its_place():
@@ -82,14 +99,16 @@ def test_every_file_has_its_place():
 def test_imports_point_up(path):
     for line, used in own(path):
         assert used != CRYSTAL / "__init__.py", f"{name(path)}:{line} imports crystal itself"
-        assert layer_of(used) <= layer_of(path), f"{name(path)}:{line} imports {name(used)}, which stands in a layer below"
+        assert layer_of(used) <= layer_of(path), (
+            f"{name(path)}:{line} imports {name(used)}, which stands in a layer below"
+        )
 
 
 def test_no_layer_has_a_circle():
     seen, done = [], set()
 
     def visit(path):
-        assert path not in seen, " -> ".join(name(p) for p in [*seen[seen.index(path):], path])
+        assert path not in seen, " -> ".join(name(p) for p in [*seen[seen.index(path) :], path])
         if path not in done:
             seen.append(path)
             for _, used in own(path):
@@ -125,8 +144,11 @@ def test_only_the_backbone_knows_transformers_modelling():
         assert not used or path == CRYSTAL / "run_directory.py", f"{name(path)}: {used}"
         assert all(what == "transformers" for _, what in used), f"{name(path)}: {used}"
         attributes = {
-            node.attr for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "transformers"
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "transformers"
         }
         assert attributes <= {"__version__"}, f"{name(path)} uses transformers.{attributes - {'__version__'}}"
 
@@ -134,15 +156,24 @@ def test_only_the_backbone_knows_transformers_modelling():
 def test_only_one_file_knows_torch_distributed():
     for path in SOURCES:
         if path != CRYSTAL / "runtime" / "distributed.py":
-            found = re.search(r"torch\.distributed|torch import distributed|DistributedDataParallel|nn\.parallel", path.read_text())
-            assert not found, f"{name(path)} says {found[0]!r}: that belongs in crystal/runtime/distributed.py"
+            found = re.search(
+                r"torch\.distributed|torch import distributed|DistributedDataParallel|nn\.parallel",
+                path.read_text(),
+            )
+            assert not found, (
+                f"{name(path)} says {found[0]!r}: that belongs in crystal/runtime/distributed.py"
+            )
 
 
 def test_imports_are_absolute_and_the_package_imports_nothing():
     for path in SOURCES:
         relative = [(line, what) for line, what in imports(path) if what.startswith(".")]
         assert not relative, f"{name(path)}: relative imports {relative}"
-    outside = [node for node in ast.parse((CRYSTAL / "__init__.py").read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    outside = [
+        node
+        for node in ast.parse((CRYSTAL / "__init__.py").read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
     assert not outside, "crystal/__init__.py: importing one file must not import others"
 
 
@@ -179,9 +210,15 @@ def test_no_file_names_a_machine():
 
 def repository_files():
     """What git tracks or would; without git, whatever is not hidden, built or generated."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if listed.returncode == 0 and listed.stdout:
         files = [ROOT / line for line in listed.stdout.splitlines()]
     else:
-        files = [p for p in ROOT.rglob("*") if p.relative_to(ROOT).parts[0] not in (".venv", ".git", "runs", "build", "dist", ".pytest_cache")]
+        files = [
+            p
+            for p in ROOT.rglob("*")
+            if p.relative_to(ROOT).parts[0] not in (".venv", ".git", "runs", "build", "dist", ".pytest_cache")
+        ]
     return [p for p in files if p.is_file()]

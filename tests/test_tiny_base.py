@@ -4,6 +4,7 @@ schedule hold.
 Right values: losses by loops over cells and tokens, patches and marks by index, the schedule and the check's
 table by arithmetic, the shipped files.
 """
+
 import contextlib
 import json
 import math
@@ -23,18 +24,10 @@ from crystal import evaluate
 from crystal.layout import Format
 from crystal.runtime import data, toy
 from crystal.runtime.config import UserError
-from data_prep.tiny import (
-    base as tiny_base,
-)
-from data_prep.tiny import (
-    batches as tiny_batches,
-)
-from data_prep.tiny import (
-    check as tiny_check,
-)
-from data_prep.tiny import (
-    files as tiny_files,
-)
+from data_prep.tiny import base as tiny_base
+from data_prep.tiny import batches as tiny_batches
+from data_prep.tiny import check as tiny_check
+from data_prep.tiny import files as tiny_files
 
 TINY = Path(__file__).resolve().parent.parent / "crystal" / "assets" / "tiny"
 
@@ -52,11 +45,15 @@ def layout(tokenizer):
 @pytest.fixture(scope="module")
 def batch(layout):
     rngs = [toy.rng_for("test", i) for i in range(3)]
-    return tiny_batches.make_batch(layout, rngs, "demo", dict.fromkeys(tiny_batches.KINDS, 1 / len(tiny_batches.KINDS)))
+    return tiny_batches.make_batch(
+        layout, rngs, "demo", dict.fromkeys(tiny_batches.KINDS, 1 / len(tiny_batches.KINDS))
+    )
 
 
 def test_training_forward_is_the_stock_forward(tokenizer, layout, batch):
-    """Every slot's logits equal those of the stock model, which gets the same question alone, through its own image processor."""
+    """Every slot's logits equal those of the stock model, which gets the same question alone, through its own
+    image processor.
+    """
     torch.manual_seed(0)
     pupil = tiny_base.Pupil(AutoConfig.from_pretrained(TINY), layout)
     stock = tiny_check.load(TINY)
@@ -70,14 +67,18 @@ def test_training_forward_is_the_stock_forward(tokenizer, layout, batch):
             seen = processor(images=[image], return_tensors="pt")
             for s in range(tiny_batches.SLOTS):
                 ids = torch.cat([torch.tensor(layout.opening), batch.tokens[b, s]])[None]
-                theirs = stock(input_ids=ids, mm_token_type_ids=(ids == stock.config.image_token_id).int(), **seen).logits
-                torch.testing.assert_close(ours[b, s], theirs[0, layout.P:], atol=1e-4, rtol=1e-4)
+                theirs = stock(
+                    input_ids=ids, mm_token_type_ids=(ids == stock.config.image_token_id).int(), **seen
+                ).logits
+                torch.testing.assert_close(ours[b, s], theirs[0, layout.P :], atol=1e-4, rtol=1e-4)
 
 
 def test_opening_and_slot_are_the_chat_template(tokenizer, layout):
     content = [{"type": "image"}, {"type": "text", "text": "What colour is the star?"}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).replace("<|image_pad|>", "<|image_pad|>" * tiny_batches.N)
+    text = tokenizer.apply_chat_template(turns, tokenize=False).replace(
+        "<|image_pad|>", "<|image_pad|>" * tiny_batches.N
+    )
     tokens, labels = layout.encode("What colour is the star?", "red")
     kept = [token for token in tokens if token != tokenizer.pad_token_id]
     assert tokenizer.decode(layout.opening + kept) + "\n" == text
@@ -93,13 +94,20 @@ def test_marks_tell_what_is_named_and_never_the_answer(tokenizer, layout):
             if question is None:
                 continue
             tokens, labels = layout.encode(question.text, question.answer)
-            for mark, token, label in zip(tiny_batches.marks_of(layout, scene, family, tokens, labels), tokens, labels):
+            for mark, token, label in zip(
+                tiny_batches.marks_of(layout, scene, family, tokens, labels), tokens, labels
+            ):
                 word = tokenizer.decode([token]).strip()
                 if label != tiny_batches.IGNORE:
                     assert set(mark) == {tiny_batches.IGNORE}
                 for thing in scene.named:
                     if thing.shape == word and label == tiny_batches.IGNORE:
-                        assert mark[:4] == [list(toy.COLOURS).index(thing.colour), thing.level, thing.row - 1, thing.column - 1]
+                        assert mark[:4] == [
+                            list(toy.COLOURS).index(thing.colour),
+                            thing.level,
+                            thing.row - 1,
+                            thing.column - 1,
+                        ]
                 if family == "count" and mark[4] >= 0:
                     assert word == toy.plural(scene.counted) and str(mark[4] + 1) == question.answer
 
@@ -107,7 +115,9 @@ def test_marks_tell_what_is_named_and_never_the_answer(tokenizer, layout):
 def test_tokenizer_is_made_again_to_the_byte(tmp_path):
     """The configuration too is made by the script, but names the version of transformers that wrote it."""
     tiny_files.make_directory(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+    for name in (
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
+    ):
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
 
 
@@ -118,7 +128,7 @@ def test_wrong_flags_of_the_check_are_one_line(monkeypatch, flags):
         tiny_check.main()
 
 
-# ---- batches -----------------------------------------------------------------------------------------------
+# --- batches ---
 
 
 def test_patches_lie_token_by_token():
@@ -191,15 +201,14 @@ def test_marks_by_hand(layout, scene, tokenizer):
     star, ring, heart = [0, 0, 0, 0], [4, 1, 0, 2], [6, 3, 3, 3]
     none = [-100, -100]
     assert marked("nearer", "Which is nearer to the star, the ring or the heart?", "ring") == [
-        ("star", star + none), ("ring", ring + [-100, 1]), ("heart", heart + [-100, 3])]
+        ("star", star + none), ("ring", ring + [-100, 1]), ("heart", heart + [-100, 3]),
+    ]
     assert marked("relation", "Is the ring left or right of the heart?", "left") == [
-        ("ring", ring + none),
-        ("heart", heart + none),
+        ("ring", ring + none), ("heart", heart + none),
     ]
     assert marked("count", "How many crosses are there?", "2") == [("crosses", [-100] * 4 + [1, -100])]
     assert marked("depth", "Is the star in front of or behind the heart?", "behind") == [
-        ("star", star + none),
-        ("heart", heart + none),
+        ("star", star + none), ("heart", heart + none),
     ]
 
 
@@ -290,9 +299,10 @@ def test_the_stream_changes_what_it_asks(layout, monkeypatch):
             and words == ([] if step < 300 else [None])
         )
         assert share == pytest.approx({kind: (1 - t) * start[kind] + t * end[kind] for kind in start})
+        # Of five, rank 1 of 2.
         assert [rng.integers(10**9) for rng in rngs] == [
             toy.rng_for("base", "scenes", 7, step, i).integers(10**9) for i in (1, 3)
-        ]  # of five, rank 1 of 2
+        ]
 
 
 def test_a_batch_asks_what_it_is_told_to(layout):
@@ -317,7 +327,7 @@ def test_a_batch_asks_what_it_is_told_to(layout):
         assert (made.cells[i].numpy() == tiny_batches.cells_of(drawn)).all()
 
 
-# ---- lessons -----------------------------------------------------------------------------------------------
+# --- lessons ---
 
 
 @pytest.fixture(scope="module")
@@ -370,9 +380,7 @@ def test_the_look_lesson_by_loops(pupil, batch):
         if colour != -100:
             z = pupil.look(norm(second[at]))
             for name, logits, target in (
-                ("colour", z[:8], colour),
-                ("size", z[8:12], size),
-                ("row", z[12:16], row),
+                ("colour", z[:8], colour), ("size", z[8:12], size), ("row", z[12:16], row),
                 ("column", z[16:], column),
             ):
                 parts[name].append(loss_at(logits, target))
@@ -421,7 +429,7 @@ def test_accuracy_counts_whole_answers(batch, monkeypatch):
     )
 
 
-# ---- the loop ----------------------------------------------------------------------------------------------
+# --- the loop ---
 
 
 def test_the_schedule_by_hand():
@@ -461,9 +469,7 @@ def test_muon_gets_the_matrices_and_adam_the_rest(pupil):
         <= others
     )
     assert (muon.param_groups[0]["lr"], adam.param_groups[0]["lr"], adam.param_groups[0]["betas"]) == (
-        0.5,
-        0.25,
-        (0.9, 0.95),
+        0.5, 0.25, (0.9, 0.95),
     )
     assert muon.param_groups[0]["weight_decay"] == adam.param_groups[0]["weight_decay"] == 0.01
 
@@ -490,9 +496,10 @@ def quick(monkeypatch):
         torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad / (grad.norm() + 1e-7)
     )
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    # The same, made once.
     monkeypatch.setattr(
         tiny_files, "make_directory", lambda out: shutil.copytree(TINY, out, dirs_exist_ok=True)
-    )  # the same, made once
+    )
 
 
 class Recorded(torch.utils.data.DataLoader):
@@ -508,17 +515,15 @@ def test_the_command_trains_what_was_asked(quick, tmp_path, monkeypatch, capsys)
     """
     streams, rates, lessons, batches_made, compiled, shown = [], [], [], [], [], []
     stream, make_batch, look_loss, see = (
-        tiny_batches.Stream,
-        tiny_batches.make_batch,
-        tiny_base.Pupil.look_loss,
-        tiny_base.Pupil.see,
+        tiny_batches.Stream, tiny_batches.make_batch, tiny_base.Pupil.look_loss, tiny_base.Pupil.see,
     )
     monkeypatch.setattr(tiny_batches, "Stream", lambda *args: streams.append(args[2:]) or stream(*args))
+    # Of 100 watched, too.
     monkeypatch.setattr(
         tiny_batches,
         "make_batch",
         lambda layout, rngs, *rest: batches_made.append(len(rngs)) or make_batch(layout, rngs[:2], *rest),
-    )  # of 100 watched, too
+    )
     monkeypatch.setattr(torch.utils.data, "DataLoader", Recorded)
     monkeypatch.setattr(
         tiny_base.Pupil, "look_loss", lambda self, *args: lessons.append(1) or look_loss(self, *args)
@@ -538,27 +543,9 @@ def test_the_command_trains_what_was_asked(quick, tmp_path, monkeypatch, capsys)
         )
 
     flags = [
-        "--out",
-        str(tmp_path / "out"),
-        "--work",
-        str(tmp_path / "work"),
-        "--only",
-        "blind",
-        "--steps",
-        "3",
-        "--wordy_steps",
-        "2",
-        "--dense_steps",
-        "1",
-        "--images",
-        "2",
-        "--muon_lr",
-        "0.5",
-        "--adam_lr",
-        "0.25",
-        "--seed",
-        "6",
-        "--no-compile",
+        "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--only", "blind", "--steps", "3",
+        "--wordy_steps", "2", "--dense_steps", "1", "--images", "2", "--muon_lr", "0.5", "--adam_lr", "0.25",
+        "--seed", "6", "--no-compile",
     ]
     monkeypatch.setattr("sys.argv", ["tiny_base.py", *flags])
     tiny_base.main()
@@ -643,7 +630,7 @@ def test_only_the_base_brings_its_files(tmp_path):
     assert {p.name for p in (args.out / "tiny").iterdir()} == {p.name for p in TINY.iterdir()}
 
 
-# ---- the files and the check -------------------------------------------------------------------------------
+# --- the files and the check ---
 
 
 def test_the_configuration_is_the_shipped_one(tokenizer, tmp_path):
@@ -694,7 +681,9 @@ def test_right_is_what_greedy_decoding_answers(tmp_path, tokenizer):
 
 
 def test_an_answer_is_right_with_every_token_and_its_end(tokenizer):
-    """A model that predicts what it is given, but for the last token of one row, the first of another, and padding."""
+    """A model that predicts what it is given, but for the last token of one row, the first of another, and
+    padding.
+    """
     answers = ("4", "4", "4 stars and a ring", "red")
     asked = [toy.Question("count", "How many stars are there?", answer, (), ()) for answer in answers]
     wrong = {1: -1, 2: 0}  # row: which of its answer's tokens is missed
@@ -753,9 +742,7 @@ def test_the_check_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         tiny_check.main()
     assert loaded == [(base,), (base, tmp_path / "twin.safetensors")] and [model for model, *_ in asked] == [
-        "blind",
-        "base",
-        "base",
+        "blind", "base", "base",
     ]
     scenes = [toy.draw_pair("demo", "check", 4, i) for i in range(50)]
     for _, images, questions in asked:
@@ -808,9 +795,8 @@ def test_the_bar_by_hand():
         and not tiny_check.met([row(name) for name in ("count", "attribute", "depth", "nearer")])
     )
     kept = [row(name, blurred=0.4) for name in ("count", "relation")]
-    assert not tiny_check.met([*kept, *four[2:]]) and tiny_check.met(
-        [kept[0], *four[1:]]
-    )  # three must lose half of their margin
+    # Three must lose half of their margin.
+    assert not tiny_check.met([*kept, *four[2:]]) and tiny_check.met([kept[0], *four[1:]])
     assert "| a | 100 | 20.0 | 50.0 | 30.0 +- 16.0 | 30.0 | 67 % | no |" in tiny_check.table(
         [row("a", spread=0.16)]
     )

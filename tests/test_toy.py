@@ -4,6 +4,7 @@ own logic.
 Right values: areas of the silhouettes and colours of pixels by geometry and arithmetic, places from where a
 thing was put, answers from a search of the scene for the shapes that the question names.
 """
+
 import hashlib
 import json
 import math
@@ -46,7 +47,11 @@ def records(made):
 
 
 def digests(folder):
-    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def test_same_seed_same_bytes(made, tmp_path):
@@ -63,8 +68,13 @@ def test_other_seed_and_other_stream_have_other_scenes(made, tmp_path):
 
 
 def test_base_and_demo_draw_their_scenes_apart():
-    layouts = [{tuple((t.shape, t.x, t.y) for t in toy.draw_pair(stream, "train", 0, i)[0].things) for i in range(50)}
-               for stream in ("base", "demo")]
+    layouts = [
+        {
+            tuple((t.shape, t.x, t.y) for t in toy.draw_pair(stream, "train", 0, i)[0].things)
+            for i in range(50)
+        }
+        for stream in ("base", "demo")
+    ]
     assert not layouts[0] & layouts[1]
 
 
@@ -174,13 +184,17 @@ def test_scene_keeps_its_promises():
         assert len(set(cells)) == len(cells) and all(1 <= v <= toy.CELLS for cell in cells for v in cell)
         shapes = Counter(thing.shape for thing in scene.things)
         assert all(count == 1 or shape == scene.counted for shape, count in shapes.items())
-        assert [t.level for t in scene.things] == sorted(t.level for t in scene.things)  # the nearer hide the farther
+        # The nearer hide the farther.
+        assert [t.level for t in scene.things] == sorted(t.level for t in scene.things)
         for thing in scene.named:
             assert shapes[thing.shape] == 1
 
 
 def test_shapes_look_different_and_blur_makes_them_alike():
-    """Two silhouettes of one size differ far less after a blur of 5 pixels: the detail is what tells shapes apart."""
+    """Two silhouettes of one size differ far less after a blur of 5 pixels: the detail is what tells shapes
+    apart.
+    """
+
     def canvas(shape, blur):
         image = Image.new("L", (48, 48))
         image.paste(255, (18, 18), toy.mask(shape, 12))
@@ -197,16 +211,8 @@ def test_the_command_draws_what_was_asked(tmp_path, monkeypatch, capsys):
     sizes, taken = {"train": 7, "val": 3, "test": 2}, set()
     for seed in (5, 6):
         flags = [
-            "--out",
-            str(tmp_path / str(seed)),
-            "--seed",
-            str(seed),
-            "--train",
-            "7",
-            "--val",
-            "3",
-            "--test",
-            "2",
+            "--out", str(tmp_path / str(seed)), "--seed", str(seed), "--train", "7", "--val", "3",
+            "--test", "2",
         ]
         monkeypatch.setattr("sys.argv", ["toy.py", *flags])
         command.main()
@@ -328,34 +334,22 @@ def test_every_question_of_a_scene_can_be_drawn():
     assert list(toy.count_choices(scene)) == [("2", [crosses[1], crosses[0]])]
     relations = {(a.shape, b.shape, said) for said, (a, b) in toy.relation_choices(scene)}
     assert relations == {
-        ("star", "ring", "left"),
-        ("ring", "star", "right"),
-        ("star", "ring", "above"),
-        ("ring", "star", "below"),
-        ("star", "heart", "left"),
-        ("heart", "star", "right"),
-        ("ring", "heart", "left"),
-        ("heart", "ring", "right"),
-        ("heart", "ring", "above"),
+        ("star", "ring", "left"), ("ring", "star", "right"), ("star", "ring", "above"),
+        ("ring", "star", "below"), ("star", "heart", "left"), ("heart", "star", "right"),
+        ("ring", "heart", "left"), ("heart", "ring", "right"), ("heart", "ring", "above"),
         ("ring", "heart", "below"),
     }
     depths = {(a.shape, b.shape, said) for said, (a, b) in toy.depth_choices(scene)}
     assert depths == {
-        ("star", "ring", "behind"),
-        ("ring", "star", "front"),
-        ("star", "heart", "behind"),
-        ("heart", "star", "front"),
-        ("heart", "ring", "behind"),
-        ("ring", "heart", "front"),
+        ("star", "ring", "behind"), ("ring", "star", "front"), ("star", "heart", "behind"),
+        ("heart", "star", "front"), ("heart", "ring", "behind"), ("ring", "heart", "front"),
     }
     # Distances: star to ring 41.0, star to heart 84.2, ring to heart 60.9; 60.9 is not one and a half times
     # 41.0.
     nearer = {(a.shape, b.shape, c.shape, said) for said, (a, b, c) in toy.nearer_choices(scene)}
     assert nearer == {("star", "ring", "heart", "ring"), ("star", "heart", "ring", "ring")}
     assert [(said, thing.shape) for said, (thing,) in toy.attribute_choices(scene)] == [
-        ("red", "star"),
-        ("white", "heart"),
-        ("blue", "ring"),
+        ("red", "star"), ("white", "heart"), ("blue", "ring"),
     ]
     alone = toy.Scene((star, ring), "ring", 0.0, 0)
     assert alone.named == [star, ring]  # counted, but one: its shape identifies it
@@ -366,12 +360,10 @@ def test_every_question_of_a_scene_can_be_drawn():
 
 
 def test_a_picture_is_drawn_by_hand(monkeypatch):
-    """Background, colours and who hides whom at single pixels; the noise's spread; another seed, other noise.
-    """
+    """Background, colours and who hides whom at single pixels; the noise's spread; another seed, other noise."""
     far, near = toy.Thing("square", "green", 30, 40, 0, 20), toy.Thing("square", "blue", 38, 40, 3, 20)
-    quiet = toy.render(
-        toy.Scene((far, near), "star", -0.25, 1)
-    )  # at this hardness the noise's spread is 3 - 12 / 4 = 0
+    # At this hardness the noise's spread is 3 - 12 / 4 = 0.
+    quiet = toy.render(toy.Scene((far, near), "star", -0.25, 1))
     for x, y in ((0, 0), (111, 0), (5, 100), (60, 111)):
         light, warmth = 118 - 60 * (y / 112 - 0.5), -50 * (x / 112 - 0.5)
         assert quiet[y, x].tolist() == [int(light + warmth), int(light), int(light - warmth)]

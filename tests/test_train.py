@@ -1,9 +1,11 @@
-"""The command: schedule, logs, trainable tokens, what is saved when, resume, overwriting, broken records, signals.
+"""The command: schedule, logs, trainable tokens, what is saved when, resume, overwriting, broken records,
+signals.
 
 The updates themselves are compared with a plain loop in test_loop.py. Right values here are counted or
 written out by hand: a validation that returns what the test says, a method whose loss is known, a checkpoint
 made by hand, a rank that is pretended.
 """
+
 import json
 import re
 import shutil
@@ -26,8 +28,12 @@ from crystal.runtime.distributed import Processes
 @pytest.fixture
 def flags(model_dirs, records_file, tmp_path):
     def make(name, *more, tied=True):
-        return ["--model", str(model_dirs[tied]), "--data", str(records_file), "--output", str(tmp_path / name), "--latents", "3", "--lora_r", "2", "--lr", "1e-2",
-                "--batch_size", "2", "--log_every", "100", "--eval_every", "0", *more]
+        return [
+            "--model", str(model_dirs[tied]), "--data", str(records_file), "--output", str(tmp_path / name),
+            "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--batch_size", "2", "--log_every", "100",
+            "--eval_every", "0", *more,
+        ]
+
     return make
 
 
@@ -42,7 +48,13 @@ def weights(run, step):
 def test_learning_rate():
     s = config.parse(["--max_steps", "100", "--lr", "1", "--warmup", "0.1"])
     rates = [train.learning_rate(i, s) for i in range(100)]
-    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert (
+        rates[0] == 0.1
+        and rates[9] == 1.0
+        and rates[10] == 1.0
+        and rates[55] == pytest.approx(0.5)
+        and 0 < rates[99] < 1e-3
+    )
     assert train.learning_rate(0, config.parse(["--warmup", "0", "--lr", "1"])) == 1.0
     s = config.parse(["--max_steps", "100", "--lr", "1", "--warmup", "0.1", "--decay", "linear"])
     assert [train.learning_rate(i, s) for i in (9, 10, 55, 99)] == pytest.approx([1, 1, 0.5, 1 / 90])
@@ -61,7 +73,9 @@ def test_each_stage_has_a_warm_up_and_a_decay_of_its_own():
     rates = [train.learning_rate(i, s) for i in range(100)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1]) and rates[29] < 0.01
     assert rates[30:38] == pytest.approx([i / 14 for i in range(1, 8)] + [0.5]) and rates[99] < 0.001
-    assert s.progress(29) == config.Progress(29, 0, 29 / 30, 0.29) and s.progress(30) == config.Progress(30, 1, 0, 0.3)
+    assert s.progress(29) == config.Progress(29, 0, 29 / 30, 0.29) and s.progress(30) == config.Progress(
+        30, 1, 0, 0.3
+    )
     assert s.progress(100) == config.Progress(100, 1, 1, 1)  # what validation sees
     short = Staged(max_steps=1)  # a stage may be empty; no update falls between two
     assert (short.span(0), short.span(1)) == ((0, 0), (0, 1)) and short.progress(0).stage == 1
@@ -69,9 +83,16 @@ def test_each_stage_has_a_warm_up_and_a_decay_of_its_own():
 
 @pytest.mark.parametrize("method", ["sft", "crystal"])
 def test_run_directory(flags, method, records_file, capsys):
-    run = train.main(flags(method, "--method", method, "--max_steps", "3", "--val_data", str(records_file), "--eval_every", "2", "--save_every", "2"))
+    run = train.main(
+        flags(
+            method, "--method", method, "--max_steps", "3", "--val_data", str(records_file),
+            "--eval_every", "2", "--save_every", "2",
+        )
+    )
     lines = metrics(run)
-    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3] and [x["step"] for x in lines if "val_loss" in x] == [2, 3]
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3] and [
+        x["step"] for x in lines if "val_loss" in x
+    ] == [2, 3]
     terms = ("ce",) if method == "sft" else ("ce_int", "ce_cor", "kl", "attn", "mass_int", "mass_cor")
     for name in (*terms, "loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_gb"):
         assert name in lines[0], name
@@ -79,7 +100,11 @@ def test_run_directory(flags, method, records_file, capsys):
     if method == "crystal":
         assert 0 < lines[0]["mass_int"] < 1 and lines[0]["mass_int"] != lines[0]["mass_cor"]
     saved = json.loads((run / "config.json").read_text())
-    assert saved["method"] == method and saved["dtype"] == "float32" and saved["versions"]["torch"] == torch.__version__
+    assert (
+        saved["method"] == method
+        and saved["dtype"] == "float32"
+        and saved["versions"]["torch"] == torch.__version__
+    )
     best = checkpoint.best(run)
     values = {x["step"]: x["val_ce" if method == "sft" else "val_ce_int"] for x in lines if "val_loss" in x}
     assert best["step"] == min(values, key=values.get) and checkpoint.step_dir(run, best["step"]).is_dir()
@@ -90,9 +115,12 @@ def test_run_directory(flags, method, records_file, capsys):
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_other_vocabulary_row_moves(flags, tune, tied, model_dirs):
-    """After updates with weight decay every row but the new tokens' is identical to the bit, and all of those have moved."""
+    """After updates with weight decay every row but the new tokens' is identical to the bit, and all of those
+    have moved.
+    """
     run = train.main(flags("rows", "--max_steps", "3", "--weight_decay", "0.5", "--tune", tune, tied=tied))
     from crystal import opening
+
     model, fmt, _ = opening.open_model(run, "last")
     base = load_file(model_dirs[tied] / "model.safetensors")
     new = model.new_tokens.ids if hasattr(model.new_tokens, "ids") else None
@@ -112,12 +140,18 @@ def test_no_other_vocabulary_row_moves(flags, tune, tied, model_dirs):
 
 def test_resume_equals_not_having_stopped(flags, tmp_path):
     """Mid-epoch, with accumulation and dropout: the same next losses and weights as the unbroken run."""
-    more = ("--max_steps", "5", "--accumulation", "2", "--batch_size", "1", "--save_every", "3", "--lora_dropout", "0.1", "--keep", "9")
+    more = (
+        "--max_steps", "5", "--accumulation", "2", "--batch_size", "1", "--save_every", "3",
+        "--lora_dropout", "0.1", "--keep", "9",
+    )
     whole = train.main(flags("whole", *more))
     broken = tmp_path / "broken"
     shutil.copytree(whole, broken)
     shutil.rmtree(checkpoint.step_dir(broken, 5))
-    (broken / "metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(True)[:4]) + '{"step": 5, "lo')  # killed after a step that the checkpoint does not know, in the middle of a line
+    # Killed after a step that the checkpoint does not know, in the middle of a line.
+    (broken / "metrics.jsonl").write_text(
+        "".join((whole / "metrics.jsonl").read_text().splitlines(True)[:4]) + '{"step": 5, "lo'
+    )
     train.main(flags("broken", *more, "--resume"))
     a, b = metrics(whole), metrics(broken)
     assert [x["step"] for x in b] == [1, 2, 3, 4, 5]
@@ -148,23 +182,42 @@ def test_a_resume_keeps_every_setting_but_those_of_the_machine_and_the_log(flags
     other = records_file.parent / "others.jsonl"
     other.write_text(records_file.read_text())
     same = flags("kept", "--max_steps", "2", "--save_every", "1", "--resume")
-    for name, value, told in (("data", str(other), f"'{records_file}', not '{other}'"), ("lora_alpha", "64", "32.0, not 64.0"), ("dtype", "float64", "'float32', not 'float64'"),
-                              ("max_pixels", "12000", "None, not 12000"), ("kl_share", "0.5", "1.0, not 0.5")):
-        with pytest.raises(UserError, match=re.escape(f"step-2: was made with --{name} {told}; a resume keeps it")):
+    for name, value, told in (
+        ("data", str(other), f"'{records_file}', not '{other}'"),
+        ("lora_alpha", "64", "32.0, not 64.0"),
+        ("dtype", "float64", "'float32', not 'float64'"),
+        ("max_pixels", "12000", "None, not 12000"),
+        ("kl_share", "0.5", "1.0, not 0.5"),
+    ):
+        with pytest.raises(
+            UserError, match=re.escape(f"step-2: was made with --{name} {told}; a resume keeps it")
+        ):
             train.main([*same, f"--{name}", value])
     shutil.rmtree(checkpoint.step_dir(started, 2))
-    train.main([*same, "--batch_size", "1", "--accumulation", "2", "--workers", "1", "--checkpointing", "--keep", "5", "--eval_every", "1", "--on_bad_record", "skip"])
+    train.main(
+        [
+            *same, "--batch_size", "1", "--accumulation", "2", "--workers", "1", "--checkpointing",
+            "--keep", "5", "--eval_every", "1", "--on_bad_record", "skip",
+        ]
+    )
     assert [x["step"] for x in metrics(started)] == [1, 2]
     kept = {f.name for f in fields(config.Settings)} - run_directory.MAY_CHANGE
-    assert kept > {"val_data", "image_root", "turns", "lora_dropout", "weight_decay", "warmup", "clip", "min_pixels"} and len(kept) + len(run_directory.MAY_CHANGE) == len(fields(config.Settings))
+    assert kept > {
+        "val_data", "image_root", "turns", "lora_dropout", "weight_decay", "warmup", "clip", "min_pixels",
+    } and len(kept) + len(run_directory.MAY_CHANGE) == len(fields(config.Settings))
 
 
 def test_accumulation_equals_a_larger_batch(flags):
     a = train.main(flags("a", "--max_steps", "2", "--batch_size", "4", "--dtype", "float64"))
-    b = train.main(flags("b", "--max_steps", "2", "--batch_size", "2", "--accumulation", "2", "--dtype", "float64"))
+    b = train.main(
+        flags("b", "--max_steps", "2", "--batch_size", "2", "--accumulation", "2", "--dtype", "float64")
+    )
     assert len(metrics(a)) == 2
     for x, y in zip(metrics(a), metrics(b), strict=True):
-        assert all(x[n] == pytest.approx(y[n], rel=1e-6) for n in ("loss", "ce_int", "ce_cor", "kl", "attn", "grad_norm"))
+        assert all(
+            x[n] == pytest.approx(y[n], rel=1e-6)
+            for n in ("loss", "ce_int", "ce_cor", "kl", "attn", "grad_norm")
+        )
     assert all(torch.allclose(t, weights(b, 2)[n], rtol=0, atol=1e-6) for n, t in weights(a, 2).items())
 
 
@@ -201,9 +254,15 @@ def test_seed_fixes_a_run_and_each_thing_that_is_drawn_follows_it(flags, records
         lines = metrics(alone)
         for name in ("corrupted", "drawn"):  # every update draws anew
             assert len({x[name] for x in lines}) == 6
-        found.append({"order": [x["record"] for x in order], "corruption": [x["corrupted"] for x in lines],
-                      "dropout": [x["drawn"] for x in lines], "tokens": first["model.new_tokens.embedding"].tolist(),
-                      "adapters": [w.tolist() for n, w in first.items() if "lora_A" in n]})
+        found.append(
+            {
+                "order": [x["record"] for x in order],
+                "corruption": [x["corrupted"] for x in lines],
+                "dropout": [x["drawn"] for x in lines],
+                "tokens": first["model.new_tokens.embedding"].tolist(),
+                "adapters": [w.tolist() for n, w in first.items() if "lora_A" in n],
+            }
+        )
     a, b, c = found
     for source in a:
         assert a[source] == b[source] != c[source], source
@@ -212,6 +271,7 @@ def test_seed_fixes_a_run_and_each_thing_that_is_drawn_follows_it(flags, records
 
 def test_a_non_finite_loss_stops_before_the_update(flags, monkeypatch):
     from crystal.methods import crystal as method
+
     losses, calls = method.Method.losses, []
 
     def broken(self, model, batch, progress):
@@ -220,7 +280,10 @@ def test_a_non_finite_loss_stops_before_the_update(flags, monkeypatch):
         return {**terms, "kl": terms["kl"] * (float("nan") if len(calls) == 3 else 1.0)}
 
     monkeypatch.setattr(method.Method, "losses", broken)
-    with pytest.raises(UserError, match=r"update 2: loss nan .* stopped before the update, the last good checkpoint is .*step-2"):
+    with pytest.raises(
+        UserError,
+        match=r"update 2: loss nan .* stopped before the update, the last good checkpoint is .*step-2",
+    ):
         train.main(flags("nan", "--max_steps", "5", "--save_every", "1"))
 
 
@@ -249,7 +312,9 @@ class LabelSum(torch.nn.Module):
 
 
 def test_a_broken_validation_image_is_told_and_no_record_counts_twice(setup, records_file, tmp_path):
-    s = setup("--method", "sft", "--on_bad_record", "skip", "--batch_size", "32", "--output", str(tmp_path / "run"))
+    s = setup(
+        "--method", "sft", "--on_bad_record", "skip", "--batch_size", "32", "--output", str(tmp_path / "run")
+    )
     (tmp_path / "cut.png").write_bytes((records_file.parent / "0_0.png").read_bytes()[:300])
     good = [s.records[0]] * 49 + [replace(s.records[0], answer="blue")] * 50
     cut = replace(s.records[0], images=[tmp_path / "cut.png"], where="val.jsonl:1")
@@ -257,12 +322,19 @@ def test_a_broken_validation_image_is_told_and_no_record_counts_twice(setup, rec
 
     def validated(records):
         s.examples.records = records
-        return train.validate(LabelSum(), s.examples, s.settings, s.method, s.model.tokenizer.pad_token_id, Processes(), torch.float64)
+        return train.validate(
+            LabelSum(), s.examples, s.settings, s.method, s.model.tokenizer.pad_token_id, Processes(),
+            torch.float64,
+        )
 
     records, whole = [cut, *good], validated(list(good))
     for _ in range(2):  # every validation leaves it out, the first one lists it
         assert validated(records) == pytest.approx(whole, rel=1e-9) and listed() == 1
-    with pytest.raises(UserError, match="2 of 101 validation records are broken, more than 1 %; they are listed in .*run/bad_records.jsonl"):
+    with pytest.raises(
+        UserError,
+        match="2 of 101 validation records are broken, more than 1 %; they are listed in "
+        ".*run/bad_records.jsonl",
+    ):
         validated([cut, *good, cut])
     assert listed() == 3
 
@@ -271,7 +343,9 @@ def test_validation_images_are_under_on_bad_record_too(flags, records_file, tmp_
     shutil.copytree(records_file.parent, tmp_path / "val")
     (tmp_path / "val" / "0_0.png").write_text("not an image")
     more = ("--max_steps", "1", "--val_data", str(tmp_path / "val" / "train.jsonl"), "--eval_every", "1")
-    with pytest.raises(UserError, match="val/train.jsonl:1: field 'image': .*; --on_bad_record skip leaves it out"):
+    with pytest.raises(
+        UserError, match="val/train.jsonl:1: field 'image': .*; --on_bad_record skip leaves it out"
+    ):
         train.main(flags("stop", *more))
     with pytest.raises(UserError, match="1 of 3 validation records are broken"):
         train.main(flags("skip", *more, "--on_bad_record", "skip"))
@@ -282,6 +356,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
     import signal
 
     from crystal.methods import crystal as method
+
     losses, calls = method.Method.losses, []
 
     def interrupted(self, *args):
@@ -292,7 +367,11 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
 
     monkeypatch.setattr(method.Method, "losses", interrupted)
     run = train.main(flags("term", "--max_steps", "50"))
-    assert len(calls) == 2 and checkpoint.newest(run).name == "step-2" and "stopped by SIGTERM after update 2" in capsys.readouterr().out
+    assert (
+        len(calls) == 2
+        and checkpoint.newest(run).name == "step-2"
+        and "stopped by SIGTERM after update 2" in capsys.readouterr().out
+    )
 
 
 MINE = """from crystal.corrupt import Mode
@@ -323,13 +402,17 @@ def test_tuning_a_file_of_ones_own(flags, tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     run = train.main(flags("mine", "--method", str(tmp_path / "mine.py"), "--max_steps", "1"))
     line = metrics(run)[0]
-    assert line["loss"] == pytest.approx(sum(line[n] for n in ("ce_int", "ce_cor", "kl", "attn")) + 0.5 * line["mine"])
+    assert line["loss"] == pytest.approx(
+        sum(line[n] for n in ("ce_int", "ce_cor", "kl", "attn")) + 0.5 * line["mine"]
+    )
     with pytest.raises(UserError, match="known are crystal, .*sft"):
         train.main(flags("x", "--method", "nothing"))
 
 
 def test_a_corruption_of_ones_own_is_trained_and_evaluated(flags, records_file, tmp_path):
-    """Black pictures in the corrupted path; the same name asks the run with black ones, and the built-in ones chain with it."""
+    """Black pictures in the corrupted path; the same name asks the run with black ones, and the built-in ones
+    chain with it.
+    """
     (tmp_path / "mine.py").write_text(MINE)
     own = ("--method", str(tmp_path / "mine.py"))
     run = train.main(flags("mine", *own, "--max_steps", "1", "--corruption", "black=1"))
@@ -374,22 +457,31 @@ class Method(sft.Method):
 
 def test_a_stage_has_its_own_data_and_layout(flags, records_file, tmp_path):
     from crystal import methods
+
     (tmp_path / "staged.py").write_text(STAGED)
     other = records_file.parent / "other.jsonl"
     other.write_text(records_file.read_text())
-    more = ["--method", str(tmp_path / "staged.py"), "--second", str(other), "--max_steps", "4", "--batch_size", "1", "--val_data", str(records_file), "--eval_every", "2"]
+    more = [
+        "--method", str(tmp_path / "staged.py"), "--second", str(other), "--max_steps", "4",
+        "--batch_size", "1", "--val_data", str(records_file), "--eval_every", "2",
+    ]
     train.main(flags("staged", *more))
     seen = methods.get(str(tmp_path / "staged.py")).seen
     steps = [x for x in seen if len(x) == 3 and x[0] < 4]
     assert steps == [(0, 0, 0.0), (1, 0, 0.5), (2, 1, 0.0), (3, 1, 0.5)]
     layouts = [x for x in seen if len(x) == 2]
-    assert layouts[:2] == [(0, "train.jsonl")] * 2 and layouts.count((1, "other.jsonl")) == 2 and layouts.count((1, "train.jsonl")) == 6 and len(layouts) == 10
+    assert (
+        layouts[:2] == [(0, "train.jsonl")] * 2
+        and layouts.count((1, "other.jsonl")) == 2
+        and layouts.count((1, "train.jsonl")) == 6
+        and len(layouts) == 10
+    )
     assert seen.count((4, 1, 1.0)) == 6
     with pytest.raises(UserError, match="nowhere.jsonl: cannot be read"):
         train.main(flags("x", *more, "--second", "nowhere.jsonl"))
 
 
-# ---- --overwrite, and what fails before anything is written ------------------------------------------------
+# --- --overwrite, and what fails before anything is written ---
 
 
 def contents(run):
@@ -502,7 +594,7 @@ def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
         train.main(flags("kept", "--max_steps", "1"))
 
 
-# ---- what is validated, saved, kept and printed when -------------------------------------------------------
+# --- what is validated, saved, kept and printed when ---
 
 
 def scripted(monkeypatch, *measured):
@@ -544,13 +636,28 @@ class Method(sft.Method):
 """
 
 
-@pytest.mark.parametrize("which, best", [("sft", "ce"), ("released", "ce"), ("livr", "ce"), ("crystal", "ce_int"), ("OWN", "loss")])
-def test_a_method_names_the_metric_of_its_best_checkpoint(flags, records_file, tmp_path, monkeypatch, which, best):
+@pytest.mark.parametrize(
+    "which, best", [("sft", "ce"), ("released", "ce"), ("livr", "ce"), ("crystal", "ce_int"), ("OWN", "loss")]
+)
+def test_a_method_names_the_metric_of_its_best_checkpoint(
+    flags, records_file, tmp_path, monkeypatch, which, best
+):
     """Each of three numbers is least at another update; the fourth validation lacks what the method named."""
     (tmp_path / "own.py").write_text(METRIC)
-    numbers = [{"ce": 1.0, "ce_int": 3.0, "loss": 2.0}, {"ce": 2.0, "ce_int": 1.0, "loss": 3.0}, {"ce": 3.0, "ce_int": 2.0, "loss": 1.0}]
+    numbers = [
+        {"ce": 1.0, "ce_int": 3.0, "loss": 2.0},
+        {"ce": 2.0, "ce_int": 1.0, "loss": 3.0},
+        {"ce": 3.0, "ce_int": 2.0, "loss": 1.0},
+    ]
     scripted(monkeypatch, *numbers, {"other": 0.0})
-    more = ("--method", str(tmp_path / "own.py") if which == "OWN" else which, "--max_steps", "4", "--eval_every", "1")
+    more = (
+        "--method",
+        str(tmp_path / "own.py") if which == "OWN" else which,
+        "--max_steps",
+        "4",
+        "--eval_every",
+        "1",
+    )
     with pytest.raises(UserError, match=f"its metric '{best}' is none of what it measures, other"):
         train.main(flags("b", "--val_data", str(records_file), *more))
     step = {"ce": 1, "ce_int": 2, "loss": 3}[best]
@@ -563,11 +670,8 @@ def test_what_is_saved_validated_and_printed_when(flags, records_file, monkeypat
     steps = "--max_steps 7 --eval_every 3 --save_every 2 --log_every 4 --keep 2"
     run = train.main(flags("when", "--method", "sft", "--val_data", str(records_file), *steps.split()))
     assert [x["step"] for x in metrics(run) if "val_loss" in x] == [3, 6, 7]
-    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {
-        "step-3",
-        "step-6",
-        "step-7",
-    }  # the best, the last two
+    # The best, the last two.
+    assert {path.name for path in (run / "checkpoints").glob("step-*")} == {"step-3", "step-6", "step-7"}
     out = capsys.readouterr().out
     assert re.findall(r"^step (\d)/7  loss", out, re.M) == ["4", "7"]
     assert re.findall(r"^step (\d)  validation", out, re.M) == ["3", "6", "7"]
@@ -581,13 +685,12 @@ def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
     run = train.main(flags("one", *"--max_steps 1 --tune tokens --lr 1e-3 --warmup 0 --clip 1e-3".split()))
     files, state = checkpoint.load(checkpoint.step_dir(run, 1))
     assert files.keys() == {"trainable.safetensors", "optimizer.safetensors"} and state.keys() == {
-        "step",
-        "settings",
-        "pairs",
+        "step", "settings", "pairs",
     }
     assert files["trainable.safetensors"].keys() == {"model.new_tokens.embedding"}
     moments = {
-        name.removeprefix("model.new_tokens.embedding."): value for name, value in files["optimizer.safetensors"].items()
+        name.removeprefix("model.new_tokens.embedding."): value
+        for name, value in files["optimizer.safetensors"].items()
     }
     assert moments.keys() == {"exp_avg", "exp_avg_sq", "step"} and float(moments["step"]) == 1
     gradient = moments["exp_avg"] / 0.1
@@ -626,7 +729,8 @@ def test_how_much_trains_is_told(flags, more, trained, capsys):
     assert [int(number.replace(",", "")) for number in told.groups()] == [trained, base + trained]
 
 
-# ---- resume ------------------------------------------------------------------------------------------------
+# --- resume ---
+
 
 def test_a_resume_in_the_middle_of_a_stage_and_an_epoch_may_split_its_updates_anew(flags, tmp_path):
     """Killed after two of five updates of four records; then one record at a time, all else as before."""
@@ -651,7 +755,7 @@ def test_a_resume_in_the_middle_of_a_stage_and_an_epoch_may_split_its_updates_an
     )
 
 
-# ---- data, validation, broken records ----------------------------------------------------------------------
+# --- data, validation, broken records ---
 
 
 def test_what_a_run_reads(setup, records_file, capsys):
@@ -733,12 +837,7 @@ def test_the_loader_is_told_how_to_make_batches(setup, monkeypatch):
     examples, order, *rest = told[1]
     assert examples is s.examples and rest == [11, 5, train.distributed.ignore_signals]
     assert (order.count, order.batch_size, order.accumulation, order.rank, order.world, order.seed) == (
-        3,
-        2,
-        3,
-        1,
-        4,
-        7,
+        3, 2, 3, 1, 4, 7,
     )
 
 
@@ -799,7 +898,9 @@ def test_the_loss_is_the_weighted_sum_of_what_trains():
     weights = {"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0}
     settings = SimpleNamespace(method="mine.py", weights=weights)
     assert train.weighted(terms, method, settings) == 0.5 * 2 + 4 * 3
-    with pytest.raises(UserError, match="--method mine.py: its losses have a term 'c' without a weight") as refused:
+    with pytest.raises(
+        UserError, match="--method mine.py: its losses have a term 'c' without a weight"
+    ) as refused:
         train.weighted(terms | {"c": 5.0}, method, settings)
     assert "\n" not in str(refused.value)
 
@@ -841,7 +942,7 @@ def test_a_record_that_breaks_while_loading_is_listed_and_told_once(flags, recor
         train.main(flags("more", *more, "--batch_size", "3", "--max_steps", "2"))
 
 
-# ---- logs --------------------------------------------------------------------------------------------------
+# --- logs ---
 
 
 def test_tensorboard_gets_every_number_of_every_line(flags, records_file, monkeypatch):

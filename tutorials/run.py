@@ -5,6 +5,7 @@
 
 The blocks share their names, as in a notebook; what they print is printed. Run it from the repository's root.
 """
+
 import re
 import sys
 from pathlib import Path
