@@ -53,10 +53,11 @@ def table(columns):
     """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 %
     interval.
     """
-    families = list(dict.fromkeys(f for c in columns.values() for f in c))
-    families = [f for f in families if f != "all"] + ["all"]
-    width = {c: max(12, len(c) + 2) for c in columns}
-    lines = ["family".ljust(12) + "questions".rjust(10) + "".join(c.rjust(width[c]) for c in columns)]
+    families = dict.fromkeys(family for column in columns.values() for family in column)
+    families = [family for family in families if family != "all"] + ["all"]
+    width = {name: max(12, len(name) + 2) for name in columns}
+    titles = "".join(name.rjust(width[name]) for name in columns)
+    lines = ["family".ljust(12) + "questions".rjust(10) + titles]
     for family in families:
         cells, count = "", 0
         for name, column in columns.items():
@@ -80,12 +81,9 @@ def benchmark_text(name, records, results):
         "".ljust(width) + "rows".rjust(8) + "score".rjust(9) + "95 % interval".rjust(18),
     ]
     for line, (value, n, interval) in lines.items():
-        out.append(
-            line.ljust(width)
-            + str(n).rjust(8)
-            + f"{100 * value:.2f}".rjust(9)
-            + (f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "").rjust(18)
-        )
+        ends = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+        cells = str(n).rjust(8) + f"{100 * value:.2f}".rjust(9) + ends.rjust(18)
+        out.append(line.ljust(width) + cells)
     out += [f"read by: {rule}: {benchmarks.EXTRACTION[rule]}" for rule in rules]
     out.append(f"answers that could not be read, counted as wrong: {100 * unread:.1f} %")
     return "\n".join(out), {
@@ -102,23 +100,22 @@ def written_text(results, K):
     """
     counts = [r["latents"] for r in results]
     shares = {
-        "all": sum(n >= K for n in counts),
-        "some": sum(0 < n < K for n in counts),
-        "none": sum(n == 0 for n in counts),
+        "all": sum(n >= K for n in counts) / len(counts),
+        "some": sum(0 < n < K for n in counts) / len(counts),
+        "none": sum(n == 0 for n in counts) / len(counts),
     }
-    shares = {name: n / len(counts) for name, n in shares.items()}
-    return (
-        f"latents that the model wrote itself: all {K} in "
-        + f"{100 * shares['all']:.1f} % of the answers, some in {100 * shares['some']:.1f} %, none in "
-        f"{100 * shares['none']:.1f} %",
-        shares,
+    every, some, none = (100 * share for share in shares.values())
+    line = (
+        f"latents that the model wrote itself: all {K} in {every:.1f} % of the answers, "
+        f"some in {some:.1f} %, none in {none:.1f} %"
     )
+    return line, shares
 
 
 # --- the command ---
 
 
-def main(argv=None):
+def make_parser():
     parser = config.OneLineParser(
         prog="evaluate.py",
         description="Accuracy on records or a benchmark, with intervals; --reliance: are the latents used?",
@@ -190,106 +187,176 @@ def main(argv=None):
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew where --out holds predictions already"
     )
-    args = parser.parse_args(argv)
-    tsv = Path(args.data).suffix == ".tsv"
-    for mode, on, idle in (
-        ("--reliance", args.reliance, ("diagnose", "latents", "grey", "scores")),
-        ("--diagnose", args.diagnose, ("latents", "bottleneck", "scores")),
-        ("records that are no TSV", not tsv, ("scores", "suffix")),
-    ):
-        if on and (
-            given := [f"--{name}" for name in idle if getattr(args, name) != parser.get_default(name)]
-        ):
+    return parser
+
+
+def check(args, parser):
+    """UserError for flags that exclude one another, mean nothing together, or are out of range."""
+    idle = {}
+    if args.reliance:
+        idle["--reliance"] = ("diagnose", "latents", "grey", "scores")
+    if args.diagnose:
+        idle["--diagnose"] = ("latents", "bottleneck", "scores")
+    if not is_tsv(args):
+        idle["records that are no TSV"] = ("scores", "suffix")
+    for mode, names in idle.items():
+        given = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
+        if given:
             raise UserError(f"{given[0]} changes nothing with {mode}; leave it out")
+
     if args.scores and args.scores not in benchmarks.SCORES:
         raise UserError(f"--scores {args.scores}: choose one of {', '.join(benchmarks.SCORES)}")
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 0:
         raise UserError("--batch_size and --max_new_tokens must be at least 1, --limit must not be negative")
+
+    # A mistake is told before a model is loaded; a method's file may have modes of its own.
     if args.corruption and not (args.method or args.trust_method):
-        # A mistake is told before a model is loaded; a method's file may have modes of its own.
         config.corruption_of(args.corruption)
-    procs = distributed.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last answer
-    ops.announce(procs.print)
-    if tsv:
+
+
+def is_tsv(args):
+    """Whether --data is a benchmark's."""
+    return Path(args.data).suffix == ".tsv"
+
+
+def read_records(args, procs):
+    """The records to ask, the first --limit of them. RecordError for a broken one; turns that are left out
+    are told.
+    """
+    if is_tsv(args):
         records, dropped = benchmarks.read(args.data, args.image_root, args.suffix), 0
     else:
         records, dropped = data.read(args.data, args.image_root)
-    if broken := [r for r in records if isinstance(r, data.RecordError)]:
-        raise broken[0]
+    for record in records:
+        if isinstance(record, data.RecordError):
+            raise record
     if dropped:
         procs.print(f"{dropped} later turns are not asked")
-    records = records[: args.limit or None]
+    return records[: args.limit or None]
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    check(args, parser)
+    procs = distributed.start(args.device, timeout=86400.0)  # ranks wait for the slowest one's last answer
+    ops.announce(procs.print)
+    records = read_records(args, procs)
+
+    # The model, and the method whose mask, corruption and settings it is asked with.
     model, fmt, settings = open_model(
-        args.model,
-        args.checkpoint,
-        procs.device,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        method=args.method,
-        trust_method=args.trust_method,
+        args.model, args.checkpoint, procs.device, min_pixels=args.min_pixels, max_pixels=args.max_pixels,
+        method=args.method, trust_method=args.trust_method,
     )
     method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
-    corruption = (
-        config.corruption_of(args.corruption, method.settings.corruptions) if args.corruption else None
-    )
+    corruption = None
+    if args.corruption:
+        corruption = config.corruption_of(args.corruption, method.settings.corruptions)
     if args.bottleneck and type(method).biases is SFT.biases:
         raise UserError(f"--bottleneck: {method.settings.method} has no mask")
-    biases = (lambda batch: method.biases(model, batch)) if args.bottleneck else None
     if args.latents == "free":
         thought_length(fmt, args.model)  # refuses a model without latents before anything is asked
-    folder = Path(args.model) if Path(args.model).is_dir() else Path("runs") / Path(args.model).name
-    if args.reliance:
-        how = corruption or method.corruption or Corruption()
-        reliance.run(
-            model,
-            fmt,
-            records,
-            args.out or folder / "reliance" / Path(args.data).stem,
-            {
-                "model": args.model,
-                "checkpoint": args.checkpoint,
-                "data": args.data,
-                "bottleneck": args.bottleneck,
-            },
-            corruption=how,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            procs=procs,
-            biases=biases,
-        )
-        procs.stop()
-        return
-    if args.diagnose:
-        found, mass = diagnose(
-            model,
-            fmt,
-            method,
-            records,
-            batch_size=args.batch_size,
-            corruption=corruption,
-            grey=args.grey,
-            seed=args.seed,
-            max_new_tokens=args.max_new_tokens,
-            procs=procs,
-        )
-        procs.print(table({name: by_family(part) for name, part in found.items()}))
-        if mass is not None:
-            procs.print(f"mean attention from answers to latents, over layers, heads and rows: {mass:.4f}")
-        out = args.out or (folder / "evaluation" / f"{Path(args.data).stem}.diagnose.jsonl" if tsv else "")
-        if out and procs.is_first:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out).write_text(
-                "".join(json.dumps(r | {"asked": name}) + "\n" for name, part in found.items() for r in part)
-            )
-            print(f"wrote {out}")
-        procs.stop()
-        return
 
-    started = time.perf_counter()
-    out = args.out or (folder / "evaluation" / f"{Path(args.data).stem}.jsonl" if tsv else "")
-    name = args.scores or benchmarks.known_as(args.data)
-    pixels = {edge: n for edge, n in dict(model.image_processor.size).items() if n}
+    folder = Path(args.model) if Path(args.model).is_dir() else Path("runs") / Path(args.model).name
+    how = {
+        "corruption": corruption,
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "procs": procs,
+    }
+    if args.reliance:
+        run_reliance(args, model, fmt, method, records, folder, how)
+    elif args.diagnose:
+        run_diagnosis(args, model, fmt, method, records, folder, how)
+    else:
+        run_questions(args, model, fmt, method, records, folder, how)
+    procs.stop()
+
+
+def mask_of(args, model, method):
+    """--bottleneck as `answers` takes it: function (batch) -> [AttentionBias], or None."""
+    if not args.bottleneck:
+        return None
+    return lambda batch: method.biases(model, batch)
+
+
+def run_reliance(args, model, fmt, method, records, folder, how):
+    """--reliance: reliance.py's files, in --out or the model's folder."""
+    out = args.out or folder / "reliance" / Path(args.data).stem
+    about = {name: getattr(args, name) for name in ("model", "checkpoint", "data", "bottleneck")}
+    how = how | {"corruption": how["corruption"] or method.corruption or Corruption()}
+    reliance.run(model, fmt, records, out, about, biases=mask_of(args, model, method), **how)
+
+
+def run_diagnosis(args, model, fmt, method, records, folder, how):
+    """--diagnose: a table, and with --out or for a TSV the answers of each way of asking."""
+    procs = how["procs"]
+    found, mass = diagnose(model, fmt, method, records, grey=args.grey, **how)
+    procs.print(table({name: by_family(part) for name, part in found.items()}))
+    if mass is not None:
+        procs.print(f"mean attention from answers to latents, over layers, heads and rows: {mass:.4f}")
+
+    out = args.out
+    if is_tsv(args) and not out:
+        out = folder / "evaluation" / f"{Path(args.data).stem}.diagnose.jsonl"
+    if out and procs.is_first:
+        lines = [json.dumps(r | {"asked": name}) for name, part in found.items() for r in part]
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text("".join(line + "\n" for line in lines))
+        print(f"wrote {out}")
+
+
+def run_questions(args, model, fmt, method, records, folder, how):
+    """One way of asking: a table or a benchmark's scores, and with --out or for a TSV the predictions as they
+    come.
+    """
+    procs, started = how["procs"], time.perf_counter()
+    asked = what_is_asked(args, model, fmt, method, records, how["corruption"])
+    out = args.out
+    if is_tsv(args) and not out:
+        out = folder / "evaluation" / f"{Path(args.data).stem}.jsonl"
+    predictions = Predictions(out, asked, args.overwrite, procs) if out else None
+    kept = {"done": predictions.done, "tell": predictions.tell} if predictions else {}
+    results = answers(
+        model, fmt, records,
+        latents=args.latents,
+        grey=args.grey,
+        progress="evaluate",
+        biases=mask_of(args, model, method),
+        **how,
+        **kept,
+    )
+
+    if is_tsv(args):
+        name = args.scores or benchmarks.known_as(args.data)
+        text, outcome = benchmark_text(name, records, results)
+    else:
+        families = by_family(results)
+        text = table({Path(args.model).name: families})
+        outcome = {"families": {}}
+        for family, (hits, n) in families.items():
+            outcome["families"][family] = {"right": hits / n, "rows": n, "interval": wilson(hits, n)}
+    if args.latents == "free":
+        line, shares = written_text(results, fmt.count)
+        text, outcome = f"{text}\n{line}", outcome | {"written": shares}
+
+    procs.print(text)
+    took = time.perf_counter() - started
+    procs.print(
+        f"{len(results)} questions in {took:.0f} s; pixels {asked['pixels']}; "
+        f"first prompt:\n{asked['prompt']!r}"
+    )
+    if predictions:
+        predictions.close(results, outcome)
+        procs.print(f"wrote {predictions.path} and {predictions.about.name}")
+
+
+def what_is_asked(args, model, fmt, method, records, corruption):
+    """Everything that an answer depends on, as JSON: predictions of another question are not gone on with."""
+    first = records[0]
+    latents = "none" if args.latents == "free" else args.latents
+    ids, _, _ = fmt.question(first.turns, [1] * len(first.images), latents)
     asked = {
         "model": args.model,
         "checkpoint": args.checkpoint,
@@ -298,62 +365,16 @@ def main(argv=None):
         "bottleneck": args.bottleneck,
         "corruption": str(corruption or ""),
         "grey": args.grey,
-        "pixels": pixels,
+        "pixels": {edge: n for edge, n in dict(model.image_processor.size).items() if n},
         "max_new_tokens": args.max_new_tokens,
         "suffix": args.suffix,
         "limit": args.limit,
         "seed": args.seed,
-        "prompt": fmt.tokenizer.decode(
-            fmt.question(
-                records[0].turns,
-                [1] * len(records[0].images),
-                "none" if args.latents == "free" else args.latents,
-            )[0]
-        ),
+        "prompt": fmt.tokenizer.decode(ids),
     }
-    if settings and settings.method.endswith(".py"):
-        asked["method"] = methods.fingerprint(settings.method)["method_sha256"]
-    predictions = Predictions(out, asked, args.overwrite, procs) if out else None
-    kept = {"done": predictions.done, "tell": predictions.tell} if predictions else {}
-    results = answers(
-        model,
-        fmt,
-        records,
-        args.batch_size,
-        args.latents,
-        corruption,
-        args.grey,
-        args.seed,
-        args.max_new_tokens,
-        procs=procs,
-        progress="evaluate",
-        biases=biases,
-        **kept,
-    )
-    if tsv:
-        text, outcome = benchmark_text(name, records, results)
-    else:
-        families = by_family(results)
-        text, outcome = (
-            table({Path(args.model).name: families}),
-            {
-                "families": {
-                    f: {"right": h / n, "rows": n, "interval": wilson(h, n)} for f, (h, n) in families.items()
-                }
-            },
-        )
-    if args.latents == "free":
-        line, shares = written_text(results, fmt.count)
-        text, outcome = f"{text}\n{line}", outcome | {"written": shares}
-    procs.print(text)
-    procs.print(
-        f"{len(results)} questions in {time.perf_counter() - started:.0f} s; pixels {pixels}; first "
-        f"prompt:\n{asked['prompt']!r}"
-    )
-    if predictions:
-        predictions.close(results, outcome)
-        procs.print(f"wrote {predictions.path} and {predictions.about.name}")
-    procs.stop()
+    if method.settings.method.endswith(".py"):
+        asked["method"] = methods.fingerprint(method.settings.method)["method_sha256"]
+    return asked
 
 
 if __name__ == "__main__":

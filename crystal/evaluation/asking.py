@@ -1,7 +1,7 @@
 """Asks a model the questions of records, in its share of the ranks, and scores what it says.
 
-`answers` asks in one way: with or without latents, from intact, corrupted or grey images, under a mask or none.
-`diagnose` asks in LIVR's four (its section 4.4.1).
+`answers` asks in one way: with or without latents, from intact, corrupted or grey images, under a mask or
+none. `diagnose` asks in LIVR's four (its section 4.4.1).
 
 B questions, M answer positions, K latents, H heads.
 """
@@ -23,21 +23,19 @@ from crystal.runtime.config import UserError
 
 class Bar:
     """How far a rank is: a bar on a terminal, elsewhere a line each half minute, both with the time left.
+
     Nothing without a name.
     """
 
     def __init__(self, total, name, procs):
         on = bool(name) and procs.is_first
-        self.bar = tqdm(
-            total=total, desc=name, unit="question", disable=not (on and sys.stderr.isatty()), leave=False
-        )
-        self.lines, self.name, self.total, self.done, self.started = (
-            on and self.bar.disable,
-            name,
-            total,
-            0,
-            time.perf_counter(),
-        )
+        hidden = not (on and sys.stderr.isatty())
+        self.bar = tqdm(total=total, desc=name, unit="question", disable=hidden, leave=False)
+        self.lines = on and self.bar.disable
+        self.name = name
+        self.total = total
+        self.done = 0
+        self.started = time.perf_counter()
         self.told = self.started
 
     def update(self, n):
@@ -47,10 +45,8 @@ class Bar:
         if self.lines and now - self.told > 30:
             self.told = now
             left = (now - self.started) / self.done * (self.total - self.done)
-            print(
-                f"{self.name}: {self.done} of {self.total} questions, about {left / 60:.0f} min left",
-                flush=True,
-            )
+            minutes = f"about {left / 60:.0f} min left"
+            print(f"{self.name}: {self.done} of {self.total} questions, {minutes}", flush=True)
 
     def close(self):
         self.bar.close()
@@ -84,53 +80,59 @@ def answers(
     procs = procs or distributed.Processes(device=model.device)
     if latents == "mask":
         latents, biases = "keep", hide_latents(fmt, biases)
+
     # The plain chat prompt: thought and latents are the model's to write.
     prompt = "none" if latents == "free" else latents
     examples = data.RecordDataset(
-        records,
-        lambda r, n: fmt.question(r.turns, n, prompt),
-        model.image_processor,
-        corruption,
-        seed,
-        grey=grey,
-        copies=fmt.copies,
+        records, lambda r, n: fmt.question(r.turns, n, prompt), model.image_processor, corruption, seed,
+        grey=grey, copies=fmt.copies,
     )
+    pixels = "pixel_values_cor" if corruption else "pixel_values"
+
+    # Each rank asks its share of what is left.
     done = done or {}
     left = [i for i in range(len(records)) if i not in done]
     mine, found = left[procs.rank :: procs.world], []
     bar = Bar(len(mine), progress, procs)
     for at in range(0, len(mine), batch_size):
-        batch = [examples.build(i, 0) for i in mine[at : at + batch_size]]
-        pixels = "pixel_values_cor" if corruption else "pixel_values"
+        indices = mine[at : at + batch_size]
+        batch = [examples.build(i, 0) for i in indices]
         prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in batch]
-        wrote = {}
-        if latents == "free":
-            ids = write(model, prompts, fmt, max_new_tokens + thought_length(fmt, model.name), biases)
-            predictions = [answer_text(model, fmt, x) for x in ids]
-            wrote = {i: sum(token in fmt.latents for token in x) for i, x in zip(mine[at:], ids)}
-        else:
-            predictions = generate(model, prompts, fmt, max_new_tokens, biases, latents)
-        for i, prediction in zip(mine[at:], predictions):
-            r = records[i]
-            extracted, correct = score(r, prediction)
-            asked = r.turns[-1][1] if isinstance(r.turns[-1][1], str) else r.turns[-1][1][-1]
-            found.append(
-                {
-                    "index": i,
-                    "id": r.id,
-                    "family": r.family or "all",
-                    "question": asked,
-                    "answer": r.answer,
-                    "prediction": prediction,
-                    "extracted": extracted,
-                    "correct": correct,
-                }
-                | ({"latents": wrote[i]} if wrote else {})
-            )
-            tell(found[-1])
+        said = ask_batch(model, fmt, prompts, latents, max_new_tokens, biases)
+        for i, (prediction, own) in zip(indices, said):
+            result = judged(records[i], i, prediction)
+            if own is not None:
+                result["latents"] = own
+            found.append(result)
+            tell(result)
         bar.update(len(batch))
     bar.close()
     return sorted([*done.values(), *procs.gather(found)], key=lambda f: f["index"])
+
+
+def ask_batch(model, fmt, prompts, latents, max_new_tokens, biases):
+    """Prompts -> [(answer, how many latents the model wrote itself: with latents "free", else None)]."""
+    if latents != "free":
+        return [(text, None) for text in generate(model, prompts, fmt, max_new_tokens, biases, latents)]
+    room = max_new_tokens + thought_length(fmt, model.name)
+    written = write(model, prompts, fmt, room, biases)
+    return [(answer_text(model, fmt, ids), sum(token in fmt.latents for token in ids)) for ids in written]
+
+
+def judged(record, index, prediction):
+    """A record's result: what was asked, said, read in it, and whether that is right."""
+    extracted, correct = score(record, prediction)
+    question = record.turns[-1][1]
+    return {
+        "index": index,
+        "id": record.id,
+        "family": record.family or "all",
+        "question": question if isinstance(question, str) else question[-1],
+        "answer": record.answer,
+        "prediction": prediction,
+        "extracted": extracted,
+        "correct": correct,
+    }
 
 
 # --- diagnostics ---
@@ -141,16 +143,14 @@ def hide_latents(fmt, biases=None):
     (batch) -> [attention_bias.AttentionBias].
     """
     if not fmt.count or fmt.feeds_back or fmt.writes_own_latents:
-        raise UserError(
-            "--latents mask: the prompt holds no latents"
-            + (" (the model makes them after it: --latents drop)" if fmt.count else "")
-        )
+        makes = " (the model makes them after it: --latents drop)" if fmt.count else ""
+        raise UserError(f"--latents mask: the prompt holds no latents{makes}")
 
     def both(batch):
-        latents = torch.isin(
-            batch["input_ids"], torch.tensor(fmt.latents, device=batch["input_ids"].device)
-        )  # [B,L]
-        return [*(biases(batch) if biases else []), AttentionBias(~latents, latents)]
+        ids = batch["input_ids"]
+        latents = torch.isin(ids, torch.tensor(fmt.latents, device=ids.device))             # [B,L]
+        own = biases(batch) if biases else []
+        return [*own, AttentionBias(~latents, latents)]
 
     return both
 
@@ -162,23 +162,23 @@ def diagnose(model, fmt, method, records, **how):
     Columns: as trained; latents dropped; under the method's mask, if it has one; and both. how: as for
     `answers`.
     """
-    mask = lambda batch: method.biases(model, batch)
-    masked = type(method).biases is not SFT.biases
-    columns = {
-        "as trained": {},
-        "latents dropped": {"latents": "drop"},
-        "bottleneck": {"biases": mask},
-        "bottleneck, dropped": {"latents": "drop", "biases": mask},
-    }
-    columns = {
-        name: c
-        for name, c in columns.items()
-        if (fmt.count or "latents" not in c) and (masked or "biases" not in c)
-    }
+
+    def mask(batch):
+        return method.biases(model, batch)
+
+    columns = {"as trained": {}}
+    if fmt.count:
+        columns["latents dropped"] = {"latents": "drop"}
+    if type(method).biases is not SFT.biases:
+        columns["bottleneck"] = {"biases": mask}
+        if fmt.count:
+            columns["bottleneck, dropped"] = {"latents": "drop", "biases": mask}
+
     found = {name: answers(model, fmt, records, progress=name, **c, **how) for name, c in columns.items()}
-    return found, attention_on_latents(
-        model, fmt, method, records, how.get("batch_size", 32), how.get("procs")
-    ) if fmt.count else None
+    if not fmt.count:
+        return found, None
+    batch_size, procs = how.get("batch_size", 32), how.get("procs")
+    return found, attention_on_latents(model, fmt, method, records, batch_size, procs)
 
 
 @torch.no_grad()
@@ -194,15 +194,13 @@ def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None)
     )
     total, mine = 0.0, list(range(procs.rank, len(records), procs.world))
     for at in range(0, len(mine), batch_size):
-        batch = data.collate(
-            [examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]],
-            model.tokenizer.pad_token_id,
-        )
+        built = [examples.build(i, 0) | {"bad": []} for i in mine[at : at + batch_size]]
+        batch = data.collate(built, model.tokenizer.pad_token_id)
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        recorder = AttentionRecorder(
-            range(len(model.layers)), batch["answer_positions"], batch["latents"], ops.attn_slice
-        )
+
+        answer = batch["answer_positions"]                                                 # [B,M]
+        recorder = AttentionRecorder(range(len(model.layers)), answer, batch["latents"], ops.attn_slice)
         method.hidden(model, batch, recorder)
         mass = torch.stack([x.sum(-1).mean(1) for x in recorder.slices.values()]).mean(0)  # [B,M]
-        total += float((mass.sum(1) / (batch["answer_positions"] >= 0).sum(1)).sum())
+        total += float((mass.sum(1) / (answer >= 0).sum(1)).sum())
     return procs.sum(total) / len(records)
