@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11, a compiler and make:
 #   make demo      trains, evaluates, draws and exports on the shipped tiny model   (METHOD=crystal by default; sft, livr, lavit, valr, or a file of yours)
 #   make test      the test suite
+#   make lint      ruff, as pyproject.toml sets it
 # Both build the compiled operators of csrc/ first, as does `make setup`; CRYSTAL_CUDA=auto|1|0 chooses the GPU part (see setup.py).
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 # Threads that wait sleep: where another program takes one of two cores, spinning ones made a step five times as long.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test lint clean
 setup: $(VENV)/.ready
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
@@ -26,6 +27,9 @@ demo: setup
 
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: setup
+	@$(BIN)/python -m ruff check .
 
 clean:
 	rm -rf $(VENV) build *.egg-info crystal/*.so

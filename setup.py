@@ -68,7 +68,8 @@ def steps(out, nvcc):
             "--no-build-isolation -e ."
         )
     torch = Path(spec.submodule_search_locations[0])
-    common = f"-std=c++17 -O3 -DNDEBUG -DTORCH_TARGET_VERSION={TORCH_TARGET} -Icsrc -I{shlex.quote(str(torch / 'include'))}"
+    include = shlex.quote(str(torch / "include"))
+    common = f"-std=c++17 -O3 -DNDEBUG -DTORCH_TARGET_VERSION={TORCH_TARGET} -Icsrc -I{include}"
     sources = sorted(
         p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu")
     )
@@ -94,7 +95,8 @@ def steps(out, nvcc):
         else:
             found.append(("cxx", f"{stem}.o", [source], {"flags": common}))
             cpu.append(f"{stem}.o")
-    libs = f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu"  # loaded by the time that ours is: no path is recorded
+    # Torch's library is loaded by the time that ours is: no path is recorded.
+    libs = f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu"
     found.append(("link", f"{out}/_C.so", cpu, {"libs": libs}))
     if nvcc:
         found.append(("nvlink", f"{out}/_C_cuda.so", cuda, {"libs": libs}))
@@ -112,9 +114,10 @@ def rules(cxx, nvcc):
         "cxx": f"{cxx} -MMD -MF $out.d $flags {warn} -fPIC -fvisibility=hidden -c $in -o $out",
         "link": f"{cxx} -shared $in -o $out $libs",
         # What ptxas says about registers and spills is kept beside the object: a test reads it.
-        "nvcc": f"{nvcc} -MMD -MF $out.d $flags {gencode} --threads 2 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden "
-        "-c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
-        "nvlink": f"{nvcc} -shared $in -o $out $libs",  # with CUDA's runtime inside: it loads beside any torch
+        "nvcc": f"{nvcc} -MMD -MF $out.d $flags {gencode} --threads 2 -Xptxas -v "
+        "-Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+        # With CUDA's runtime inside it loads beside any torch.
+        "nvlink": f"{nvcc} -shared $in -o $out $libs",
     }
 
 
@@ -198,52 +201,4 @@ class Build(build_ext):
         return {}
 
 
-setup(
-    name="crystal",
-    version="0.1.0",
-    description="The readable, tested reference of visual latent reasoning: CrystaL and its relatives",
-    license="MIT",
-    python_requires=">=3.11",
-    packages=[
-        "crystal",
-        "crystal.runtime",
-        "crystal.backbone",
-        "crystal.methods",
-        "crystal.evaluation",
-        "crystal.serving",
-        "data_prep",
-        "data_prep.tiny",
-        "data_prep.checks",
-    ],
-    package_data={"crystal": ["assets/*/*"]},
-    ext_modules=[Extension("crystal._C", sources=[])],
-    cmdclass={"build_ext": Build},
-    install_requires=[
-        "torch>=2.10",
-        "transformers>=5.17,<6",
-        "safetensors",
-        "numpy",
-        "pillow",
-        "tqdm",
-        "ninja",
-    ],
-    extras_require={
-        "plots": ["matplotlib"],
-        "track": ["tensorboard"],
-        "serve": ["starlette", "uvicorn", "pydantic"],
-        "data": ["pyarrow"],
-        "test": [
-            "pytest",
-            "pytest-xdist",
-            "peft",
-            "scikit-image",
-            "scipy",
-            "matplotlib",
-            "openai",
-            "pyarrow",
-            "starlette",
-            "uvicorn",
-            "pydantic",
-        ],
-    },
-)
+setup(ext_modules=[Extension("crystal._C", sources=[])], cmdclass={"build_ext": Build})

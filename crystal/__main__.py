@@ -2,7 +2,7 @@
 import importlib.util
 import sys
 
-COMMANDS = "train evaluate generate export visualize serve compare demo bench".split()
+COMMANDS = ["train", "evaluate", "generate", "export", "visualize", "serve", "compare", "demo", "bench"]
 
 
 def main():

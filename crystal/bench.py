@@ -60,9 +60,9 @@ def main(argv=None):
     )
     parser.add_argument("--out", default="runs/bench.json", help="where the JSON goes")
     a = parser.parse_args(argv)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if a.device == "auto" else a.device
-    )
+    if a.device == "auto":
+        a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(a.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
     try:
@@ -137,7 +137,7 @@ def probe(device, dtype):
     copied = 2 * x.numel() * 4 / best(lambda: y.copy_(x), device)
     # A GPU multiplies ones faster: it draws less power.
     squares = [torch.randn(n, n, device=device).to(t) for t in {dtype, torch.float32}]
-    product = max(2 * n**3 / best(lambda: s @ s, device) for s in squares)
+    product = max(2 * n**3 / best(functools.partial(torch.matmul, s, s), device) for s in squares)
     return {
         "name": torch.cuda.get_device_name() if big else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -334,13 +334,11 @@ def vocab_case(a, sizes, device):
             liger_kl_div(z2.log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(-1),
         )
 
-    liger = (
-        "Triton kernels: no CPU"
-        if device.type == "cpu"
-        else by_liger
-        if importlib.util.find_spec("liger_kernel")
-        else "liger_kernel is not installed"
-    )
+    liger = by_liger
+    if device.type == "cpu":
+        liger = "Triton kernels: no CPU"
+    elif not importlib.util.find_spec("liger_kernel"):
+        liger = "liger_kernel is not installed"
     peers = {
         "compiled": lambda z, z2: ops.vocab_kl_ce(z, z2, labels, labels, answer),
         "eager": textbook,
@@ -385,14 +383,16 @@ def slice_case(a, sizes, device):
         v = hot.to(q.dtype).expand(B, G, L, -1)
         return (attention.attend(q[:, :, at], k, v, seen).to(wide(q)),)
 
-    eager = lambda q, k: (attention.attn_slice(q, k, rows, cols),)
-    flex = (
-        "has no backward pass on a CPU"
-        if device.type == "cpu"
-        else flex_slice(rows, cols, L, H != G)
-        if a.compile
-        else "left out (--no-compile)"
-    )
+
+    def eager(q, k):
+        return (attention.attn_slice(q, k, rows, cols),)
+
+    if device.type == "cpu":
+        flex = "has no backward pass on a CPU"
+    elif not a.compile:
+        flex = "left out (--no-compile)"
+    else:
+        flex = flex_slice(rows, cols, L, H != G)
     peers = {
         "compiled": lambda q, k: (ops.attn_slice(q, k, rows, cols),),
         "eager": eager,
@@ -446,7 +446,10 @@ def align_case(a, sizes, device):
     if B % 2:
         raise UserError("--slice: B sequences are both paths of B/2 pairs, so B must be even")
     rows, cols = rows[: B // 2], cols[: B // 2]
-    eager = lambda q, k: (losses.attn_align("kl", "keep", q, k, rows, cols),)
+
+    def eager(q, k):
+        return (losses.attn_align("kl", "keep", q, k, rows, cols),)
+
     peers = {
         "compiled": lambda q, k: (ops.attn_align("kl", "keep", q, k, rows, cols),),
         "eager": eager,
@@ -471,7 +474,10 @@ def frobenius_case(a, sizes, device):
     if B % 2:
         raise UserError("--slice: B sequences are both paths of B/2 pairs, so B must be even")
     rows, cols = rows[: B // 2], torch.arange(L // 2, device=device).expand(B // 2, -1).contiguous()
-    eager = lambda q, k: (losses.attn_align("frobenius", "keep", q, k, rows, cols),)
+
+    def eager(q, k):
+        return (losses.attn_align("frobenius", "keep", q, k, rows, cols),)
+
     peers = {
         "compiled": lambda q, k: (ops.attn_align("frobenius", "keep", q, k, rows, cols),),
         "eager": eager,
@@ -490,7 +496,10 @@ def attention_case(a, sizes, device):
     """Attention together with its slice: what supervising adds to the attention alone."""
     (B, L, M, K, H, G, d), (leaves, rows, cols) = sizes, heads(a, sizes, device)
     v = torch.randn(B, G, L, d, generator=torch.Generator().manual_seed(1)).to(leaves[0]).requires_grad_()
-    eager = lambda *x: attention.attention_with_slice(*x, rows, cols)
+
+    def eager(*x):
+        return attention.attention_with_slice(*x, rows, cols)
+
     peers = {
         "compiled": lambda *x: ops.attention_with_slice(*x, rows, cols),
         "eager": eager,

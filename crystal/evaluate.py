@@ -34,7 +34,6 @@ from crystal.opening import model_flags, open_model
 from crystal.runtime import config, data, distributed, ops
 from crystal.runtime.config import UserError
 
-
 # --- tables ---
 
 

@@ -14,6 +14,7 @@ they answer without them, since generation_config.json suppresses the tag that o
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -77,19 +78,30 @@ def changes(model, settings):
     training changed.
     """
     if settings.tune == "full":
-        found = {
-            n: lambda W, p=p: p.to(W.dtype) for n, p in model.hf.named_parameters() if p.device.type != "meta"
-        }
+        found = {}
+        for n, p in model.hf.named_parameters():
+            if p.device.type != "meta":
+                found[n] = partial(trained, p)
     else:
         found = {f"{n}.weight": layer.merged for n, layer in lora.adapters(model.hf).items()}
     if model.new_tokens is not None:
         ids = torch.tensor(model.new_tokens.ids)
         names = {module: f"{n}.weight" for n, module in model.hf.named_modules()}
         for module, P in model.new_tokens.pairs():
-            found[names[module]] = lambda W, P=P: W.index_copy(0, ids, P.to(W.dtype))
+            found[names[module]] = partial(with_rows, P, ids)
         if model.new_tokens.tied:  # some files hold the tied head too
             found["lm_head.weight"] = found[names[model.hf.get_input_embeddings()]]
     return found
+
+
+def trained(p, W):
+    """The trained weight p in the base's dtype."""
+    return p.to(W.dtype)
+
+
+def with_rows(P, ids, W):
+    """The base's weight W with its rows `ids` replaced by P."""
+    return W.index_copy(0, ids, P.to(W.dtype))
 
 
 def merge(base, out, model, changes):

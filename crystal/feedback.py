@@ -279,7 +279,7 @@ def whole(outs, starts, lengths, L):
     # Where each position of the sequence lies in the pieces laid one after the other.
     place = torch.zeros(len(starts), L, dtype=torch.long, device=starts.device)
     offset = 0
-    for r, out in enumerate(outs):
+    for r in range(len(outs)):
         at, valid = window(starts[:, r], lengths[:, r])
         columns = offset + torch.arange(at.shape[1], device=at.device).expand_as(at)
         row = torch.arange(len(at), device=at.device)[:, None].expand_as(at)

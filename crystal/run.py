@@ -155,7 +155,8 @@ class Run:
         """Both paths of a batch and every term of its loss, at the end of the run's curriculum -> Forward. It
         keeps the graph.
         """
-        self.heads  # the method's losses reach them by themselves, once they have been made
+        # The method's losses reach its heads by themselves, once they have been made.
+        assert self.heads is not None
         terms = self.method.losses(self.model, batch, self.settings.progress(self.settings.max_steps))
         h_int, h_cor = self.paths(batch)
         return Forward(terms, h_int, h_cor)

@@ -240,19 +240,20 @@ class Server:
         """
 
         def chunk(delta=None, finish=None, **more):
-            choices = (
-                []
-                if delta is None
-                else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-            )
-            return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+            choices = []
+            if delta is not None:
+                choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+                choices.append(choice)
+            said = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
+            return f"data: {json.dumps(said)}\n\n"
 
         yield chunk({"role": "assistant", "content": ""})
         async for kind, value in self.events(job):
             if kind == "text":
                 yield chunk({"content": value})
             elif kind == "failed":
-                yield f"data: {json.dumps({'error': {'message': value, 'type': 'server_error', 'param': None, 'code': 500}})}\n\n"
+                error = {"message": value, "type": "server_error", "param": None, "code": 500}
+                yield f"data: {json.dumps({'error': error})}\n\n"
                 return
             else:
                 yield chunk({}, value.finish)

@@ -35,7 +35,10 @@ from data_prep.broken import leave_out
 
 LETTERS = "ABCDE"
 SUFFIXES = (".jpg", ".jpeg", ".png")
-QUESTION = "Points of the image are circled, with a letter beside each circle. Which point is nearest to the camera? Answer with its letter."
+QUESTION = (
+    "Points of the image are circled, with a letter beside each circle. "
+    "Which point is nearest to the camera? Answer with its letter."
+)
 
 
 def points(depth, count, gap, rng, tries=2000):

@@ -178,7 +178,8 @@ def write_model(path, tied=True, family=None, **text):
 
 @pytest.fixture(autouse=True, scope="module")
 def off_the_gpu(request):
-    """Tests compare float32 with float32, some to the bit: they see no GPU, but for those that are about it."""
+    """Tests compare float32 with float32, some to the bit: they see no GPU, but for those that are about it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_ops", "test_corrupt"):
             patch.setattr(torch.cuda, "is_available", lambda: False)

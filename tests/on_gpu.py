@@ -44,8 +44,8 @@ def say(text):
 
 # --- versions ---
 
-NEEDED = "torch numpy transformers tokenizers safetensors pillow tqdm pytest setuptools".split()
-HELPFUL = "ninja pytest-xdist".split()  # without them it takes longer
+NEEDED = ["torch", "numpy", "transformers", "tokenizers", "safetensors", "pillow", "tqdm", "pytest", "setuptools"]  # noqa: E501
+HELPFUL = ["ninja", "pytest-xdist"]  # without them it takes longer
 
 
 def version_of(package):

@@ -5,14 +5,25 @@ from types import SimpleNamespace
 import by_hand
 import pytest
 import torch
-from hand import AS_TRAINED, BLACK, BOTTLENECK, CORRUPTED, DROPPED, GREY, RIGHT, Masked, counted_mass, said
-from hand import hand, ingredients  # noqa: F401  (fixtures)
+from hand import (  # noqa: F401  (fixtures)
+    AS_TRAINED,
+    BLACK,
+    BOTTLENECK,
+    CORRUPTED,
+    DROPPED,
+    GREY,
+    RIGHT,
+    Masked,
+    counted_mass,
+    hand,
+    ingredients,
+    said,
+)
 
 from crystal import methods
 from crystal.attention_bias import AttentionBias
 from crystal.corrupt import Corruption
 from crystal.evaluation import asking
-from crystal.runtime import data
 
 # --- one way of asking after the other ---
 
@@ -188,6 +199,10 @@ def test_attention_on_latents_of_two_ranks(hand):
         )
         asking.attention_on_latents(hand.model, hand.fmt, method, hand.records, 3, procs)
     assert sum(parts) / 8 == pytest.approx(counted_mass(hand), abs=1e-6) and parts[0] != parts[1]
+
+    # What all ranks have together is divided by the number of records, whoever asked them.
+    procs = SimpleNamespace(rank=1, world=2, device=torch.device("cpu"), sum=lambda x: 4.0)
+    assert asking.attention_on_latents(hand.model, hand.fmt, method, hand.records, 3, procs) == 0.5
 
 
 def test_diagnosis_has_four_columns(hand):

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import gradients
+
 from crystal.attention import row_bias
 from crystal.attention_bias import AttentionBias, additive_mask, row_biases
 

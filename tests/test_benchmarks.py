@@ -147,7 +147,7 @@ def test_rows_become_questions(tmp_path):
             "user",
             [
                 "",
-                'Question: What is "this"?\nLook\tclosely.\nOptions:\nA. cat\nB. dog\nPlease select the correct answer from the options above. \n',
+                'Question: What is "this"?\nLook\tclosely.\nOptions:\nA. cat\nB. dog\nPlease select the correct answer from the options above. \n',  # noqa: E501
             ],
         )
     ]

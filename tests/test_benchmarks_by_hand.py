@@ -10,17 +10,17 @@ import io
 import json
 from types import SimpleNamespace
 
+import by_hand
 import pytest
 from PIL import Image
+from test_benchmarks import pixels, result, write
 
-import by_hand
 from crystal import evaluate
 from crystal.evaluation import asking, benchmarks
 from crystal.evaluation.benchmarks import known_as, option, read, scores, yes_no
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 from crystal.runtime.data import RecordError
-from test_benchmarks import pixels, result, write
 
 
 def cell(shade):
@@ -180,7 +180,8 @@ def test_a_reference_to_a_reference_is_told(tmp_path):
 
 
 def test_paths_and_pictures_in_one_file(tmp_path):
-    """A row without a picture of its own names a file: below the root, else below images/ and the TSV's name."""
+    """A row without a picture of its own names a file: below the root, else below images/ and the TSV's name.
+    """
     root = tmp_path / "elsewhere"
     (root / "images" / "x").mkdir(parents=True)
     for name, shade in (("a.png", 11), ("images/x/a.png", 22), ("images/x/b.png", 33)):

@@ -7,7 +7,6 @@ from collections import Counter
 from functools import cache
 
 import pytest
-
 from breaks import BREAKS, ROOT
 
 # What holds no behaviour of its own: proofs that are run by hand and print, and files that only name others.

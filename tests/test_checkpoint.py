@@ -209,7 +209,7 @@ for owner, name in ((checkpoint, "_sha256"), (checkpoint, "_sync"), (Path, "rena
             print(name, code, good and checkpoint.load(good)[1]["step"], len(broken))
             if code == 0:
                 break
-"""
+"""  # noqa: E501
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):

@@ -25,12 +25,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_benchmarks import picture
+from test_opening import run, saved  # noqa: F401  a fixture, and what reads its files
 
 from crystal import bench, compare, demo, evaluate, export, generate, opening, serve, train, visualize
 from crystal.evaluation import asking
 from crystal.runtime import checkpoint, config, toy
-from test_benchmarks import picture
-from test_opening import run, saved  # noqa: F401  a fixture, and what reads its files
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
@@ -364,7 +364,8 @@ def test_what_opens_a_model_is_told_what_was_asked(command, records_file, monkey
 
 @pytest.fixture
 def attached(setup, monkeypatch):
-    """attached(module, *flags) -> a method on a small model, which `module` opens whatever it is asked for."""
+    """attached(module, *flags) -> a method on a small model, which `module` opens whatever it is asked for.
+    """
 
     def make(module, *flags):
         s = setup(*flags, dtype=torch.float32)

@@ -439,7 +439,7 @@ def test_color_leaves_grey_grey_and_clips_after_each_step():
     x = torch.full((3, 2, 2), 0.8)
     assert torch.allclose(C.jitter(x, 2, 1, 1, 0), torch.ones(3, 2, 2))
     x[:, 0, 0] = (
-        0.2  # brightness 2 clips three pixels to 1: contrast 0 then gives the mean after the clip, (0.4 + 3) / 4
+        0.2  # brightness 2 clips three pixels to 1: contrast 0 then gives the mean after the clip, (0.4 + 3) / 4  # noqa: E501
     )
     assert torch.allclose(C.jitter(x, 2, 0, 1, 0), torch.full((3, 2, 2), 0.85))
 

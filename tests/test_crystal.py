@@ -4,8 +4,8 @@ nothing leaks.
 
 import pytest
 import torch
-
 from conftest import gradients
+
 from crystal import methods
 from crystal.layout import IGNORE
 from crystal.methods.crystal import position_mask, positions

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_images import ALPHA, COLOURS, RGBA, UPRIGHT, WITH_ALPHA, WITH_DEPTH, file_of, on_white
 
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 from crystal.runtime.data import RecordError, read
-from test_images import ALPHA, COLOURS, RGBA, UPRIGHT, WITH_ALPHA, WITH_DEPTH, file_of, on_white
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from crystal.layout import Format, Layout, new_tokens
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 from crystal.runtime.data import Record, RecordDataset, RecordError
-from crystal.runtime.sampling import BatchSampler
 from crystal.runtime.distributed import Processes
+from crystal.runtime.sampling import BatchSampler
 
 # --- the file ---
 

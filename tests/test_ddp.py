@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_evaluate import tsv
 
 from crystal import evaluate, train
 from crystal.runtime import config
-from test_evaluate import tsv
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [str(ROOT / "crystal" / "train.py")]

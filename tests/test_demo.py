@@ -124,7 +124,8 @@ def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):
 
 
 def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
-    """Pictures of the run below --output, its export, and the record's own question to the merged directory."""
+    """Pictures of the run below --output, its export, and the record's own question to the merged directory.
+    """
     told = []
     monkeypatch.setattr(
         demo.visualize, "pictures", lambda *args, **how: told.append(("pictures", args, how)) or ["a.png"]

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_structure import ORDER, SPECIFICATION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +46,7 @@ for line, code in blocks:
     if error:
         break
 print("\\n@@" + json.dumps(out))
-"""
+"""  # noqa: E501
 
 
 def fences(text):
@@ -174,8 +173,8 @@ def test_paths_exist(page):
                     continue
                 ours = (
                     Path(path).suffix in CODE
-                    or (Path(path).suffix in DATA or path.endswith("/"))
-                    and (ROOT / parts[0]).exists()
+                    or ((Path(path).suffix in DATA or path.endswith("/"))
+                    and (ROOT / parts[0]).exists())
                 )
                 assert not ours or (ROOT / path).exists(), f"{name(page)}:{number}: no such file: {path}"
         for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", line):

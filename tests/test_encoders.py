@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_ddp import ROOT, run
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from crystal.backbone import encoders
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from test_ddp import ROOT, run
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,21 @@ def test_a_thought_of_its_own_is_not_streamed(opened):
         fmt.thought = "fixed"
 
 
+def test_half_a_character_waits_for_its_other_half(opened):
+    """A character of several tokens is told whole."""
+    model, fmt, _ = opened
+    tokens = fmt.text("né 東")
+    assert len(tokens) > len("né 東")
+    told = []
+    job = Job(True, None)
+    job.tell = lambda kind, text: told.append(text)
+    steps = Steps(Engine(model, fmt, "keep", 1), [job])
+    steps.put(torch.tensor([[1, 2]]))
+    for token in tokens:
+        steps.put(torch.tensor([token]))
+    assert "".join(told) == "né 東" and not any("\ufffd" in text for text in told)
+
+
 def test_a_batch_that_nobody_waits_for_is_dropped(opened):
     model, fmt, _ = opened
     engine = Engine(model, fmt, "keep", 8)

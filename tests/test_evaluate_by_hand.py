@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import by_hand
 import pytest
-from hand import AS_TRAINED, BOTTLENECK, DROPPED, Masked, counted_mass, said
-from hand import hand, ingredients  # noqa: F401  (fixtures)
+from hand import AS_TRAINED, BOTTLENECK, DROPPED, Masked, counted_mass, hand, ingredients, said  # noqa: F401  (fixtures)
 from PIL import Image
 from scipy.stats import binomtest
 
@@ -26,7 +25,7 @@ def test_written_text_by_number():
     line, shares = evaluate.written_text([{"latents": n} for n in (4, 4, 5, 1, 0, 3, 3, 0)], 4)
     assert (
         line
-        == "latents that the model wrote itself: all 4 in 37.5 % of the answers, some in 37.5 %, none in 25.0 %"
+        == "latents that the model wrote itself: all 4 in 37.5 % of the answers, some in 37.5 %, none in 25.0 %"  # noqa: E501
     )
     assert shares == {"all": 0.375, "some": 0.375, "none": 0.25}
 

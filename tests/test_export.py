@@ -10,11 +10,11 @@ import sys
 
 import pytest
 import torch
+from conftest import put_in
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import crystal.backbone.model
-from conftest import put_in
 from crystal import export, lora, opening, train
 from crystal.generate import generate
 from crystal.runtime import data
@@ -42,7 +42,7 @@ for directory in sys.argv[2:]:
         answers.append(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip())
     print(json.dumps(answers))
 assert "crystal" not in sys.modules
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_merged_directory_answers_as_we_do_in_transformers_alone(
 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 TOUCHED = {
-    "crystal": lambda n: "_proj.weight" in n and "visual" not in n or n.endswith(VOCABULARY),
+    "crystal": lambda n: ("_proj.weight" in n and "visual" not in n) or n.endswith(VOCABULARY),
     "full": lambda n: "visual" not in n,
     "sft": lambda n: "_proj.weight" in n and "visual" not in n,
     "released": lambda n: n.endswith(
@@ -168,7 +168,7 @@ for directory in sys.argv[1:]:
     assert not any(info.values()), info
     print(json.dumps([str(model.dtype), float(model.lm_head.weight.double().sum()), float(model.model.language_model.layers[0].mlp.up_proj.weight.double().sum())]))
 assert "crystal" not in sys.modules
-"""
+"""  # noqa: E501
 BASES = {  # name: tied, dtype, files, names of years ago, what a wrapper put before them
     "bf16": (True, torch.bfloat16, 1, False, ""),
     "bf16 untied": (False, torch.bfloat16, 3, False, ""),

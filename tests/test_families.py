@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import FAMILIES, gradients
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import select_best_resolution
 
 import crystal.backbone.model
-from conftest import FAMILIES, gradients
 from crystal import export, feedback, layout, methods, opening, train
 from crystal import generate as generate_module
 from crystal.backbone import families
@@ -47,7 +47,8 @@ def batched(s):
 
 @pytest.fixture(scope="session")
 def records_file(records_file, family_dirs):
-    """conftest's records with a teacher's features for LaViT: gaze on as many tokens as a Qwen sees, made up."""
+    """conftest's records with a teacher's features for LaViT: gaze on as many tokens as a Qwen sees, made up.
+    """
     g, tensors, lines = torch.Generator().manual_seed(5), {}, []
     for line in records_file.read_text().splitlines():
         record = json.loads(line)
@@ -194,7 +195,7 @@ def test_a_template_that_wants_lists_shows_the_whole_conversation(setup):
     assert ids.count(fmt.end) == 4 and [ids[t] for t in image] == [fmt.image] * 3
 
 
-REAL = {  # the text, vision and other settings of published config.json files, where they differ from transformers' defaults
+REAL = {  # the text, vision and other settings of published config.json files, where they differ from transformers' defaults  # noqa: E501
     "Qwen2.5-VL-3B": (
         "qwen2_5_vl",
         True,
@@ -448,7 +449,8 @@ def test_every_term_moves_what_trains(setup, family, method):
 
 @each
 def test_the_bottleneck_hides_the_image(setup, family):
-    """LIVR's first stage without latents to look through: another picture changes nothing behind the image."""
+    """LIVR's first stage without latents to look through: another picture changes nothing behind the image.
+    """
     s = setup("--method", "livr", "--tune", "tokens", family=family, which=[2])
     biases = s.method.biases(s.model, s.batch)
     image, end = s.batch["image"][0], int(s.batch["image"].max())
@@ -660,7 +662,7 @@ for directory, questions in json.loads(sys.argv[1]):
         out = model.generate(**ids, **images, **kinds, max_new_tokens=5, do_sample=False)
         print(json.dumps(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip()))
 assert "crystal" not in sys.modules
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ checkpointing changes nothing.
 
 import pytest
 import torch
-
 from conftest import gradients
+
 from crystal import feedback
 from crystal.losses import ce_rows
 
@@ -49,7 +49,8 @@ def ragged(setup):
 
 
 def by_the_letter(model, inputs, latents, layer=None):
-    """One sequence, one whole forward per latent, no cache: each latent's embedding is the state before it."""
+    """One sequence, one whole forward per latent, no cache: each latent's embedding is the state before it.
+    """
     (B, L), hf = latents.shape, model.hf
     assert B == 1
     x = hf.get_input_embeddings()(inputs["input_ids"])

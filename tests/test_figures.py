@@ -132,9 +132,9 @@ def test_attention_maps_draw_those_numbers(setup, drawn, tmp_path, method):
             and figures.tidy(said, 20) in ax.get_title()
             and f"image {expected.image[p].sum():.0%}" in ax.get_title()
         )
-        assert [10, 40, 40, 10, 10] == list(ax.lines[0].get_xdata()) and [20, 20, 60, 60, 20] == list(
+        assert list(ax.lines[0].get_xdata()) == [10, 40, 40, 10, 10] and list(
             ax.lines[0].get_ydata()
-        )
+        ) == [20, 20, 60, 60, 20]
         if method == "crystal":
             assert [b.get_width() for b in line.axes[2 * p + 1].patches] == pytest.approx(
                 expected.latents[p].tolist()

@@ -162,7 +162,8 @@ def test_dropped_latents_are_never_opened(valr):
 
 
 def test_the_answer_has_a_budget_of_its_own(valr):
-    """Six tokens of thought, or three from <answer> on, whatever came before; <|im_end|> ends a row at once."""
+    """Six tokens of thought, or three from <answer> on, whatever came before; <|im_end|> ends a row at once.
+    """
     plain, ends = valr.model.__class__.logits, {0: {}, 1: {4: valr.fmt.answer_start_id}, 2: {1: valr.fmt.end}}
     steps = []
 

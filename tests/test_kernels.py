@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from places import EMULATED, ON_CPU, PLACES, at_place, compiled, each_place, versions  # noqa: F401
 
 from crystal.runtime import ops
-from places import EMULATED, ON_CPU, PLACES, at_place, compiled, each_place, versions
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 

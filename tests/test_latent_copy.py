@@ -4,8 +4,8 @@ them change.
 
 import pytest
 import torch
-
 from conftest import gradients
+
 from crystal import latent_copy
 from crystal.attention_bias import additive_mask
 from crystal.latent_copy import LatentCopy, dual_forward, pack
@@ -105,7 +105,7 @@ def test_packed_stands_as_the_paper_draws_it(setup):
             assert p.source[b].tolist() == places + [-1] * (p.source.shape[1] - len(places))
             for i, (path, t) in enumerate(zip(paths, places)):
                 sees = [
-                    (other in (path, "both") or path == "cor" and bool(copied[b, u])) and u <= t
+                    (other in (path, "both") or (path == "cor" and bool(copied[b, u]))) and u <= t
                     for other, u in zip(paths, places)
                 ]
                 assert mask[b, i, : len(paths)].tolist() == sees, (path, t)

@@ -8,11 +8,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from conftest import eager_mass, gradients
+from safetensors.torch import load_file, save_file
+from test_ddp import SCRIPT, run
+
 from crystal import evaluate, layout, losses, methods, train
 from crystal.attention_bias import additive_mask
+from crystal.evaluation import asking
 from crystal.latent_copy import LatentCopy
 from crystal.methods.crystal import position_mask
 from crystal.methods.lavit import align, entropy, focus, inside, normalise, salient, top
@@ -20,7 +22,6 @@ from crystal.methods.sft import cross_entropy
 from crystal.runtime import checkpoint
 from crystal.runtime.config import Progress, UserError
 from crystal.runtime.data import RecordError
-from test_ddp import SCRIPT, run
 
 TERMS = ("ce", "semantics", "gaze")
 LORA = ("--method", "lavit", "--tune", "lora")
@@ -351,13 +352,13 @@ def test_latents_masked_at_inference(setup):
     other["input_ids"][0, at_latents] = other["input_ids"][0, at_latents.flip(0)]
     rest = torch.ones_like(s.batch["input_ids"], dtype=torch.bool)
     rest[0, at_latents] = False
-    for how, same in ((evaluate.hide_latents(s.fmt), True), (lambda batch: [], False)):
+    for how, same in ((asking.hide_latents(s.fmt), True), (lambda batch: [], False)):
         a, b = (s.model.hidden(x, biases=how(x))[rest] for x in (s.batch, other))
         assert torch.equal(a, b) == same
-    both = evaluate.hide_latents(s.fmt, lambda batch: s.method.biases(s.model, batch))(s.batch)
+    both = asking.hide_latents(s.fmt, lambda batch: s.method.biases(s.model, batch))(s.batch)
     assert len(both) == 2 and torch.equal(both[0].keys, s.batch["input_ids"] == s.fmt.image)
     with pytest.raises(UserError, match="--latents mask"):
-        evaluate.hide_latents(layout.Format(s.model.tokenizer))
+        asking.hide_latents(layout.Format(s.model.tokenizer))
 
 
 def test_bottleneck_at_test_time_is_the_closed_gate(setup):

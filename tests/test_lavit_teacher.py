@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_ddp import ROOT, run
 
 from crystal import train
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 from data_prep import lavit_teacher
 from data_prep.lavit_teacher import Looks, look, passes, report, text_rows
-from test_ddp import ROOT, run
 
 
 @pytest.fixture

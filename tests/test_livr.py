@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from conftest import eager_mass, gradients
 from PIL import Image
 
-from conftest import eager_mass, gradients
 from crystal import evaluate, generate, methods, opening, train
 from crystal.attention_bias import additive_mask
+from crystal.evaluation import asking
 from crystal.latent_copy import LatentCopy
 from crystal.layout import IGNORE
 from crystal.methods.sft import cross_entropy
@@ -347,7 +348,8 @@ def test_masked_generation_equals_masked_forwards_without_a_cache(setup, mask, l
 
 @pytest.fixture(scope="module")
 def run(model_dirs, records_file, tmp_path_factory):
-    """A run that stands in the middle of both stages: 3 of 5 updates in the first, a checkpoint after each."""
+    """A run that stands in the middle of both stages: 3 of 5 updates in the first, a checkpoint after each.
+    """
     out = tmp_path_factory.mktemp("livr")
     return train.main(flags_of(model_dirs, records_file, out / "run"))
 
@@ -449,7 +451,7 @@ def test_diagnostics(run, records_file, capsys, tmp_path):
 def test_attention_on_latents_is_that_of_a_full_softmax(setup):
     s = setup(*LIVR)
     s.model.eval()
-    got = evaluate.attention_on_latents(s.model, s.fmt, s.method, s.records, batch_size=2)
+    got = asking.attention_on_latents(s.model, s.fmt, s.method, s.records, batch_size=2)
     seen = []
 
     def recorder(layer, q, k, scale):

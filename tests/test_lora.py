@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import put_in
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from conftest import put_in
 from crystal.lora import (
     LoRALinear,
     TrainableTokens,
@@ -94,7 +94,8 @@ def loss(model, b):
 
 
 def adapted(tied, dtype=torch.float32, pattern=EVERYWHERE, r=16, alpha=32, dropout=0.0):
-    """A tiny model with trainable tokens and adapters that differ from their initial values -> (model, rows)."""
+    """A tiny model with trainable tokens and adapters that differ from their initial values -> (model, rows).
+    """
     model, g = tiny(tied, dtype), torch.Generator().manual_seed(2)
     rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
     add_lora(model, pattern, r, alpha, dropout, g)

@@ -89,7 +89,8 @@ def test_row_gradients():
 
 @pytest.mark.parametrize("dtype", [f64, torch.float32, torch.bfloat16])
 def test_large_logits(dtype):
-    """+-30, and one path certain of what the other excludes: finite values and gradients, the values right."""
+    """+-30, and one path certain of what the other excludes: finite values and gradients, the values right.
+    """
     signs = normal(6, 50).sign(), normal(6, 50, seed=1).sign()
     z_int, z_cor = (30 * s.to(dtype) for s in signs)
     z_int[0], z_cor[0] = -30, -30

@@ -254,7 +254,7 @@ def test_the_rule_by_cases(tmp_path, capsys):
     assert decide(own, directory, str(mine)) == str(mine)
     assert (
         capsys.readouterr().err
-        == f"note: {mine} is not the file that {directory} was made by (SHA-256 differs); it is used all the same\n"
+        == f"note: {mine} is not the file that {directory} was made by (SHA-256 differs); it is used all the same\n"  # noqa: E501
     )
 
 

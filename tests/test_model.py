@@ -35,7 +35,8 @@ def inputs(batch):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_the_stock_eager_model(setup, model_dirs, tied):
-    """Ragged batch, several images of several sizes: vision in groups and attention by SDPA change nothing."""
+    """Ragged batch, several images of several sizes: vision in groups and attention by SDPA change nothing.
+    """
     s = setup("--method", "sft", tied=tied)
     for module in s.model.hf.modules():
         if hasattr(module, "lora_B"):
@@ -183,7 +184,7 @@ PATCHES = "model.visual.patch_embed.proj.weight"
     [
         (
             lambda state: {f"other.{n}": t for n, t in state.items()},
-            r"the files lack lm_head\.weight, model\.[^,]*, model\.[^,]* and \d+ more; the model has no place for other\.[^;]* and \d+ more",
+            r"the files lack lm_head\.weight, model\.[^,]*, model\.[^,]* and \d+ more; the model has no place for other\.[^;]* and \d+ more",  # noqa: E501
         ),
         (lambda state: {n: t for n, t in state.items() if n != UP}, f"the files lack {UP}"),
         (
@@ -225,7 +226,7 @@ def test_one_line_reaches_the_terminal(tmp_path, model_dirs, capsys):
     assert ended.value.code == 2
     assert (
         capsys.readouterr().err
-        == f"error: {path}: cannot be loaded as a model: its weights are not this model's: the files lack {PATCHES}\n"
+        == f"error: {path}: cannot be loaded as a model: its weights are not this model's: the files lack {PATCHES}\n"  # noqa: E501
     )
 
 

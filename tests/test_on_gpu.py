@@ -13,13 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import on_gpu
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "on_gpu.sh"
-PARTS = "packages card scenes build cpu_train tests gpu_train bench memcheck racecheck curves peers".split()
+PARTS = ["packages", "card", "scenes", "build", "cpu_train", "tests", "gpu_train", "bench", "memcheck", "racecheck", "curves", "peers"]  # noqa: E501
 
 
 @pytest.fixture

@@ -29,20 +29,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.checkpoint
-
 from conftest import gradients
-from crystal import attention, losses
-from crystal.runtime import ops
-from crystal.runtime.config import UserError
 from places import (
     ABSENT,
     EMULATED,
     ON_CPU,
     ONE_WIDTH,
     PROBLEM,
-    REFERENCE_ASKED,
+    REFERENCE_ASKED,  # noqa: F401
     at_place,
-    compiled,
+    compiled,  # noqa: F401
     dtypes,
     each_cpu_place,
     each_device,
@@ -52,6 +48,10 @@ from places import (
     versions,
 )
 
+from crystal import attention, losses
+from crystal.runtime import ops
+from crystal.runtime.config import UserError
+
 INF = float("inf")
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 REFERENCE = {}  # operator -> plain PyTorch
@@ -60,7 +60,8 @@ SAMPLES = []
 
 @dataclass
 class Sample:
-    """name: the operator. make(dtype) -> its arguments; a list, floats among them of that dtype on the CPU."""
+    """name: the operator. make(dtype) -> its arguments; a list, floats among them of that dtype on the CPU.
+    """
 
     name: str
     case: str
@@ -523,7 +524,8 @@ def heads(rows, cols, H=4, G=2, L=9, d=5, contiguous=True, scale=1.0):
 
 
 def masks(B, M, L, bias=True, padding=True):
-    """Keywords bias [B,1,M,L] with blocked cells and one row blocked wholly, key_padding [B,L] at both ends."""
+    """Keywords bias [B,1,M,L] with blocked cells and one row blocked wholly, key_padding [B,L] at both ends.
+    """
     b = normal(B, 1, M, L, seed=5)
     b[b > 1.2] = -INF
     b[0, 0, M // 2] = -INF
@@ -655,7 +657,7 @@ def call_out_of_range(operator, which, bad, device):
 def said_by_a_child(operator, which, bad):
     """The same where a kernel stops the program -> (whether it ended well, what it said)."""
     if not EMULATED:
-        code = f"import sys; sys.path.insert(0, 'tests'); import test_ops; test_ops.call_out_of_range({operator!r}, {which!r}, {bad}, 'cuda')"
+        code = f"import sys; sys.path.insert(0, 'tests'); import test_ops; test_ops.call_out_of_range({operator!r}, {which!r}, {bad}, 'cuda')"  # noqa: E501
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
@@ -939,7 +941,8 @@ def test_attention_with_slice_of_a_gpu_fits_its_schema(compiled):
 @pytest.mark.parametrize("place", versions("attn_slice"))
 @each_sample(lambda sample: str(sample) == "attn_slice-several tiles")
 def test_backward_through_zeros_reads_no_lse(index, place, device):
-    """Where no row has a gradient through its normaliser there is no pass over L: an lse of NaN does no harm."""
+    """Where no row has a gradient through its normaliser there is no pass over L: an lse of NaN does no harm.
+    """
     q, k, rows, cols = (x.to(device) for x in SAMPLES[index].make(f32))
     direct, none = (
         normal(*q.shape[:2], rows.shape[1], cols.shape[1], dtype=f32).to(device),
@@ -1133,7 +1136,7 @@ def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
             )
 
 
-REACHED = [  # flags of a method -> what its forward and backward ask of the compiled operators, without the layers' repetition
+REACHED = [  # flags of a method -> what its forward and backward ask of the compiled operators, without the layers' repetition  # noqa: E501
     ((), {"vocab_kl_ce", "vocab_kl_ce_backward_", "attn_align", "attn_align_backward"}),
     (
         ("--attn_loss", "frobenius"),
@@ -1261,7 +1264,8 @@ def test_choice_without_the_extension(fresh, capsys, monkeypatch, tmp_path):
 
 
 def test_what_is_not_served(compiled, fresh, capsys):
-    """Half precision on a CPU: plain PyTorch, said once; or an error where compiled operators are required."""
+    """Half precision on a CPU: plain PyTorch, said once; or an error where compiled operators are required.
+    """
     z, t = normal(2, 5, dtype=f16), torch.tensor([0, 1])
     fresh("auto")
     for _ in range(2):
@@ -1452,7 +1456,7 @@ def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
     for source in sources:
         report = (ROOT / "build" / "csrc" / f"{source}.cu.o.log").read_text()
         kernels = re.findall(
-            r"Compiling entry function '(\w+)' for '(sm_\d+)'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+            r"Compiling entry function '(\w+)' for '(sm_\d+)'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",  # noqa: E501
             report,
         )
         assert {gpu for _, gpu, *_ in kernels} == {"sm_80", "sm_86", "sm_90"}, f"{source}.cu"
@@ -1476,7 +1480,7 @@ def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
     )
 
 
-ON_A_GPU = "test_values_and_gradients or attention_with_slice or reads_no_lse or outside_the_sequence or test_kernels"
+ON_A_GPU = "test_values_and_gradients or attention_with_slice or reads_no_lse or outside_the_sequence or test_kernels"  # noqa: E501
 
 
 def test_cuda_kernels_on_the_cpu(compiled, tmp_path):

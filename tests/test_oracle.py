@@ -17,14 +17,14 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import oracle
 import pytest
 import torch
+from conftest import write_model
 from PIL import Image
 from safetensors.torch import save_file
 
 import crystal.backbone.model
-import oracle
-from conftest import write_model
 from crystal import methods, train
 from crystal.runtime import data, ops
 

@@ -100,7 +100,8 @@ def test_a_finished_run_and_parts_of_a_later_one_are_both_read(tmp_path):
 
 
 def test_two_pieces_of_lines_do_not_become_one(tmp_path):
-    """After a kill inside a line the next result begins a line of its own; what is whole needs no blank line."""
+    """After a kill inside a line the next result begins a line of its own; what is whole needs no blank line.
+    """
     out = tmp_path / "p.jsonl"
     part(out, 0, {"index": 0}, cut='{"index": 1')
     Predictions(out, {"a": 1}, False, Processes()).tell({"index": 7})

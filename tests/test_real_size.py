@@ -166,10 +166,10 @@ def area_rule(w, h, low, high, unit=28):
     """
     side = lambda x: round(x / unit) * unit
     W, H = side(w), side(h)
-    if W * H > high:
+    if high < W * H:
         shrink = math.sqrt(w * h / high)
         W, H = (max(unit, math.floor(x / shrink / unit) * unit) for x in (w, h))
-    elif W * H < low:
+    elif low > W * H:
         grow = math.sqrt(low / (w * h))
         W, H = (math.ceil(x * grow / unit) * unit for x in (w, h))
     return W, H

@@ -7,7 +7,6 @@ import pytest
 from crystal import methods
 from crystal.methods import crystal, released
 
-
 # What each of the two sources does (the table of DESIGN.md, section 1, and the released code at bc08a90),
 # written out.
 SOURCES = {

@@ -137,7 +137,8 @@ def test_measure_is_the_same_whenever_and_however_batched(setup):
 
 
 def test_each_condition_feeds_what_it_says(setup, monkeypatch):
-    """Which prompts, pixels and states reach the model under each name; predictions decide right and wrong."""
+    """Which prompts, pixels and states reach the model under each name; predictions decide right and wrong.
+    """
     s = setup()
     fed, state, replace, real = [], {"replaced": None}, reliance.replaced, reliance.generate
 

@@ -10,12 +10,12 @@ import math
 import threading
 from types import SimpleNamespace
 
+import by_hand
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
 
-import by_hand
 from crystal.attention_bias import AttentionBias
 from crystal.corrupt import Corruption
 from crystal.evaluation import reliance
@@ -56,7 +56,7 @@ def measured(hand, monkeypatch, **how):
     return found, said, kept["partner"]
 
 
-# The answers, by hand. Records:          see       see       look       look       look       guess     both       see
+# The answers, by hand. Records:          see       see       look       look       look       guess     both       see  # noqa: E501
 SAID = {
     "as trained": ["black", "white", "dark", "light", "light", "white.", "white", "grey"],
     "latents dropped": ["nothing", "nothing", "dark", "light", "light", "pale", "nothing", "nothing"],

@@ -193,7 +193,8 @@ def test_what_is_no_run_has_one_path(records_file):
 
 
 def test_trained_heads_are_the_checkpoints(model_dirs, records_file, tmp_path):
-    """VaLR's projections, which its losses need: the terms are those that the run's own validation measured."""
+    """VaLR's projections, which its losses need: the terms are those that the run's own validation measured.
+    """
     run = train.main(
         [
             "--method", "valr", "--encoders", "own", "--model", str(model_dirs[True]),
@@ -231,4 +232,4 @@ def test_mistakes_are_one_line(opened, records_file, tmp_path):
         crystal.open(str(tmp_path / "nothing" / "there"))
     (tmp_path / "broken.jsonl").write_text(json.dumps(record | {"images": []}) + "\n{\n")
     with pytest.raises(UserError, match="broken.jsonl:"):
-        opened.batch(tmp_path / "broken.jsonl")
+        opened.records(tmp_path / "broken.jsonl")

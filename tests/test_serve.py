@@ -114,7 +114,8 @@ def ask(content, **more):
 
 
 def questions(records_file):
-    """[(request content, generate.py's answer is to be the same)] of the records: text and images as parts."""
+    """[(request content, generate.py's answer is to be the same)] of the records: text and images as parts.
+    """
     records, _ = data.read(records_file)
     return [
         (

@@ -27,9 +27,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import crystal.backbone.model
+import crystal.corrupt as corruptions
 import crystal.latent_copy
 import crystal.methods.crystal
-import crystal.corrupt as corruptions
 from crystal import feedback, lora, methods, train
 from crystal.layout import IGNORE
 from crystal.runtime import checkpoint, config, data

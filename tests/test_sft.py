@@ -1,8 +1,8 @@
 """Plain fine-tuning: the answer's cross-entropy, equal to what transformers computes from labels."""
 
 import torch
-
 from conftest import gradients
+
 from crystal.layout import IGNORE
 
 

@@ -178,7 +178,7 @@ def test_imports_are_absolute_and_the_package_imports_nothing():
 
 
 def test_no_module_shadows_the_standard_library():
-    """`python crystal/x.py` puts crystal/ first on the path: crystal/copy.py would be found instead of copy."""
+    """`python crystal/x.py` puts crystal/ first on the path, where crystal/copy.py would be `copy`."""
     names = {p.stem for p in CRYSTAL.iterdir() if p.is_dir() or p.suffix == ".py"}
     assert not names & sys.stdlib_module_names
 
@@ -222,3 +222,38 @@ def repository_files():
             if p.relative_to(ROOT).parts[0] not in (".venv", ".git", "runs", "build", "dist", ".pytest_cache")
         ]
     return [p for p in files if p.is_file()]
+
+
+def test_the_linter_has_nothing_to_say():
+    """`make lint`: the rules and their exceptions stand in pyproject.toml."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def is_bool(node):
+    """Whether an expression is a comparison, `and`, `or`, or bool(..)."""
+    return (
+        isinstance(node, (ast.Compare, ast.BoolOp))
+        or getattr(getattr(node, "func", None), "id", "") == "bool"
+    )
+
+
+def test_statements_ask_one_thing_at_a_time():
+    """No list times a bool, no conditional inside a conditional, no lambda with a name."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{name(path)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.IfExp):
+                parts = (node.body, node.test, node.orelse)
+                if any(isinstance(part, ast.IfExp) for part in parts):
+                    found.append(f"{where}: a conditional inside a conditional")
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+                found.append(f"{where}: a lambda with a name")
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+                sides = (node.left, node.right)
+                if any(isinstance(x, ast.List) for x in sides) and any(is_bool(x) for x in sides):
+                    found.append(f"{where}: a list times a bool")
+    assert not found, "\n".join(found)

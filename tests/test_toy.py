@@ -360,7 +360,8 @@ def test_every_question_of_a_scene_can_be_drawn():
 
 
 def test_a_picture_is_drawn_by_hand(monkeypatch):
-    """Background, colours and who hides whom at single pixels; the noise's spread; another seed, other noise."""
+    """Background, colours and who hides whom at single pixels; the noise's spread; another seed, other noise.
+    """
     far, near = toy.Thing("square", "green", 30, 40, 0, 20), toy.Thing("square", "blue", 38, 40, 3, 20)
     # At this hardness the noise's spread is 3 - 12 / 4 = 0.
     quiet = toy.render(toy.Scene((far, near), "star", -0.25, 1))

@@ -682,7 +682,7 @@ def test_what_is_saved_validated_and_printed_when(flags, records_file, monkeypat
 
 def test_a_checkpoint_holds_what_trains_its_moments_and_the_settings(flags):
     """After one update from zero, AdamW's moments are shares of the clipped gradient, and the step is 1."""
-    run = train.main(flags("one", *"--max_steps 1 --tune tokens --lr 1e-3 --warmup 0 --clip 1e-3".split()))
+    run = train.main(flags("one", *["--max_steps", "1", "--tune", "tokens", "--lr", "1e-3", "--warmup", "0", "--clip", "1e-3"]))  # noqa: E501
     files, state = checkpoint.load(checkpoint.step_dir(run, 1))
     assert files.keys() == {"trainable.safetensors", "optimizer.safetensors"} and state.keys() == {
         "step", "settings", "pairs",
@@ -892,7 +892,8 @@ def test_validation_is_shared_by_batches_and_counts_every_record_once(setup):
 
 
 def test_the_loss_is_the_weighted_sum_of_what_trains():
-    """One of weight 0 counts nothing, nor does a monitored one; one without a weight is an error of one line."""
+    """One of weight 0 counts nothing, nor does a monitored one; one without a weight is an error of one line.
+    """
     terms = {"a": 2.0, "b": 3.0, "seen": 100.0, "off": 7.0}
     method = SimpleNamespace(monitored=("seen",))
     weights = {"a": 0.5, "b": 4.0, "off": 0.0, "absent": 9.0, "seen": 8.0}

@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as nnF
+from conftest import gradients
 from safetensors.torch import load_file
 
-from conftest import gradients
 from crystal import methods, opening, train
 from crystal.corrupt import Corruption
 from crystal.layout import IGNORE
@@ -202,7 +202,8 @@ def test_the_papers_layers():
 
 
 def test_first_projections_are_a_function_of_the_seed_and_of_their_place(made):
-    """Torch's own first values; two encoders of one size begin with different ones, another seed with others."""
+    """Torch's own first values; two encoders of one size begin with different ones, another seed with others.
+    """
     first = made("--encoders", "own,own").method.projections
     again = made("--encoders", "own,own").method.projections
     other = made("--encoders", "own,own", "--seed", "1").method.projections

@@ -26,7 +26,8 @@ EXTRACTION = {
     "yes/no": "the word yes or no alone, VLMEvalKit e8e78f0",
     "exact": "exact match, case and a final full stop aside",
 }
-ASK = "Please select the correct answer from the options above. \n"  # VLMEvalKit's line, blank included: scores depend on the prompt's bytes
+# VLMEvalKit's line, blank included: scores depend on the prompt's bytes.
+ASK = "Please select the correct answer from the options above. \n"
 REFERENCE = 64  # an image cell of at most so many characters is the index of the row that holds the image
 # Cells that pandas, hence VLMEvalKit, takes for empty; an option "None" is one of them.
 ABSENT = {
@@ -219,7 +220,11 @@ def question(row, index, where, images, suffix):
         raise RecordError(f"{where}: field '{'answer' if asked else 'question'}': missing")
     if options and answer not in options:
         raise RecordError(f"{where}: field 'answer': {answer!r} is none of the options {', '.join(options)}")
-    rule = "choice" if options else "yes/no" if answer.lower() in ("yes", "no") else "exact"
+    rule = "exact"
+    if options:
+        rule = "choice"
+    elif answer.lower() in ("yes", "no"):
+        rule = "yes/no"
     prompt = row.get("prompt") or asked
     if rule == "choice" and not row.get("prompt"):
         hint = f"Hint: {row['hint']}\n" if row.get("hint") else ""
@@ -431,7 +436,10 @@ ALIASES = {"vstar": "VStarBench", "vstarbench": "VStarBench"}
 def known_as(path):
     """A TSV's name -> the benchmark whose scores it gets, or "" for a file of the user's own (plain scores).
     """
-    squeeze = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())
+
+    def squeeze(text):
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
     names = (
         {squeeze(name): name for name in SCORES}
         | ALIASES

@@ -1,4 +1,5 @@
-"""Interventions on a model that answers: its latents' states recorded or replaced, its image hidden from later positions.
+"""Interventions on a model that answers: its latents' states recorded or replaced, its image hidden from
+later positions.
 
 They reach every decoder layer by its pre-hook, in generation too, and leave the model as it was.
 
@@ -98,7 +99,7 @@ def asked(model, examples, pixels="pixel_values"):
     image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
     # Those around an image may repeat it: they count as image.
     marks = set(model.tokenizer.convert_tokens_to_ids(list(model.family.marks)))
-    for b, (e, (ids, _, _)) in enumerate(zip(examples, prompts)):
+    for b, (ids, _, _) in enumerate(prompts):
         left = L - len(ids)
         mask[b, left:] = 1
         image[b, [left + i for i, token in enumerate(ids) if token in marks]] = True

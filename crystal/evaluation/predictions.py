@@ -61,7 +61,7 @@ class Predictions:
         if self.file is None:
             at = Path(f"{self.path}.{self.procs.rank}")
             cut = at.exists() and not at.read_bytes().endswith(b"\n")
-            self.file = open(at, "a")
+            self.file = open(at, "a")  # noqa: SIM115 (open until `close`)
             self.file.write("\n" if cut else "")
         self.file.write(json.dumps(result) + "\n")
         self.file.flush()

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crystal.attention import AttentionRecorder
+from crystal.attention import AttentionRecorder, in_turn
 from crystal.corrupt import Corruption
 from crystal.evaluation import figures
 from crystal.evaluation.benchmarks import score, tidy, wilson
@@ -196,7 +196,7 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
             name: AttentionRecorder(layers, batch["answer_positions"], batch[name], attn_slice)
             for name in sums
         }
-        model.hidden(batch, recorder=lambda *args: [recorder(*args) for recorder in recorders.values()])
+        model.hidden(batch, recorder=in_turn(*recorders.values()))
         rows = (batch["answer_positions"] >= 0).sum(1)  # [B]
         for name, recorder in recorders.items():
             mass = torch.stack(

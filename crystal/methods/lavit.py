@@ -329,7 +329,7 @@ def entropy(A):
 
 def salient(A, factor=1.5):
     """Table 2: how many tokens get more than `factor` times the mean of A [N] -> int."""
-    return int((A > factor * A.mean()).sum())
+    return int((factor * A.mean() < A).sum())
 
 
 def inside(boxes, size, grid):

@@ -76,7 +76,8 @@ def save(run_dir, step, files, state, extra=None):
             temporary,
         ]:
             _sync(path)
-        if final.exists():  # a full directory cannot be renamed over; between these two lines `.old` is the checkpoint, and is read as one
+        # A full directory cannot be renamed over. Until the second line `.old` is the checkpoint.
+        if final.exists():
             final.rename(old)
         temporary.rename(final)
         _sync(final.parent)

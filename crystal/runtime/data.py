@@ -41,7 +41,7 @@ class Record:
     id: str
     turns: list  # [(role, text)]; the last is the user's question
     answer: str
-    images: list  # one for each <image> of the turns: paths, PIL images, bytes of files or functions that open one
+    images: list  # one for each <image> of the turns: path, PIL image, bytes, or a function that opens one
     cot: list = field(default_factory=list)
     boxes: list = field(default_factory=list)
     family: str = ""
@@ -153,7 +153,7 @@ def _records(where, item, root, keep):
         """A JSON string may hold half of a surrogate pair, which is no text: tokenizers and files refuse it.
         """
         if found := re.search("[\ud800-\udfff]", value):
-            bad(name, f"character {found.start()} is {ascii(found[0])}, half of a surrogate pair")
+            bad(name, f"character {found.start()} is {found[0]!a}, half of a surrogate pair")
         return value
 
     if isinstance(item, RecordError):
@@ -277,9 +277,8 @@ def load_features(record, name):
     path, start = record.features[name], f"{record.id}/"
     try:
         with safe_open(path, "pt") as file:
-            found = {
-                key.removeprefix(start): file.get_tensor(key) for key in file.keys() if key.startswith(start)
-            }
+            own = [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118 (it is no dictionary)
+            found = {key.removeprefix(start): file.get_tensor(key) for key in own}
     except (OSError, SafetensorError) as error:
         raise RecordError(f"{record.where}: field 'features': {path}: {error}") from error
     if not found:
@@ -430,8 +429,12 @@ def collate(examples, pad):
 
 def to_device(batch, device, dtype):
     """Tensors to the device; pixels to the weights' dtype too."""
-    move = lambda n, x: x.to(device, dtype) if n.startswith("pixel_values") else x.to(device)
-    return {n: move(n, x) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
+    moved = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, dtype) if name.startswith("pixel_values") else value.to(device)
+        moved[name] = value
+    return moved
 
 
 def loader(examples, order, pad, workers=0, worker_init=None):

@@ -180,7 +180,9 @@ def start(device="auto", timeout=600.0):
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        device = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
+        if device == "auto":
+            device = "cuda" if gpus else "cpu"
+        device = torch.device(device)
     except RuntimeError:
         raise UserError(f"--device {device}: there is none of this name; use auto, cpu or cuda") from None
     if device.type == "cuda":

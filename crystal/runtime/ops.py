@@ -529,7 +529,7 @@ def attn_align(
     as attn_slice does, and a given lse must be the rows' own. Compiled slices that losses.attn_loss compares:
     heads "mean", whose rows meet across the heads, and "kl" on a GPU with heads of more than 256 numbers.
     """
-    if heads == "mean" or q.is_cuda and kind == "kl" and q.shape[-1] > 256:
+    if heads == "mean" or (q.is_cuda and kind == "kl" and q.shape[-1] > 256):
         at, rest = (
             (rows.repeat(2, 1), cols.repeat(2, 1)),
             {"scale": scale, "bias": bias, "key_padding": key_padding},

@@ -1,7 +1,9 @@
-"""Which records form which batch, and what is drawn for each: the same however many ranks share them, and after a resume.
+"""Which records form which batch, and what is drawn for each: the same however many ranks share them, and
+after a resume.
 
-Nothing here keeps a state. The order of an epoch is a function of the seed and the epoch, what is drawn for a record a
-function of the seed and its place, so that update s of a run sees the same on one process and on many.
+Nothing here keeps a state. The order of an epoch is a function of the seed and the epoch, what is drawn for a
+record a function of the seed and its place, so that update s of a run sees the same on one process and on
+many.
 """
 
 import torch

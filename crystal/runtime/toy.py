@@ -27,7 +27,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 from pathlib import Path
 
@@ -189,14 +189,19 @@ def push_together(centres, cells, gap):
                 return
 
 
-@lru_cache(maxsize=None)
+@cache
 def mask(shape, width):
     """Anti-aliased silhouette, an "L" image of width x width pixels."""
     big = 8 * width  # supersampling
     image = Image.new("L", (big, big))
     pen = ImageDraw.Draw(image)
-    points = lambda *xy: [(big * x, big * y) for x, y in xy]
-    turn = lambda n, i: (0.5 + n * math.sin(i * math.pi / 5), 0.53 - n * math.cos(i * math.pi / 5))
+
+    def points(*xy):
+        return [(big * x, big * y) for x, y in xy]
+
+    def turn(n, i):
+        return 0.5 + n * math.sin(i * math.pi / 5), 0.53 - n * math.cos(i * math.pi / 5)
+
     if shape == "circle":
         pen.ellipse(points((0.03, 0.03), (0.97, 0.97)), fill=255)
     elif shape == "square":

@@ -48,13 +48,7 @@ class Refusal(Exception):
 
     def response(self):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        headers = (
-            {"Retry-After": "1"}
-            if self.status == 503
-            else {"WWW-Authenticate": "Bearer"}
-            if self.status == 401
-            else None
-        )
+        headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
         return JSONResponse(
             {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}},
             self.status,

@@ -46,7 +46,10 @@ VISIBLE = [
 
 # What separates words before any merge: contractions, letters with one leading character, single digits,
 # punctuation, white space.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 SYSTEM = "You are a helpful assistant."
 CHAT_TEMPLATE = (
@@ -111,8 +114,7 @@ def corpus():
         *toy.SIZES,
         *(a for f in toy.FAMILIES for a in toy.ANSWERS[f]),
     ]
-    for text in fixed * 50 + words * 50 + [" " + word for word in words] * 50:
-        yield text
+    yield from fixed * 50 + words * 50 + [" " + word for word in words] * 50
     rng = toy.rng_for("tokenizer")
     for _ in range(500):
         scene = toy.draw_scene(rng)
