@@ -12,7 +12,7 @@ from conftest import eager_mass, gradients
 from safetensors.torch import load_file, save_file
 from test_ddp import SCRIPT, run
 
-from crystal import evaluate, layout, losses, methods, train
+from crystal import layout, losses, methods, train
 from crystal.attention_bias import additive_mask
 from crystal.evaluation import asking
 from crystal.latent_copy import LatentCopy
