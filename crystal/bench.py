@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,8 @@ def main(argv=None):
     )
     rows = []
     for name in wanted:
-        rows += measure(name, *CASES[name](a, sizes, device), machine, a.repeats, device)
+        size, leaves, peers, floors = CASES[name](a, sizes, device)
+        rows += measure(name, size, leaves, peers, floors, machine, a.repeats, device)
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         Path(a.out).write_text(
             json.dumps({"machine": machine, "settings": vars(a), "rows": rows}, indent=1) + "\n"
@@ -334,7 +336,7 @@ def vocab_case(a, sizes, device):
             liger_kl_div(z2.log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(-1),
         )
 
-    liger = by_liger
+    liger: Any = by_liger
     if device.type == "cpu":
         liger = "Triton kernels: no CPU"
     elif not importlib.util.find_spec("liger_kernel"):
@@ -497,11 +499,11 @@ def attention_case(a, sizes, device):
     (B, L, M, K, H, G, d), (leaves, rows, cols) = sizes, heads(a, sizes, device)
     v = torch.randn(B, G, L, d, generator=torch.Generator().manual_seed(1)).to(leaves[0]).requires_grad_()
 
-    def eager(*x):
-        return attention.attention_with_slice(*x, rows, cols)
+    def eager(q, k, v):
+        return attention.attention_with_slice(q, k, v, rows, cols)
 
     peers = {
-        "compiled": lambda *x: ops.attention_with_slice(*x, rows, cols),
+        "compiled": lambda q, k, v: ops.attention_with_slice(q, k, v, rows, cols),
         "eager": eager,
         "torch.compile": compiled_by_torch(eager, a.compile),
         "attention alone": lambda *x: (attention.attend(*x),),

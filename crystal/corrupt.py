@@ -130,7 +130,8 @@ def mask(x, share, generator=None):
     """One rectangle of area share `share` set to 0; aspect within 1/3.3 to 3.3 (Random Erasing's bounds) of
     the image's.
     """
-    top, left, h, w = rectangle(share, *x.shape[1:], generator, stretch=3.3)
+    H, W = x.shape[1:]
+    top, left, h, w = rectangle(share, H, W, generator, stretch=3.3)
     out = x.clone()
     out[:, top:top + h, left:left + w] = 0
     return out
@@ -217,9 +218,9 @@ def color(x, s, generator=None):
     """
     u = uniform(4, generator).tolist()
     low, high = max(0.0, 1 - s), 1 + s
-    factors = [low + (high - low) * v for v in u[:3]]
+    brightness, contrast, saturation = (low + (high - low) * v for v in u[:3])
     turns = min(s / 4, 0.5) * (2 * u[3] - 1)
-    return jitter(x, *factors, turns)
+    return jitter(x, brightness, contrast, saturation, turns)
 
 
 # --- stochastic noise ---

@@ -204,11 +204,11 @@ def main(argv=None):
         say(f"Done in {time.perf_counter() - started:.0f} s. What next?")
         ask = "python -m crystal"
         own = f" --method {args.method}" if args.method.endswith(".py") else ""
-        flags = " ".join(recipe(args.method))
+        trained_with = " ".join(recipe(args.method))
         picture = records[0].images[0]
         print(f"""  tutorials/00_first_run.md                       read how it works, step by step
   .venv/bin/python crystal/train.py --help        every setting
-  .venv/bin/{ask}.train --method {args.method} --max_steps 2000 {flags} --eval_every 200
+  .venv/bin/{ask}.train --method {args.method} --max_steps 2000 {trained_with} --eval_every 200
   .venv/bin/{ask}.evaluate --model {run} --data {scenes}/test.jsonl{own}
   .venv/bin/{ask}.generate --model {run}/merged --image {picture} --question "What colour is the star?" """)
     procs.stop()

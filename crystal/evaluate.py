@@ -52,8 +52,8 @@ def table(columns):
     """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 %
     interval.
     """
-    families = dict.fromkeys(family for column in columns.values() for family in column)
-    families = [family for family in families if family != "all"] + ["all"]
+    named = dict.fromkeys(family for column in columns.values() for family in column)
+    families = [family for family in named if family != "all"] + ["all"]
     width = {name: max(12, len(name) + 2) for name in columns}
     titles = "".join(name.rjust(width[name]) for name in columns)
     lines = ["family".ljust(12) + "questions".rjust(10) + titles]
@@ -191,7 +191,7 @@ def make_parser():
 
 def check(args, parser):
     """UserError for flags that exclude one another, mean nothing together, or are out of range."""
-    idle = {}
+    idle: dict[str, tuple[str, ...]] = {}
     if args.reliance:
         idle["--reliance"] = ("diagnose", "latents", "grey", "scores")
     if args.diagnose:

@@ -59,8 +59,8 @@ class Stream:
         self.layers = tuple(layers)
 
         # Of the pieces so far: their KVCache, and bool [B,S], False at padding.
-        self.cache = None
-        self.valid = None
+        self.cache: KVCache | None = None
+        self.valid: torch.Tensor | None = None
 
     def run(self, positions, valid, **inputs):
         """One piece after all that was kept -> (states [B,n,D], {layer: its output [B,n,D]}, what `keep`
@@ -71,7 +71,7 @@ class Stream:
         """
         # A piece sees all that is no padding in those before it, and itself causally.
         mask, all_valid = None, valid
-        if self.cache is not None:
+        if self.valid is not None:
             n = valid.shape[1]
             causal = torch.ones(n, n, dtype=torch.bool, device=valid.device).tril()
             past = self.valid[:, None, :].expand(-1, n, -1)
@@ -120,7 +120,7 @@ def recurrence(model, inputs, latents, layers=()):
     starts, lengths = pieces(inputs, latents)                                  # [B,R] each
     positions = model.positions(inputs)                                        # [3,B,L]
     stream, outs = Stream(model, layers), []
-    fed = None  # the state in front of the next piece
+    fed = torch.empty(0)  # the state in front of the next piece
     for r in range(starts.shape[1]):
         at, valid = window(starts[:, r], lengths[:, r])                        # [B,n]
 

@@ -156,7 +156,8 @@ class Format:
 
     def plain(self, turns, image_tokens, answer):
         """The sequence of ordinary fine-tuning."""
-        return self.answered(*self.prompt(turns, image_tokens), [], answer)
+        ids, image = self.prompt(turns, image_tokens)
+        return self.answered(ids, image, [], answer)
 
     def latent(self, turns, image_tokens, answer, steps=(), labels="all"):
         """The sequence of a method with latents. labels: "all" that the assistant says, or the "answer" and

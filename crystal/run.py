@@ -11,6 +11,7 @@ Everything is computed as training and evaluation compute it, by the same functi
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ class Run:
             trust_method=trust_method,
         )
         self.is_run = settings is not None
-        self.settings = settings or config.Settings(method="sft")
+        self.settings: Any = settings or config.Settings(method="sft")
         self.method = methods.get(self.settings.method)(self.settings)
 
     def answer(self, image, question, max_new_tokens=64, latents="keep"):

@@ -5256,8 +5256,8 @@ DATA = [
     ),
     Break(
         "data-bare-parts-dropped", "crystal/runtime/data.py",
-        "lse p)\n",
-        'lse "")\n',
+        '        return str(part)\n',
+        '        return ""\n',
         "A content part that is a plain string would vanish.",
         "tests/test_data_by_hand.py::test_all_turns_of_the_twelve",
     ),
@@ -5788,8 +5788,8 @@ DATA = [
     ),
     Break(
         "train-data-sft-corrupts", "crystal/methods/sft.py",
-        "    corruption = None\n",
-        '    corruption = __import__("crystal.corrupt").corrupt.Corruption()\n',
+        '    def corruption(self) -> Callable | None:\n        return None',
+        '    def corruption(self) -> Callable | None:\n        return __import__("crystal.corrupt").corrupt.Corruption()',
         "Plain fine-tuning would refuse text and corrupt images for nothing.",
         "tests/test_data_by_hand.py::test_without_those_flags",
     ),

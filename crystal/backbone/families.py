@@ -148,7 +148,7 @@ class Family:
     merger: str
     marks: tuple = layout.IMAGE
     vision_attention: str = "crystal_flash_vision"
-    images: type = Images
+    images: type[Images] = Images
 
 
 DECODER = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"

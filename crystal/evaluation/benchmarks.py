@@ -17,6 +17,7 @@ import re
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from crystal.runtime.config import UserError
 from crystal.runtime.data import Record, RecordError
@@ -139,7 +140,8 @@ def read(path, image_root="", suffix=""):
     """
     path = Path(path)
     root = (Path(image_root) if image_root else path.parent).resolve()
-    found, images, borrowed = [], {}, []
+    found, borrowed = [], []
+    images: dict[str, Any] = {}  # of each index: its images, or None while it borrows another row's
     table = rows(path)
     header = [c if c in string.ascii_uppercase else c.lower() for c in next(table, (0, 0, []))[2]]
     if missing := [c for c in ("index", "question", "answer") if c not in header]:
@@ -149,7 +151,7 @@ def read(path, image_root="", suffix=""):
         )
     if not {"image", "image_path"} & set(header):
         raise UserError(f"{path}:1: no column image or image_path")
-    column = header.index("image") if "image" in header else None
+    column = header.index("image") if "image" in header else -1
     for line, offset, cells in table:
         where = f"{path}:{line}"
         if len(cells) != len(header):

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -225,7 +226,7 @@ def answer_attention(model, batch, settings, layers, copied=None, fed=None):
     image = batch["image"][:, : h * w]  # [1,N]; the first image's come first
     cols = torch.cat([image, batch["latents"]], 1)  # [1,N+K]
     recorder = AttentionRecorder(layers, row.repeat(2, 1), cols.repeat(2, 1), attn_slice)
-    inputs = nullcontext()
+    inputs: Any = nullcontext()
     if fed is not None:
         both = [
             feedback.recurrence(model, batch | {"pixel_values": batch[pixels]}, fed)[0]
@@ -321,7 +322,7 @@ def attention_maps(model, fmt, settings, records, path, layers=None, corruption=
         axes = line.subplots(1, 2 + 2 * len(bars), width_ratios=([3] + bars) * 2)
         maps = axes[:: 1 + len(bars)]
         ends = [seen.image.min().item(), seen.image.max().item()]
-        longest = max(seen.latents.max().item(), 1e-12) if bars else None
+        longest = max(seen.latents.max().item(), 1e-12) if bars else 1.0
         for p, (ax, image) in enumerate(zip(maps, examples.images)):
             heat = F.interpolate(seen.image[p][None, None], size=show(ax, image), mode="bilinear")[
                 0, 0

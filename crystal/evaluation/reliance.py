@@ -88,7 +88,11 @@ def donors(records, seed=0):
     answers are alike.
     """
     g = torch.Generator().manual_seed(data.seed_of(seed, 1))
-    keys = [[(0, str(r.turns)) for r in records], [(1, r.family) for r in records], [(2,) for r in records]]
+    keys: list[list[tuple]] = [
+        [(0, str(r.turns)) for r in records],
+        [(1, r.family) for r in records],
+        [(2,) for r in records],
+    ]
     groups = {}
     for tier in keys:
         for i, key in enumerate(tier):
@@ -333,7 +337,7 @@ def summarise(results, records, partner, seed=0):
     followed: share of the answers that became the other image's answer when its latents were put in, and how
     many were that as trained.
     """
-    table = {c.name: [None] * len(records) for c in CONDITIONS}
+    table: dict[str, list] = {c.name: [None] * len(records) for c in CONDITIONS}
     for r in results:
         table[r["condition"]][r["index"]] = r
     right = {name: [r["correct"] for r in rows] for name, rows in table.items()}

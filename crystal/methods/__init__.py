@@ -43,6 +43,7 @@ def get(name):
         key = str(Path(name).resolve())
         if key not in sys.modules:  # a file is run once, so that its classes are the same for all who ask
             spec = importlib.util.spec_from_file_location(key, name)
+            assert spec is not None and spec.loader is not None  # of a .py file that is there
             module = sys.modules[key] = importlib.util.module_from_spec(spec)
             _sources[key] = Path(name).read_bytes()
             try:

@@ -219,7 +219,7 @@ class Method(SFT):
         if settings.w_semantics:
             last = h[torch.arange(len(h), device=h.device), latents[:, -1]]          # [B,D], the last latent
             terms["semantics"] = self.semantics(last, batch["v_sem"])
-        if settings.w_gaze:
+        if looks:
             A = torch.stack(list(looks.slices.values())).mean((0, 2))                # [B,K,N]
             terms["gaze"] = gaze(A, self.targets(model, batch), batch["image"]).mean()
         return terms

@@ -4,14 +4,20 @@ builds on.
 B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M answer positions, K
 latents.
 """
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn as nn
 
 from crystal.attention import AttentionRecorder
-from crystal.attention_bias import row_biases
-from crystal.layout import IGNORE, Format
+from crystal.attention_bias import AttentionBias, row_biases
+from crystal.backbone.model import Model
+from crystal.layout import IGNORE, Format, Layout
 from crystal.losses import mean_per_pair
 from crystal.runtime import config
+from crystal.runtime.config import Progress
+from crystal.runtime.data import Batch, Record
 from crystal.runtime.ops import attn_slice, ce_rows
 
 
@@ -19,40 +25,46 @@ class Method:
     """Every part that a method has; another method says where it differs. See methods/__init__.py."""
 
     Settings = config.Settings
-    corruption = None
-    monitored = ()
-    metric = "ce"
+    monitored: tuple[str, ...] = ()
 
-    def __init__(self, settings):
+    def __init__(self, settings: Any):
         self.settings = settings
 
     @property
-    def tokens(self):
+    def corruption(self) -> Callable | None:
+        return None
+
+    @property
+    def metric(self) -> str:
+        return "ce"
+
+    @property
+    def tokens(self) -> list[str]:
         return []
 
-    def format(self, tokenizer):
+    def format(self, tokenizer: Any) -> Format:
         return Format(tokenizer)
 
-    def layout(self, fmt, record, image_tokens, stage=-1):
+    def layout(self, fmt: Any, record: Record, image_tokens: list[int], stage: int = -1) -> Layout:
         """The sequence of a record: the prompt that `fmt.question` generates from, then R and its end, which
         are labels.
         """
         return fmt.answered(*fmt.question(record.turns, image_tokens), record.answer)
 
-    def extras(self, record, images):
+    def extras(self, record: Record, images: list) -> dict[str, torch.Tensor]:
         return {}
 
-    def modules(self, model):
+    def modules(self, model: Model) -> nn.ModuleDict:
         return nn.ModuleDict()
 
-    def hidden(self, model, batch, recorder=None):
+    def hidden(self, model: Model, batch: Batch, recorder: Callable | None = None) -> torch.Tensor:
         """The last states [B,L,D] of a batch without losses or mask, for those who look at attention."""
         return model.hidden(batch, recorder=recorder)
 
-    def biases(self, model, batch):
+    def biases(self, model: Model, batch: Batch) -> list[AttentionBias]:
         return []
 
-    def losses(self, model, batch, progress):
+    def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
         """{"ce": token mean per pair, averaged over the batch's pairs}."""
         return {"ce": cross_entropy(model, batch)}
 

@@ -14,6 +14,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn, TypedDict
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ def items(path, text):
 def _records(where, item, root, keep):
     """One parsed object -> ([Record], turns dropped); raises RecordError naming the field."""
 
-    def bad(name, problem):
+    def bad(name, problem) -> NoReturn:
         raise RecordError(f"{where}: field {name!r}: {problem}")
 
     def file(name, p):
@@ -166,20 +167,14 @@ def _records(where, item, root, keep):
         bad(name, "missing or empty; a list of turns is needed")
     turns = []
     for i, turn in enumerate(talk):
-        who, what = (
-            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
-            if isinstance(turn, dict)
-            else (None, None)
-        )
+        if not isinstance(turn, dict):
+            turn = {}
+        who = turn.get("from", turn.get("role"))
+        what = turn.get("value", turn.get("content"))
         if not isinstance(who, str) or who not in ROLES:
             bad(f"{name}[{i}]", f"unknown speaker {who!r}; use {', '.join(ROLES)}")
-        if isinstance(what, list):  # OpenAI's content parts
-            what = "".join(
-                "<image>"
-                if isinstance(p, dict) and str(p.get("type", "")).startswith("image")
-                else str(p.get("text", "") if isinstance(p, dict) else p)
-                for p in what
-            )
+        if isinstance(what, list):
+            what = "".join(text_of_part(part) for part in what)
         if not isinstance(what, str):
             bad(f"{name}[{i}]", "its text is missing")
         if ROLES[who] != "user" and "<image>" in what:
@@ -243,6 +238,15 @@ def _records(where, item, root, keep):
     if not records:
         bad(name, "no answer of the assistant's to learn")
     return records, answers - len(records)
+
+
+def text_of_part(part):
+    """One of OpenAI's content parts -> its text, or the mark of an image."""
+    if not isinstance(part, dict):
+        return str(part)
+    if str(part.get("type", "")).startswith("image"):
+        return "<image>"
+    return str(part.get("text", ""))
 
 
 def load_image(path, where):
@@ -381,6 +385,25 @@ class RecordDataset(Dataset):
             images=[image for image in images for _ in range(self.copies)], return_tensors="pt"
         )
         return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
+
+
+class Batch(TypedDict, total=False):
+    """What `collate` makes of B examples; a method's extras stand beside these, [B,n,..] each."""
+
+    input_ids: torch.Tensor  # [B,L]
+    targets: torch.Tensor  # [B,L], IGNORE where there is no label
+    attention_mask: torch.Tensor  # [B,L], 0 at padding
+    mm_token_type_ids: torch.Tensor  # [B,L], 1 at image tokens
+    image: torch.Tensor  # [B,N] positions, -1 pads
+    thought: torch.Tensor  # [B,2] spans
+    latents: torch.Tensor  # [B,K] positions, -1 pads
+    answer: torch.Tensor  # [B,2] spans
+    answer_positions: torch.Tensor  # [B,M] positions, -1 pads
+    pixel_values: torch.Tensor  # [P,..] of all images
+    pixel_values_cor: torch.Tensor  # the same, corrupted
+    image_grid_thw: torch.Tensor  # [I,3]
+    bad: list  # messages of records that were skipped
+    error: str  # instead of all the others: what broke
 
 
 def collate(examples, pad):

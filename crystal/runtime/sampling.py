@@ -27,15 +27,21 @@ class BatchSampler:
     """
 
     def __init__(self, count, batch_size, accumulation, rank, world, seed, start, stop):
-        self.count, self.seed, self.start, self.stop = count, seed, start, stop
-        self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
+        self.count = count
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.start = start
+        self.stop = stop
 
     def __len__(self):
         return (self.stop - self.start) * self.accumulation
 
     def __iter__(self):
         share = self.batch_size * self.accumulation  # of one rank in one update
-        epoch, shuffle = -1, None
+        epoch, shuffle = -1, []
         for step in range(self.start, self.stop):
             for a in range(self.accumulation):
                 first = step * share * self.world + self.rank * share + a * self.batch_size
@@ -43,8 +49,7 @@ class BatchSampler:
                 for n in range(first, first + self.batch_size):
                     if n // self.count != epoch:
                         epoch = n // self.count
-                        shuffle = torch.randperm(
-                            self.count, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                        ).tolist()
+                        g = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+                        shuffle = torch.randperm(self.count, generator=g).tolist()
                     batch.append((epoch, shuffle[n % self.count]))
                 yield batch

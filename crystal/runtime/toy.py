@@ -26,6 +26,7 @@ exclusive.
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -341,14 +342,14 @@ def attribute_words(answer, a):
     return texts, (where(a), f"It is {answer}.")
 
 
-CHOICES = {
+CHOICES: dict[str, Callable] = {
     "count": count_choices,
     "relation": relation_choices,
     "depth": depth_choices,
     "nearer": nearer_choices,
     "attribute": attribute_choices,
 }
-WORDS = {
+WORDS: dict[str, Callable] = {
     "count": count_words,
     "relation": relation_words,
     "depth": depth_words,
