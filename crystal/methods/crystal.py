@@ -13,13 +13,15 @@ from functools import partial
 import torch
 
 from crystal.attention import AttentionRecorder, in_turn
+from crystal.backbone.model import Model
 from crystal.latent_copy import dual_forward
 from crystal.layout import IGNORE, Format, new_tokens
 from crystal.losses import mean_per_pair
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import latent_mass
 from crystal.runtime import config
-from crystal.runtime.config import UserError, setting
+from crystal.runtime.config import Progress, UserError, setting
+from crystal.runtime.data import Batch
 from crystal.runtime.ops import attn_align, vocab_kl_ce
 
 
@@ -146,7 +148,7 @@ class Method(LatentThought):
     def corruption(self):
         return config.corruption_of(self.settings.corruption, self.settings.corruptions)
 
-    def losses(self, model, batch, progress):
+    def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
         """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor (or their pooled mean ce), kl,
         attn.
 

@@ -27,13 +27,15 @@ import torch.nn.functional as F
 
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.attention_bias import AttentionBias
+from crystal.backbone.model import Model
 from crystal.layout import TAGS, Format, generation_prompt, latent_tokens
 from crystal.losses import gaze, semantics
 from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy, mass_recorder, mass_term
 from crystal.runtime import config, data
-from crystal.runtime.config import UserError, setting
+from crystal.runtime.config import Progress, UserError, setting
+from crystal.runtime.data import Batch
 from crystal.runtime.ops import attn_slice
 
 
@@ -199,7 +201,7 @@ class Method(SFT):
         """
         return self.gated(model, batch, 0.0)
 
-    def losses(self, model, batch, progress):
+    def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
         """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs; and "mass", to be
         monitored.
         """

@@ -17,10 +17,12 @@ import torch
 
 from crystal import layout
 from crystal.attention_bias import AttentionBias
+from crystal.backbone.model import Model
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy, mass_recorder, mass_term
 from crystal.runtime import config
-from crystal.runtime.config import Stage, UserError, setting
+from crystal.runtime.config import Progress, Stage, UserError, setting
+from crystal.runtime.data import Batch
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Method(SFT):
             blocked.append(AttentionBias(latents, ~image & ~latents))
         return blocked
 
-    def losses(self, model, batch, progress):
+    def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
         """{"ce": token mean over the answer, per sequence, averaged}, and "mass"; in stage 1 under the mask.
         """
         biases = self.biases(model, batch) if progress.stage == 0 else []

@@ -23,13 +23,15 @@ import torch.nn as nn
 
 from crystal import feedback
 from crystal.backbone import encoders
+from crystal.backbone.model import Model
 from crystal.layout import IGNORE, Format, Layout, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
 from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
 from crystal.runtime import config, data
-from crystal.runtime.config import Stage, UserError, setting
+from crystal.runtime.config import Progress, Stage, UserError, setting
+from crystal.runtime.data import Batch
 
 TOKENS = ("<latent>", "</latent>", "<answer>", "</answer>")
 
@@ -228,7 +230,7 @@ class Method(SFT):
         with feedback.filled(model, h, fed):
             return model.hidden(batch, recorder=recorder)
 
-    def losses(self, model, batch, progress):
+    def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
         """{"ce"}, and in the second stage {"repa"}: means over the batch's records of token mean and of
         alignment.
         """

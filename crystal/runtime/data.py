@@ -402,6 +402,9 @@ class Batch(TypedDict, total=False):
     pixel_values: torch.Tensor  # [P,..] of all images
     pixel_values_cor: torch.Tensor  # the same, corrupted
     image_grid_thw: torch.Tensor  # [I,3]
+    gaze: torch.Tensor  # LaViT's extras, see methods/lavit.py
+    gaze_grid: torch.Tensor
+    v_sem: torch.Tensor
     bad: list  # messages of records that were skipped
     error: str  # instead of all the others: what broke
 
