@@ -71,6 +71,7 @@ def hand(ingredients, tmp_path, monkeypatch):
         return hand.model, hand.fmt, hand.settings
 
     monkeypatch.setattr(asking, "generate", generate)
+    monkeypatch.setattr(evaluate.ops, "announce", lambda write=None: None)  # said once a process
     monkeypatch.setattr(evaluate, "open_model", open_model)
     monkeypatch.chdir(tmp_path)
     return hand

@@ -242,7 +242,7 @@ def curves(options):
                 }
             )
     Path(options.out).write_text(json.dumps({"tolerance": TOLERANCE, "rows": rows}) + "\n")
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) if wrong else 0)
 
 
 # --- results of other programs ---

@@ -260,7 +260,8 @@ def judge(*argv):
     try:
         on_gpu.main([str(word) for word in argv])
     except SystemExit as end:
-        return end.code or 0
+        # A text, even an empty one, is exit code 1.
+        return 0 if end.code in (0, None) else end.code
     return 0
 
 
