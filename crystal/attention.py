@@ -1,20 +1,20 @@
 """The slice of attention's weights that eq. 5 compares: M chosen rows on K chosen columns, never L x L.
 
-B sequences, L sequence length, H query heads, G key/value heads (H a multiple of G), d head size, M rows, K
-columns.
+B sequences, L sequence length, H query heads, G key/value heads (H a multiple of G), d head size,
+M rows, K columns.
 
     scores   S_mk = scale <q_m, k_k> + bias_mk, -inf where row m cannot see column k
     lse      lse_m = log sum_j exp S_mj over all L keys that row m sees
-    weights  A_mk = exp(S_mk - lse_m): what softmax attention gives to column k, other columns included in the
-             sum
+    weights  A_mk = exp(S_mk - lse_m): what softmax attention gives to column k, other columns
+             included in the sum
 
-Rows m and columns k are positions of one sequence, so causality is col <= row; a query and its key share a
-position (training and prefill; decoding with a cache is left out). Attention itself keeps the last word on
-its output: nothing here touches it, which is why fused attention can stay on while its weights are
-supervised.
+Rows m and columns k are positions of one sequence, so causality is col <= row; a query and its key
+share a position (training and prefill; decoding with a cache is left out). Attention itself keeps
+the last word on its output: nothing here touches it, which is why fused attention can stay on while
+its weights are supervised.
 
-This file is the specification of the compiled operators. It builds M x L scores and keeps them for the
-backward pass.
+This file is the specification of the compiled operators. It builds M x L scores and keeps them
+for the backward pass.
 """
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,12 @@ INF = float("inf")
 def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     """Scaled dot products of chosen rows and columns -> [B,H,M,K], float32 (float64 for float64 inputs).
 
-    q            [B,H,L,d], k [B,G,L,d] any float dtype, after rotary embedding; head h of H reads key head h
-                 // (H/G)
+    q            [B,H,L,d], k [B,G,L,d] any float dtype, after rotary embedding; head h of H reads key
+                 head h // (H/G)
     rows, cols   [B,M], [B,K] int64 positions in 0..L-1; -1 pads
     scale        factor of the dot products; d**-0.5 by default
-    bias         [B,1,M,L] float, added to the scores of the chosen rows (row m of it belongs to rows[:, m]);
-                 -inf blocks
+    bias         [B,1,M,L] float, added to the scores of the chosen rows (row m of it belongs to
+                 rows[:, m]); -inf blocks
     key_padding  [B,L] bool, True where the key is padding
 
     -inf, with zero gradient, where the column lies after the row, is padding, is blocked, or either index is
@@ -50,10 +50,10 @@ def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
 
 
 def attn_lse(q, k, rows, *, scale=None, bias=None, key_padding=None):
-    """log sum exp of a row's scores over all keys that it sees -> [B,H,M], float32 (float64 for float64
-    inputs).
+    """log sum exp of a row's scores over all keys that it sees -> [B,H,M], float32 or wider.
 
-    Arguments as in attn_scores. -inf, with zero gradient, for a padded row and for one that sees no key.
+    Float64 for float64 inputs. Arguments as in attn_scores. -inf, with zero gradient, for a padded row and
+    for one that sees no key.
     """
     check(q, k, bias, key_padding)
     B, _, L, _ = k.shape
@@ -73,9 +73,9 @@ def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding
     attention that the columns get, at most 1 for distinct columns. Exactly 0, with zero gradient, where
     attn_scores is -inf; a row that sees no key is all zeros. Arguments as in attn_scores, and
 
-    lse   [B,H,M], the rows' log sum exp where attention has computed it. Only its value counts: the gradient
-          of the normaliser goes to q and k whether or not lse is given or carries a graph, and none goes to
-          lse.
+    lse   [B,H,M], the rows' log sum exp where attention has computed it. Only its value counts: the
+          gradient of the normaliser goes to q and k whether or not lse is given or carries a graph, and
+          none goes to lse.
 
     With g = dLoss/dA and P the row's softmax over all keys, dLoss/dS_mj = -P_mj sum_k g_mk A_mk, plus g_mk
     A_mk at j = k.
@@ -144,13 +144,13 @@ def row_bias(mask, rows):
 class AttentionRecorder:
     """Reads the slice of chosen layers during one forward; make a new one for each forward.
 
-    It travels as a keyword of the model's forward to the attention function, which calls recorder(layer, q,
-    k, scale) with the q and k that attention uses; the result lies in recorder.slices once the forward is
-    done.
+    It travels as a keyword of the model's forward to the attention function, which calls
+    recorder(layer, q, k, scale) with the q and k that attention uses; the result lies in
+    recorder.slices once the forward is done.
 
     layers             set of decoder layers to read, counted from 0
-    rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: intact
-                       half first)
+    rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention
+                       sees (both paths: intact half first)
     read               attn_slice, attn_scores, which needs no pass over all L keys, or a function called as
                        these two are: a compiled one (ops.py), or one that goes straight to a loss
     bias, key_padding  as in attn_scores, where attention has them; right padding needs neither
@@ -178,15 +178,16 @@ class AttentionRecorder:
 
     @property
     def slices(self):
-        """{layer: [B,H,M,K], or what the function returned}, in order of layers. RuntimeError while a chosen
-        one is missing.
+        """{layer: [B,H,M,K], or what the function returned}, in order of layers.
+
+        RuntimeError while a chosen one is missing.
         """
         missing = sorted(self.layers - self._slices.keys())
         if missing:
             raise RuntimeError(
-                f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has "
-                "the forward "
-                "run, does the model have these layers, and does its attention function call the recorder?"
+                f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. "
+                "Has the forward run, does the model have these layers, and does its attention function call "
+                "the recorder?"
             )
         return dict(sorted(self._slices.items()))
 

@@ -1,5 +1,4 @@
-"""Stochastic image corruption: I_cor = C(I; eta, S), eta ~ p(H). CrystaL, equation (3), section 3.2 and
-appendix A.3.
+"""Stochastic image corruption, CrystaL's eq. 3 (section 3.2, appendix A.3): I_cor = C(I; eta, S), eta ~ p(H).
 
 The corrupted path must lack what the answer needs, so that the latents copied from the intact path become the
 only way to get it. Four families S, seven modes: spectral decay (`blur`), spatial discontinuity (`mask`,
@@ -8,10 +7,10 @@ the image's size, so both paths share one image grid and one set of positions. `
 `--corruption` says: one mode with its range of strengths, or a chain of them. Left out on purpose: batches
 (images differ in size).
 
-    x    an image [3, H, W], RGB, values in [0, 1]; H and W are its height and width in pixels (in this file H
-         counts no heads)
-    eta  strength, in the unit of its mode: radius [px], s and rho [share], sigma [of 255]; 0 leaves the image
-         as it is
+    x    an image [3, H, W], RGB, values in [0, 1]; H and W are its height and width in pixels (in this
+         file H counts no heads)
+    eta  strength, in the unit of its mode: radius [px], s and rho [share], sigma [of 255]; 0 leaves the
+         image as it is
     S    mode, one of MODES
 """
 import math
@@ -62,12 +61,11 @@ def uniform(n, generator):
 # --- spectral decay ---
 
 def blur(x, radius, generator=None):
-    """Gaussian low-pass of standard deviation `radius` px, as in Pillow's GaussianBlur(radius), which comes
-    near it with box blurs.
+    """Gaussian low-pass of standard deviation `radius` px, as Pillow's GaussianBlur(radius) approximates.
 
-    The kernel exp(-t^2 / 2 radius^2), |t| <= ceil(4 radius) (6e-5 of the mass is cut), is divided by its sum
-    and runs along columns, then rows. Beyond an edge the edge pixel repeats, as in Pillow, however far the
-    kernel reaches.
+    The kernel exp(-t^2 / 2 radius^2), |t| <= ceil(4 radius) (6e-5 of the mass is cut), is divided by its
+    sum and runs along columns, then rows. Beyond an edge the edge pixel repeats, as in Pillow, however
+    far the kernel reaches.
     """
     H, W = x.shape[1:]
     reach = math.ceil(4 * radius)
@@ -77,9 +75,7 @@ def blur(x, radius, generator=None):
     total = 2 * sum(kernel) - kernel[0]
 
     def convolve(p, dim):
-        """Shifted sums: on a CPU faster than conv2d with a thin kernel, and no TF32 setting of a GPU touches
-        them.
-        """
+        """Shifted sums: faster on a CPU than conv2d with a thin kernel, and free of a GPU's TF32."""
         n = p.shape[dim] - 2 * reach
         out = p.narrow(dim, reach, n) * (kernel[0] / total)
         for t in range(1, reach + 1):
@@ -101,11 +97,11 @@ def blur(x, radius, generator=None):
 # --- spatial discontinuity ---
 
 def rectangle(share, H, W, generator, stretch=1.0):
-    """top, left, height, width [px] of a random rectangle with `share` of the area of H x W (to half its
-    longer side, or one px).
+    """top, left, height, width [px] of a random rectangle with `share` of the area of H x W.
 
-    Height over width, relative to the image's own aspect, is log-uniform in [1/a, a], a = min(stretch,
-    1/share): beyond 1/share it would not fit. The place is uniform.
+    The area is exact to half the longer side, or one px. Height over width, relative to the image's
+    own aspect, is log-uniform in [1/a, a], a = min(stretch, 1/share): beyond 1/share it would not fit.
+    The place is uniform.
     """
     u = uniform(3, generator).tolist()
     a = min(stretch, 1 / share) ** (2 * u[0] - 1)
@@ -127,8 +123,9 @@ def rectangle(share, H, W, generator, stretch=1.0):
 
 
 def mask(x, share, generator=None):
-    """One rectangle of area share `share` set to 0; aspect within 1/3.3 to 3.3 (Random Erasing's bounds) of
-    the image's.
+    """One rectangle of area share `share` set to 0.
+
+    Its aspect is within 1/3.3 to 3.3 of the image's, Random Erasing's bounds.
     """
     H, W = x.shape[1:]
     top, left, h, w = rectangle(share, H, W, generator, stretch=3.3)
@@ -138,10 +135,9 @@ def mask(x, share, generator=None):
 
 
 def crop(x, share, generator=None):
-    """Throw away all but a window of area share 1 - `share` (at least a pixel) and resize that bilinearly to
-    H x W.
+    """Throw away all but a window of area share 1 - `share` and resize that bilinearly to H x W.
 
-    The window has the image's aspect: what is lost is context, not proportion.
+    The window has at least a pixel, and the image's aspect: what is lost is context, not proportion.
     """
     H, W = x.shape[1:]
     kept = max(1 - share, 1 / (H * W))
@@ -151,8 +147,7 @@ def crop(x, share, generator=None):
 
 
 def jigsaw(x, share, generator=None):
-    """4 x 4 tiles, of which a random round(16 share) trade places along one random cycle, so that none of
-    them stays.
+    """4 x 4 tiles, of which a random round(16 share) trade places along one random cycle; none of them stays.
 
     Tiles are floor(H/4) x floor(W/4) px; the H mod 4 bottom rows and W mod 4 right columns stay. One tile
     alone cannot move, and an image under 4 px has none.
@@ -176,8 +171,9 @@ def jigsaw(x, share, generator=None):
 # --- chromatic distortion ---
 
 def grey(x):
-    """Luma of ITU-R BT.601, [1, H, W]. torchvision's 0.2989 is 0.299 here, as in Pillow: weights of sum 1
-    keep grey pixels grey.
+    """Luma of ITU-R BT.601, [1, H, W].
+
+    torchvision's 0.2989 is 0.299 here, as in Pillow: weights of sum 1 keep grey pixels grey.
     """
     return 0.299 * x[0:1] + 0.587 * x[1:2] + 0.114 * x[2:3]
 
@@ -203,8 +199,9 @@ def shift_hue(x, turns):
 
 
 def jitter(x, brightness, contrast, saturation, hue):
-    """torchvision's ColorJitter with given factors (1 leaves as is) and hue shift [turns], in this order,
-    clipped after each.
+    """torchvision's ColorJitter with given factors (1 leaves as is) and hue shift [turns].
+
+    The four are applied in the order of the arguments, each result clipped.
     """
     x = (brightness * x).clamp(0, 1)
     x = torch.lerp(grey(x).mean(), x, contrast).clamp(0, 1)  # lerp(a, b, f) = a + f (b - a)
@@ -213,8 +210,9 @@ def jitter(x, brightness, contrast, saturation, hue):
 
 
 def color(x, s, generator=None):
-    """`jitter` with three factors of U(max(0, 1 - s), 1 + s) and a hue shift of U(-a, a) turns, a = min(s /
-    4, 0.5).
+    """`jitter` with three factors of U(max(0, 1 - s), 1 + s) and a hue shift of U(-a, a) turns.
+
+    a = min(s / 4, 0.5).
     """
     u = uniform(4, generator).tolist()
     low, high = max(0.0, 1 - s), 1 + s
@@ -232,9 +230,7 @@ def noise(x, sigma, generator=None):
 
 
 def impulse(x, share, generator=None):
-    """Each pixel on its own, all three channels together: black with probability share / 2, white with share
-    / 2.
-    """
+    """Each pixel, all channels together: black with probability share / 2, white with share / 2."""
     u = uniform(x.shape[1:], generator).to(x.device)  # [H, W]
     return x.masked_fill(u < share, 1).masked_fill(u < share / 2, 0)
 
@@ -242,8 +238,10 @@ def impulse(x, share, generator=None):
 # --- equation (3) ---
 
 class Mode(NamedTuple):
-    """One mode S. A method's file may add its own to its Settings.corruptions; it is then named, drawn and
-    chained like these.
+    """One mode S.
+
+    A method's file may add its own to its Settings.corruptions; it is then named, drawn
+    and chained like these.
     """
 
     function: Callable  # (x [3, H, W], strength, generator) -> x of the same shape; it is clipped to [0, 1]
@@ -277,8 +275,9 @@ def draw(low, high, generator=None):
 
 
 def draw_strength(mode="blur", generator=None):
-    """eta ~ p(H) = U(low, high) of PRIOR[mode], a float in the mode's unit. ValueError: unknown mode. Source:
-    equation (3).
+    """eta ~ p(H) = U(low, high) of PRIOR[mode] (eq. 3), a float in the mode's unit.
+
+    ValueError for an unknown mode.
     """
     check_mode(mode)
     return draw(*PRIOR[mode], generator)
@@ -287,15 +286,15 @@ def draw_strength(mode="blur", generator=None):
 def corrupt(image, mode="blur", strength=None, generator=None, modes=BUILT_IN):
     """One corrupted image: equation (3), I_cor = C(I; eta, S).
 
-    image      [3, H, W], RGB in [0, 1], any H, W >= 1, any floating dtype and device. Not modified. float16
-               and bfloat16 are computed in float32. uint8 is refused: divide by 255 first, once, where the
-               image is read.
+    image      [3, H, W], RGB in [0, 1], any H, W >= 1, any floating dtype and device. Not modified.
+               float16 and bfloat16 are computed in float32. uint8 is refused: divide by 255 first, once,
+               where the image is read.
     mode       S, a key of `modes`; the function of each above says what it does.
-    strength   eta in the mode's unit (see LEVELS), 0 <= eta <= LIMIT[mode]; 0 is the identity. None draws it
-               by `draw_strength`.
-    generator  the only source of randomness: one seed, one corruption, the same for every dtype and device of
-               the image while the generator itself stays on one device (on the CPU, say). None is torch's
-               global CPU generator.
+    strength   eta in the mode's unit (see LEVELS), 0 <= eta <= LIMIT[mode]; 0 is the identity. None
+               draws it by `draw_strength`.
+    generator  the only source of randomness: one seed, one corruption, the same for every dtype and device
+               of the image while the generator itself stays on one device (on the CPU, say). None is
+               torch's global CPU generator.
     modes      {name: Mode}, the built-in ones unless a method has added its own.
 
     Returns a new tensor, shape, dtype and device of `image`, values in [0, 1]. Raises ValueError, one line,

@@ -1,15 +1,14 @@
-"""Latents by hidden-state feedback: the input of a latent is the state before it, not a row of the vocabulary
-(VaLR; Coconut).
+"""Latents by hidden-state feedback (VaLR; Coconut): a latent's input is the state before it.
 
 B sequences, L their length, D hidden size, H heads, G key/value heads, d head size, R pieces, n length of a
 piece, S keys so far, T updates.
 
-    x_t = h_{t-1} for a latent t, else the embedding of token t       h: after the final norm, what the head
-                                                                      would read
+    x_t = h_{t-1} for a latent t, else the embedding of token t
 
-So a latent cannot begin before the position in front of it is done. Two ways to compute the same:
-    recurrence   cuts every sequence before each latent and runs the pieces one after the other over a
-                 key/value cache: exact
+h is the state after the final norm, which the head would read. So a latent cannot begin before
+the position in front of it is done. Two ways to compute the same:
+    recurrence   cuts every sequence before each latent and runs the pieces one after the other over
+                 a key/value cache: exact
     parallel     guesses all latents' inputs, runs everything at once, feeds the states back, T times: every
                  update makes at least one more latent of each sequence exact, so it is exact after as many
                  updates as there are latents
@@ -22,8 +21,7 @@ import torch
 
 
 class KVCache:
-    """Keys and values of one piece and of those before it, by layer; travels as a keyword of the model's
-    forward.
+    """Keys and values of one piece and of those before it, by layer; a keyword of the model's forward.
 
     past: the KVCache of the piece before, or None. Nothing is detached: gradients reach the pieces before.
     """
@@ -47,8 +45,8 @@ class KVCache:
 class Stream:
     """A batch of sequences that grow to the right piece by piece, ragged as they like.
 
-    model: model.Model. layers: decoder layers, counted from 1, whose outputs are wanted beside the last
-    states.
+    model: model.Model. layers: decoder layers, counted from 1, whose outputs are wanted
+    beside the last states.
     """
 
     def __init__(self, model, layers=()):
@@ -63,11 +61,11 @@ class Stream:
         self.valid: torch.Tensor | None = None
 
     def run(self, positions, valid, **inputs):
-        """One piece after all that was kept -> (states [B,n,D], {layer: its output [B,n,D]}, what `keep`
-        wants).
+        """One piece after all that was kept -> (states [B,n,D], outputs, what `keep` wants).
 
-        positions [3,B,n]; valid: bool [B,n], padding to the right. inputs: input_ids, pixel_values and
-        image_grid_thw, or inputs_embeds [B,n,D]. States of padding mean nothing.
+        outputs: {layer: its output [B,n,D]}. positions [3,B,n]; valid: bool [B,n], padding to the
+        right. inputs: input_ids, pixel_values and image_grid_thw, or inputs_embeds [B,n,D]. States
+        of padding mean nothing.
         """
         # A piece sees all that is no padding in those before it, and itself causally.
         mask, all_valid = None, valid
@@ -91,9 +89,7 @@ class Stream:
 
 @contextmanager
 def outputs_of(model, layers):
-    """While it lasts, a forward fills the dictionary that it yields: {layer, counted from 1: its output
-    [B,n,D]}.
-    """
+    """While it lasts, a forward fills the yielded dictionary: {layer, from 1: its output [B,n,D]}."""
     seen = {}
 
     def keep(layer):
@@ -187,8 +183,7 @@ def forward(model, inputs, latents, updates=None, layers=()):
 
 @contextmanager
 def filled(model, h, latents):
-    """While it lasts, a plain forward over the batch takes the latents' inputs from h [B,L,D], what
-    `recurrence` left.
+    """While it lasts, a plain forward takes the latents' inputs from h [B,L,D], `recurrence`'s states.
 
     So it leaves h again: one pass over whole sequences, for whatever watches attention. latents: bool [B,L].
     """
@@ -227,8 +222,9 @@ def parallel_error(model, inputs, latents, updates):
 # --- where the pieces are ---
 
 def pieces(inputs, latents):
-    """Every sequence cut before each of its latents -> (starts, lengths), int64 [B,R] each; missing pieces
-    have length 0.
+    """Every sequence cut before each of its latents -> (starts, lengths), int64 [B,R] each.
+
+    A sequence with fewer pieces than R has the missing ones with length 0.
     """
     B, L = latents.shape
     ends = inputs["attention_mask"].sum(1)[:, None]                            # [B,1]

@@ -35,8 +35,7 @@ class LatentCopy:
         self.realisation = realisation
 
     def states(self, h):
-        """h [2B,L,D], a layer's input -> the same with the corrupted half's copied rows replaced (`hidden`).
-        """
+        """h [2B,L,D] before a layer -> the same with the corrupted half's copied rows replaced (`hidden`)."""
         if self.realisation != "hidden":
             return h
         return _share(h, self.copied[:, :, None])  # [B,L,1]
@@ -50,16 +49,13 @@ class LatentCopy:
 
 
 def copy_before_each(layers):
-    """Hooks the copy before each of a model's decoder layers; a forward without a LatentCopy passes through
-    unchanged.
-    """
+    """Hooks the copy before each decoder layer; a forward without a LatentCopy passes unchanged."""
     for layer in layers:
         layer.register_forward_pre_hook(copy_states, with_kwargs=True)
 
 
 def copy_states(layer, args, kwargs):
-    """The hook: hidden states [2B,L,D] on their way into a layer become those of section 3.3, if the forward
-    asks for it.
+    """The hook: hidden states [2B,L,D] before a layer become those of section 3.3, if the forward asks.
 
     transformers gives the states by position or by name, and the LatentCopy among the keywords.
     """
@@ -72,10 +68,10 @@ def copy_states(layer, args, kwargs):
 
 
 def _share(x, mask):
-    """x [2B,..], the intact half first; mask, which broadcasts over a half -> x with the corrupted half's
-    masked entries replaced.
+    """x [2B,..] -> the same with the corrupted half's masked entries replaced by the intact half's.
 
-    Gradient flows through the copy into the intact half.
+    The intact half stands first; mask broadcasts over a half. Gradient flows through the copy
+    into the intact half.
     """
     x_int, x_cor = x.chunk(2)
     return torch.cat([x_int, torch.where(mask, x_int, x_cor)])
@@ -83,8 +79,7 @@ def _share(x, mask):
 
 @dataclass
 class Packed:
-    """Both paths of every pair in one sequence of length P, right-padded; what both have in common stands
-    once:
+    """Both paths of every pair in one right-padded sequence of length P; what they share stands once:
 
         prefix | I_cor Q thought | I_int Q thought latents | rest and answer (int) | rest and answer (cor)
 
@@ -124,15 +119,15 @@ def pack(attention_mask, image, copied):
     for b in range(B):
         bounds = parts_of(attention_mask[b], image[b], copied[b], b)
 
-        # The packed sequence of a pair: the unpacked position of each of its own, and the part that it
-        # belongs to.
+        # The packed sequence of a pair: the unpacked position of each of its own, and the part
+        # that it belongs to.
         source = torch.cat([torch.arange(lo, hi, device=device) for lo, hi in bounds])
         part = torch.cat([torch.full((hi - lo,), i, device=device) for i, (lo, hi) in enumerate(bounds)])
         sources.append(source)
         parts.append(part)
 
-        # The intact path is parts 0, 2 and 3; the corrupted one 0, 1 and 4, and the copied positions of part
-        # 2.
+        # The intact path is parts 0, 2 and 3; the corrupted one 0, 1 and 4, and the copied
+        # positions of part 2.
         place = torch.arange(len(source), device=device)
         for path, own in enumerate(((0, 2, 3), (0, 1, 4))):
             mine = torch.isin(part, torch.tensor(own, device=device))
@@ -154,8 +149,9 @@ def pack(attention_mask, image, copied):
 
 
 def parts_of(attention_mask, image, copied, b):
-    """The five parts of pair b's packed sequence, as (start, end) of unpacked positions. [L] each; ValueError
-    as in `pack`.
+    """The five parts of pair b's packed sequence, as (start, end) of unpacked positions.
+
+    attention_mask, image and copied [L] are pair b's. ValueError as in `pack`.
     """
     n = int(attention_mask.sum())
     first = int(image.int().argmax())  # the prefix ends where the first image begins
@@ -169,11 +165,11 @@ def parts_of(attention_mask, image, copied, b):
 def dual_forward(model, batch, copied, realisation, recorder=None):
     """Both paths through the model -> last hidden states (h_int [B,L,D], h_cor [B,L,D]).
 
-    batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for two
-    paths that share nothing. recorder: an attention.AttentionRecorder whose rows and columns are those of
-    both halves, [2B, ...]. Nobody may read a copied position of h_cor: there each realisation leaves
-    something else. ValueError for an unknown realisation, and for `packed` where the copied positions are not
-    one run.
+    batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for
+    two paths that share nothing. recorder: an attention.AttentionRecorder whose rows and columns are
+    those of both halves, [2B, ...]. Nobody may read a copied position of h_cor: there each realisation
+    leaves something else. ValueError for an unknown realisation, and for `packed` where the copied
+    positions are not one run.
     """
     if realisation == "packed":
         return packed_forward(model, batch, copied, recorder)
@@ -192,8 +188,9 @@ def dual_forward(model, batch, copied, realisation, recorder=None):
 
 
 def packed_forward(model, batch, copied, recorder=None):
-    """dual_forward in its packed realisation: one sequence a pair, P < 2L, and no copy, since a copied
-    position stands once.
+    """dual_forward's packed realisation: one sequence a pair, P < 2L.
+
+    There is no copy, since a copied position stands once.
     """
     image = batch["mm_token_type_ids"] == 1                                            # [B,L]
     if copied is None:
@@ -208,8 +205,8 @@ def packed_forward(model, batch, copied, recorder=None):
         **packed_images(model, batch, image),
     }
 
-    # Queries and keys go to the recorder as the unpacked paths have them: there causality alone says who sees
-    # whom.
+    # Queries and keys go to the recorder as the unpacked paths have them: there causality alone
+    # says who sees whom.
     def unpacked(layer, q, k, scale):
         recorder(layer, p.unpack(q), p.unpack(k), scale)
 
@@ -218,9 +215,7 @@ def packed_forward(model, batch, copied, recorder=None):
 
 
 def packed_images(model, batch, image):
-    """Pixels and grids of both paths in the packed sequence's order: each pair's corrupted images, then its
-    intact ones.
-    """
+    """Pixels and grids of both paths as the packed sequence has them: a pair's corrupted images first."""
     grids = batch["image_grid_thw"]                                                    # [I,3]
 
     # Whose each image is: the tokens up to its end, among the tokens of the pairs up to each.

@@ -19,9 +19,7 @@ _SLOT = re.compile("\ue000(\\d+)\ue001")  # stands for a user's text in the rend
 
 
 def latent_tokens(count, kind):
-    """Names of the K latent tokens, in order: K different ones (`diverse`), or one repeated (`identical`;
-    table 3).
-    """
+    """Names of the K latent tokens: K different ones (`diverse`), or one repeated (`identical`; table 3)."""
     return [f"<|latent_{i if kind == 'diverse' else 0}|>" for i in range(count)]
 
 
@@ -52,9 +50,9 @@ class Format:
     elsewhere has a subclass with a `question` and a `chat_template` of its own.
 
     count: K of the latents in a sequence. copies: how often each image stands in it. The tags around an
-    answer, around a thought that ends in latents, and around latents that the model feeds back to itself are
-    known by their ids: answer_start_id, think_start_id, latent_start_id and their ends; None where there are
-    none.
+    answer, around a thought that ends in latents, and around latents that the model feeds back to
+    itself are known by their ids: answer_start_id, think_start_id, latent_start_id and their ends; None
+    where there are none.
     """
 
     copies = 1
@@ -142,9 +140,7 @@ class Format:
         return head + latents + tail, list(offsets)
 
     def answered(self, ids, image, latents, answer):
-        """A prompt to generate from, as `question` gives it, and R and <|im_end|> after it, which are the
-        labels -> Layout.
-        """
+        """A prompt as `question` gives it, then R and <|im_end|>, which are the labels -> Layout."""
         start = len(ids)
         ids = ids + self.text(answer) + [self.end]
         return Layout(
@@ -160,11 +156,11 @@ class Format:
         return self.answered(ids, image, [], answer)
 
     def latent(self, turns, image_tokens, answer, steps=(), labels="all"):
-        """The sequence of a method with latents. labels: "all" that the assistant says, or the "answer" and
-        its end alone.
+        """The sequence of a method with latents -> Layout.
 
-        The first answer position is `<answer>` itself, which predicts R's first token: it sees the latents
-        and is copied from nowhere, so that a one-token answer still has a divergence to lose.
+        labels: "all" that the assistant says, or the "answer" and its end alone. The first answer position is
+        `<answer>` itself, which predicts R's first token: it sees the latents and is copied from nowhere, so
+        that a one-token answer still has a divergence to lose.
         """
         prompt, image = self.prompt(turns, image_tokens)
         thought, offsets = self.thinking(steps)
@@ -185,10 +181,10 @@ class Format:
     def question(self, turns, image_tokens, latents="keep"):
         """The prompt to generate from: (ids, image positions, latent positions).
 
-        latents: "keep" ends with the whole thought and `<answer>`, so that what is decoded is the bare
-        answer; "drop" does the same without the latents; "none" is the plain chat prompt. A method that
-        learned to write its own thought (`--thought cot`) is given `<think>` alone and writes the rest
-        itself.
+        latents: "keep" ends with the whole thought and `<answer>`, so that what is decoded is the
+        bare answer; "drop" does the same without the latents; "none" is the plain chat prompt. A
+        method that learned to write its own thought (`--thought cot`) is given `<think>` alone and
+        writes the rest itself.
         """
         ids, image = self.prompt(turns, image_tokens)
         if latents == "none" or not self.count:
@@ -200,9 +196,7 @@ class Format:
         return ids + thought + [self.answer_start_id], image, where
 
     def chat_template(self):
-        """The tokenizer's chat template with the generation prompt of `question`, for tools that know nothing
-        of crystal.
-        """
+        """The tokenizer's chat template with the generation prompt of `question`, for stock tools."""
         template = self.tokenizer.chat_template
         if not self.count:
             return template

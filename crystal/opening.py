@@ -1,9 +1,8 @@
-"""What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, or a name on
-the hub.
+"""What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, a hub name.
 
-A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into it. An
-export is an ordinary model directory, and crystal.json in it says what stock tools cannot know of its
-latents.
+A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into
+it. An export is an ordinary model directory, and crystal.json in it says what stock tools cannot
+know of its latents.
 """
 
 import json
@@ -23,9 +22,7 @@ MARK = "crystal.json"  # in a merged directory that stock tools use in part
 
 
 def method_flags(parser):
-    """Adds what every command that opens a run takes: whose code it may run, if the run's method is a file
-    (see methods.of_run).
-    """
+    """Adds --method and --trust_method, whose code may run if a run's method is a file (methods.of_run)."""
     parser.add_argument(
         "--method",
         default="",
@@ -40,8 +37,9 @@ def method_flags(parser):
 
 
 def model_flags(parser):
-    """Adds what every command that asks a model takes: --checkpoint, --device, --min_pixels and --max_pixels,
-    and `method_flags`.
+    """Adds --checkpoint, --device, --min_pixels, --max_pixels and what `method_flags` adds.
+
+    Every command that asks a model takes them.
     """
     method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
@@ -65,15 +63,14 @@ def open_model(
     method="",
     trust_method=False,
 ):
-    """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or
-    None).
+    """Anything that --model takes -> (Model in evaluation mode, Format, Settings of a run or None).
 
     which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's
     number. dtype: of what is no run; None takes bfloat16 on a GPU, float32 elsewhere; a run keeps its own.
-    min_pixels, max_pixels: see model.load; of a run they default to what it was trained with. weights False:
-    of a run, what it trained has values and the frozen rest is shapes alone. method, trust_method: what a run
-    that was made by a file of its own needs, see methods.of_run; the settings then name the file that was
-    run.
+    min_pixels, max_pixels: see model.load; of a run they default to what it was trained with. weights
+    False: of a run, what it trained has values and the frozen rest is shapes alone. method, trust_method:
+    what a run that was made by a file of its own needs, see methods.of_run; the settings then name the
+    file that was run.
     """
     run = Path(name)
     if not (run / "checkpoints").is_dir():
@@ -122,8 +119,9 @@ def open_run(run, which="best", device="cpu", weights=True, method="", trust_met
 
 
 def exported_format(directory, tokenizer):
-    """The Format of a directory that is no run: plain, or what its crystal.json says. UserError if that is
-    broken.
+    """The Format of a directory that is no run: plain, or what its crystal.json says.
+
+    UserError if that file is broken.
     """
     file = Path(directory) / MARK
     if not file.is_file():

@@ -123,8 +123,9 @@ def versions():
 # --- checkpoints ---
 
 def store(run, step, settings, optimizer, named, procs, best):
-    """Writes checkpoints/step-N: what trains, the optimiser's state, the settings; the older ones beyond
-    --keep go.
+    """Writes checkpoints/step-N: what trains, the optimiser's state, the settings.
+
+    The older ones beyond --keep go.
     """
     files = {
         "trainable.safetensors": {n: p.detach() for n, p in named},
@@ -152,8 +153,9 @@ MAY_CHANGE = {
 
 
 def restore(directory, settings, objective, optimizer, named, procs):
-    """Loads what `store` wrote into module and optimiser -> the update to go on from. The ranks may be others
-    than before.
+    """Loads what `store` wrote into module and optimiser -> the update to go on from.
+
+    The ranks may be others than before.
     """
     files, state = checkpoint.load(directory)
     if state["pairs"] != pairs(settings, procs):

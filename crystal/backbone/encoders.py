@@ -1,5 +1,4 @@
-"""Frozen vision encoders: what VaLR's latents are aligned to while they learn; nothing at inference needs
-one.
+"""Frozen vision encoders, to which VaLR's latents are aligned while they learn; inference needs none.
 
 I images, h and w their size in pixels as the encoder wants it, P patches, E feature size.
 
@@ -97,8 +96,9 @@ class Encoder(nn.Module):
 
 
 def load(name, device="cpu"):
-    """`tiny`, a directory or a hub name -> Encoder. UserError if it cannot be loaded or is of an unknown
-    kind.
+    """`tiny`, a directory or a hub name -> Encoder.
+
+    UserError if it cannot be loaded or is of an unknown kind.
     """
     if name == "tiny":
         with torch.random.fork_rng(devices=[]):  # drawn once for all runs and ranks, and no other draw moves

@@ -1,5 +1,4 @@
-"""What differs between kinds of vision-language models: a table with a row each, and how a kind prepares
-images and takes them.
+"""What differs between kinds of vision-language models: a row each, and how a kind prepares and takes images.
 
 tutorials/10_backbones.md adds a row. I images, P rows of pixel_values, B sequences, L length.
 """
@@ -16,12 +15,11 @@ from crystal import layout
 
 
 class Images:
-    """How a family prepares images and takes them. This is Qwen's way; another family's class says what it
-    does otherwise.
+    """How a family prepares images and takes them: Qwen's way.
 
-    processor: transformers' image processor. config: the model's. A batch has pixel_values [P,..], the rows
-    of all its images one after the other, and image_grid_thw [I,3], which says what each image is: frames,
-    and rows and columns of patches.
+    Another family's class says what it does otherwise. processor: transformers' image processor. config: the
+    model's. A batch has pixel_values [P,..], the rows of all its images one after the other, and
+    image_grid_thw [I,3], which says what each image is: frames, and rows and columns of patches.
     """
 
     bounded = True  # whether --min_pixels and --max_pixels mean anything
@@ -40,9 +38,7 @@ class Images:
         return image_grid_thw.prod(-1).tolist()
 
     def grids(self, image_grid_thw):
-        """How each image's tokens lie, in the order of the sequence: a list of (rows, columns), for Qwen of
-        one.
-        """
+        """How each image's tokens lie, in the sequence's order: [(rows, columns), ..], for Qwen one."""
         merge = self.processor.merge_size
         return [[(h // merge, w // merge)] for _, h, w in image_grid_thw.tolist()]
 
@@ -68,12 +64,11 @@ class Images:
 
 
 class Tiles(Images):
-    """LLaVA-OneVision's way: the whole image in one tile, then the image in several, put together, without
-    their padding, a newline after each row.
+    """LLaVA-OneVision's way: the whole image in one tile, then the image in several.
 
-    image_grid_thw [I,3]: tiles, and the image's height and width in pixels. pixel_values [P,3,h,w], P tiles.
-    Of several images in a record each is one tile, padded to a square, as the family was trained. Positions
-    are 1-D.
+    The tiles are put together, without their padding, a newline after each row. image_grid_thw [I,3]: tiles,
+    and the image's height and width in pixels. pixel_values [P,3,h,w], P tiles. Of several images in a record
+    each is one tile, padded to a square, as the family was trained. Positions are 1-D.
     """
 
     bounded = False
@@ -91,8 +86,9 @@ class Tiles(Images):
         return image_grid_thw[:, 0].tolist()
 
     def grids(self, image_grid_thw):
-        """The whole image's (rows, columns), and those of its tiles put together, newlines included: (1, 1)
-        where one newline is all.
+        """The whole image's (rows, columns), and those of its tiles put together, newlines included.
+
+        The tiles' are (1, 1) where one newline is all.
         """
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         found = []
@@ -115,9 +111,11 @@ class Tiles(Images):
         return torch.arange(L, device=batch["input_ids"].device).expand(3, B, L)
 
     def keywords(self, inputs):
-        """Tensors of a batch -> the same less mm_token_type_ids and image_grid_thw; position_ids [3,B,L] ->
-        [B,L], and of the grids image_sizes [I,2]
-        (height, width in pixels) and batch_num_images, a list of how many images belong together.
+        """Tensors of a batch -> the same as this family names them, less what it does not know.
+
+        mm_token_type_ids and image_grid_thw are left out; position_ids [3,B,L] become [B,L]. Of the
+        grids come image_sizes [I,2] (height, width in pixels) and batch_num_images, a list of how
+        many images belong together.
         """
         out = {n: x for n, x in inputs.items() if n not in ("mm_token_type_ids", "image_grid_thw")}
         if out.get("position_ids") is not None:
@@ -136,11 +134,11 @@ class Tiles(Images):
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between kinds of models. language, vision, merger: regular expressions of Linear modules'
-    names.
+    """What differs between kinds of models.
 
-    marks: the image token, and those around an image that have seen nothing but images, the last one closing
-    it. vision_attention: name of the vision tower's attention function. images: an Images.
+    language, vision, merger: regular expressions of Linear modules' names. marks: the image token, and those
+    around an image that have seen nothing but images, the last one closing it. vision_attention: name of the
+    vision tower's attention function. images: an Images.
     """
 
     language: str
@@ -159,8 +157,8 @@ FAMILIES = {
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
         merger=r"model\.visual\.merger\.mlp\.\d+",
     ),
-    # DeepStack: mergers of its own bring features of early vision blocks to the outputs of the first decoder
-    # layers.
+    # DeepStack: mergers of its own bring features of early vision blocks to the outputs of
+    # the first decoder layers.
     "qwen3_vl": Family(
         language=DECODER,
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",

@@ -4,9 +4,9 @@
 kinds of models is families.py's. B sequences, L length, D hidden size, H query heads, G key/value heads, d
 head size, V vocabulary rows, I images.
 
-transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers leaves
-open: a registered attention function, a pre-hook on each decoder layer, and keywords of the forward that
-travel to both.
+transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers
+leaves open: a registered attention function, a pre-hook on each decoder layer, and keywords of the forward
+that travel to both.
 """
 
 import re
@@ -40,8 +40,8 @@ from crystal.runtime.config import UserError
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
-# What wrappers put before (torch.compile also amid) the names of the weights that they save: DataParallel,
-# torch.compile, PEFT.
+# What wrappers put before (torch.compile also amid) the names of the weights that they
+# save: DataParallel, torch.compile, PEFT.
 WRAPPERS = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": "", r"(?<=\.)_orig_mod\.": ""}
 
 
@@ -103,8 +103,10 @@ def vision_attention(
 
 
 def attention_mask(*args, **kwargs):
-    """transformers' mask, bool or None. A row of left padding, which would see no key, sees the first:
-    nothing reads it, and no attention makes NaN of it.
+    """transformers' mask, bool or None, in which every row sees a key.
+
+    A row of left padding, which would see no key, sees the first: nothing reads it, and no attention
+    makes NaN of it.
     """
     mask = sdpa_mask(*args, **kwargs)
     if mask is None:
@@ -117,8 +119,8 @@ AttentionInterface.register("crystal", attention)
 # A function without a mask of its own would get None always.
 AttentionMaskInterface.register("crystal", attention_mask)
 AttentionInterface.register("crystal_flash_vision", vision_attention)
-# Under a mask the gradient of cuDNN's attention, torch's first choice on an H100, is NaN at some lengths
-# (pytorch/pytorch#196678).
+# Under a mask the gradient of cuDNN's attention, torch's first choice on an H100, is NaN
+# at some lengths (pytorch/pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -156,12 +158,11 @@ class Model(nn.Module):
         return self.hf.lm_head.weight is self.hf.get_input_embeddings().weight
 
     def add_tokens(self, tokens, seed=0):
-        """Gives `tokens` spare vocabulary rows, initialised like an average token, and makes those rows
-        trainable.
+        """Gives `tokens` vocabulary rows, initialised like an average token, and makes those rows trainable.
 
-        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has learned
-        for it. The vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns
-        the ids.
+        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has
+        learned for it. The vocabulary matrix keeps its size. Raises UserError if it has too few spare
+        rows. Returns the ids.
         """
         known = self.tokenizer.get_vocab().keys() & set(tokens)
         self.tokenizer.add_special_tokens(
@@ -179,16 +180,17 @@ class Model(nn.Module):
         g = torch.Generator().manual_seed(seed)
         for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:
             used = weight.detach()[: min(fresh, default=1)].float()
-            # An average row plus a little spread: close enough to be harmless, far enough apart to become
-            # different.
+            # An average row plus a little spread: close enough to be harmless, far enough
+            # apart to become different.
             noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
             weight.data[fresh] = (used.mean(0) + noise).to(weight.dtype)
         self.new_tokens = TrainableTokens(embed, head, ids)
         return ids
 
     def add_adapters(self, settings):
-        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names. UserError for a
-        part without any.
+        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names.
+
+        UserError for a part without any.
         """
         patterns = [getattr(self.family, part) for part in settings.lora_on.split(",")]
         for pattern in patterns:
@@ -217,9 +219,7 @@ class Model(nn.Module):
         return self.image_processor.positions(self.hf.model, batch)
 
     def keywords(self, inputs):
-        """Tensors of a batch, named as everywhere in crystal -> keywords of the transformers model's forward
-        and generate.
-        """
+        """Tensors of a batch by crystal's names -> keywords of transformers' forward and generate."""
         return self.image_processor.keywords(inputs)
 
     def hidden(self, inputs, latent_copy=None, recorder=None, biases=()):
@@ -248,11 +248,10 @@ class Model(nn.Module):
 
     @contextmanager
     def seeing(self, mask):
-        """Inside, a cached forward sees `mask`, the additive mask [B,1,L,L] of a prompt
-        (bottleneck.additive_mask), padding included.
+        """Inside, a cached forward sees `mask`, the additive mask [B,1,L,L] of a prompt, padding included.
 
-        The first forward is the prompt's; a row after it sees of the prompt what the prompt's last row sees,
-        and every generated row up to itself.
+        attention_bias.additive_mask makes it. The first forward is the prompt's; a row after it sees of the
+        prompt what the prompt's last row sees, and every generated row up to itself.
         """
         seen, L = 0, mask.shape[-1]
 
@@ -275,9 +274,7 @@ class Model(nn.Module):
             hook.remove()
 
     def logits(self, h):
-        """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads, and no
-        others.
-        """
+        """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads alone."""
         return self.hf.lm_head(h)
 
     def trainable(self):
@@ -403,8 +400,9 @@ def named(names, most=3):
 
 
 def why(error):
-    """What transformers says of files that it cannot load, as one line; of a directory whose weights are
-    pickles, that they are not what is wanted.
+    """What transformers says of files that it cannot load, as one line.
+
+    Of a directory whose weights are pickles: that they are not what is wanted.
     """
     text = " ".join(str(error).split())[:500]
     return text + " (weights are read from safetensors alone: a pickle can run code)" * (
@@ -413,8 +411,9 @@ def why(error):
 
 
 def directory(name):
-    """Where a model's files lie: the directory itself, or the local copy of a hub's; UserError if it cannot
-    be had.
+    """Where a model's files lie: the directory itself, or the local copy of a hub's.
+
+    UserError if it cannot be had.
     """
     source = resolve(name)
     if Path(source).is_dir():
@@ -426,8 +425,9 @@ def directory(name):
 
 
 def parameter_names(hf, keys):
-    """{a tensor's name in a checkpoint file: the parameter's in the model}; older files of a family, and
-    wrappers, use other prefixes.
+    """{a tensor's name in a checkpoint file: the parameter's in the model}.
+
+    Older files of a family, and wrappers, use other prefixes.
     """
     renamings, names = get_model_conversion_mapping(hf, WRAPPERS), {}
     for name in keys:
@@ -439,8 +439,7 @@ def parameter_names(hf, keys):
 
 
 def unwrapped(name):
-    """A tensor's name in a checkpoint file without what a wrapper put before it: what stock tools look for.
-    """
+    """A tensor's name in a checkpoint file without a wrapper's prefix: what stock tools look for."""
     for pattern, nothing in WRAPPERS.items():
         name = re.sub(pattern, nothing, name)
     return name
@@ -449,9 +448,9 @@ def unwrapped(name):
 def prepare(model, settings, tokens=()):
     """Makes a loaded model trainable as the settings say: new tokens, and adapters, full weights or neither.
 
-    tokens: the new special tokens of the method. Token rows come last and stay trainable whatever was frozen
-    before them. The vision tower trains only if its adapters are asked for; otherwise nothing in it needs a
-    graph.
+    tokens: the new special tokens of the method. Token rows come last and stay trainable whatever was
+    frozen before them. The vision tower trains only if its adapters are asked for; otherwise nothing in
+    it needs a graph.
     """
     if settings.tune == "lora":
         model.add_adapters(settings)

@@ -1,10 +1,10 @@
 """Save, verify, resume: a checkpoint is complete and unchanged, or it is not used.
 
-`checkpoints/step-N/` holds safetensors files, `state.json`, whatever `extra` wrote, and `manifest.json` with
-the SHA-256 and size of each file. It is written as `step-N.tmp`, flushed to the disk, and renamed: a kill at
-any moment leaves the checkpoint before it. The manifest is there because safetensors loads a flipped payload
-byte without a word. `checkpoints/best.json` names the best step. Only tensors and JSON are read back; pickle
-never.
+`checkpoints/step-N/` holds safetensors files, `state.json`, whatever `extra` wrote, and `manifest.json`
+with the SHA-256 and size of each file. It is written as `step-N.tmp`, flushed to the disk, and renamed: a
+kill at any moment leaves the checkpoint before it. The manifest is there because safetensors loads a
+flipped payload byte without a word. `checkpoints/best.json` names the best step. Only tensors and JSON are
+read back; pickle never.
 
 One process calls save, mark_best and prune; any number may read.
 """
@@ -38,11 +38,11 @@ def step_dir(run_dir, step):
 def save(run_dir, step, files, state, extra=None):
     """Write checkpoint `step`; returns its directory.
 
-    files: {"name.safetensors": {tensor name: tensor of any shape, dtype and device}}. state: JSON values
-    (lists for tuples, strings for keys). extra: called with the directory to write more into, such as an
-    adapter and a tokenizer. An older directory of the same step is replaced. CheckpointError before anything
-    is written, for a bad name or a state that is not JSON. OSError with the path when a write fails; what was
-    there before stays.
+    files: {"name.safetensors": {tensor name: tensor of any shape, dtype and device}}. state: JSON
+    values (lists for tuples, strings for keys). extra: called with the directory to write more into,
+    such as an adapter and a tokenizer. An older directory of the same step is replaced. CheckpointError
+    before anything is written, for a bad name or a state that is not JSON. OSError with the path when a
+    write fails; what was there before stays.
     """
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -91,8 +91,9 @@ def save(run_dir, step, files, state, extra=None):
 
 
 def verify(directory):
-    """Read every byte of a checkpoint (a second or so a gigabyte); returns what is wrong with it, one string
-    a problem, [] if nothing.
+    """Reads every byte of a checkpoint -> what is wrong with it, one string a problem, [] if nothing.
+
+    It takes a second or so a gigabyte.
     """
     directory = Path(directory)
     try:
@@ -115,8 +116,9 @@ def verify(directory):
 
 
 def newest(run_dir, say=print):
-    """The directory of the largest step that verifies, or None. `say` gets one line for each broken one that
-    is passed over; smaller steps are not read.
+    """The directory of the largest step that verifies, or None.
+
+    `say` gets one line for each broken one that is passed over; smaller steps are not read.
     """
     for _, directory in reversed(_steps(run_dir)):
         problems = verify(directory)
@@ -127,7 +129,8 @@ def newest(run_dir, say=print):
 
 
 def load(directory):
-    """Verify, then read what `save` was given: ({file name: {tensor name: tensor on the CPU}}, state).
+    """Verifies, then reads what `save` was given -> ({file: {tensor name: tensor on the CPU}}, state).
+
     CheckpointError if anything is wrong.
     """
     directory = Path(directory)
@@ -143,8 +146,9 @@ def load(directory):
 
 @torch.no_grad()
 def load_parameters(named_params, tensors, source):
-    """Copy tensors into (name, parameter) pairs. CheckpointError naming `source`, and nothing changed, if
-    names or shapes differ.
+    """Copies tensors into (name, parameter) pairs.
+
+    CheckpointError naming `source`, and nothing changed, if names or shapes differ.
     """
     named = dict(named_params)
     if apart := sorted(named.keys() ^ tensors.keys()):
@@ -163,8 +167,9 @@ def load_parameters(named_params, tensors, source):
 
 
 def mark_best(run_dir, step, value, metric):
-    """Record in `checkpoints/best.json` that the saved `step` has the best `value` of `metric` so far;
-    `prune` keeps it. CheckpointError if it is not saved.
+    """Records in checkpoints/best.json that the saved `step` has the best `value` of `metric` so far.
+
+    `prune` keeps that checkpoint. CheckpointError if it is not saved.
     """
     if not step_dir(run_dir, step).is_dir():
         raise CheckpointError(f"{step_dir(run_dir, step)}: does not exist, so it cannot be the best")
@@ -178,6 +183,7 @@ def mark_best(run_dir, step, value, metric):
 
 def best(run_dir):
     """The record {"step", "value", "metric"} that `mark_best` wrote, or None if there is none.
+
     CheckpointError if it is damaged.
     """
     path = Path(run_dir) / "checkpoints" / "best.json"
@@ -218,12 +224,12 @@ def prune(run_dir, keep):
 
 
 def optimizer_tensors(optimizer, named_params):
-    """State of AdamW (or any optimizer whose state is tensors) by parameter name: {"layer.weight.exp_avg":
-    tensor, ..., "layer.weight.step": 0-dim}.
+    """State of AdamW, or of any optimizer whose state is tensors, by parameter name.
 
-    named_params: (name, parameter) pairs that cover the optimizer's parameters; others are passed over. A
-    parameter that never had a gradient has no state, recorded as an empty "name.stateless". Tensors are the
-    optimizer's own, not copies. CheckpointError for a parameter without a name or a state not a tensor.
+    It is {"layer.weight.exp_avg": tensor, ..., "layer.weight.step": 0-dim}. named_params: (name, parameter)
+    pairs that cover the optimizer's parameters; others are passed over. A parameter that never had a gradient
+    has no state, recorded as an empty "name.stateless". Tensors are the optimizer's own, not copies.
+    CheckpointError for a parameter without a name or a state not a tensor.
     """
     tensors = {}
     for name, param in _named(optimizer, named_params):
@@ -240,8 +246,9 @@ def optimizer_tensors(optimizer, named_params):
 
 
 def optimizer_hyper(optimizer):
-    """Learning rate, betas, weight decay and the like, one JSON dict for each parameter group; how the update
-    is computed (`fused`, ...) is left to the machine.
+    """Learning rate, betas, weight decay and the like, one JSON dict for each parameter group.
+
+    How the update is computed (`fused`, ...) is left to the machine.
     """
     implementation = {"params", "foreach", "fused", "capturable", "differentiable"}
     return [
@@ -255,10 +262,10 @@ def optimizer_hyper(optimizer):
 
 
 def load_optimizer(optimizer, named_params, tensors, hyper=None):
-    """Give `optimizer` the state of `optimizer_tensors` and, if given, of `optimizer_hyper`, to the bit:
-    values, dtypes and step counters.
+    """Gives `optimizer` the state of `optimizer_tensors` and, if given, of `optimizer_hyper`.
 
-    CheckpointError, and nothing changed, if names, shapes or parameter groups differ.
+    It is the same to the bit: values, dtypes and step counters. CheckpointError, and nothing changed, if
+    names, shapes or parameter groups differ.
     """
     named = dict(_named(optimizer, named_params))
     states = {name: {} for name in named}
@@ -347,8 +354,9 @@ def _manifest(directory):
 
 
 def _steps(run_dir):
-    """[(step, directory)] in rising order. `step-N.old` counts where a kill came between the two renames of a
-    replacement.
+    """[(step, directory)] in rising order.
+
+    `step-N.old` counts where a kill came between the two renames of a replacement.
     """
     found = {}
     for path in sorted((Path(run_dir) / "checkpoints").glob("step-*")):  # "step-7" sorts before "step-7.old"

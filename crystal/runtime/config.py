@@ -1,9 +1,9 @@
 """Settings shared by all methods: one dataclass, its command line and stages.
 
-A field's help is its metadata; its default is the paper's. A method's own settings are a subclass in the
-method's own file, with fields and defaults of its own: a fork is one file. `--method` is looked at first,
-then its class makes the command line, so `--help` lists what the method knows, and another method's flag
-fails.
+A field's help is its metadata; its default is the paper's. A method's own settings are a subclass
+in the method's own file, with fields and defaults of its own: a fork is one file. `--method` is
+looked at first, then its class makes the command line, so `--help` lists what the method knows, and
+another method's flag fails.
 """
 import argparse
 import sys
@@ -31,8 +31,9 @@ def changed(kind, name, default):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with a warm-up and decay of its own. share: of max_steps; data: records to train on,
-    empty for --data.
+    """A part of a run with a warm-up and decay of its own.
+
+    share: of max_steps. data: records to train on, empty for --data.
     """
     name: str
     share: float
@@ -42,10 +43,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an update stands: how many came before it, in which stage (from 0), and what fraction of stage
-    and run is behind it.
+    """Where an update stands in the run.
 
-    Validation and evaluation see the end of the run: the last stage, both fractions 1.
+    step: how many updates came before it. stage: from 0. in_stage, in_run: what fraction of each is behind
+    it. Validation and evaluation see the end of the run: the last stage, both fractions 1.
     """
     step: int
     stage: int
@@ -199,8 +200,9 @@ class Settings:
 
     @property
     def weights(self):
-        """Weight of each loss term by its name (eq. 6). A method with more terms adds theirs; one without a
-        weight is an error.
+        """Weight of each loss term by its name (eq. 6).
+
+        A method with more terms adds theirs; a term without a weight is an error.
         """
         return {"ce": 1.0}
 
@@ -232,8 +234,9 @@ def corruption_of(text, modes=BUILT_IN):
 
 
 def layers_of(text, count):
-    """--attn_layers and its like -> indices in a model of `count` decoder layers. last, all, or 12,18,24;
-    negative ones count from the end.
+    """--attn_layers and its like -> indices in a model of `count` decoder layers.
+
+    last, all, or 12,18,24; negative ones count from the end.
     """
     if text in ("last", "all"):
         return {count - 1} if text == "last" else set(range(count))
@@ -256,11 +259,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv=None, settings_of=lambda method: Settings):
-    """argv (list of str, or None for sys.argv) -> Settings of the method it names: its defaults, and what was
-    given.
+    """argv (list of str, or None for sys.argv) -> Settings of the method that it names.
 
-    settings_of: a method's name or file -> its Settings class. Entry points use methods.parse, which knows
-    them all.
+    What is not given has the method's default. settings_of: a method's name or file -> its Settings class.
+    Entry points use methods.parse, which knows them all.
     """
     look = OneLineParser(add_help=False, allow_abbrev=False)
     look.add_argument("--method", default=Settings.method)

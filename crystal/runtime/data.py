@@ -5,8 +5,8 @@ as a JSON list or as JSONL, with `image` or `images` below an image root and the
 `boxes`, `family` and `features` ({name: safetensors file below the image root}, what was computed for the
 record beforehand). Whatever is wrong with a record is told with its file, line and field.
 
-B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer positions, N
-image tokens.
+B pairs, L sequence length, I images of a batch, P patches of all of them, K latents, M answer
+positions, N image tokens.
 """
 
 import io
@@ -55,9 +55,9 @@ class Record:
 def read(path, image_root="", turns="first"):
     """A JSON or JSONL file -> (list of Record or RecordError in file order, number of turns dropped).
 
-    turns: "first" keeps the conversation up to the first answer after an image, "all" makes a record of every
-    answer. A broken record stands in the list as its error, so that the caller decides; a file without any is
-    a UserError.
+    turns: "first" keeps the conversation up to the first answer after an image, "all" makes a record of
+    every answer. A broken record stands in the list as its error, so that the caller decides; a file without
+    any is a UserError.
     """
     path = Path(path)
     root = Path(image_root) if image_root else path.parent
@@ -83,10 +83,10 @@ def read(path, image_root="", turns="first"):
 
 
 def of_dictionaries(items, root=None):
-    """Parsed objects -> list of Record. root: the folder below which their images lie; None: paths are the
-    caller's own, from where he stands.
+    """Parsed objects -> list of Record.
 
-    An object is what a line of a JSONL file holds; its images may also be PIL images, or the bytes of a file.
+    root: the folder below which their images lie. None: paths are the caller's own, from where he stands. An
+    object is what a line of a JSONL file holds; its images may also be PIL images, or the bytes of a file.
     RecordError names the object by its number in the list, and the field.
     """
     records = []
@@ -97,8 +97,9 @@ def of_dictionaries(items, root=None):
 
 
 def check(where, item, root):
-    """Whether `read` would take this parsed object: RecordError names the field if not. root: folder of its
-    images.
+    """Whether `read` would take this parsed object: RecordError names the field if not.
+
+    root: the folder of its images.
     """
     _records(where, item, Path(root).resolve(), "first")
 
@@ -130,8 +131,9 @@ def _records(where, item, root, keep):
         raise RecordError(f"{where}: field {name!r}: {problem}")
 
     def file(name, p):
-        """A path below the root -> where the file lies. Without a root it may lie anywhere; an image in
-        memory stays what it is.
+        """A path below the root -> where the file lies.
+
+        Without a root it may lie anywhere; an image in memory stays what it is.
         """
         if not isinstance(p, str):
             return p
@@ -151,8 +153,7 @@ def _records(where, item, root, keep):
             bad(name, f"{told!r} is not a path: {getattr(error, 'strerror', None) or error}")
 
     def text(name, value):
-        """A JSON string may hold half of a surrogate pair, which is no text: tokenizers and files refuse it.
-        """
+        """A text, unless half of a surrogate pair is in it, which tokenizers and files refuse."""
         if found := re.search("[\ud800-\udfff]", value):
             bad(name, f"character {found.start()} is {found[0]!a}, half of a surrogate pair")
         return value
@@ -250,8 +251,7 @@ def text_of_part(part):
 
 
 def load_image(path, where):
-    """An image file, a function that opens one, the bytes of one, or a PIL image -> PIL image as `rgb` makes
-    it.
+    """A path, a function that opens an image, bytes, or a PIL image -> PIL image as `rgb` makes it.
 
     RecordError for a broken or oversized one.
     """
@@ -270,8 +270,7 @@ def load_image(path, where):
 
 
 def load_features(record, name):
-    """What was computed for a record beforehand under one name of its `features` -> {key: tensor}, on the
-    CPU.
+    """What was computed for a record beforehand, by a name of its `features` -> {key: tensor}, on the CPU.
 
     One file serves many records: its tensors are named ID/KEY. RecordError if the record, the file or the id
     has nothing of that name.
@@ -294,8 +293,7 @@ def load_features(record, name):
 
 
 class RecordDataset(Dataset):
-    """(epoch, index) -> one example: a Layout and the pixels of its images, intact and, if asked for,
-    corrupted.
+    """(epoch, index) -> one example: a Layout and the pixels of its images, intact and corrupted.
 
     image_processor: a families.Images. layout: function (record, image token counts) -> Layout. corruption: a
     corrupt.Corruption, or a function (image [3,h,w] in [0,1], generator) -> image; None: no corrupted images.
@@ -339,11 +337,10 @@ class RecordDataset(Dataset):
         return {"error": bad[0]}  # told, not raised: a worker's exception would arrive as a page of traceback
 
     def build(self, index, epoch):
-        """One record -> {"layout": Layout, "extras": {name: tensor [n,..]}, "pixel_values", "image_grid_thw",
-        and with a corruption "pixel_values_cor"}.
+        """One record -> {"layout": Layout, "extras": {name: tensor [n,..]}} and its pixels.
 
-        Pixels as in `pixels`. RecordError for a record that is broken, or lacks what corruption or extras
-        need.
+        The pixels are "pixel_values", "image_grid_thw" and with a corruption "pixel_values_cor". Pixels as in
+        `pixels`. RecordError for a record that is broken, or lacks what corruption or extras need.
         """
         record = self.records[index]
         if isinstance(record, RecordError):
@@ -374,10 +371,10 @@ class RecordDataset(Dataset):
         return example
 
     def pixels(self, images):
-        """RGB PIL images of one record -> {"pixel_values" [P,..], "image_grid_thw" [I,3]} of all copies, see
-        families.Images; both None without images.
+        """RGB PIL images of one record -> {"pixel_values" [P,..], "image_grid_thw" [I,3]} of all copies.
 
-        ValueError where the processor refuses an image, one far too narrow, say.
+        See families.Images; both are None without images. ValueError where the processor refuses an image,
+        one far too narrow, say.
         """
         if not images:
             return {"pixel_values": None, "image_grid_thw": None}
@@ -412,12 +409,12 @@ class Batch(TypedDict, total=False):
 def collate(examples, pad):
     """Examples -> a batch of tensors, right-padded:
 
-    input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans; latents [B,K],
-    answer_positions [B,M], image [B,N] positions with -1 for padding; pixel_values (and pixel_values_cor)
-    [P,..] and image_grid_thw [I,3], see families.Images; and a method's extras [B,n,..], padded with zeros.
-    Beside the tensors bad, the messages of the records that were skipped. Where an example is an error,
-    {"error": the first one, "bad": []}: told, since one rank that raised alone would leave the others
-    waiting.
+    input_ids, targets, attention_mask, mm_token_type_ids [B,L]; thought, answer [B,2] spans;
+    latents [B,K], answer_positions [B,M], image [B,N] positions with -1 for padding;
+    pixel_values (and pixel_values_cor) [P,..] and image_grid_thw [I,3], see families.Images; and
+    a method's extras [B,n,..], padded with zeros. Beside the tensors bad, the messages of the
+    records that were skipped. Where an example is an error, {"error": the first one, "bad": []}:
+    told, since one rank that raised alone would leave the others waiting.
     """
     if errors := [e["error"] for e in examples if "error" in e]:
         return {"error": errors[0], "bad": []}
@@ -464,8 +461,9 @@ def to_device(batch, device, dtype):
 
 
 def loader(examples, order, pad, workers=0, worker_init=None):
-    """Batches in the given order (any iterable of lists of (epoch, index)) -> a torch DataLoader of what
-    `collate` returns.
+    """Batches in the given order -> a torch DataLoader of what `collate` returns.
+
+    order: any iterable of lists of (epoch, index).
     """
     return DataLoader(
         examples,

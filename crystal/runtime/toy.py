@@ -1,10 +1,10 @@
 """Toy scenes: small drawn objects and short questions about them, in LLaVA's format.
 
-A scene is a picture of 112 x 112 pixels. Its 4 x 4 grid of cells of 28 pixels is the grid of image tokens of
-a Qwen2.5-VL (14 pixel patches, merged 2 x 2), and at most one object has its centre in a cell. An object is
-named by its shape, and it is only 5 to 19 pixels wide: a Gaussian blur of 5 pixels leaves a coloured cloud
-that no longer tells a star from a ring, so every question depends on a small detail. The families are
-CV-Bench's:
+A scene is a picture of 112 x 112 pixels. Its 4 x 4 grid of cells of 28 pixels is the grid of image
+tokens of a Qwen2.5-VL (14 pixel patches, merged 2 x 2), and at most one object has its centre in a
+cell. An object is named by its shape, and it is only 5 to 19 pixels wide: a Gaussian blur of 5 pixels
+leaves a coloured cloud that no longer tells a star from a ring, so every question depends on a small
+detail. The families are CV-Bench's:
 
     count      How many stars are there?                              1 2 3 4
     relation   Is the star to the left or right of the ring?          left right above below
@@ -12,15 +12,15 @@ CV-Bench's:
     nearer     Which is nearer to the star, the ring or the heart?    a shape
     attribute  What colour is the star?                               a colour
 
-All objects are equally large in the scene, so the nearer ones look larger, and they hide what is behind them.
-The light falls from the top, and from the left it is warm: what a patch shows of the background tells where
-the patch is.
+All objects are equally large in the scene, so the nearer ones look larger, and they hide what is behind
+them. The light falls from the top, and from the left it is warm: what a patch shows of the background tells
+where the patch is.
 
     python data_prep/toy.py --out data/toy --seed 0 --train 4000 --val 500 --test 2500
 
-writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same arguments
-give the same bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with x1 and y1
-exclusive.
+writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same
+arguments give the same bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with
+x1 and y1 exclusive.
 """
 
 import hashlib
@@ -71,8 +71,7 @@ ZOOM = {"base": 1.0, "demo": 0.72}
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object. x, y: its centre in pixels; level: 0 (far, tiny) to 3 (near, huge); width in pixels.
-    """
+    """One drawn object. x, y: its centre [px]; level: 0 (far, tiny) to 3 (near, huge); width [px]."""
 
     shape: str
     colour: str
@@ -135,8 +134,7 @@ class Question:
 
 
 def rng_for(*names):
-    """A numpy generator of its own for every tuple of names, so streams with different names share no scene.
-    """
+    """A numpy generator of its own for every tuple of names, so that different names share no scene."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
@@ -150,11 +148,10 @@ def draw_for(stream, rng, count=None):
 
 
 def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
-    """Place 5 to 8 objects: `count` of one shape (1 to 4, drawn if None) and four of other shapes, one of
-    each.
+    """Places 5 to 8 objects: `count` of one shape (1 to 4, drawn if None) and four others, one of each.
 
-    Two neighbours are pushed together in half of the scenes, so that the nearer one hides a part of the
-    farther one.
+    Two neighbours are pushed together in half of the scenes, so that the nearer one hides a part
+    of the farther one.
     """
     count = int(rng.integers(1, 5)) if count is None else count
     kinds = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
@@ -175,9 +172,7 @@ def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
 
 
 def push_together(centres, cells, gap):
-    """Move the first two neighbours found to `gap` pixels from the border between their cells; changes
-    `centres`.
-    """
+    """Moves the first two neighbours to `gap` px from the border between their cells; changes `centres`."""
     for i, (xi, yi) in enumerate(cells):
         for j, (xj, yj) in enumerate(cells):
             if (xj - xi, yj - yi) == (1, 0):
@@ -252,8 +247,7 @@ def pick(rng, items):
 
 
 def ask(scene, family, rng, answer=None):
-    """One random question of a family, its answer `answer` if given; None if the scene has no such question.
-    """
+    """One random question of a family, its answer `answer` if given; None if the scene has none."""
     choices = [(found, things) for found, things in CHOICES[family](scene) if answer in (None, found)]
     if not choices:
         return None
@@ -262,8 +256,8 @@ def ask(scene, family, rng, answer=None):
     return Question(family, pick(rng, texts), found, tuple(thing.box for thing in things), cot)
 
 
-# What can be asked of a scene: every (answer, things), the things in the order in which the question names
-# them.
+# What can be asked of a scene: every (answer, things), the things in the order in which
+# the question names them.
 
 
 def count_choices(scene):
