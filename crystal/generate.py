@@ -93,7 +93,7 @@ def ask(model, fmt, images, question, max_new_tokens=64, latents="keep"):
         [record], lambda r, n: fmt.question(r.turns, n, how), model.image_processor, copies=fmt.copies
     ).build(0, 0)
     room = thought_length(fmt, model.name) if latents == "free" else 0
-    prompt = (asked["layout"][0], asked["pixel_values"], asked["image_grid_thw"])
+    prompt = (asked["layout"].ids, asked["pixel_values"], asked["image_grid_thw"])
     return generate(model, [prompt], fmt, max_new_tokens + room, latents=latents)[0]
 
 

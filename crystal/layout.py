@@ -8,6 +8,7 @@ position, nothing by shifting.
 """
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 IGNORE = -100
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -39,6 +40,14 @@ class Layout:
     latents: list[int] = field(default_factory=list)           # positions of the K latents
     answer: tuple[int, int] = (0, 0)                           # <answer> (or R's first token) to <|im_end|>
     answer_positions: list[int] = field(default_factory=list)  # they predict R and what follows it
+
+
+class Prompt(NamedTuple):
+    """A sequence to generate from: its L ids, and where in it what a reader or a mask asks for stands."""
+
+    ids: list[int]      # L of them
+    image: list[int]    # positions of the N image tokens of all images
+    latents: list[int]  # positions of the K latents; none where the model writes them itself
 
 
 class Format:
@@ -139,13 +148,13 @@ class Format:
         offsets = range(len(head), len(head) + len(latents))
         return head + latents + tail, list(offsets)
 
-    def answered(self, ids, image, latents, answer):
-        """A prompt as `question` gives it, then R and <|im_end|>, which are the labels -> Layout."""
-        start = len(ids)
-        ids = ids + self.text(answer) + [self.end]
+    def answered(self, prompt, answer):
+        """A Prompt, then R and <|im_end|>, which are the labels -> Layout."""
+        start = len(prompt.ids)
+        ids = prompt.ids + self.text(answer) + [self.end]
         return Layout(
-            ids, next_tokens(ids, start), image,
-            latents=latents,
+            ids, next_tokens(ids, start), prompt.image,
+            latents=prompt.latents,
             answer=(start, len(ids)),
             answer_positions=list(range(start - 1, len(ids) - 1)),
         )
@@ -153,7 +162,7 @@ class Format:
     def plain(self, turns, image_tokens, answer):
         """The sequence of ordinary fine-tuning."""
         ids, image = self.prompt(turns, image_tokens)
-        return self.answered(ids, image, [], answer)
+        return self.answered(Prompt(ids, image, []), answer)
 
     def latent(self, turns, image_tokens, answer, steps=(), labels="all"):
         """The sequence of a method with latents -> Layout.
@@ -179,7 +188,7 @@ class Format:
         )
 
     def question(self, turns, image_tokens, latents="keep"):
-        """The prompt to generate from: (ids, image positions, latent positions).
+        """What the model is asked -> Prompt.
 
         latents: "keep" ends with the whole thought and `<answer>`, so that what is decoded is the
         bare answer; "drop" does the same without the latents; "none" is the plain chat prompt. A
@@ -188,12 +197,13 @@ class Format:
         """
         ids, image = self.prompt(turns, image_tokens)
         if latents == "none" or not self.count:
-            return ids, image, []
+            return Prompt(ids, image, [])
         if self.writes_own_latents:
-            return ids + [self.think_start_id], image, []
+            return Prompt(ids + [self.think_start_id], image, [])
+
         thought, offsets = self.thinking(drop=latents == "drop")
         where = [len(ids) + i for i in offsets]
-        return ids + thought + [self.answer_start_id], image, where
+        return Prompt(ids + thought + [self.answer_start_id], image, where)
 
     def chat_template(self):
         """The tokenizer's chat template with the generation prompt of `question`, for stock tools."""

@@ -6386,8 +6386,8 @@ MEASURES = [
     ),
     Break(
         "reliance-latents-with-a-shift", "crystal/evaluation/interventions.py",
-        """[L - len(ids) + i for i in e["layout"][2]]""",
-        """[i for i in e["layout"][2]]""",
+        """[L - len(ids) + i for i in e["layout"].latents]""",
+        """[i for i in e["layout"].latents]""",
         "In a batch of unequal prompts other positions than the latents are replaced.",
         "tests/test_reliance_by_hand.py",
     ),

@@ -97,7 +97,7 @@ def answers(
     for at in range(0, len(mine), batch_size):
         indices = mine[at : at + batch_size]
         batch = [examples.build(i, 0) for i in indices]
-        prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in batch]
+        prompts = [(e["layout"].ids, e[pixels], e["image_grid_thw"]) for e in batch]
         said = ask_batch(model, fmt, prompts, latents, max_new_tokens, biases)
         for i, (prediction, own) in zip(indices, said):
             result = judged(records[i], i, prediction)

@@ -90,10 +90,10 @@ class Asked:
 
 def asked(model, examples, pixels="pixel_values"):
     """Examples of `questions` -> Asked. pixels: or "pixel_values_cor" for the corrupted images."""
-    prompts = [(e["layout"][0], e[pixels], e["image_grid_thw"]) for e in examples]
+    prompts = [(e["layout"].ids, e[pixels], e["image_grid_thw"]) for e in examples]
     B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
     where = torch.tensor(
-        [[L - len(ids) + i for i in e["layout"][2]] for e, (ids, _, _) in zip(examples, prompts)],
+        [[L - len(ids) + i for i in e["layout"].latents] for e, (ids, _, _) in zip(examples, prompts)],
         dtype=torch.long,
     )
     image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
@@ -108,18 +108,18 @@ def asked(model, examples, pixels="pixel_values"):
 
 
 def questions(model, fmt, records, latents="keep", corruption=None, seed=0):
-    """Records -> Examples whose layout is (ids, image positions, latent positions).
+    """Records -> Examples whose layout is a layout.Prompt.
 
     A merged directory's chat template writes the latents itself: there they are found by their tokens' name.
     """
     named = {i for token, i in model.tokenizer.get_added_vocab().items() if token.startswith("<|latent_")}
 
     def layout(record, image_tokens):
-        ids, image, where = fmt.question(record.turns, image_tokens, latents)
-        if not fmt.count and named:
-            where = [i for i, token in enumerate(ids) if token in named]
-            if latents == "drop":  # latents stand after the image: its positions stay
-                ids, where = [token for token in ids if token not in named], []
-        return ids, image, where
+        prompt = fmt.question(record.turns, image_tokens, latents)
+        if fmt.count or not named:
+            return prompt
+        if latents == "drop":  # latents stand after the image: its positions stay
+            return prompt._replace(ids=[token for token in prompt.ids if token not in named])
+        return prompt._replace(latents=[i for i, token in enumerate(prompt.ids) if token in named])
 
     return data.RecordDataset(records, layout, model.image_processor, corruption, seed, copies=fmt.copies)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.attention_bias import AttentionBias
 from crystal.backbone.model import Model
-from crystal.layout import TAGS, Format, generation_prompt, latent_tokens
+from crystal.layout import TAGS, Format, Prompt, generation_prompt, latent_tokens
 from crystal.losses import gaze, semantics
 from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
@@ -103,10 +103,10 @@ class Latents(Format):
     def question(self, turns, image_tokens, latents="keep"):
         ids, image = self.prompt(turns, image_tokens)
         if latents == "none":
-            return ids, image, []
+            return Prompt(ids, image, [])
         own = [] if latents == "drop" else self.latents
         where = range(len(ids), len(ids) + len(own))
-        return ids + own + [self.answer_start_id], image, list(where)
+        return Prompt(ids + own + [self.answer_start_id], image, list(where))
 
     def chat_template(self):
         prompt = "".join(self.tokenizer.convert_ids_to_tokens(self.latents + [self.answer_start_id]))

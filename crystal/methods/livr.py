@@ -90,17 +90,17 @@ class Format(layout.Format):
         self.latents = tokenizer.convert_tokens_to_ids(names)
 
     def question(self, turns, image_tokens, latents="keep"):
-        """The prompt to generate from. latents: "keep", or "drop" to leave them out."""
+        """What the model is asked -> Prompt. latents: "keep", or "drop" to leave them out."""
         ids, image = self.prompt(turns, image_tokens)
         if latents != "keep":
-            return ids, image, []
+            return layout.Prompt(ids, image, [])
 
         # Where the user's last turn ends, or behind the last image's <|vision_end|>.
         at = len(ids) - 1 - ids[::-1].index(self.end)
         if self.place == "before" and image:
             at = image[-1] + 1 + (len(self.marks) > 1)
         where = range(at, at + self.count)
-        return ids[:at] + self.latents + ids[at:], image, list(where)
+        return layout.Prompt(ids[:at] + self.latents + ids[at:], image, list(where))
 
     def chat_template(self):
         if self.copies > 1:

@@ -46,7 +46,7 @@ class Method:
 
     def layout(self, fmt: Any, record: Record, image_tokens: list[int], stage: int = -1) -> Layout:
         """The prompt that `fmt.question` generates from, then R and its end, which are labels."""
-        return fmt.answered(*fmt.question(record.turns, image_tokens), record.answer)
+        return fmt.answered(fmt.question(record.turns, image_tokens), record.answer)
 
     def extras(self, record: Record, images: list) -> dict[str, torch.Tensor]:
         return {}

@@ -23,7 +23,7 @@ import torch.nn as nn
 from crystal import feedback
 from crystal.backbone import encoders
 from crystal.backbone.model import Model
-from crystal.layout import IGNORE, Format, Layout, next_tokens
+from crystal.layout import IGNORE, Format, Layout, Prompt, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
 from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
@@ -121,12 +121,12 @@ class Segments(Format):
         self.latent_start_id, self.latent_end_id, self.answer_start_id, self.answer_end_id = ids
 
     def question(self, turns, image_tokens, latents="keep"):
-        """The prompt to generate from: (ids, image positions, no latents).
+        """What the model is asked -> Prompt, without latents.
 
-        Latents come, or are dropped, as the model writes (generate.py).
+        They come, or are dropped, as the model writes (generate.py).
         """
         ids, image = self.prompt(turns, image_tokens)
-        return ids, image, []
+        return Prompt(ids, image, [])
 
     def chat_template(self):
         return self.tokenizer.chat_template

@@ -69,8 +69,8 @@ class Engine(threading.Thread):
         out = self.model.image_processor(images=images, return_tensors="pt") if images else {}
         counts = self.model.image_tokens(out["image_grid_thw"]) if images else []
         with self.reading:
-            ids, _, _ = self.reader.question(turns, counts, self.latents)
-        return ids, out.get("pixel_values"), out.get("image_grid_thw")
+            prompt = self.reader.question(turns, counts, self.latents)
+        return prompt.ids, out.get("pixel_values"), out.get("image_grid_thw")
 
     def submit(self, job):
         """Puts a prepared job in line."""
