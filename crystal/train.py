@@ -33,7 +33,6 @@ from crystal.run_directory import (
     check_writable,
     holds_a_run,
     list_bad,
-    pairs,
     restore,
     store,
     summary_writer,
@@ -396,7 +395,7 @@ def report_bad(batch, count, step, settings, procs):
         raise UserError(errors[0])
 
     broken = procs.gather(batch["bad"])
-    seen = (step + 1) * pairs(settings, procs)
+    seen = (step + 1) * checkpoint.pairs(settings, procs)
     if count + len(broken) > max(1, 0.01 * seen):
         raise UserError(
             f"{count + len(broken)} of {seen} records were broken, more than 1 %; the last: {broken[-1]}"

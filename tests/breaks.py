@@ -4295,6 +4295,7 @@ TWO = "tests/test_loop.py::test_two_processes_equal_the_plain_loop"
 IN_TRAIN = "tests/test_train.py::test_"
 IN_DIRECTORY = "tests/test_run_directory.py::test_"
 IN_CHECKPOINT = "tests/test_checkpoint.py::test_"
+IN_STATE = "tests/test_named_state.py::test_"
 IN_PROCESSES = "tests/test_distributed.py::test_"
 
 LOOP = [
@@ -4797,43 +4798,43 @@ LOOP = [
         IN_TRAIN + "resume_equals_not_having_stopped",
     ),
     Break(
-        "train-resume-with-another-lr", "crystal/run_directory.py",
+        "train-resume-with-another-lr", "crystal/runtime/checkpoint.py",
         '"log_every", "resume", "overwrite", "tensorboard",\n',
         '"log_every", "resume", "overwrite", "tensorboard", "lr",\n',
         "A resume may change the schedule.",
         IN_DIRECTORY + "each_setting_is_kept_by_a_resume_or_may_change[lr]",
     ),
     Break(
-        "train-resume-with-another-seed", "crystal/run_directory.py",
+        "train-resume-with-another-seed", "crystal/runtime/checkpoint.py",
         '"workers", "on_bad_record"',
         '"workers", "seed", "on_bad_record"',
         "A resume may see records twice and others never.",
         IN_DIRECTORY + "each_setting_is_kept_by_a_resume_or_may_change[seed]",
     ),
     Break(
-        "train-resume-on-as-many-workers", "crystal/run_directory.py",
+        "train-resume-on-as-many-workers", "crystal/runtime/checkpoint.py",
         '"checkpointing", "workers", "on_bad_record"',
         '"checkpointing", "on_bad_record"',
         "A resume on another machine is refused.",
         IN_DIRECTORY + "each_setting_is_kept_by_a_resume_or_may_change[workers]",
     ),
     Break(
-        "train-pairs-of-one-process", "crystal/run_directory.py",
+        "train-pairs-of-one-process", "crystal/runtime/checkpoint.py",
         "    return settings.batch_size * settings.accumulation * procs.world",
         "    return settings.batch_size * settings.accumulation",
         "A resume on fewer processes halves its updates without a word.",
         IN_DIRECTORY + "a_resume_keeps_the_pairs_of_an_update",
     ),
     Break(
-        "train-resume-without-moments", "crystal/run_directory.py",
-        '    checkpoint.load_optimizer(optimizer, named, files["optimizer.safetensors"])\n',
+        "train-resume-without-moments", "crystal/runtime/checkpoint.py",
+        '    load_optimizer(optimizer, named, files["optimizer.safetensors"])\n',
         "",
         "A resume starts AdamW from zero.",
         IN_DIRECTORY + "restored_by_value",
     ),
     Break(
-        "train-resume-without-rows", "crystal/run_directory.py",
-        "    objective.model.after_update()\n",
+        "train-resume-without-rows", "crystal/runtime/checkpoint.py",
+        "    model.after_update()",
         "",
         "A resumed run's first forward sees fresh rows.",
         IN_DIRECTORY + "restored_by_value",
@@ -4893,7 +4894,7 @@ LOOP = [
     ),
     Break(
         "train-bad-records-of-one-rank", "crystal/train.py",
-        "seen = (step + 1) * pairs(settings, procs)",
+        "seen = (step + 1) * checkpoint.pairs(settings, procs)",
         "seen = (step + 1) * settings.batch_size * settings.accumulation",
         "Many processes stop at far fewer broken records.",
         IN_TRAIN + "broken_records_in_a_batch",
@@ -4991,8 +4992,8 @@ LOOP = [
     ),
     Break(
         "checkpoint-files-not-flushed", "crystal/runtime/checkpoint.py",
-        '            *temporary.rglob("*"),\n            temporary,\n',
-        "            temporary\n",
+        '[*temporary.rglob("*"), temporary]',
+        "[temporary]",
         "A power cut leaves names without contents.",
         IN_CHECKPOINT + "a_kill_at_any_moment_leaves_a_checkpoint",
     ),
@@ -5004,32 +5005,32 @@ LOOP = [
         IN_CHECKPOINT + "what_lies_on_the_disk",
     ),
     Break(
-        "checkpoint-parameters-half-changed", "crystal/runtime/checkpoint.py",
+        "checkpoint-parameters-half-changed", "crystal/runtime/named_state.py",
         "    for name, param in named.items():\n        if param.shape",
         "    for name, param in named.items():\n        param.zero_()\n        if param.shape",
         "A refused checkpoint has ruined the weights.",
-        IN_CHECKPOINT + "parameters_are_copied_or_refused_whole",
+        IN_STATE + "parameters_are_copied_or_refused_whole",
     ),
     Break(
-        "checkpoint-moments-rounded", "crystal/runtime/checkpoint.py",
-        "key: value.to(param.device if beside",
-        "key: value.to(param.dtype).to(param.device if beside",
+        "checkpoint-moments-rounded", "crystal/runtime/named_state.py",
+        "own[key] = value.to(device",
+        "own[key] = value.to(param.dtype).to(device",
         "Moments in float32 of bfloat16 weights are rounded.",
-        IN_CHECKPOINT + "optimizer_state_keeps_its_dtype",
+        IN_STATE + "optimizer_state_keeps_its_dtype",
     ),
     Break(
-        "checkpoint-old-moments-stay", "crystal/runtime/checkpoint.py",
+        "checkpoint-old-moments-stay", "crystal/runtime/named_state.py",
         "    optimizer.state.clear()\n",
         "",
         "Moments that the checkpoint does not have survive.",
-        IN_CHECKPOINT + "what_had_no_gradient_has_no_state_again",
+        IN_STATE + "what_had_no_gradient_has_no_state_again",
     ),
     Break(
-        "checkpoint-hyper-not-restored", "crystal/runtime/checkpoint.py",
+        "checkpoint-hyper-not-restored", "crystal/runtime/named_state.py",
         "zip(groups, hyper or [])",
         "zip(groups, [])",
         "Betas and decay of the checkpoint are lost.",
-        IN_CHECKPOINT + "adamw_goes_on_as_if_it_had_not_stopped",
+        IN_STATE + "adamw_goes_on_as_if_it_had_not_stopped",
     ),
     Break(
         "checkpoint-best-of-another-step", "crystal/runtime/checkpoint.py",
