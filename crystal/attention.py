@@ -42,8 +42,8 @@ def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     # Bias and padding are cut to the columns, as the keys are.
     at = cols.clamp(min=0)
     if bias is not None:
-        index = at[:, None, None, :].expand(*bias.shape[:3], -1)
-        bias = bias.gather(3, index)                                # [B,1,M,K]
+        index = at[:, None, None, :]                                # [B,1,1,K]
+        bias = bias.gather(3, index.expand(*bias.shape[:3], -1))    # [B,1,M,K]
     if key_padding is not None:
         key_padding = key_padding.gather(1, at)                     # [B,K]
     return _scores(q, _take(k, cols), rows, cols, scale, bias, key_padding)
@@ -118,12 +118,13 @@ def attend(q, k, v, mask=None, *, scale=None, dropout=0.0, causal=True):
     # plain one instead, which writes L x L.
     if mask is not None and q.is_cuda:
         group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
 
+    shared = q.shape[1] != k.shape[1]
+    causal = mask is None and causal
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale,
-        is_causal=mask is None and causal,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal, enable_gqa=shared
     )
 
 
@@ -137,8 +138,7 @@ def additive(mask, dtype):
 
 def row_bias(mask, rows):
     """Of an additive mask [B,1,L,L] the chosen rows -> [B,1,M,L]."""
-    index = rows.clamp(min=0)[:, None, :, None]                     # [B,1,M,1]
-    return mask.gather(2, index.expand(-1, 1, -1, mask.shape[3]))
+    return _take(mask, rows)
 
 
 class AttentionRecorder:
@@ -157,8 +157,12 @@ class AttentionRecorder:
     """
 
     def __init__(self, layers, rows, cols, read=attn_slice, *, bias=None, key_padding=None):
-        self.layers, self.rows, self.cols, self.read = set(layers), rows, cols, read
-        self.bias, self.key_padding = bias, key_padding
+        self.layers = set(layers)
+        self.rows = rows
+        self.cols = cols
+        self.read = read
+        self.bias = bias
+        self.key_padding = key_padding
         self._slices = {}
 
     def __call__(self, layer, q, k, scale=None):
@@ -211,13 +215,16 @@ def _scores(q, k, rows, cols, scale, bias, key_padding):
     scale = d**-0.5 if scale is None else scale
 
     # The heads of a group are stacked as rows of one product, so that no key is repeated.
-    q = _take(q, rows).to(dtype).reshape(B, G, H // G * M, d)
+    q = _take(q, rows).to(dtype)                                    # [B,H,M,d]
+    q = q.reshape(B, G, H // G * M, d) * scale
+    k = k.to(dtype).transpose(2, 3)                                 # [B,G,d,K]
     with torch.autocast(q.device.type, enabled=False):  # it would take the product in half precision
-        scores = (q * scale) @ k.to(dtype).transpose(2, 3)          # [B,G,H/G M,K]
+        scores = q @ k                                              # [B,G,H/G M,K]
     scores = scores.view(B, H, M, K)
 
     # Hidden are columns after the row (a row at -1 precedes every column), padding, and what a bias blocks.
-    hidden = (cols[:, None, :] > rows[:, :, None]) | (cols < 0)[:, None, :]  # [B,M,K]
+    later = cols[:, None, :] > rows[:, :, None]                     # [B,M,K]
+    hidden = later | (cols < 0)[:, None, :]
     if key_padding is not None:
         hidden = hidden | key_padding[:, None, :]
     hidden = hidden[:, None]                                        # [B,1,M,K]
@@ -229,8 +236,9 @@ def _scores(q, k, rows, cols, scale, bias, key_padding):
 
 def _take(x, at):
     """x [B,h,L,d], positions [B,M] -> [B,h,M,d]; -1 reads position 0, which the caller hides."""
+    h, d = x.shape[1], x.shape[3]
     index = at.clamp(min=0)[:, None, :, None]                       # [B,1,M,1]
-    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+    return x.gather(2, index.expand(-1, h, -1, d))
 
 
 def check(q, k, bias, key_padding):

@@ -63,8 +63,11 @@ def copy_states(layer, args, kwargs):
     if copy is None:
         return None
     if args:
-        return (copy.states(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": copy.states(kwargs["hidden_states"])}
+        h, *others = args
+        return (copy.states(h), *others), kwargs
+
+    h = copy.states(kwargs["hidden_states"])
+    return args, {**kwargs, "hidden_states": h}
 
 
 def _share(x, mask):
@@ -99,10 +102,11 @@ class Packed:
 
     def unpack(self, x):
         """x [B,h,P,d] -> [2B,h,L,d], the intact half first, as the other realisations have it."""
+        h, d = x.shape[1], x.shape[3]
         paths = []
         for at in (self.at_int, self.at_cor):
-            index = at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])  # [B,h,L,d]
-            paths.append(x.gather(2, index))
+            index = at[:, None, :, None]                                               # [B,1,L,1]
+            paths.append(x.gather(2, index.expand(-1, h, -1, d)))
         return torch.cat(paths)
 
 
@@ -114,7 +118,8 @@ def pack(attention_mask, image, copied):
     """
     B, L = attention_mask.shape
     device = attention_mask.device
-    at = torch.zeros(2, B, L, dtype=torch.long, device=device)
+    at_int = torch.zeros(B, L, dtype=torch.long, device=device)
+    at_cor = torch.zeros_like(at_int)
     sources, parts = [], []
     for b in range(B):
         bounds = parts_of(attention_mask[b], image[b], copied[b], b)
@@ -122,29 +127,26 @@ def pack(attention_mask, image, copied):
         # The packed sequence of a pair: the unpacked position of each of its own, and the part
         # that it belongs to.
         source = torch.cat([torch.arange(lo, hi, device=device) for lo, hi in bounds])
-        part = torch.cat([torch.full((hi - lo,), i, device=device) for i, (lo, hi) in enumerate(bounds)])
+        lengths = torch.tensor([hi - lo for lo, hi in bounds], device=device)
+        part = torch.arange(len(bounds), device=device).repeat_interleave(lengths)
         sources.append(source)
         parts.append(part)
 
         # The intact path is parts 0, 2 and 3; the corrupted one 0, 1 and 4, and the copied
         # positions of part 2.
         place = torch.arange(len(source), device=device)
-        for path, own in enumerate(((0, 2, 3), (0, 1, 4))):
+        for at, own in ((at_int, (0, 2, 3)), (at_cor, (0, 1, 4))):
             mine = torch.isin(part, torch.tensor(own, device=device))
-            at[path, b, source[mine]] = place[mine]
-    at_int, at_cor = at
+            at[b, source[mine]] = place[mine]
     at_cor = torch.where(copied, at_int, at_cor)
 
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
     source, part = pad(sources), pad(parts)                                            # [B,P] each
 
     # The intact path may not look at part 1, nor the corrupted one at what of parts 2 and 3 is not copied.
-    shared = copied.gather(1, source.clamp(min=0)) & (part == 2)                       # [B,P]
-    intact_alone = (part == 2) & ~shared | (part == 3)
-    blocks = [
-        AttentionBias((part == 2) | (part == 3), part == 1),
-        AttentionBias(part == 4, intact_alone),
-    ]
+    intact = (part == 2) | (part == 3)                                                 # [B,P]
+    shared = copied.gather(1, source.clamp(min=0)) & (part == 2)
+    blocks = [AttentionBias(intact, part == 1), AttentionBias(part == 4, intact & ~shared)]
     return Packed(source, at_int, at_cor, blocks)
 
 
@@ -156,7 +158,10 @@ def parts_of(attention_mask, image, copied, b):
     n = int(attention_mask.sum())
     first = int(image.int().argmax())  # the prefix ends where the first image begins
     run = copied.nonzero()[:, 0].tolist()
-    start, end = (run[0], run[-1] + 1) if run else (n, n)
+    start = end = n
+    if run:
+        start = run[0]
+        end = run[-1] + 1
     if len(run) not in (0, end - start):
         raise ValueError(f"pair {b}: realisation packed needs the copied positions in one run, not at {run}")
     return [(0, first), (first, start), (first, end), (end, n), (end, n)]
@@ -175,13 +180,10 @@ def dual_forward(model, batch, copied, realisation, recorder=None):
         return packed_forward(model, batch, copied, recorder)
 
     # One batch of 2B: the intact half, then the corrupted one, which differs in its pixels alone.
-    twice = {
-        "input_ids": batch["input_ids"].repeat(2, 1),
-        "attention_mask": batch["attention_mask"].repeat(2, 1),
-        "pixel_values": torch.cat([batch["pixel_values"], batch["pixel_values_cor"]]),
-        "image_grid_thw": batch["image_grid_thw"].repeat(2, 1),
-        "position_ids": model.positions(batch).repeat(1, 2, 1),                        # [3,2B,L]
-    }
+    alike = ("input_ids", "attention_mask", "image_grid_thw")
+    twice = {name: batch[name].repeat(2, 1) for name in alike}
+    twice["pixel_values"] = torch.cat([batch["pixel_values"], batch["pixel_values_cor"]])
+    twice["position_ids"] = model.positions(batch).repeat(1, 2, 1)                     # [3,2B,L]
     copy = None if copied is None else LatentCopy(copied, realisation)
     h = model.hidden(twice, latent_copy=copy, recorder=recorder)                       # [2B,L,D]
     return h.chunk(2)
@@ -198,10 +200,12 @@ def packed_forward(model, batch, copied, recorder=None):
     p = pack(batch["attention_mask"], image, copied)
     real = p.source >= 0                                                               # [B,P]
     at = p.source.clamp(min=0)
+    ids = batch["input_ids"].gather(1, at)
+    positions = model.positions(batch).gather(2, at.expand(3, -1, -1))                 # [3,B,P]
     inputs = {
-        "input_ids": batch["input_ids"].gather(1, at).masked_fill(~real, model.tokenizer.pad_token_id),
+        "input_ids": ids.masked_fill(~real, model.tokenizer.pad_token_id),
         "attention_mask": real.long(),
-        "position_ids": model.positions(batch).gather(2, at[None].expand(3, -1, -1)),  # [3,B,P]
+        "position_ids": positions,
         **packed_images(model, batch, image),
     }
 
@@ -221,11 +225,12 @@ def packed_images(model, batch, image):
     # Whose each image is: the tokens up to its end, among the tokens of the pairs up to each.
     ends = torch.tensor(model.image_tokens(grids), device=image.device).cumsum(0)      # [I]
     owner = torch.searchsorted(image.sum(1).cumsum(0), ends)                           # [I]
-    grids = [grids[owner == b] for b in range(len(image))]
+    own = [grids[owner == b] for b in range(len(image))]
 
     # The patches of each pair, corrupted and intact.
-    patches = [sum(model.image_processor.rows(g)) for g in grids]
+    patches = [sum(model.image_processor.rows(grid)) for grid in own]
     cor = batch["pixel_values_cor"].split(patches)
-    int_ = batch["pixel_values"].split(patches)
-    pixels = [x for both in zip(cor, int_) for x in both]
-    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat([g.repeat(2, 1) for g in grids])}
+    intact = batch["pixel_values"].split(patches)
+    pixels = [x for both in zip(cor, intact) for x in both]
+    twice = [grid.repeat(2, 1) for grid in own]
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(twice)}

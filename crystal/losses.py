@@ -35,7 +35,9 @@ def kl_rows(logits_int, logits_cor):
 
     Logits [N,V], finite. Exactly 0 with exactly zero gradients for equal logits.
     """
-    return _kl(_wide(logits_int).log_softmax(-1), _wide(logits_cor).log_softmax(-1))
+    log_p = _wide(logits_int).log_softmax(-1)                               # [N,V]
+    log_q = _wide(logits_cor).log_softmax(-1)
+    return _kl(log_p, log_q)
 
 
 def vocab_kl_ce(
@@ -80,7 +82,8 @@ def vocab_kl_ce(
     # KL at the answer positions, of which both paths have a row each.
     teacher = logits_int if teacher_grad else logits_int.detach()
     kl = kl_rows(teacher[answer[in_int]], logits_cor[answer[in_cor]])
-    return ce_int, ce_cor, kl.new_zeros(len(answer)).masked_scatter(answer, kl)
+    nowhere = kl.new_zeros(len(answer))                                     # [N]
+    return ce_int, ce_cor, nowhere.masked_scatter(answer, kl)
 
 
 def _ce_at(logits, targets, here):
@@ -90,7 +93,8 @@ def _ce_at(logits, targets, here):
     """
     label = targets >= 0
     values = ce_rows(logits[label[here]], targets[label])
-    return values.new_zeros(len(targets)).masked_scatter(label, values)
+    nowhere = values.new_zeros(len(targets))                                # [N]
+    return nowhere.masked_scatter(label, values)
 
 
 def mean_per_pair(values, pair, pairs, share=1.0):
@@ -103,6 +107,7 @@ def mean_per_pair(values, pair, pairs, share=1.0):
     """
     if not 0 < share <= 1:
         raise ValueError(f"share {share}: must be above 0 and at most 1")
+
     means, used = [], 0
     for b in range(pairs):
         own = values[pair == b]                                             # [n]
@@ -113,8 +118,10 @@ def mean_per_pair(values, pair, pairs, share=1.0):
             largest = max(1, math.floor(share * len(own) + 1e-9))
             own = own.topk(largest).values
         means.append(own.sum() / max(1, len(own)))
-    if used < len(values):
-        raise ValueError(f"{len(values) - used} of {len(values)} rows belong to no pair in 0..{pairs - 1}")
+
+    lost = len(values) - used
+    if lost:
+        raise ValueError(f"{lost} of {len(values)} rows belong to no pair in 0..{pairs - 1}")
     return torch.stack(means)
 
 
@@ -155,7 +162,8 @@ def attn_kl(S_int, S_cor, rows, cols):
     # p = q = 1/K does too. With -inf it would be NaN.
     log_p = _wide(S_int).masked_fill(hidden, -1e30).log_softmax(-1)
     log_q = _wide(S_cor).masked_fill(hidden, -1e30).log_softmax(-1)
-    return mean_rows(_kl(log_p, log_q), rows)
+    kl = _kl(log_p, log_q)                                                  # [B,H,M]
+    return mean_rows(kl, rows)
 
 
 def attn_kl_heads_mean(A_int, A_cor, rows, cols):
@@ -255,7 +263,8 @@ def patch_alignment(f_hat, f):
     f_hat [N,P,E]: up-sampled and projected latents (the paper's F hat). f [P,E]: the encoder's patch
     features, the same for all segments, or [N,P,E]. Returns a scalar in [-1, 1].
     """
-    cosine = F.cosine_similarity(_wide(f_hat), _wide(f).expand_as(f_hat), dim=-1)   # [N,P]
+    f = _wide(f).expand_as(f_hat)                                           # [N,P,E]
+    cosine = F.cosine_similarity(_wide(f_hat), f, dim=-1)                   # [N,P]
     return -cosine.mean()
 
 
@@ -283,7 +292,8 @@ def gaze(A, target, cols):
 
     # Where p is 0 its logarithm is so small that p log p is exactly 0.
     tiny = torch.finfo(p.dtype).tiny
-    log_p = p.clamp(min=tiny).log().masked_fill(p == 0, -1e30)
+    log_p = p.clamp(min=tiny).log()
+    log_p = log_p.masked_fill(p == 0, -1e30)                                # [B,N]
     kl = _kl(log_p[:, None].expand_as(log_q), log_q)                        # [B,K]
     return kl.sum(1).masked_fill(~p.any(-1), 0.0)
 
@@ -302,15 +312,20 @@ def _kl(log_p, log_q):
     make it q (x log x - x + 1) >= 0 with x = p / q, flat at x = 1, so that p = q gives a gradient of exactly
     0 and not of round-off.
     """
-    p, q = log_p.exp(), log_q.exp()
-    return (p * (log_p - log_q) - p + q).sum(-1)
+    p = log_p.exp()
+    q = log_q.exp()
+    terms = p * (log_p - log_q) - p + q
+    return terms.sum(-1)
 
 
 def _log_share(A, cols):
     """log of weights A [B,M,K] renormalised over the columns."""
     padded = (cols < 0)[:, None, :]
-    log_A = A.clamp(min=torch.finfo(A.dtype).tiny).log()
-    return log_A.masked_fill(padded, -1e30).log_softmax(-1)  # the softmax of logarithms divides by their sum
+    tiny = torch.finfo(A.dtype).tiny
+    log_A = A.clamp(min=tiny).log().masked_fill(padded, -1e30)
+
+    # The softmax of logarithms divides by their sum.
+    return log_A.log_softmax(-1)
 
 
 def cells(H, rows, cols):
@@ -324,5 +339,6 @@ def mean_rows(values, rows):
     """values [B,H,M] -> [B], mean over heads and rows that are not padding."""
     H = values.shape[1]
     valid = rows >= 0                                                       # [B,M]
+    count = H * valid.sum(1)                                                # [B]
     summed = values.masked_fill(~valid[:, None], 0.0).sum((1, 2))
-    return summed / (H * valid.sum(1)).clamp(min=1)
+    return summed / count.clamp(min=1)
