@@ -250,10 +250,10 @@ def color(x, s, generator=None):
     *u_factors, u_hue = uniform(4, generator).tolist()
     low = max(0.0, 1 - s)
     high = 1 + s
-    factors = [low + (high - low) * u for u in u_factors]
+    brightness, contrast, saturation = (low + (high - low) * u for u in u_factors)
     a = min(s / 4, 0.5)
     turns = a * (2 * u_hue - 1)
-    return jitter(x, *factors, turns)
+    return jitter(x, brightness, contrast, saturation, turns)
 
 
 # --- stochastic noise ---

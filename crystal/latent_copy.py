@@ -25,7 +25,7 @@ class LatentCopy:
 
     copied: bool [B,L], the positions that the corrupted path takes from the intact one. realisation:
     "hidden", where `states` copies before every decoder layer (see `copy_before_each`), or "kv", where
-    `keys_values` copies within every layer: the model's attention function (backbone/model.py) calls it.
+    `keys_values` copies within every layer: backbone/attention_functions.py calls it.
     """
 
     def __init__(self, copied, realisation):
