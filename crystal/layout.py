@@ -75,6 +75,7 @@ class Format:
         self.thought = thought
         self.marks = getattr(tokenizer, "image_marks", IMAGE)  # another family's, see families.py
         self.end, self.image = tokenizer.convert_tokens_to_ids([END, self.marks[0]])
+
         if count:
             tags = tokenizer.convert_tokens_to_ids(list(TAGS))
             self.think_start_id, self.think_end_id, self.answer_start_id, self.answer_end_id = tags
@@ -111,6 +112,7 @@ class Format:
             if isinstance(text, str):
                 # LLaVA's files break the line after an image, the template does not.
                 text = text.replace("<image>\n", "<image>").split("<image>")
+
             content = []
             for i, part in enumerate(text):
                 if i:
@@ -118,6 +120,7 @@ class Format:
                 if part:
                     content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
                     texts.append(part)
+
             # A list for every role: some templates pass over a plain string.
             messages.append({"role": role, "content": content})
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -145,6 +148,7 @@ class Format:
         head = [self.think_start_id] + self.text(" " + words)
         latents = [] if drop else self.latents
         tail = self.template(". ") + [self.think_end_id]
+
         offsets = range(len(head), len(head) + len(latents))
         return head + latents + tail, list(offsets)
 

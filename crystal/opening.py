@@ -26,8 +26,8 @@ def method_flags(parser):
     parser.add_argument(
         "--method",
         default="",
-        help="of a run whose method is a file of its own: the file to run, which you name because you know "
-        "it",
+        help="of a run whose method is a file of its own: the file to run, "
+        "which you name because you know it",
     )
     parser.add_argument(
         "--trust_method",
@@ -78,15 +78,20 @@ def open_model(
             raise UserError(f"{run}: a run without checkpoints")
         if method:
             raise UserError(f"--method {method}: {name} is no run of train.py, and opens without")
+
         # As train.py's --dtype auto.
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         model = crystal.backbone.model.load(name, dtype, device, min_pixels, max_pixels)
-        return model, exported_format(crystal.backbone.model.resolve(name), model.tokenizer), None
+        fmt = exported_format(crystal.backbone.model.resolve(name), model.tokenizer)
+        return model, fmt, None
+
+    # What was trained, by which method, on which base.
     directory = find(run, which)
     files, state = checkpoint.load(directory)
     allowed = methods.of_run(state, directory, method, trust_method)
     settings = methods.saved_settings(state["settings"] | {"method": allowed}, directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
+
     model = crystal.backbone.model.load(
         settings.model,
         dtype,
@@ -97,10 +102,12 @@ def open_model(
     )
     settings = replace(settings, checkpointing=False)
     _, fmt = methods.attach(model, settings)
-    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
+
     # A method's heads, and the encoders behind them, serve its losses alone: they stay in the checkpoint.
+    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
     tensors = {n: t for n, t in files["trainable.safetensors"].items() if not n.startswith("heads.")}
     checkpoint.load_parameters(named, tensors, directory)
+
     if weights:
         model.to(device)
         model.after_update()
@@ -126,12 +133,14 @@ def exported_format(directory, tokenizer):
     file = Path(directory) / MARK
     if not file.is_file():
         return Format(tokenizer)
+
     try:
         saved = json.loads(file.read_text())
         if saved["method"].endswith(".py"):  # a directory may come from anywhere: what it names is not run
             raise UserError(
                 f"{file}: exported by {saved['method']}, a method of its own; open the run directory instead"
             )
+
         method = methods.get(saved["method"])
         return method(method.Settings(**saved)).format(tokenizer)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -147,6 +156,7 @@ def find(run, which):
         directory = checkpoint.step_dir(run, record["step"] if record else which)
     else:
         raise UserError(f"--checkpoint {which}: best, last or a step")
+
     if directory is None or not directory.is_dir():
         raise UserError(f"{run}: no checkpoint {which!r} that can be used")
     return directory

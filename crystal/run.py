@@ -75,7 +75,8 @@ class Run:
     ):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.name, self.checkpoint = name, checkpoint
+        self.name = name
+        self.checkpoint = checkpoint
         self.model, self.format, settings = open_model(
             name,
             checkpoint,
@@ -85,6 +86,7 @@ class Run:
             method=method,
             trust_method=trust_method,
         )
+
         self.is_run = settings is not None
         self.settings: Any = settings or config.Settings(method="sft")
         self.method = methods.get(self.settings.method)(self.settings)
@@ -108,6 +110,7 @@ class Run:
             given = [given]
         if isinstance(given, list):
             return data.of_dictionaries(given, image_root)
+
         found, _ = data.read(given, image_root or "", self.settings.turns)
         for record in found:
             if isinstance(record, data.RecordError):
@@ -129,6 +132,7 @@ class Run:
             copies=self.format.copies,
             extras=self.method.extras,
         )
+
         built = [examples.build(i, 0) | {"bad": []} for i in range(len(records))]
         batch = data.collate(built, self.model.tokenizer.pad_token_id)
         return data.to_device(batch, self.model.device, self.model.hf.dtype)
@@ -145,10 +149,8 @@ class Run:
             directory = find(self.name, self.checkpoint)
             files, _ = checkpoint.load(directory)
             saved = files["trainable.safetensors"]
-            with torch.no_grad():
-                checkpoint.load_parameters(
-                    named, {n: t for n, t in saved.items() if n.startswith("heads.")}, directory
-                )
+            own = {n: t for n, t in saved.items() if n.startswith("heads.")}
+            checkpoint.load_parameters(named, own, directory)
         return heads.eval()
 
     def forward(self, batch):
@@ -180,16 +182,21 @@ class Run:
         """
         batch = self.batch(record)
         device = batch["input_ids"].device
-        usual = batch["latents"] if batch["latents"].shape[1] else batch["image"]
-        queries = (
-            batch["answer_positions"] if queries is None else torch.as_tensor([list(queries)], device=device)
-        )
-        keys = usual if keys is None else torch.as_tensor([list(keys)], device=device)
+
+        if queries is None:
+            queries = batch["answer_positions"]
+        else:
+            queries = torch.as_tensor([list(queries)], device=device)
+        if keys is None:
+            keys = batch["latents"] if batch["latents"].shape[1] else batch["image"]
+        else:
+            keys = torch.as_tensor([list(keys)], device=device)
         layers = range(len(self.model.layers)) if layers is None else layers
 
         copies = 1 if self.method.corruption is None else 2
         recorder = AttentionRecorder(layers, queries.repeat(copies, 1), keys.repeat(copies, 1), attn_slice)
         self.paths(batch, recorder)
+
         A_int = {layer: A[0] for layer, A in recorder.slices.items()}
         A_cor = {layer: A[1] for layer, A in recorder.slices.items()} if copies == 2 else None
         return Attention(queries[0], keys[0], A_int, A_cor)
@@ -204,8 +211,10 @@ class Run:
         where = batch["latents"]
         with recorded(self.model, where) as states:
             last = self.method.hidden(self.model, batch)
+
         before = torch.stack(states[-len(self.model.layers) :])[:, 0]  # [layers,K,D]
-        return torch.cat([before, last[0, where[0]][None]])
+        after = last[0, where[0]][None]  # [1,K,D]
+        return torch.cat([before, after])
 
 
 def images_of(given):

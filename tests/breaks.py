@@ -819,8 +819,8 @@ METHODS = [
     ),
     Break(
         "methods-run-twice", "crystal/methods/__init__.py",
-        """if key not in sys.modules:""",
-        """if True:""",
+        "if key in sys.modules:",
+        "if False:",
         "A method's file would have two classes of one name.",
         "tests/test_config.py::test_a_file_of_ones_own_has_settings_of_its_own",
     ),
@@ -2321,18 +2321,16 @@ SETTINGS = [
     ),
     Break(
         "settings-init-file-run-twice", "crystal/methods/__init__.py",
-        "if key not in sys.modules:",
-        "if True:",
+        "if key in sys.modules:",
+        "if False:",
         "A file's classes are others for each who asks.",
         "tests/test_config.py::test_a_file_of_ones_own_has_settings_of_its_own",
     ),
     Break(
         "settings-init-broken-file-stays",
         "crystal/methods/__init__.py",
-        """                del sys.modules[key]
-""",
-        """                pass
-""",
+        "        del sys.modules[key]\n",
+        "        pass\n",
         "A file that failed once is taken for a module without Method.",
         "tests/test_config.py::test_a_file_that_breaks_while_it_is_read_is_read_again",
     ),
@@ -6082,7 +6080,7 @@ DATA = [
     ),
     Break(
         "run-latents-of-the-first-forward", "crystal/run.py",
-        "torch.cat([before, last[0, where[0]][None]])",
+        "torch.cat([before, after])",
         "before",
         "The latents' last states would be missing.",
         "tests/test_run.py::test_attention_and_latents_are_stock_transformers",

@@ -38,32 +38,13 @@ _sources = {}       # path of such a file -> its bytes as they were run
 def get(name):
     """A method's name or file -> its class. UserError if there is none."""
     if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise UserError(f"--method {name}: no such file")
-        key = str(Path(name).resolve())
-        if key not in sys.modules:  # a file is run once, so that its classes are the same for all who ask
-            spec = importlib.util.spec_from_file_location(key, name)
-            assert spec is not None and spec.loader is not None  # of a .py file that is there
-            module = sys.modules[key] = importlib.util.module_from_spec(spec)
-            _sources[key] = Path(name).read_bytes()
-            try:
-                spec.loader.exec_module(module)
-            except BaseException as error:
-                del sys.modules[key]
-                if isinstance(error, SyntaxError):
-                    raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
-                if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
-                    raise UserError(
-                        f"--method {name}: settings do not change once they are made; "
-                        "write @dataclass(frozen=True)"
-                    ) from None
-                raise
-        module = sys.modules[key]
+        module = of_file(name)
     else:
         known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
         if name not in known:
             raise UserError(f"--method {name}: known are {', '.join(known)}, or give the path of a .py file")
         module = importlib.import_module(f"crystal.methods.{name}")
+
     if not hasattr(module, "Method"):
         raise UserError(f"--method {name}: defines no class Method")
     if not issubclass(module.Method, importlib.import_module("crystal.methods.sft").Method):
@@ -71,6 +52,32 @@ def get(name):
             f"--method {name}: its class Method must inherit from crystal.methods.sft's, or another method's"
         )
     return module.Method
+
+
+def of_file(name):
+    """A method's file -> its module, run once, so that its classes are the same for all who ask."""
+    if not Path(name).is_file():
+        raise UserError(f"--method {name}: no such file")
+    key = str(Path(name).resolve())
+    if key in sys.modules:
+        return sys.modules[key]
+
+    spec = importlib.util.spec_from_file_location(key, name)
+    assert spec is not None and spec.loader is not None  # of a .py file that is there
+    module = sys.modules[key] = importlib.util.module_from_spec(spec)
+    _sources[key] = Path(name).read_bytes()
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[key]
+        if isinstance(error, SyntaxError):
+            raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
+        if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
+            raise UserError(
+                f"--method {name}: settings do not change once they are made; write @dataclass(frozen=True)"
+            ) from None
+        raise
+    return module
 
 
 def parse(argv=None):

@@ -91,6 +91,7 @@ def latent_mass(q, k, rows, cols, **how):
     """
     A = attn_slice(q, k, rows, cols, **how)                      # [B,H,M,K]
     M = (rows >= 0).sum(1).clamp(min=1)                          # [B]
+
     return A.sum(-1).mean(1).sum(1) / M
 
 
@@ -102,6 +103,7 @@ def mass_recorder(model, batch, biases=()):
     answer, latents = batch["answer_positions"], batch["latents"]
     if not latents.shape[1]:
         return None
+
     wide = torch.promote_types(model.hf.dtype, torch.float32)
     last = len(model.layers) - 1
     return AttentionRecorder({last}, answer, latents, latent_mass, bias=row_biases(biases, answer, wide))

@@ -173,6 +173,7 @@ class Settings:
                 raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}")
             if value != value:  # NaN, which every check below lets pass
                 raise UserError(f"--{f.name} nan: a number is needed")
+
         if self.latents < self.least_latents:
             raise UserError(f"--latents {self.latents}: must be at least {self.least_latents}")
 
@@ -182,6 +183,7 @@ class Settings:
         for name in ("eval_every", "eval_records", "workers", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: a whole number, at least 0 and below 2^63")
         if not 0 <= self.lora_dropout < 1:
@@ -190,6 +192,7 @@ class Settings:
             raise UserError(f"--warmup {self.warmup}: a share of the steps, at least 0 and below 1")
         if min(self.lr, self.lr_tokens, self.clip) <= 0:
             raise UserError("--lr, --lr_tokens and --clip must be positive")
+
         parts = self.lora_on.split(",")
         if not parts or set(parts) - {"language", "vision", "merger"}:
             raise UserError(f"--lora_on {self.lora_on}: comma-separated language, vision, merger")
@@ -220,6 +223,7 @@ class Settings:
         """Progress of update `step` (from 0); step = max_steps is the end of the run."""
         last = len(self.stages) - 1
         stage = next((i for i in range(last) if step < self.span(i)[1]), last)
+
         start, stop = self.span(stage)
         of_stage = (step - start) / (stop - start) if stop > start else 1.0
         return Progress(step, stage, of_stage, step / self.max_steps)
@@ -240,6 +244,7 @@ def layers_of(text, count):
     """
     if text in ("last", "all"):
         return {count - 1} if text == "last" else set(range(count))
+
     try:
         chosen = {int(i) for i in text.split(",")}
     except ValueError:
@@ -268,6 +273,7 @@ def parse(argv=None, settings_of=lambda method: Settings):
     look.add_argument("--method", default=Settings.method)
     method = look.parse_known_args(argv)[0].method
     kind = settings_of(method)
+
     parser = OneLineParser(
         prog="train.py",
         description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
@@ -275,6 +281,7 @@ def parse(argv=None, settings_of=lambda method: Settings):
         allow_abbrev=False,
     )
     parser.hint = f"--method {method} --help lists every flag"
+
     types = typing.get_type_hints(kind)
     for f in fields(kind):
         extra = {"type": types[f.name], "choices": f.metadata["choices"]}

@@ -56,12 +56,11 @@ class Processes:
         not changed in place.
         """
         if not isinstance(value, torch.Tensor):
+            if self.world == 1:
+                return value
             dtype = torch.float64 if isinstance(value, float) else torch.int64
-            return (
-                self.sum(torch.tensor(value, dtype=dtype, device=self.device)).item()
-                if self.world > 1
-                else value
-            )
+            return self.sum(torch.tensor(value, dtype=dtype, device=self.device)).item()
+
         if self.world == 1:
             return value.detach().clone()
         total = value.to(self.device, copy=True)  # nccl reduces tensors on its own device only
@@ -89,16 +88,22 @@ class Processes:
         text = json.dumps(list(items)).encode()
         if self.world == 1:
             return json.loads(text)
+
         size = torch.tensor([len(text)], device=self.device)
         sizes = [torch.empty_like(size) for _ in range(self.world)]
         dist.all_gather(sizes, size)
         sizes = [int(n) for n in sizes]
+
         # All_gather wants equal sizes.
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
-        return [item for n, part in zip(sizes, parts) for item in json.loads(bytes(part[:n].tolist()))]
+
+        found = []
+        for n, part in zip(sizes, parts):
+            found += json.loads(bytes(part[:n].tolist()))
+        return found
 
     @contextmanager
     def main_process_first(self):
@@ -110,6 +115,7 @@ class Processes:
         if self.world == 1:
             yield
             return
+
         # A download of many gigabytes takes longer than start()'s `timeout`, which is short so that a
         # hang of the run ends soon. So this wait has a group of its own; gloo's, which notices at once
         # when a process dies.
@@ -144,6 +150,7 @@ class Processes:
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
+
         # In torch 2.13.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
         send_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
@@ -183,6 +190,7 @@ def start(device="auto", timeout=600.0):
     rank, local_rank = (int(os.environ[name]) if world > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1
 
+    # The device.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         if device == "auto":
@@ -203,10 +211,12 @@ def start(device="auto", timeout=600.0):
     elif world > 1 and device.type != "cpu":
         raise UserError(f"--device {device}: several processes run on cuda or cpu")
 
+    # Threads, and the group.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = cpu_threads(cores, local_world, os.environ)
     if threads:
         torch.set_num_threads(threads)
+
     guest = world > 1 and dist.is_initialized()
     if world > 1 and not guest:
         on_cuda = device.type == "cuda"
@@ -296,6 +306,7 @@ class StopSignal:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
+
         # Ctrl-C may come twice, from the terminal and from a launcher.
         again = time.monotonic() - self.at > 0.5
         if number == signal.SIGINT and self.asked == "SIGINT" and again:
