@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import crystal.backbone.model
 from crystal import methods
+from crystal.evaluation import carrying
 from crystal.losses import total
 from crystal.run_directory import (
     begin,
@@ -152,6 +153,7 @@ def main(argv=None):
     bad_count = 0
     last_saved = step if settings.resume else None
     best = checkpoint.best(run) if settings.resume else None
+    news = carrying.News(run if settings.resume else None)
     stop, stopping = distributed.StopSignal(), False
     terms = loss = None
 
@@ -245,6 +247,8 @@ def main(argv=None):
                 write(log, board, {"step": step, **{f"val_{n}": v for n, v in measured.items()}})
                 is_best = "  (best)" if best["step"] == step else ""
                 bar.write(f"step {step}  validation  {listed(measured)}{is_best}")
+                for sentence in news.of(step, measured):
+                    bar.write(sentence)
 
         # A checkpoint every so often, and of the last update.
         if (step % settings.save_every == 0 or last) and last_saved != step:
@@ -420,9 +424,9 @@ def weighted(terms, method, settings):
 
 @torch.no_grad()
 def validate(objective, examples, settings, method, pad, procs, dtype):
-    """Mean of every loss term over the validation records; each rank takes every world-th batch.
+    """Mean of every loss term over the validation records, and what their latents carry (carrying.py).
 
-    A broken record is left out and not replaced, so that none counts twice. UserError for the first one, with
+    Each rank takes every world-th batch. A broken record is left out and not replaced, so that none counts twice. UserError for the first one, with
     --on_bad_record skip above 1 %.
     """
     objective.eval()
@@ -444,13 +448,14 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
         for name, value in objective(batch, end).items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(whole)
         seen += len(whole)
+    carried = carrying.measure(objective, examples, pad, procs, dtype)
     objective.train()
     leave_out(procs.gather(broken), examples, settings, procs)
 
     names = sorted(set(procs.gather(list(sums))))  # a rank without a batch still takes part
     count = procs.sum(seen)
     means = {name: procs.sum(float(sums.get(name, 0.0))) / count for name in names}
-    return {"loss": weighted(means, method, settings), **means}
+    return {"loss": weighted(means, method, settings), **means, **carried}
 
 
 def leave_out(broken, examples, settings, procs):

@@ -20,7 +20,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [
-        ("evaluation", "benchmarks asking predictions figures interventions reliance"),
+        ("evaluation", "benchmarks asking predictions figures interventions carrying reliance"),
         ("serving", "chat engine"),
     ],
     [("", "run train evaluate export visualize serve compare demo bench __main__")],

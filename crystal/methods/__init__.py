@@ -12,7 +12,7 @@ which inherits from sft's (or another's) what it does not change:
     layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, validation's
     extras(record, images) -> {name: tensor [n,..]}, put into the batch as [B,n,..], padded with zeros
     modules(model)    -> nn.ModuleDict of extra trainable heads (may be empty)
-    hidden(model, batch, recorder) -> the last states without losses, for evaluation's look at attention
+    hidden(model, batch, recorder, biases) -> the last states without losses, for evaluation's looks inside
     biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
     losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress is a
                       config.Progress

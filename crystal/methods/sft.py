@@ -54,9 +54,14 @@ class Method:
     def modules(self, model: Model) -> nn.ModuleDict:
         return nn.ModuleDict()
 
-    def hidden(self, model: Model, batch: Batch, recorder: Callable | None = None) -> torch.Tensor:
-        """The last states [B,L,D] of a batch without losses or mask, for those who look at attention."""
-        return model.hidden(batch, recorder=recorder)
+    def hidden(
+        self, model: Model, batch: Batch, recorder: Callable | None = None, biases: tuple | list = ()
+    ) -> torch.Tensor:
+        """The last states [B,L,D] of a batch without losses, for those who look at what the model does.
+
+        biases: what they want hidden, a list of attention_bias.AttentionBias; no mask of the method's own.
+        """
+        return model.hidden(batch, recorder=recorder, biases=biases)
 
     def biases(self, model: Model, batch: Batch) -> list[AttentionBias]:
         return []

@@ -224,12 +224,12 @@ class Method(SFT):
                 found[f"count_{m}"] = torch.tensor([len(features)])
         return found
 
-    def hidden(self, model, batch, recorder=None):
+    def hidden(self, model, batch, recorder=None, biases=()):
         """The recurrence, then one pass over whole sequences that a recorder can watch."""
         fed = position_mask(batch["latents"], batch["input_ids"].shape[1])
         h, _ = feedback.recurrence(model, batch, fed)
         with feedback.filled(model, h, fed):
-            return model.hidden(batch, recorder=recorder)
+            return model.hidden(batch, recorder=recorder, biases=biases)
 
     def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
         """{"ce"}, in the second stage also {"repa"}: token mean and alignment, averaged over records."""
