@@ -33,10 +33,12 @@ template <class In> __device__ __forceinline__ const In* key(const Attn& a, int6
   return (const In*)a.k + b * a.k_stride[0] + g * a.k_stride[1] + (j < 0 ? 0 : j) * a.k_stride[2];
 }
 
-// A product of query and key becomes a score: -inf where chosen row m at `position` does not see key j.
-template <class C> __device__ __forceinline__ C score(const Attn& a, int64_t b, int64_t m, int64_t position, int64_t j, C dot) {
+// A product of query and key becomes a score: -inf where chosen row m at `position` does not see key j. scale: that of a, in C, which whoever
+// makes many scores converts once.
+template <class C>
+__device__ __forceinline__ C score(const Attn& a, C scale, int64_t b, int m, int position, int j, C dot) {
   if (j < 0 || j > position || (a.padding && a.padding[b * a.L + j])) return none<C>();
-  return dot * C(a.scale) + (a.bias ? ((const C*)a.bias)[(b * a.M + m) * a.L + j] : C(0));
+  return dot * scale + (a.bias ? ((const C*)a.bias)[(b * a.M + m) * a.L + j] : C(0));
 }
 
 // <q, k> by one thread, and by a warp (the result in every lane).
@@ -54,7 +56,7 @@ template <class In, class C> __device__ __forceinline__ C warp_dot(const Attn& a
 }
 
 // log sum exp on the way: maximum and the sum of exp beneath it.
-template <class In, class C> struct Online {
+template <class C> struct Online {
   C top = none<C>(), sum = 0;
   __device__ __forceinline__ void add(C other_top, C other_sum) {
     const C now = other_top > top ? other_top : top;
@@ -64,15 +66,6 @@ template <class In, class C> struct Online {
   }
   __device__ __forceinline__ C lse() const { return sum == 0 ? none<C>() : top + log(sum); }
 };
-
-// Calls f<In, C>() for the type of q and k.
-#define ATTN_DISPATCH(type, f, ...)                            \
-  switch (type) {                                              \
-    case Float::f32: return f<float, float>(__VA_ARGS__);      \
-    case Float::f64: return f<double, double>(__VA_ARGS__);    \
-    case Float::bf16: return f<bf16, float>(__VA_ARGS__);      \
-    default: return f<f16, float>(__VA_ARGS__);                \
-  }
 
 }  // namespace
 }  // namespace crystal

@@ -5,11 +5,11 @@
 
 namespace crystal {
 
-static int64_t version = 2;
+static int64_t version = 3;
 
-// attn_slice_version(choose): which of the kernels in attn_slice.cu serve from now on, 1 or 2; 0 changes nothing. For tests and measurements.
+// attn_slice_version(choose): which of the kernels in attn_slice.cu serve from now on, 1 to 3; 0 changes nothing. For tests and measurements.
 static int64_t choose_version(int64_t choose) {
-  STD_TORCH_CHECK(choose >= 0 && choose <= 2, "attn_slice_version: 0 to 2, not ", choose);
+  STD_TORCH_CHECK(choose >= 0 && choose <= 3, "attn_slice_version: 0 to 3, not ", choose);
   return choose ? version = choose : version;
 }
 
@@ -19,7 +19,7 @@ static std::tuple<Tensor, Tensor> slice(const Tensor& q, const Tensor& k, const 
   const AttnTensors t(q, k, rows, cols, scale, bias, key_padding);
   const Attn& a = t.a;
   Tensor out = torch::stable::new_empty(q, {a.B, a.H, a.M, a.K}, wide(q)), lse_out = torch::stable::new_empty(q, {a.B, a.H, a.M}, wide(q));
-  Tensor room = torch::stable::new_empty(q, {2, lse ? 0 : KEY_SPLITS, a.B, a.H, a.M}, wide(q));
+  Tensor room = torch::stable::new_empty(q, {2, lse ? 0 : ROW_PARTS, a.B, a.H, a.M}, wide(q));
   char* top = (char*)room.data_ptr();
   launched(attn_slice_forward(int(version), a, true, values(lse, q, lse_out.numel(), "lse"), top, top + room.numel() / 2 * room.element_size(), lse_out.data_ptr(),
                               out.data_ptr(), here.stream), "attn_slice");

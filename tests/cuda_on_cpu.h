@@ -190,6 +190,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 inline bool __any_sync(unsigned m, bool x) { return __ballot_sync(m, x) != 0; }
 inline bool __all_sync(unsigned m, bool x) { return __ballot_sync(m, !x) == 0; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
 template <class T> T atomicMax(T* p, T x) { T old = *p; *p = x > old ? x : old; return old; }
@@ -203,4 +204,49 @@ inline double __dadd_rn(double x, double y) { return x + y; }
 inline uint16_t to_bf16(float x) {  // to the nearest, ties to even
   unsigned bits = __float_as_uint(x);
   return x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fff;
+}
+
+// Whether a thread of the block says so. Threads run one at a time: what they add up needs barriers alone.
+inline int __syncthreads_or(int x) {
+  static int said;
+  said |= x != 0;
+  __syncthreads();
+  const int any = said;
+  __syncthreads();
+  said = 0;
+  __syncthreads();
+  return any;
+}
+
+// The instructions of tensor cores, by the layout that PTX's manual gives for them.
+//
+// ldmatrix .x4: four matrices of 8 x 8 numbers of two bytes. Lanes 8 i .. 8 i + 7 hold where the rows of matrix i begin; lane l gets of each row
+// l / 4, numbers 2 (l % 4) and the next; transposed: of each column l / 4.
+template <bool TRANSPOSED> void load_matrices(uint32_t (&x)[4], const void* row) {
+  if (uintptr_t(row) % 16) stop_with("a row of a matrix does not begin at 16 aligned bytes");
+  const unsigned lane = on_cpu::lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    const auto number = [&](unsigned r, unsigned c) { return uint32_t(((const uint16_t*)on_cpu::exchange(row, 8 * i + r))[c]); };
+    const unsigned a = lane / 4, b = lane % 4 * 2;
+    const uint32_t first = TRANSPOSED ? number(b, a) : number(a, b), next = TRANSPOSED ? number(b + 1, a) : number(a, b + 1);
+    x[i] = first | next << 16;
+  }
+}
+
+// mma m16n8k16, bfloat16 into float32: lane l holds of a [16,16] rows l / 4 (+ 8) and columns 2 (l % 4) (+ 8) and the next, of b [16,8] column l / 4,
+// of the sums [16,8] rows l / 4 (+ 8) and columns 2 (l % 4) and the next.
+inline void multiply_16_8_16(float& s0, float& s1, float& s2, float& s3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const unsigned lane = on_cpu::lane(), first = on_cpu::current - lane;
+  uint64_t words[3][32];
+  const uint64_t own[3] = {a[0] | uint64_t(a[1]) << 32, a[2] | uint64_t(a[3]) << 32, b0 | uint64_t(b1) << 32};
+  for (int w = 0; w < 3; ++w) {
+    on_cpu::exchange(own[w], 0);
+    memcpy(words[w], &on_cpu::taken[first], sizeof words[w]);
+  }
+  const auto wide = [](uint64_t word, unsigned n) { return __uint_as_float(uint32_t(word >> 16 * n & 0xffff) << 16); };
+  const auto in_a = [&](unsigned r, unsigned k) { return wide(words[k / 8][r % 8 * 4 + k % 8 / 2], r / 8 * 2 + k % 2); };
+  const auto in_b = [&](unsigned k, unsigned c) { return wide(words[2][c * 4 + k % 8 / 2], k / 8 * 2 + k % 2); };
+  float* sums[4] = {&s0, &s1, &s2, &s3};
+  for (unsigned e = 0; e < 4; ++e)
+    for (unsigned k = 0; k < 16; ++k) *sums[e] += in_a(lane / 4 + e / 2 * 8, k) * in_b(k, lane % 4 * 2 + e % 2);
 }

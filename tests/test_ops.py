@@ -156,7 +156,7 @@ def run(f, args, sample, device="cpu", dtype=None, wanted=None, used=None):
                     x.shape, x.stride(), dtype=dtype if floating and dtype else x.dtype, device=device
                 ).copy_(x)
                 if x.numel()
-                else x.to(device, dtype if floating and dtype else x.dtype)
+                else x.detach().to(device, dtype if floating and dtype else x.dtype)
             )
             if floating:
                 x.requires_grad_(wanted is None or len(leaves) in wanted)
@@ -570,6 +570,11 @@ ATTENTION = [  # case, make, keywords, opcheck
         heads([[99, 98, 60]], [list(range(95)) + [-1, 99, 3]], H=2, G=1, L=100, d=6),
         {},
         False,
+    ),
+    *(
+        # head sizes of real models, seven query heads to a key head
+        (f"heads of {d}", heads([[66, 5, 40, -1]], [[64, 0, 30, 5]], H=7, G=1, L=67, d=d), {}, False)
+        for d in (64, 80, 96, 128, 256)
     ),
     ("scores of +-30", heads([[40, 39, 38, 20]], [[30, 31, 5, 39]], L=41, d=16, scale=3.3), {}, False),
 ]
