@@ -140,8 +140,9 @@ kl_backward(Align p, const typename On::C* g, const typename On::C* value, const
           const C log_p = x[u][v] - rows.lse[row], log_q = y[u][v] - rows2.lse[row], P = exp_of<In>(log_p), Q = exp_of<In>(log_q);
           slope = rows2.given[row] * (COR ? Q - P : P * (log_p - log_q - rows.given[row]));
         }
-        On::template set<KEYS>(ds, row, On::key(v), slope);
+        x[u][v] = slope;
       }
+    On::store(ds, x);
     const Columns columns(a, at.b, c0);
     On::template second<KEYS>(path, COR ? rows2 : rows, at.b, at.g, columns, at.d0, ds, pool, sums);
   }

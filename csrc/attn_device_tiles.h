@@ -11,18 +11,22 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 
 // ---- what a block works at -------------------------------------------------------------------------------------------------------------
 
-// The tile's keys: those from `from` on, or the columns from the `from`-th on. (i) is the position of key i, -1 beyond the last.
+// The tile's keys: those from `from` on, or the columns from the `from`-th on. (i) is the position of key i, -1 for none.
 struct Keys {
   int from, L;
   __device__ __forceinline__ Keys(const Attn& a, int64_t from) : from(int(from)), L(int(a.L)) {}
   __device__ __forceinline__ int operator()(int i) const { return from + i < L ? from + i : -1; }
+  __device__ __forceinline__ void check(const Attn&, int) const {}
 };
 struct Columns {
-  const Attn& a;
   const int64_t* cols;
-  int from, K;
-  __device__ __forceinline__ Columns(const Attn& a, int64_t b, int64_t from) : a(a), cols(a.cols + b * a.K), from(int(from)), K(int(a.K)) {}
-  __device__ __forceinline__ int operator()(int i) const { return from + i < K ? int(checked(a, cols[from + i])) : -1; }
+  int left;
+  __device__ __forceinline__ Columns(const Attn& a, int64_t b, int64_t from) : cols(a.cols + b * a.K + from), left(int(a.K - from)) {}
+  __device__ __forceinline__ int operator()(int i) const { return i < left ? int(cols[i]) : -1; }
+  // Each thread looks at one column before any is used.
+  __device__ __forceinline__ void check(const Attn& a, int tile) const {
+    if (int(threadIdx.x) < tile && int(threadIdx.x) < left) checked(a, cols[threadIdx.x]);
+  }
 };
 
 // The tile's rows: rows `from` .. of the R = H/G M that share a key head.
@@ -48,11 +52,16 @@ template <class On> struct Rows {
     }
   }
 
-  // The last position that one of them sees, after a barrier.
-  __device__ int last() const {
+  // The last position among those rows that are `wanted(i)`, after a barrier: every warp finds it for itself.
+  template <class Wanted> __device__ __forceinline__ int last(const Wanted& wanted) const {
     int found = -1;
-#pragma unroll 1
-    for (int i = 0; i < On::T; ++i) found = position[i] > found ? position[i] : found;
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < On::T; i += 32)
+      if (wanted(i) && position[i] > found) found = position[i];
+    for (int d = 16; d; d >>= 1) {
+      const int other = __shfl_xor_sync(~0u, found, d);
+      found = other > found ? other : found;
+    }
     return found;
   }
 };
@@ -60,29 +69,32 @@ template <class On> struct Rows {
 // Where a block stands, from its number: its share, its numbers of d, its tile of what it owns, key head and sequence.
 struct Place {
   int split, d0, own0, g, b;
-  // mine: how many rows or keys there are to own, in tiles of `tile`.
-  __device__ __forceinline__ Place(const Attn& a, int64_t tile, int64_t mine, int64_t splits, int64_t slices, int64_t width) {
-    const int64_t tiles = (mine + tile - 1) / tile;
-    int64_t rest = blockIdx.x;
+  // mine: how many rows or keys there are to own, in tiles of `tile`. Short divisions: there are fewer than 2^31 blocks.
+  __device__ __forceinline__ Place(const Attn& a, int tile, int64_t mine, int splits, int slices, int width) {
+    const uint32_t tiles = (uint32_t(mine) + tile - 1) / tile, G = uint32_t(a.G);
+    uint32_t rest = blockIdx.x;
     split = int(rest % splits);
-    d0 = int((rest /= splits) % slices * width);
-    own0 = int((rest /= slices) % tiles * tile);
-    g = int((rest /= tiles) % a.G);
-    b = int(rest / a.G);
+    rest /= splits;
+    d0 = int(rest % slices * width);
+    rest /= slices;
+    own0 = int(rest % tiles * tile);
+    rest /= tiles;
+    g = int(rest % G);
+    b = int(rest / G);
   }
 };
 
-// Share `split` of `splits` of n things in tiles of `size`, as [from, to).
-__device__ inline void share(int64_t n, int64_t size, int64_t split, int64_t splits, int* from, int* to) {
-  const int64_t tiles = (n + size - 1) / size;
-  *from = int(tiles * split / splits * size);
-  *to = int(tiles * (split + 1) / splits * size);
+// Share `split` of `splits` of n things in tiles of `size`, as [from, to); splits: at most KEY_SPLITS.
+__device__ inline void share(int64_t n, int size, int split, int splits, int* from, int* to) {
+  const uint32_t tiles = (uint32_t(n) + size - 1) / size;
+  *from = int(tiles * split / splits) * size;
+  *to = int(tiles * (split + 1) / splits) * size;
 }
 
-// Blocks that share what others own: enough to fill a GPU of 132 multiprocessors twice.
+// Blocks that share what others own: as many as 132 multiprocessors hold at once, two each.
 int splits_for(int64_t blocks, int64_t tiles) {
   int splits = 1;
-  while (splits < KEY_SPLITS && splits * 2 <= tiles && blocks * splits < 264) splits *= 2;
+  while (splits < KEY_SPLITS && splits * 2 <= tiles && blocks * splits * 2 <= 264) splits *= 2;
   return splits;
 }
 
@@ -91,13 +103,17 @@ template <class On, class Where>
 __device__ __forceinline__ void scores(const Attn& a, const Rows<On>& rows, int64_t b, int64_t g, const Where& keys, typename On::Pool& pool,
                                        typename On::C (&s)[On::U][On::V]) {
   typedef typename On::C C;
+  keys.check(a, On::T);
   On::products(a, rows, b, g, keys, pool, s);
   const C scale = C(a.scale);
 #pragma unroll
   for (int v = 0; v < On::V; ++v) {
     const int j = keys(On::key(v));
 #pragma unroll
-    for (int u = 0; u < On::U; ++u) s[u][v] = score<C>(a, scale, b, rows.m[On::row(u)], rows.position[On::row(u)], j, s[u][v]);
+    for (int u = 0; u < On::U; ++u) {
+      const int position = rows.position[On::row(u)];
+      s[u][v] = score<C>(a, scale, b, rows.m[On::row(u)], position, j, s[u][v]);
+    }
   }
 }
 
@@ -158,6 +174,7 @@ template <class In_, class C_> struct FloatUnits {
   static constexpr int LANES = 16, SHARES = 1;        // threads of a warp, and warps, that hold cells of one row
   static constexpr int WIDTH = 64;                    // numbers of d that a block sums
   static constexpr int DEPTH = 32;                    // numbers of d at a time in products()
+  static constexpr int STEPS = sizeof(C) == 4 ? 4 : 2;  // as many as registers allow
   typedef C Sums[U][WIDTH / 16];
   struct Pool { C numbers[2 * DEPTH * (T + 1)]; };
   struct Gradients { C cells[T][T + 1]; };
@@ -186,7 +203,7 @@ template <class In_, class C_> struct FloatUnits {
         ks[i % DEPTH][i / DEPTH] = j >= 0 && c < a.d ? C(widen(crystal::key<In>(a, b, g, j)[c * a.k_stride[3]])) : C(0);
       }
       __syncthreads();
-#pragma unroll 4
+#pragma unroll STEPS
       for (int c = 0; c < DEPTH; ++c) {
         C p[U], r[V];
 #pragma unroll
@@ -201,9 +218,14 @@ template <class In_, class C_> struct FloatUnits {
     }
   }
 
-  // The gradient of a cell, of which a block keeps a tile. KEYS: with the keys first, as the second product reads it.
-  template <bool KEYS> static __device__ __forceinline__ void set(Gradients& ds, int row, int key, C value) { (KEYS ? ds.cells[key][row] : ds.cells[row][key]) = value; }
-  template <bool KEYS> static __device__ __forceinline__ C get(const Gradients& ds, int row, int key) { return KEYS ? ds.cells[key][row] : ds.cells[row][key]; }
+  // The gradients of a tile's cells, which all threads write, each its own.
+  static __device__ __forceinline__ void store(Gradients& ds, const C (&s)[U][V]) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int v = 0; v < V; ++v) ds.cells[row(u)][key(v)] = s[u][v];
+  }
+  static __device__ __forceinline__ void add(Gradients& ds, int row, int key, C value) { ds.cells[row][key] += value; }
 
   // sums += dS Keys, or with KEYS dS^T Queries, of numbers d0 .. of d. ds: written by all threads before.
   template <bool KEYS, class Where>
@@ -220,11 +242,11 @@ template <class In_, class C_> struct FloatUnits {
       else numbers[i] = j >= 0 && c < a.d ? C(widen(crystal::key<In>(a, b, g, j)[c * a.k_stride[3]])) : C(0);
     }
     __syncthreads();
-#pragma unroll 4
+#pragma unroll STEPS
     for (int i = 0; i < T; ++i) {
       C p[U], r[W];
 #pragma unroll
-      for (int u = 0; u < U; ++u) p[u] = ds.cells[threadIdx.x / 16 + 16 * u][i];
+      for (int u = 0; u < U; ++u) p[u] = KEYS ? ds.cells[i][threadIdx.x / 16 + 16 * u] : ds.cells[threadIdx.x / 16 + 16 * u][i];
 #pragma unroll
       for (int v = 0; v < W; ++v) r[v] = numbers[i * WIDTH + threadIdx.x % 16 + 16 * v];
 #pragma unroll

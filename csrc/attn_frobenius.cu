@@ -9,13 +9,18 @@
 namespace crystal {
 namespace {
 
-// How often each key is among the columns.
+// How often each key is among the columns: a block counts for THREADS keys.
 template <class C> __global__ void __launch_bounds__(THREADS, 2) count_columns(Attn a, C* times) {
-  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= a.B * a.L) return;
-  int found = 0;
-  for (int64_t c = 0; c < a.K; ++c) found += column(a, i / a.L, c) == i % a.L;
-  times[i] = C(found);
+  __shared__ int found[THREADS];
+  const int64_t blocks = (a.L + THREADS - 1) / THREADS, b = blockIdx.x / blocks, first = blockIdx.x % blocks * THREADS;
+  found[threadIdx.x] = 0;
+  __syncthreads();
+  for (int64_t c = threadIdx.x; c < a.K; c += THREADS) {
+    const int64_t j = column(a, b, c) - first;
+    if (j >= 0 && j < THREADS) atomicAdd(&found[j], 1);
+  }
+  __syncthreads();
+  if (first + threadIdx.x < a.L) times[b * a.L + first + threadIdx.x] = C(found[threadIdx.x]);
 }
 
 // e^(score - lse) of cell (u, v), 0 where it is hidden.
@@ -37,7 +42,7 @@ template <class On> __global__ void __launch_bounds__(THREADS, 2) compare_tiles(
   __syncthreads();
   int from, to;
   share(a.L, On::T, at.split, splits, &from, &to);
-  const int last = rows.last();
+  const int last = rows.last([](int) { return true; });
   C sums[3][On::U] = {};
   for (int j0 = from; j0 < to && j0 <= last; j0 += On::T) {
     C s[On::U][On::V], s2[On::U][On::V];
@@ -99,8 +104,7 @@ frobenius_backward(Align p, const typename On::C* g, const typename On::C* norm,
       rows2.read(other, at.b, at.g, r0, lse2, g);
     }
     __syncthreads();
-    const int i = threadIdx.x;
-    if (!__syncthreads_or(i < On::T && rows.position[i] >= j0)) continue;  // none of the rows sees these keys
+    if (rows.last([&](int i) { return rows2.given[i] != C(0); }) < j0) continue;  // no row with a gradient sees these keys
     C s[On::U][On::V], s2[On::U][On::V];
     scores<On>(a, rows, at.b, at.g, Keys(a, j0), pool, s);
     scores<On>(other, rows2, at.b, at.g, Keys(a, j0), pool, s2);
@@ -113,9 +117,10 @@ frobenius_backward(Align p, const typename On::C* g, const typename On::C* norm,
         const int row = On::row(u);
         const C A = weight<On>(rows, u, s[u][v]), A2 = weight<On>(rows2, u, s2[u][v]), above = rows2.given[row];
         const C slope = A * (2 * often * (A - A2) - rows.given[row]);
-        On::template set<KEYS>(ds, row, On::key(v), A == C(0) || above == C(0) ? C(0) : above * slope);
+        s[u][v] = A == C(0) || above == C(0) ? C(0) : above * slope;
       }
     }
+    On::store(ds, s);
     On::template second<KEYS>(a, rows, at.b, at.g, Keys(a, j0), at.d0, ds, pool, sums);
   }
   if (KEYS) add_to_keys<On>(a, at.b, at.g, at.own0, at.d0, sums, dk, to_keys);
@@ -125,7 +130,7 @@ frobenius_backward(Align p, const typename On::C* g, const typename On::C* norm,
 // ---- launchers -----------------------------------------------------------------------------------------------------------------------
 
 template <class C> int count(const Attn& a, void* times, void* stream) {
-  return LAUNCH((count_columns<C>), unsigned((a.B * a.L + THREADS - 1) / THREADS), THREADS, stream, a, (C*)times);
+  return LAUNCH((count_columns<C>), unsigned(a.B * ((a.L + THREADS - 1) / THREADS)), THREADS, stream, a, (C*)times);
 }
 
 template <class On> int forward_as(const Align& p, const AlignRows& rows, void* times, void* parts, void* stream) {

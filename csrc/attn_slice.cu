@@ -97,7 +97,7 @@ template <class On> __global__ void __launch_bounds__(THREADS, 2) lse_tiles(Attn
   __syncthreads();
   int from, to;
   share(a.L, On::T, at.split, splits, &from, &to);
-  const int last = rows.last();
+  const int last = rows.last([](int) { return true; });
   Online<C> own[On::U];
   for (int j0 = from; j0 < to && j0 <= last; j0 += On::T) {
     C s[On::U][On::V];
@@ -114,21 +114,36 @@ template <class On> __global__ void __launch_bounds__(THREADS, 2) lse_tiles(Attn
   }
 }
 
-// A warp per row: merges the shares of its log sum exp, then column by column.
-template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) columns(Attn a, int parts, const C* top, const C* sum, const C* lse_in, C* lse_out, C* out) {
-  const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
-  if (i >= rows) return;  // the whole warp
-  const Row r(a, i);
-  const C scale = C(a.scale);
-  Online<C> own;
-  for (int s = 0; s < parts; ++s) own.add(top[s * rows + i], sum[s * rows + i]);
-  const C lse = lse_in ? lse_in[i] : own.lse();
-  if (lse_out && threadIdx.x % 32 == 0) lse_out[i] = lse;
-  for (int64_t c = 0; c < a.K; ++c) {
-    const int64_t j = column(a, r.b, c);
-    const C s = score<C>(a, scale, r.b, int(r.m), int(r.position), int(j), warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
-    if (threadIdx.x % 32 == 0) out[i * a.K + c] = !lse_out ? s : s == none<C>() ? C(0) : exp_of<C>(s - lse);
+// A block per tile of rows and of columns: merges the shares of the rows' log sum exp, then their scores or weights. weights: lse_out is given.
+template <class On> __global__ void __launch_bounds__(THREADS, 2)
+columns_tiles(Attn a, int column_tiles, int parts, const typename On::C* top, const typename On::C* sum, const typename On::C* lse_in, typename On::C* lse_out, typename On::C* out) {
+  typedef typename On::C C;
+  __shared__ Rows<On> rows;
+  __shared__ typename On::Pool pool;
+  const int64_t R = a.H / a.G * a.M, all = a.B * a.H * a.M;
+  const Place at(a, On::T, R, column_tiles, 1, On::WIDTH);
+  const int64_t first = (at.b * a.G + at.g) * R + at.own0;
+  rows.read(a, at.b, at.g, at.own0, lse_in, nullptr);
+  if (lse_out && threadIdx.x < On::T && at.own0 + threadIdx.x < R) {
+    const int64_t i = first + threadIdx.x;
+    Online<C> own;
+    for (int s = 0; s < parts; ++s) own.add(top[s * all + i], sum[s * all + i]);
+    if (!lse_in) rows.lse[threadIdx.x] = own.lse();
+    if (at.split == 0) lse_out[i] = rows.lse[threadIdx.x];
   }
+  if (at.split * On::T >= a.K) return;  // the normalisers alone
+  __syncthreads();
+  C s[On::U][On::V];
+  scores<On>(a, rows, at.b, at.g, Columns(a, at.b, at.split * On::T), pool, s);
+#pragma unroll
+  for (int u = 0; u < On::U; ++u)
+#pragma unroll
+    for (int v = 0; v < On::V; ++v) {
+      const int row = On::row(u), c = at.split * On::T + On::key(v);
+      if (at.own0 + row >= R || c >= a.K) continue;
+      const C value = s[u][v];
+      out[(first + row) * a.K + c] = !lse_out ? value : value == none<C>() ? C(0) : exp_of<C>(value - rows.lse[row]);
+    }
 }
 
 // Whether a column of sequence b lies among keys j0 .. ; the same in every thread.
@@ -140,7 +155,7 @@ template <class On> __device__ __forceinline__ bool a_column_inside(const Attn& 
 
 // Adds the columns' own gradient to a tile of them, whose rows begin at the key head's r0-th. A cell belongs to one thread, which adds to it in
 // the columns' order: a column may be there twice.
-template <class On, bool KEYS>
+template <class On>
 __device__ __forceinline__ void add_direct(const Attn& a, int64_t b, int64_t g, int64_t r0, int64_t j0, const typename On::C* direct, typename On::Gradients& ds) {
   __shared__ uint32_t inside[WARPS];  // a bit for each of the next THREADS columns
   const int64_t R = a.H / a.G * a.M;
@@ -157,7 +172,7 @@ __device__ __forceinline__ void add_direct(const Attn& a, int64_t b, int64_t g, 
         const int64_t column = c0 + 32 * w + __ffs(int(bits)) - 1;
         const int key = int(a.cols[b * a.K + column] - j0);
         if (key % keys != first) continue;
-        On::template set<KEYS>(ds, row, key, On::template get<KEYS>(ds, row, key) + direct[((b * a.G + g) * R + r0 + row) * a.K + column]);
+        On::add(ds, row, key, direct[((b * a.G + g) * R + r0 + row) * a.K + column]);
       }
   }
 }
@@ -174,7 +189,7 @@ backward_tiles(Attn a, Through t, int splits, typename On::C* parts, typename On
   const int64_t R = a.H / a.G * a.M, mine = KEYS ? a.L : R;
   const Place at(a, On::T, mine, splits, (a.d + On::WIDTH - 1) / On::WIDTH, On::WIDTH);
   typename On::Sums sums = {};
-  int from = 0, to = int(R);
+  int from = 0, to = int(R), last = -1;
   if (!KEYS) share(a.L, On::T, at.split, splits, &from, &to);
   if (!KEYS) rows.read(a, at.b, at.g, at.own0, (const C*)t.lse, (const C*)t.through);
   bool inside = KEYS && a_column_inside<On>(a, at.b, at.own0);
@@ -184,9 +199,9 @@ backward_tiles(Attn a, Through t, int splits, typename On::C* parts, typename On
     if (KEYS) rows.read(a, at.b, at.g, r0, (const C*)t.lse, (const C*)t.through);
     else inside = a_column_inside<On>(a, at.b, j0);
     __syncthreads();
-    // The tile has a gradient at every key that a row sees.
-    const int i = threadIdx.x;
-    const bool whole = __syncthreads_or(t.through && i < On::T && rows.given[i] != 0 && rows.position[i] >= j0);
+    // Whether a row that sees some of these keys has a gradient at every one.
+    if (t.through && (KEYS || other0 == from)) last = rows.last([&](int i) { return rows.given[i] != C(0); });
+    const bool whole = j0 <= last;
     if (!whole && !inside) continue;
     C s[On::U][On::V];
     if (whole) scores<On>(a, rows, at.b, at.g, Keys(a, j0), pool, s);
@@ -194,12 +209,12 @@ backward_tiles(Attn a, Through t, int splits, typename On::C* parts, typename On
     for (int u = 0; u < On::U; ++u)
 #pragma unroll
       for (int v = 0; v < On::V; ++v) {
-        const int row = On::row(u);
         const bool seen = whole && s[u][v] != none<C>();
-        On::template set<KEYS>(ds, row, On::key(v), seen ? -rows.given[row] * exp_of<typename On::In>(s[u][v] - rows.lse[row]) : C(0));
+        s[u][v] = seen ? -rows.given[On::row(u)] * exp_of<typename On::In>(s[u][v] - rows.lse[On::row(u)]) : C(0);
       }
+    On::store(ds, s);
     __syncthreads();
-    if (inside) add_direct<On, KEYS>(a, at.b, at.g, r0, j0, (const C*)t.direct, ds);
+    if (inside) add_direct<On>(a, at.b, at.g, r0, j0, (const C*)t.direct, ds);
     On::template second<KEYS>(a, rows, at.b, at.g, Keys(a, j0), at.d0, ds, pool, sums);
   }
   if (KEYS) add_to_keys<On>(a, at.b, at.g, at.own0, at.d0, sums, dk, to_keys);
@@ -246,7 +261,8 @@ template <class On> int forward_as(int version, const Attn& a, bool weights, con
     else error = LAUNCH((lse_tiles<On>), unsigned(blocks * splits), THREADS, stream, a, splits, (C*)top, (C*)sum);
     if (error) return error;
   }
-  return LAUNCH((columns<In, C>), unsigned((rows + WARPS - 1) / WARPS), THREADS, stream, a, parts, (const C*)top, (const C*)sum, (const C*)lse_in,
+  const int64_t column_tiles = a.K > T ? (a.K + T - 1) / T : 1;
+  return LAUNCH((columns_tiles<On>), unsigned(blocks * column_tiles), THREADS, stream, a, int(column_tiles), parts, (const C*)top, (const C*)sum, (const C*)lse_in,
                 weights ? (C*)lse_out : nullptr, (C*)out);
 }
 

@@ -61,47 +61,58 @@ struct TensorCores {
 
   // Numbers c0 .. of d of the tile's T rows or keys, whose i-th begins at `begin(i)` (null: zeros), to shared memory; N of each.
   template <int N, class Begin>
-  static __device__ __forceinline__ void fetch(bf16* to, const Begin& begin, int64_t c0, int64_t d, int64_t step, bool packed) {
-    struct alignas(16) Eight { bf16 x[8]; };
+  static __device__ __forceinline__ void fetch(bf16* to, const Begin& begin, int c0, int d, int64_t step, bool packed) {
+    struct alignas(16) Eight { uint32_t x[4]; };
+    if (packed) {
 #pragma unroll 2  // more need more registers than there are
-    for (int e = 0; e < T * N / 8 / THREADS; ++e) {
-      const int i = (threadIdx.x + e * THREADS) / (N / 8), n = (threadIdx.x + e * THREADS) % (N / 8) * 8;
-      const bf16* from = begin(i);
-      const int64_t c = c0 + n;
-      Eight numbers = {};
-      if (from && c < d) {
-        if (packed) {
-          numbers = *(const Eight*)(from + c);
-        } else {
-          for (int x = 0; x < 8; ++x)
-            if (c + x < d) numbers.x[x] = from[(c + x) * step];
-        }
+      for (int e = 0; e < T * N / 8; e += THREADS) {
+        const int i = (threadIdx.x + e) / (N / 8), n = (threadIdx.x + e) % (N / 8) * 8;
+        const bf16* from = begin(i);
+        Eight numbers = {};
+        if (from && c0 + n < d) numbers = *(const Eight*)(from + c0 + n);
+        *(Eight*)(to + i * (N + ROOM) + n) = numbers;
       }
-      *(Eight*)(to + i * (N + ROOM) + n) = numbers;
+    } else {
+#pragma unroll 1
+      for (int e = threadIdx.x; e < T * N; e += THREADS) {
+        const int i = e / N, n = e % N;
+        const bf16* from = begin(i);
+        to[i * (N + ROOM) + n] = from && c0 + n < d ? from[(c0 + n) * step] : bf16{0};
+      }
     }
   }
+
+  // Where a key begins, null for none.
+  template <class Where> struct KeyOf {
+    const bf16* first;
+    const int stride;
+    const Where& keys;
+    __device__ __forceinline__ KeyOf(const Attn& a, int64_t b, int64_t g, const Where& keys) : first(crystal::key<bf16>(a, b, g, 0)), stride(int(a.k_stride[2])), keys(keys) {}
+    __device__ __forceinline__ const bf16* operator()(int i) const {
+      const int j = keys(i);
+      return j < 0 ? nullptr : first + int64_t(j) * stride;
+    }
+  };
 
   template <class Where>
   static __device__ __forceinline__ void products(const Attn& a, const Rows<TensorCores>& rows, int64_t b, int64_t g, const Where& keys, Pool& pool, float (&s)[U][V]) {
     bf16 *qs = pool.numbers, *ks = pool.numbers + T * (DEPTH + ROOM);
     const bool packed_q = packed(a.q, a.q_stride, a.d), packed_k = packed(a.k, a.k_stride, a.d);
     const auto query_of = [&](int i) { return rows.query[i]; };
-    const auto key_of = [&](int i) {
-      const int j = keys(i);
-      return j < 0 ? nullptr : crystal::key<bf16>(a, b, g, j);
-    };
+    const KeyOf<Where> key_of(a, b, g, keys);
+    const int d = int(a.d);
 #pragma unroll
     for (int u = 0; u < U; ++u)
 #pragma unroll
       for (int v = 0; v < V; ++v) s[u][v] = 0;
-    for (int64_t c0 = 0; c0 < a.d; c0 += DEPTH) {
+    for (int c0 = 0; c0 < d; c0 += DEPTH) {
       __syncthreads();
-      fetch<DEPTH>(qs, query_of, c0, a.d, a.q_stride[3], packed_q);
-      fetch<DEPTH>(ks, key_of, c0, a.d, a.k_stride[3], packed_k);
+      fetch<DEPTH>(qs, query_of, c0, d, a.q_stride[3], packed_q);
+      fetch<DEPTH>(ks, key_of, c0, d, a.k_stride[3], packed_k);
       __syncthreads();
 #pragma unroll
       for (int k = 0; k < DEPTH; k += 16) {
-        if (c0 + k >= a.d) break;
+        if (c0 + k >= d) break;
         uint32_t q[4], x[4];
         load_matrices<false>(q, qs + (rows_of_warp() + lane() % 16) * (DEPTH + ROOM) + k + lane() / 16 * 8);
 #pragma unroll
@@ -115,39 +126,46 @@ struct TensorCores {
     }
   }
 
-  template <bool KEYS> static __device__ __forceinline__ void set(Gradients& ds, int row, int key, float value) {
-    const int i = KEYS ? key : row, j = KEYS ? row : key;
-    ds.high[i][j] = narrow<bf16>(value);
-    ds.low[i][j] = narrow<bf16>(value - widen(ds.high[i][j]));
+  static __device__ __forceinline__ void store(Gradients& ds, const float (&s)[U][V]) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int v = 0; v < V; v += 2) {  // two neighbours
+        const Pack<bf16, 2> high = {{narrow<bf16>(s[u][v]), narrow<bf16>(s[u][v + 1])}};
+        const Pack<bf16, 2> low = {{narrow<bf16>(s[u][v] - widen(high.v[0])), narrow<bf16>(s[u][v + 1] - widen(high.v[1]))}};
+        *(Pack<bf16, 2>*)&ds.high[row(u)][key(v)] = high;
+        *(Pack<bf16, 2>*)&ds.low[row(u)][key(v)] = low;
+      }
   }
-  template <bool KEYS> static __device__ __forceinline__ float get(const Gradients& ds, int row, int key) {
-    const int i = KEYS ? key : row, j = KEYS ? row : key;
-    return widen(ds.high[i][j]) + widen(ds.low[i][j]);
+  static __device__ __forceinline__ void add(Gradients& ds, int row, int key, float value) {
+    const float sum = widen(ds.high[row][key]) + widen(ds.low[row][key]) + value;
+    ds.high[row][key] = narrow<bf16>(sum);
+    ds.low[row][key] = narrow<bf16>(sum - widen(ds.high[row][key]));
+  }
+
+  // Rows i0 .. (KEYS: keys) and numbers k .. of the other side of a tile of gradients, as the first factor of a product.
+  template <bool KEYS> static __device__ __forceinline__ void load_gradients(uint32_t (&x)[4], const bf16 (&cells)[T][T + ROOM], int i0, int k) {
+    if (KEYS) load_matrices<true>(x, &cells[k + lane() / 16 * 8 + lane() % 8][i0 + lane() / 8 % 2 * 8]);
+    else load_matrices<false>(x, &cells[i0 + lane() % 16][k + lane() / 16 * 8]);
   }
 
   template <bool KEYS, class Where>
-  static __device__ __forceinline__ void second(const Attn& a, const Rows<TensorCores>& rows, int64_t b, int64_t g, const Where& keys, int64_t d0, const Gradients& ds, Pool& pool, Sums& sums) {
+  static __device__ __forceinline__ void second(const Attn& a, const Rows<TensorCores>& rows, int64_t b, int64_t g, const Where& keys, int d0, const Gradients& ds, Pool& pool, Sums& sums) {
     bf16* numbers = pool.numbers;  // of the other side, [T][WIDTH + ROOM]
+    const int d = int(a.d);
     __syncthreads();
-    if (KEYS) {
-      fetch<WIDTH>(numbers, [&](int i) { return rows.query[i]; }, d0, a.d, a.q_stride[3], packed(a.q, a.q_stride, a.d));
-    } else {
-      const auto key_of = [&](int i) {
-        const int j = keys(i);
-        return j < 0 ? nullptr : crystal::key<bf16>(a, b, g, j);
-      };
-      fetch<WIDTH>(numbers, key_of, d0, a.d, a.k_stride[3], packed(a.k, a.k_stride, a.d));
-    }
+    if (KEYS) fetch<WIDTH>(numbers, [&](int i) { return rows.query[i]; }, d0, d, a.q_stride[3], packed(a.q, a.q_stride, a.d));
+    else fetch<WIDTH>(numbers, KeyOf<Where>(a, b, g, keys), d0, d, a.k_stride[3], packed(a.k, a.k_stride, a.d));
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < T; k += 16) {
       uint32_t high[4], low[4], x[4];
-      load_matrices<false>(high, &ds.high[rows_of_warp() + lane() % 16][k + lane() / 16 * 8]);
-      load_matrices<false>(low, &ds.low[rows_of_warp() + lane() % 16][k + lane() / 16 * 8]);
+      load_gradients<KEYS>(high, ds.high, rows_of_warp(), k);
+      load_gradients<KEYS>(low, ds.low, rows_of_warp(), k);
 #pragma unroll
       for (int n = 0; n < WIDTH / 16; n += 2) {  // two times eight numbers
         const int c = WIDTH / 2 * share_of_row() + 8 * n;
-        if (d0 + c >= a.d) break;
+        if (d0 + c >= d) break;
         load_matrices<true>(x, numbers + (k + lane() / 8 % 2 * 8 + lane() % 8) * (WIDTH + ROOM) + c + lane() / 16 * 8);
         multiply_16_8_16(sums[n][0], sums[n][1], sums[n][2], sums[n][3], high, x[0], x[1]);
         multiply_16_8_16(sums[n][0], sums[n][1], sums[n][2], sums[n][3], low, x[0], x[1]);

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "on_gpu.sh"
-PARTS = ["packages", "card", "scenes", "build", "cpu_train", "tests", "gpu_train", "bench", "memcheck", "racecheck", "curves", "peers"]  # noqa: E501
+PARTS = ["packages", "card", "scenes", "build", "cpu_train", "tests", "gpu_train", "bench", "kernels", "memcheck", "racecheck", "curves", "peers"]  # noqa: E501
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_the_budget_binds_and_the_curves_still_come(script):
     assert found["card"] == found["curves"] == ("passed", "")
     result, why = found["build"]
     assert result == "failed" and re.fullmatch(r"stopped at its limit of [12] s", why)
-    for part in ("tests", "gpu_train", "bench", "memcheck", "racecheck", "peers"):
+    for part in ("tests", "gpu_train", "bench", "kernels", "memcheck", "racecheck", "peers"):
         assert found[part] == ("failed", "no time left"), part
 
 

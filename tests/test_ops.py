@@ -571,11 +571,6 @@ ATTENTION = [  # case, make, keywords, opcheck
         {},
         False,
     ),
-    *(
-        # head sizes of real models, seven query heads to a key head
-        (f"heads of {d}", heads([[66, 5, 40, -1]], [[64, 0, 30, 5]], H=7, G=1, L=67, d=d), {}, False)
-        for d in (64, 80, 96, 128, 256)
-    ),
     ("scores of +-30", heads([[40, 39, 38, 20]], [[30, 31, 5, 39]], L=41, d=16, scale=3.3), {}, False),
 ]
 for name in ("attn_slice", "attn_scores"):

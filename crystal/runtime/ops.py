@@ -526,10 +526,10 @@ def attn_align(
     """losses.attn_align without its slices: sums over a row are all that is kept.
 
     "kl" with heads "keep" reads the chosen rows and columns alone. "frobenius" and "mse" go over the L keys
-    as attn_slice does, and a given lse must be the rows' own. Compiled slices that losses.attn_loss compares:
-    heads "mean", whose rows meet across the heads, and "kl" on a GPU with heads of more than 256 numbers.
+    as attn_slice does, and a given lse must be the rows' own. With heads "mean", whose rows meet across the
+    heads, losses.attn_loss compares compiled slices.
     """
-    if heads == "mean" or (q.is_cuda and kind == "kl" and q.shape[-1] > 256):
+    if heads == "mean":
         at, rest = (
             (rows.repeat(2, 1), cols.repeat(2, 1)),
             {"scale": scale, "bias": bias, "key_padding": key_padding},
