@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11, a compiler and make:
 #   make demo      trains, evaluates, draws and exports on the shipped tiny model   (METHOD=crystal by default; sft, livr, lavit, valr, or a file of yours)
 #   make test      the test suite
-#   make lint      ruff and mypy, as pyproject.toml sets them
+#   make lint      ruff, mypy and clang-format, as pyproject.toml and .clang-format set them
 # Both build the compiled operators of csrc/ first, as does `make setup`; CRYSTAL_CUDA=auto|1|0 chooses the GPU part (see setup.py).
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,6 +31,7 @@ test: setup
 lint: setup
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m mypy
+	@$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/*.cu tests/*.h
 
 clean:
 	rm -rf $(VENV) build *.egg-info crystal/*.so

@@ -1,27 +1,30 @@
-// attn_slice, attn_scores and their gradient on the GPU. attn_slice.h says what they compute and what they must move: with R = H/G M rows to
-// a key head 2 R L d operations forward and 6 R L d backward; at B 2, L 2048, R 448, d 128 that is 1.9 and 5.6 GFLOP, 13 and 38 us at the
-// 150 TFLOP/s of an A40's tensor cores, 50 and 150 us at the 37 TFLOP/s of its float32 units, which is what is used here. Where attention has
-// computed lse, and for scores, only R K d is left, and bytes bound it: some 2 MB, 3 us.
+// attn_slice, attn_scores and their gradient on the GPU. attn_slice.h says what they compute and what they
+// must move: with R = H/G M rows to a key head 2 R L d operations forward and 6 R L d backward; at B 2, L
+// 2048, R 448, d 128 that is 1.9 and 5.6 GFLOP, 13 and 38 us at the 150 TFLOP/s of an A40's tensor cores, 50
+// and 150 us at the 37 TFLOP/s of its float32 units, which is what is used here. Where attention has computed
+// lse, and for scores, only R K d is left, and bytes bound it: some 2 MB, 3 us.
 //
-//   1  a block per row; backward, for dK, a block per key: every product of a query and a key reads both from memory
-//   2  tiles of scores in registers (attn_device_tiles.h); a row's keys are shared among several blocks, so that few rows fill the GPU
-//
-// Written without a GPU at hand: their logic is tested on a CPU (tests/cuda_on_cpu.h), their speed is not measured.
+//   1  a block per row; backward, for dK, a block per key: every product reads query and key from memory
+//   2  tiles of scores in registers (attn_device_tiles.h); several blocks share a row's keys, so that a few
+//      rows fill the GPU
+//   3  for bfloat16, the tiles' products on tensor cores (attn_tensor_cores.h); for the other types as 2
 #include "attn_cuda.h"
-
 #include "attn_device_tiles.h"
 
 namespace crystal {
 namespace {
 
-// ---- version 1 -----------------------------------------------------------------------------------------------------------------------
+// ---- version 1 --------------------------------------------------------------------------------------------
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_naive(Attn a, C* top, C* sum) {
+template <class In, class C>
+__global__ void __launch_bounds__(THREADS, 2) lse_naive(Attn a, C* top, C* sum) {
   __shared__ C tops[WARPS], sums[WARPS];
   const Row r(a, blockIdx.x);
-  Online<In, C> own;
+  const C scale = C(a.scale);
+  Online<C> own;
   for (int64_t j = threadIdx.x; j <= r.position; j += THREADS) {
-    const C s = score<C>(a, r.b, r.m, r.position, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
+    const C s = score<C>(a, scale, r.b, int(r.m), int(r.position), int(j),
+                         dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
     own.add(s, s == none<C>() ? C(0) : C(1));
   }
   for (int d = 16; d; d >>= 1) {
@@ -35,22 +38,27 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_n
   top[blockIdx.x] = own.top, sum[blockIdx.x] = own.sum;
 }
 
-// dS of one row and key, but for the direct part.
-template <class In, class C> __device__ __forceinline__ C slope(const Attn& a, const Row& r, int64_t i, int64_t j, C product, const Through& t) {
-  const C s = score<C>(a, r.b, r.m, r.position, j, product);
-  return s == none<C>() ? C(0) : -((const C*)t.through)[i] * exp_of<C>(s - ((const C*)t.lse)[i]);
+// dS of one row and key, but for grad_direct.
+template <class In, class C>
+__device__ __forceinline__ C gradient(const Attn& a, const Row& r, int64_t i, int64_t j, C product,
+                                      const ScoreGrad& t) {
+  const C s = score<C>(a, C(a.scale), r.b, int(r.m), int(r.position), int(j), product);
+  return s == none<C>() ? C(0) : -((const C*)t.grad_through)[i] * exp_of<C>(s - ((const C*)t.lse)[i]);
 }
 
-template <class In, class C> __device__ __forceinline__ C slope_naive(const Attn& a, int64_t i, int64_t j, const Through& t) {
+template <class In, class C>
+__device__ __forceinline__ C gradient_naive(const Attn& a, int64_t i, int64_t j, const ScoreGrad& t) {
   const Row r(a, i);
   C ds = 0;
-  if (t.through && ((const C*)t.through)[i] != 0 && j <= r.position) ds = slope<In, C>(a, r, i, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)), t);
+  if (t.grad_through && ((const C*)t.grad_through)[i] != 0 && j <= r.position)
+    ds = gradient<In, C>(a, r, i, j, dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)), t);
   for (int64_t c = 0; c < a.K; ++c)
-    if (a.cols[r.b * a.K + c] == j) ds += ((const C*)t.direct)[i * a.K + c];
+    if (a.cols[r.b * a.K + c] == j) ds += ((const C*)t.grad_direct)[i * a.K + c];
   return ds;
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backward_row_naive(Attn a, Through t, C* parts) {
+template <class In, class C>
+__global__ void __launch_bounds__(THREADS, 2) backward_row_naive(Attn a, ScoreGrad t, C* parts) {
   __shared__ C ds[THREADS];
   const int64_t i = blockIdx.x;
   const Row r(a, i);
@@ -59,204 +67,300 @@ template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backw
     C sum = 0;
     for (int64_t j0 = 0; j0 <= r.position; j0 += THREADS) {
       __syncthreads();
-      ds[threadIdx.x] = j0 + threadIdx.x < a.L ? slope_naive<In, C>(a, i, j0 + threadIdx.x, t) : C(0);
+      ds[threadIdx.x] = j0 + threadIdx.x < a.L ? gradient_naive<In, C>(a, i, j0 + threadIdx.x, t) : C(0);
       __syncthreads();
-      for (int64_t j = j0; c < a.d && j < j0 + THREADS && j <= r.position; ++j) sum += ds[j - j0] * C(widen(key<In>(a, r.b, r.g, j)[c * a.k_stride[3]]));
+      for (int64_t j = j0; c < a.d && j < j0 + THREADS && j <= r.position; ++j)
+        sum += ds[j - j0] * C(widen(key<In>(a, r.b, r.g, j)[c * a.k_stride[3]]));
     }
     if (c < a.d) parts[i * a.d + c] = sum * C(a.scale);
   }
 }
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) backward_key_naive(Attn a, Through t, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
+template <class In, class C>
+__global__ void __launch_bounds__(THREADS, 2)
+    backward_key_naive(Attn a, ScoreGrad t, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
   __shared__ C ds[THREADS];
-  const int64_t j = blockIdx.x % a.L, g = blockIdx.x / a.L % a.G, b = blockIdx.x / a.L / a.G, R = a.H / a.G * a.M, first = (b * a.G + g) * R;
+  const int64_t j = blockIdx.x % a.L, g = blockIdx.x / a.L % a.G, b = blockIdx.x / a.L / a.G,
+                R = a.H / a.G * a.M, first = (b * a.G + g) * R;
   for (int64_t c0 = 0; c0 < a.d; c0 += THREADS) {
     const int64_t c = c0 + threadIdx.x;
     C sum = 0;
     for (int64_t r0 = 0; r0 < R; r0 += THREADS) {
       __syncthreads();
-      ds[threadIdx.x] = r0 + threadIdx.x < R ? slope_naive<In, C>(a, first + r0 + threadIdx.x, j, t) : C(0);
+      ds[threadIdx.x] =
+          r0 + threadIdx.x < R ? gradient_naive<In, C>(a, first + r0 + threadIdx.x, j, t) : C(0);
       __syncthreads();
-      for (int64_t r = r0; c < a.d && r < r0 + THREADS && r < R; ++r) sum += ds[r - r0] * C(widen(query<In>(a, Row(a, first + r))[c * a.q_stride[3]]));
+      for (int64_t r = r0; c < a.d && r < r0 + THREADS && r < R; ++r)
+        sum += ds[r - r0] * C(widen(query<In>(a, Row(a, first + r))[c * a.q_stride[3]]));
     }
     In* to = dk + b * s0 + g * s1 + j * s2 + c * s3;
     if (c < a.d) *to = narrow<In>(C(widen(*to)) + sum * C(a.scale));
   }
 }
 
-// ---- version 2 -----------------------------------------------------------------------------------------------------------------------
+// ---- versions 2 and 3 -------------------------------------------------------------------------------------
 
-template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) lse_tiles(Attn a, int splits, C* top, C* sum) {
-  constexpr int T = TILE<C>, N = T / 16;
-  __shared__ Tile<In, C> tile;
-  __shared__ C pool[2 * DEPTH * (T + 1)];
-  const int64_t R = a.H / a.G * a.M, tiles = (R + T - 1) / T, split = blockIdx.x % splits, r0 = blockIdx.x / splits % tiles * T;
-  const int64_t g = blockIdx.x / splits / tiles % a.G, b = blockIdx.x / splits / tiles / a.G;
-  const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-  tile.read(a, b, g, r0, nullptr, nullptr);
+// top, sum [splits SHARES,B,H,M]: the log sum exp of each row over a share of its keys.
+template <class On>
+__global__ void __launch_bounds__(THREADS, 2)
+    lse_tiles(Attn a, int splits, typename On::C* top, typename On::C* sum) {
+  typedef typename On::C C;
+  __shared__ Rows<On> rows;
+  __shared__ typename On::Pool pool;
+  const int64_t R = a.H / a.G * a.M, all = a.B * a.H * a.M;
+  const Place at(a, On::T, R, splits, 1, On::WIDTH);
+  rows.read(a, at.b, at.g, at.own0, nullptr, nullptr);
   __syncthreads();
-  int64_t from, to, last = -1;
-  share(a.L, T, split, splits, &from, &to);
-#pragma unroll 1
-  for (int i = 0; i < T; ++i) last = tile.position[i] > last ? tile.position[i] : last;
-  Online<In, C> own[N];
-  for (int64_t j0 = from; j0 < to && j0 <= last; j0 += T) {
-    C s[N][N];
-    multiply<In, C>(a, tile, b, g, j0, pool, s);
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-      const int row = y + 16 * u;
-      C most = none<C>(), total = 0;
-#pragma unroll
-      for (int v = 0; v < N; ++v) {
-        s[u][v] = score<C>(a, b, tile.m[row], tile.position[row], j0 + x + 16 * v, s[u][v]);
-        most = s[u][v] > most || s[u][v] != s[u][v] ? s[u][v] : most;
-      }
-#pragma unroll
-      for (int v = 0; v < N; ++v) total += s[u][v] == none<C>() ? C(0) : exp_of<C>(s[u][v] - most);
-      own[u].add(most, total);
-    }
+  int from, to;
+  share(a.L, On::T, at.split, splits, &from, &to);
+  const int last = rows.last([](int) { return true; });
+  Online<C> own[On::U];
+  for (int j0 = from; j0 < to && j0 <= last; j0 += On::T) {
+    C s[On::U][On::V];
+    scores<On>(a, rows, at.b, at.g, Keys(a, j0), pool, s);
+    add_scores<On>(s, own);
   }
 #pragma unroll
-  for (int u = 0; u < N; ++u) {
-    for (int d = 8; d; d >>= 1) {  // the 16 threads of a row
-      const C other_top = __shfl_xor_sync(~0u, own[u].top, d), other_sum = __shfl_xor_sync(~0u, own[u].sum, d);
-      own[u].add(other_top, other_sum);
-    }
-    const int64_t r = r0 + y + 16 * u, at = split * a.B * a.H * a.M + (b * a.G + g) * R + r;
-    if (x == 0 && r < R) top[at] = own[u].top, sum[at] = own[u].sum;
+  for (int u = 0; u < On::U; ++u) {
+    join<On>(own[u]);
+    const int64_t r = at.own0 + On::row(u), part = at.split * On::SHARES + On::share_of_row();
+    if (threadIdx.x % On::LANES || r >= R) continue;
+    top[part * all + (at.b * a.G + at.g) * R + r] = own[u].top;
+    sum[part * all + (at.b * a.G + at.g) * R + r] = own[u].sum;
   }
 }
 
-// A warp per row: merges the shares of its log sum exp, then column by column.
-template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) columns(Attn a, int splits, const C* top, const C* sum, const C* lse_in, C* lse_out, C* out) {
-  const int64_t i = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
+// A block per tile of rows and of columns: merges the shares of the rows' log sum exp, then their scores or
+// weights. weights: lse_out is given.
+template <class On>
+__global__ void __launch_bounds__(THREADS, 2)
+    columns_tiles(Attn a, int column_tiles, int parts, const typename On::C* top, const typename On::C* sum,
+                  const typename On::C* lse_in, typename On::C* lse_out, typename On::C* out) {
+  typedef typename On::C C;
+  __shared__ Rows<On> rows;
+  __shared__ typename On::Pool pool;
+  const int64_t R = a.H / a.G * a.M, all = a.B * a.H * a.M;
+  const Place at(a, On::T, R, column_tiles, 1, On::WIDTH);
+  const int64_t first = (at.b * a.G + at.g) * R + at.own0;
+  rows.read(a, at.b, at.g, at.own0, lse_in, nullptr);
+  if (lse_out && threadIdx.x < On::T && at.own0 + threadIdx.x < R) {
+    const int64_t i = first + threadIdx.x;
+    Online<C> own;
+    for (int s = 0; s < parts; ++s) own.add(top[s * all + i], sum[s * all + i]);
+    if (!lse_in) rows.lse[threadIdx.x] = own.lse();
+    if (at.split == 0) lse_out[i] = rows.lse[threadIdx.x];
+  }
+  if (at.split * On::T >= a.K) return;  // the normalisers alone
+  __syncthreads();
+  C s[On::U][On::V];
+  scores<On>(a, rows, at.b, at.g, Columns(a, at.b, at.split * On::T), pool, s);
+#pragma unroll
+  for (int u = 0; u < On::U; ++u)
+#pragma unroll
+    for (int v = 0; v < On::V; ++v) {
+      const int row = On::row(u), c = at.split * On::T + On::key(v);
+      if (at.own0 + row >= R || c >= a.K) continue;
+      const C value = s[u][v];
+      out[(first + row) * a.K + c] = !lse_out             ? value
+                                     : value == none<C>() ? C(0)
+                                                          : exp_of<C>(value - rows.lse[row]);
+    }
+}
+
+// Whether a column of sequence b lies among keys j0 .. ; the same in every thread.
+template <class On>
+__device__ __forceinline__ bool a_column_inside(const Attn& a, int64_t b, int64_t j0) {
+  bool found = false;
+  for (int64_t c = threadIdx.x; c < a.K; c += THREADS)
+    found |= a.cols[b * a.K + c] >= j0 && a.cols[b * a.K + c] < j0 + On::T;
+  return __syncthreads_or(found);
+}
+
+// Adds the columns' own gradient to a tile of them, whose rows begin at the key head's r0-th. A cell belongs
+// to one thread, which adds to it in the columns' order: a column may be there twice.
+template <class On>
+__device__ __forceinline__ void add_direct(const Attn& a, int64_t b, int64_t g, int64_t r0, int64_t j0,
+                                           const typename On::C* grad_direct, typename On::Gradients& ds) {
+  __shared__ uint32_t inside[WARPS];  // a bit for each of the next THREADS columns
+  const int64_t R = a.H / a.G * a.M;
+  const int row = threadIdx.x % On::T, keys = THREADS / On::T, first = threadIdx.x / On::T;
+  for (int64_t c0 = 0; c0 < a.K; c0 += THREADS) {
+    const int64_t c = c0 + threadIdx.x, j = c < a.K ? a.cols[b * a.K + c] - j0 : -1;
+    const uint32_t found = __ballot_sync(~0u, j >= 0 && j < On::T);
+    __syncthreads();
+    inside[threadIdx.x / 32] = found;
+    __syncthreads();
+    if (r0 + row >= R) continue;
+    for (int w = 0; w < WARPS; ++w)
+      for (uint32_t bits = inside[w]; bits; bits &= bits - 1) {
+        const int64_t column = c0 + 32 * w + __ffs(int(bits)) - 1;
+        const int key = int(a.cols[b * a.K + column] - j0);
+        if (key % keys != first) continue;
+        On::add(ds, row, key, grad_direct[((b * a.G + g) * R + r0 + row) * a.K + column]);
+      }
+  }
+}
+
+// KEYS: a block owns a tile of keys and goes through the rows, dK += dS^T Q. Otherwise it owns rows and goes
+// through its share of the keys, dQ = dS K. Of d it owns WIDTH numbers: for the other ones another block
+// computes the scores again. Where no row of a tile has a `grad_through` (attention's own backward has
+// carried it), the columns' keys alone are computed.
+template <class On, bool KEYS>
+__global__ void __launch_bounds__(THREADS, 2)
+    backward_tiles(Attn a, ScoreGrad t, int splits, typename On::C* parts, typename On::In* dk,
+                   Strides to_keys) {
+  typedef typename On::C C;
+  __shared__ Rows<On> rows;
+  __shared__ typename On::Pool pool;
+  __shared__ typename On::Gradients ds;
+  const int64_t R = a.H / a.G * a.M, mine = KEYS ? a.L : R;
+  const Place at(a, On::T, mine, splits, (a.d + On::WIDTH - 1) / On::WIDTH, On::WIDTH);
+  typename On::Sums sums = {};
+  int from = 0, to = int(R), last = -1;
+  if (!KEYS) share(a.L, On::T, at.split, splits, &from, &to);
+  if (!KEYS) rows.read(a, at.b, at.g, at.own0, (const C*)t.lse, (const C*)t.grad_through);
+  bool inside = KEYS && a_column_inside<On>(a, at.b, at.own0);
+  for (int other0 = from; other0 < to && (KEYS || other0 < a.L); other0 += On::T) {
+    const int j0 = KEYS ? at.own0 : other0, r0 = KEYS ? other0 : at.own0;
+    __syncthreads();
+    if (KEYS)
+      rows.read(a, at.b, at.g, r0, (const C*)t.lse, (const C*)t.grad_through);
+    else
+      inside = a_column_inside<On>(a, at.b, j0);
+    __syncthreads();
+    // Whether a row that sees some of these keys has a gradient at every one.
+    if (t.grad_through && (KEYS || other0 == from))
+      last = rows.last([&](int i) { return rows.given[i] != C(0); });
+    const bool whole = j0 <= last;
+    if (!whole && !inside) continue;
+    C s[On::U][On::V];
+    if (whole) scores<On>(a, rows, at.b, at.g, Keys(a, j0), pool, s);
+#pragma unroll
+    for (int u = 0; u < On::U; ++u)
+#pragma unroll
+      for (int v = 0; v < On::V; ++v) {
+        const bool seen = whole && s[u][v] != none<C>();
+        s[u][v] =
+            seen ? -rows.given[On::row(u)] * exp_of<typename On::In>(s[u][v] - rows.lse[On::row(u)]) : C(0);
+      }
+    On::store(ds, s);
+    __syncthreads();
+    if (inside) add_direct<On>(a, at.b, at.g, r0, j0, (const C*)t.grad_direct, ds);
+    On::template second<KEYS>(a, rows, at.b, at.g, Keys(a, j0), at.d0, ds, pool, sums);
+  }
+  if (KEYS)
+    add_to_keys<On>(a, at.b, at.g, at.own0, at.d0, sums, dk, to_keys);
+  else
+    write_parts<On>(a, at.own0, R, at.d0, at.split * a.B * a.H * a.M + (at.b * a.G + at.g) * R, sums, parts);
+}
+
+// A warp per row, from the first-th on: the first row at a position adds what all rows there have got.
+template <class In, class C>
+__global__ void __launch_bounds__(THREADS, 2)
+    add_rows(Attn a, int splits, const C* parts, int64_t first, In* dq, Strides to) {
+  const int64_t i = first + int64_t(blockIdx.x) * WARPS + threadIdx.x / 32, rows = a.B * a.H * a.M;
   if (i >= rows) return;  // the whole warp
   const Row r(a, i);
-  Online<In, C> own;
-  for (int s = 0; s < splits; ++s) own.add(top[s * rows + i], sum[s * rows + i]);
-  const C lse = lse_in ? lse_in[i] : own.lse();
-  if (lse_out && threadIdx.x % 32 == 0) lse_out[i] = lse;
-  for (int64_t c = 0; c < a.K; ++c) {
-    const int64_t j = column(a, r.b, c);
-    const C s = score<C>(a, r.b, r.m, r.position, j, warp_dot<In, C>(a, query<In>(a, r), key<In>(a, r.b, r.g, j)));
-    if (threadIdx.x % 32 == 0) out[i * a.K + c] = !lse_out ? s : s == none<C>() ? C(0) : exp_of<C>(s - lse);
-  }
-}
-
-// KEYS: a block owns a tile of keys and goes through the rows, dK += dS^T Q. Otherwise it owns rows and goes through its share of the keys,
-// dQ = dS K. Of d it owns WIDTH_D numbers: for the other ones another block computes the scores again. Where all rows of a tile have a
-// `through` of 0 (attention's own backward has carried it), the columns' keys alone are computed.
-template <class In, class C, bool KEYS> __global__ void __launch_bounds__(THREADS, 2)
-backward_tiles(Attn a, Through t, int splits, C* parts, In* dk, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
-  constexpr int T = TILE<C>, N = T / 16, W = WIDTH_D / 16;
-  __shared__ Tile<In, C> tile;
-  __shared__ C pool[2 * DEPTH * (T + 1)], ds[T][T + 1];
-  const int64_t R = a.H / a.G * a.M, mine = KEYS ? a.L : R, tiles = (mine + T - 1) / T, slices = (a.d + WIDTH_D - 1) / WIDTH_D;
-  int64_t rest = blockIdx.x;
-  const int64_t split = rest % splits, d0 = (rest /= splits) % slices * WIDTH_D, own0 = (rest /= slices) % tiles * T, g = (rest /= tiles) % a.G, b = rest / a.G;
-  const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-  C sums[N][W] = {};
-  int64_t from = 0, to = R;
-  if (!KEYS) share(a.L, T, split, splits, &from, &to);
-  if (!KEYS) tile.read(a, b, g, own0, (const C*)t.lse, (const C*)t.through);
-  for (int64_t other0 = from; other0 < to && (KEYS || other0 < a.L); other0 += T) {
-    const int64_t j0 = KEYS ? own0 : other0, r0 = KEYS ? other0 : own0;
-    bool inside = false;  // a column among these keys; the same in every thread
-    for (int64_t c = 0; c < a.K; ++c) inside |= a.cols[b * a.K + c] >= j0 && a.cols[b * a.K + c] < j0 + T;
-    if (!t.through && !inside) continue;
-    __syncthreads();
-    if (KEYS) tile.read(a, b, g, r0, (const C*)t.lse, (const C*)t.through);
-    __syncthreads();
-    bool whole = false;  // the tile has a gradient at every key; the same in every thread
-#pragma unroll 1
-    for (int i = 0; t.through && i < T && !whole; ++i) whole = tile.through[i] != 0;
-    if (!whole && !inside) continue;
-    C s[N][N] = {};
-    if (whole) multiply<In, C>(a, tile, b, g, j0, pool, s);
-#pragma unroll
-    for (int u = 0; u < N; ++u)
-#pragma unroll
-      for (int v = 0; v < N; ++v) {
-        const int row = y + 16 * u, column = x + 16 * v;
-        C value = 0;
-        if (whole) {
-          const C z = score<C>(a, b, tile.m[row], tile.position[row], j0 + column, s[u][v]);
-          value = z == none<C>() ? C(0) : -tile.through[row] * exp_of<C>(z - tile.lse[row]);
-        }
-        ds[row][column] = value;
-      }
-    __syncthreads();
-    for (int64_t c = 0; inside && c < a.K; ++c) {
-      const int64_t column = a.cols[b * a.K + c] - j0, row = threadIdx.x;
-      if (column >= 0 && column < T && row < T && r0 + row < R) ds[row][column] += ((const C*)t.direct)[((b * a.G + g) * R + r0 + row) * a.K + c];
-    }
-    multiply_second<In, C, KEYS>(a, tile, b, g, j0, d0, ds, pool, sums);
-  }
-  give<In, C, KEYS>(a, b, g, own0, d0, split, sums, parts, dk, s0, s1, s2, s3);
-}
-
-// A block per row: the first row at a position adds what all rows there have got.
-template <class In, class C> __global__ void __launch_bounds__(THREADS, 2) add_rows(Attn a, int splits, const C* parts, In* dq, int64_t s0, int64_t s1, int64_t s2, int64_t s3) {
-  const Row r(a, blockIdx.x);
+  const int lane = threadIdx.x % 32;
   if (r.position < 0) return;
-  for (int64_t m = 0; m < r.m; ++m)
-    if (a.rows[r.b * a.M + m] == r.position) return;
-  for (int64_t c = threadIdx.x; c < a.d; c += THREADS) {
-    C sum = 0;
-    for (int64_t m = r.m; m < a.M; ++m)
-      for (int s = 0; s < splits && a.rows[r.b * a.M + m] == r.position; ++s) sum += parts[((s * a.B + r.b) * a.H * a.M + r.h * a.M + m) * a.d + c];
-    In* to = dq + r.b * s0 + r.h * s1 + r.position * s2 + c * s3;
-    *to = narrow<In>(C(widen(*to)) + sum);
+  for (int64_t m0 = 0; m0 < a.M; m0 += 32) {
+    uint32_t same = __ballot_sync(~0u, m0 + lane < a.M && a.rows[r.b * a.M + m0 + lane] == r.position);
+    for (; same; same &= same - 1) {
+      const int64_t m = m0 + __ffs(int(same)) - 1;
+      if (m < r.m) return;  // an earlier row is there
+      const C* from = parts + (r.b * a.H * a.M + r.h * a.M + m) * a.d;
+      In* cells = dq + r.b * to.s[0] + r.h * to.s[1] + r.position * to.s[2];
+      for (int64_t c = lane; c < a.d; c += 32) {
+        C sum = 0;
+        for (int s = 0; s < splits; ++s) sum += from[s * rows * a.d + c];
+        cells[c * to.s[3]] = narrow<In>(C(widen(cells[c * to.s[3]])) + sum);
+      }
+    }
   }
 }
 
-// ---- launchers -----------------------------------------------------------------------------------------------------------------------
+// ---- launchers --------------------------------------------------------------------------------------------
 
-template <class In, class C> int forward_as(int version, const Attn& a, bool weights, const void* lse_in, void* top, void* sum, void* lse_out, void* out, void* stream) {
-  const int64_t rows = a.B * a.H * a.M, T = TILE<C>, row_tiles = (a.H / a.G * a.M + T - 1) / T, blocks = a.B * a.G * row_tiles;
-  int splits = 0, error = 0;
+Strides strides(const int64_t* s) { return s ? Strides{{s[0], s[1], s[2], s[3]}} : Strides{}; }
+
+template <class On>
+int forward_as(int version, const Attn& a, bool weights, const void* lse_in, void* top, void* sum,
+               void* lse_out, void* out, void* stream) {
+  typedef typename On::In In;
+  typedef typename On::C C;
+  const int64_t rows = a.B * a.H * a.M, T = On::T, blocks = a.B * a.G * ((a.H / a.G * a.M + T - 1) / T);
+  int parts = 0, error = 0;
   if (!rows) return 0;
   if (weights && !lse_in) {
-    splits = version == 1 ? 1 : splits_for(blocks, (a.L + T - 1) / T);
-    if (version == 1) error = LAUNCH((lse_naive<In, C>), unsigned(rows), THREADS, stream, a, (C*)top, (C*)sum);
-    else error = LAUNCH((lse_tiles<In, C>), unsigned(blocks * splits), THREADS, stream, a, splits, (C*)top, (C*)sum);
+    const int splits = version == 1 ? 1 : splits_for(blocks, (a.L + T - 1) / T);
+    parts = version == 1 ? 1 : splits * On::SHARES;
+    if (version == 1)
+      error = LAUNCH((lse_naive<In, C>), unsigned(rows), THREADS, stream, a, (C*)top, (C*)sum);
+    else
+      error =
+          LAUNCH((lse_tiles<On>), unsigned(blocks * splits), THREADS, stream, a, splits, (C*)top, (C*)sum);
     if (error) return error;
   }
-  return LAUNCH((columns<In, C>), unsigned((rows + WARPS - 1) / WARPS), THREADS, stream, a, splits, (const C*)top, (const C*)sum, (const C*)lse_in,
-                weights ? (C*)lse_out : nullptr, (C*)out);
+  const int64_t column_tiles = a.K > T ? (a.K + T - 1) / T : 1;
+  return LAUNCH((columns_tiles<On>), unsigned(blocks * column_tiles), THREADS, stream, a, int(column_tiles),
+                parts, (const C*)top, (const C*)sum, (const C*)lse_in, weights ? (C*)lse_out : nullptr,
+                (C*)out);
 }
 
-template <class In, class C> int add_rows_as(const Attn& a, int splits, const void* parts, void* dq, const int64_t* s, void* stream) {
-  if (!(a.B * a.H * a.M)) return 0;
-  return LAUNCH((add_rows<In, C>), unsigned(a.B * a.H * a.M), THREADS, stream, a, splits, (const C*)parts, (In*)dq, s[0], s[1], s[2], s[3]);
+template <class On>
+int add_rows_as(const Attn& a, int splits, const void* parts, int64_t first, void* dq, const int64_t* to,
+                void* stream) {
+  typedef typename On::In In;
+  typedef typename On::C C;
+  const int64_t rows = (a.B - first) * a.H * a.M;
+  if (!rows) return 0;
+  return LAUNCH((add_rows<In, C>), unsigned((rows + WARPS - 1) / WARPS), THREADS, stream, a, splits,
+                (const C*)parts, first * a.H * a.M, (In*)dq, strides(to));
 }
 
-template <class In, class C>
-int backward_as(int version, const Attn& a, const Through& t, void* parts, void* dq, const int64_t* dq_stride, void* dk, const int64_t* s, void* stream) {
-  const int64_t rows = a.B * a.H * a.M, T = TILE<C>, slices = (a.d + WIDTH_D - 1) / WIDTH_D, key_tiles = (a.L + T - 1) / T;
+template <class On>
+int backward_as(int version, const Attn& a, const ScoreGrad& t, void* parts, void* dq,
+                const int64_t* dq_stride, void* dk, const int64_t* dk_stride, void* stream) {
+  typedef typename On::In In;
+  typedef typename On::C C;
+  const int64_t rows = a.B * a.H * a.M, T = On::T, slices = (a.d + On::WIDTH - 1) / On::WIDTH,
+                key_tiles = (a.L + T - 1) / T;
   const int64_t blocks = a.B * a.G * ((a.H / a.G * a.M + T - 1) / T) * slices;
   const int splits = version == 1 ? 1 : splits_for(blocks, key_tiles);
   int error = 0;
   if (!rows) return 0;
-  if (parts && version == 1) error = LAUNCH((backward_row_naive<In, C>), unsigned(rows), THREADS, stream, a, t, (C*)parts);
-  else if (parts) error = LAUNCH((backward_tiles<In, C, false>), unsigned(blocks * splits), THREADS, stream, a, t, splits, (C*)parts, (In*)nullptr, 0, 0, 0, 0);
-  if (!error && parts) error = add_rows_as<In, C>(a, splits, parts, dq, dq_stride, stream);
+  if (parts && version == 1)
+    error = LAUNCH((backward_row_naive<In, C>), unsigned(rows), THREADS, stream, a, t, (C*)parts);
+  else if (parts)
+    error = LAUNCH((backward_tiles<On, false>), unsigned(blocks * splits), THREADS, stream, a, t, splits,
+                   (C*)parts, (In*)nullptr, Strides{});
+  if (!error && parts) error = add_rows_as<On>(a, splits, parts, 0, dq, dq_stride, stream);
   if (error || !dk) return error;
-  if (version == 1) return LAUNCH((backward_key_naive<In, C>), unsigned(a.B * a.G * a.L), THREADS, stream, a, t, (In*)dk, s[0], s[1], s[2], s[3]);
-  return LAUNCH((backward_tiles<In, C, true>), unsigned(a.B * a.G * key_tiles * slices), THREADS, stream, a, t, 1, (C*)nullptr, (In*)dk, s[0], s[1], s[2], s[3]);
+  const int64_t* s = dk_stride;
+  if (version == 1)
+    return LAUNCH((backward_key_naive<In, C>), unsigned(a.B * a.G * a.L), THREADS, stream, a, t, (In*)dk,
+                  s[0], s[1], s[2], s[3]);
+  return LAUNCH((backward_tiles<On, true>), unsigned(a.B * a.G * key_tiles * slices), THREADS, stream, a, t,
+                1, (C*)nullptr, (In*)dk, strides(s));
 }
 
 }  // namespace
 
-int attn_slice_forward(int version, const Attn& a, bool weights, const void* lse_in, void* top, void* sum, void* lse_out, void* out, void* stream) {
+int attn_slice_forward(int version, const Attn& a, bool weights, const void* lse_in, void* top, void* sum,
+                       void* lse_out, void* out, void* stream) {
+  if (version < 3 && a.type == Float::bf16)
+    return forward_as<FloatUnits<bf16, float>>(version, a, weights, lse_in, top, sum, lse_out, out, stream);
   ATTN_DISPATCH(a.type, forward_as, version, a, weights, lse_in, top, sum, lse_out, out, stream)
 }
-int attn_slice_backward(int version, const Attn& a, const Through& t, void* parts, void* dq, const int64_t* dq_stride, void* dk, const int64_t* dk_stride, void* stream) {
+int attn_slice_backward(int version, const Attn& a, const ScoreGrad& t, void* parts, void* dq,
+                        const int64_t* dq_stride, void* dk, const int64_t* dk_stride, void* stream) {
+  if (version < 3 && a.type == Float::bf16)
+    return backward_as<FloatUnits<bf16, float>>(version, a, t, parts, dq, dq_stride, dk, dk_stride, stream);
   ATTN_DISPATCH(a.type, backward_as, version, a, t, parts, dq, dq_stride, dk, dk_stride, stream)
 }
-int attn_add_rows(const Attn& a, int splits, const void* parts, void* dq, const int64_t* dq_stride, void* stream) {
-  ATTN_DISPATCH(a.type, add_rows_as, a, splits, parts, dq, dq_stride, stream)
+int attn_add_rows(const Attn& a, int splits, const void* parts, int64_t first, void* dq,
+                  const int64_t* dq_stride, void* stream) {
+  ATTN_DISPATCH(a.type, add_rows_as, a, splits, parts, first, dq, dq_stride, stream)
 }
 
 }  // namespace crystal

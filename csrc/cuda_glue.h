@@ -1,4 +1,5 @@
-// What the CUDA operators' glue to torch (*_cuda.cpp) shares: the device, its current stream, and the check of every launch.
+// What the CUDA operators' glue to torch (*_cuda.cpp) shares: the device, its current stream, and the
+// check of every launch.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 
@@ -22,8 +23,8 @@ inline void launched(int, const char*) {}
 #define GPU CUDA
 namespace crystal {
 
-// The stream that torch computes on. This one function lives in torch's CUDA library, which a CPU build of torch has not: looked up when it
-// is needed, it lets the operators be built, and loaded, beside either.
+// The stream that torch computes on. This one function lives in torch's CUDA library, which a CPU build of
+// torch has not: looked up when it is needed, it lets the operators be built, and loaded, beside either.
 inline void* current_stream(int32_t device) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
@@ -39,11 +40,13 @@ inline void* current_stream(int32_t device) {
 struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
-  explicit OnDevice(const Tensor& x) : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
+  explicit OnDevice(const Tensor& x)
+      : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
 };
 
 inline void on_one_device(const Tensor& x, const Tensor& y) {
-  STD_TORCH_CHECK(y.is_cuda() && x.get_device_index() == y.get_device_index(), "all tensors must be on one GPU");
+  STD_TORCH_CHECK(y.is_cuda() && x.get_device_index() == y.get_device_index(),
+                  "all tensors must be on one GPU");
 }
 
 // Raises what a launcher of a *.cu file returned.

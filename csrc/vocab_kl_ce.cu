@@ -1,28 +1,36 @@
-// vocab_kl_ce on the GPU. vocab_kl_ce.h says what it computes, why one pass suffices, and what it must move: forward reads the logits of
-// both paths once, backward reads them once and writes as much. Two exponentials a cell (2-byte types: 6 instructions a logit forward, 10
-// backward), so memory is the bound: 64 rows of 152064 bf16 logits are 19.5 MB, 28 us forward and 56 us backward at an A40's 696 GB/s.
+// vocab_kl_ce on the GPU. vocab_kl_ce.h says what it computes, why one pass suffices, and what it must move:
+// forward reads the logits of both paths once, backward reads them once and writes as much. Two exponentials
+// a cell (2-byte types: 6 instructions a logit forward, 10 backward), so memory is the bound: 64 rows of
+// 152064 bf16 logits are 19.5 MB, 28 us forward and 56 us backward at an A40's 696 GB/s.
 //
 //   1  a block per row, one logit a load, three sweeps forward: maximum, sum of exponentials, expectation
 //   2  one sweep: each thread keeps running maxima and rescales what it has when they grow; 16-byte loads
 //   3  a row is cut into parts, so that a few rows fill the GPU; a warp merges the parts of a row
 //
 // The kernels of 2 and 3 are the same, with one part or several.
-#include "vocab_kl_ce_cuda.h"
-
 #include "cuda_common.h"
+#include "vocab_kl_ce_cuda.h"
 
 namespace crystal {
 namespace {
 
 constexpr int THREADS = 256;
 
-template <class C> __device__ constexpr C lowest();
-template <> __device__ constexpr float lowest<float>() { return -3.0e38f; }
-template <> __device__ constexpr double lowest<double>() { return -1.0e300; }
+template <class C>
+__device__ constexpr C lowest();
+template <>
+__device__ constexpr float lowest<float>() {
+  return -3.0e38f;
+}
+template <>
+__device__ constexpr double lowest<double>() {
+  return -1.0e300;
+}
 
-// ---- which row of its logits holds n -----------------------------------------------------------------------------------------------
+// ---- which row of its logits holds n ----------------------------------------------------------------------
 
-// One block. A path has a row at n if it has a label there or n is an answer row: at is the number of such n before it.
+// One block. A path has a row at n if it has a label there or n is an answer row: at is the number of
+// such n before it.
 __global__ void place_rows(VocabArgs a) {
   __shared__ int of_warp[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -47,17 +55,22 @@ __global__ void place_rows(VocabArgs a) {
     }
     first = seen;
     const bool fits = path == 0 ? (a.R2 < 0 || seen == a.R) : seen == (a.R2 < 0 ? a.R : a.R2);
-    if (!fits) stop_with("vocab_kl_ce: targets and answer speak of another number of rows than the logits have");
+    if (!fits)
+      stop_with("vocab_kl_ce: targets and answer speak of another number of rows than the logits have");
   }
 }
 
-// ---- forward -----------------------------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------------------
 
 // Running sums of one thread, and of a block.
-template <class C> struct Running { C m, s, m2, s2, e; };
+template <class C>
+struct Running {
+  C m, s, m2, s2, e;
+};
 
 // Moves sums to larger maxima.
-template <class T, class C> __device__ inline void raise(Running<C>& r, C m, C m2) {
+template <class T, class C>
+__device__ inline void raise(Running<C>& r, C m, C m2) {
   const C f = exp_of<T>(r.m - m);
   r.e = f * (r.e + r.s * ((r.m - m) - (r.m2 - m2)));
   r.s *= f;
@@ -65,7 +78,8 @@ template <class T, class C> __device__ inline void raise(Running<C>& r, C m, C m
   r.m = m, r.m2 = m2;
 }
 
-template <class T, class C> __device__ inline void add(Running<C>& r, C x, C x2, bool pair) {
+template <class T, class C>
+__device__ inline void add(Running<C>& r, C x, C x2, bool pair) {
   const C a = x - r.m, p = exp_of<T>(a);
   r.s = plus(r.s, p);
   if (pair) {
@@ -76,7 +90,8 @@ template <class T, class C> __device__ inline void add(Running<C>& r, C x, C x2,
 }
 
 // Sums of a block's threads, in every thread.
-template <class T, class C> __device__ Running<C> of_block(Running<C> r) {
+template <class T, class C>
+__device__ Running<C> of_block(Running<C> r) {
   __shared__ C shared[5][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const C m = warp_max(r.m), m2 = warp_max(r.m2);
@@ -93,11 +108,12 @@ template <class T, class C> __device__ Running<C> of_block(Running<C> r) {
 }
 
 // What one block sums up of [from, to) of one row; z2 null: of one path alone. W logits a load.
-template <class T, int W> __device__ Sums sweep(const T* z, const T* z2, int64_t from, int64_t to) {
+template <class T, int W>
+__device__ Sums sweep(const T* z, const T* z2, int64_t from, int64_t to) {
   typedef typename computed<T>::type C;
   Running<C> r = {lowest<C>(), 0, lowest<C>(), 0, 0};
   const int64_t end = from + (to - from) / W * W;
-#pragma unroll (sizeof(T) == 8 ? 1 : 2)
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
   for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
     const Pack<T, W> x = *(const Pack<T, W>*)(z + i), x2 = z2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
     C top = widen(x.v[0]), top2 = widen(x2.v[0]);
@@ -116,14 +132,22 @@ template <class T, int W> __device__ Sums sweep(const T* z, const T* z2, int64_t
   return {double(r.m), double(r.s), double(r.m2), double(r.s2), double(r.e)};
 }
 
-// Where part `part` of V logits begins; step is a multiple of W. (A division of long integers here would be a call, and spill.)
-__device__ inline int64_t cut(int64_t V, int64_t part, int64_t step) { return part * step < V ? part * step : V; }
+// Where part `part` of V logits begins; step is a multiple of W. (A division of long integers here would be
+// a call, and spill.)
+__device__ inline int64_t cut(int64_t V, int64_t part, int64_t step) {
+  return part * step < V ? part * step : V;
+}
 
-template <int W> int64_t step_of(int64_t V, int parts) { return (V + int64_t(parts) * W - 1) / (int64_t(parts) * W) * W; }
+template <int W>
+int64_t step_of(int64_t V, int parts) {
+  return (V + int64_t(parts) * W - 1) / (int64_t(parts) * W) * W;
+}
 
-template <class T, int W> __global__ void __launch_bounds__(THREADS) sums_of_parts(VocabArgs a, Sums* work, int parts, int64_t step) {
+template <class T, int W>
+__global__ void __launch_bounds__(THREADS) sums_of_parts(VocabArgs a, Sums* work, int parts, int64_t step) {
   const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts, at = a.at[n], at2 = a.at[a.N + n];
-  const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride, *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
+  const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride,
+          *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
   const int64_t from = cut(a.V, part, step), to = cut(a.V, part + 1, step);
   Sums sums = {};
   if (a.answer[n]) {
@@ -139,10 +163,12 @@ template <class T, int W> __global__ void __launch_bounds__(THREADS) sums_of_par
 }
 
 // The three sweeps of version 1.
-template <class T> __global__ void __launch_bounds__(THREADS) sums_naively(VocabArgs a, Sums* work) {
+template <class T>
+__global__ void __launch_bounds__(THREADS) sums_naively(VocabArgs a, Sums* work) {
   typedef typename computed<T>::type C;
   const int64_t n = blockIdx.x, at = a.at[n], at2 = a.at[a.N + n];
-  const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride, *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
+  const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride,
+          *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
   Running<C> r = {lowest<C>(), 0, lowest<C>(), 0, 0};
   for (int64_t i = threadIdx.x; i < a.V; i += blockDim.x) {
     if (z) r.m = fmax(r.m, widen(z[i]));
@@ -163,15 +189,18 @@ template <class T> __global__ void __launch_bounds__(THREADS) sums_naively(Vocab
 }
 
 // A warp merges the parts of a row, and writes the row's values.
-template <class T> __global__ void __launch_bounds__(THREADS) values_of_rows(VocabArgs a, const Sums* work, int parts) {
+template <class T>
+__global__ void __launch_bounds__(THREADS) values_of_rows(VocabArgs a, const Sums* work, int parts) {
   typedef typename computed<T>::type C;
   const int64_t n = int64_t(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (n >= a.N) return;  // the whole warp
   Sums x = lane < parts ? work[n * parts + lane] : work[n * parts];
   const double m = warp_max(x.m), m2 = warp_max(x.m2), shift = x.m - m, shift2 = x.m2 - m2;
-  const double f = lane < parts ? double(exp_of<C>(C(shift))) : 0, f2 = lane < parts ? double(exp_of<C>(C(shift2))) : 0;
-  const double s = warp_sum(x.s * f), s2 = warp_sum(x.s2 * f2), e = warp_sum(f * (x.e + x.s * (shift - shift2))) / s;
+  const double f = lane < parts ? double(exp_of<C>(C(shift))) : 0,
+               f2 = lane < parts ? double(exp_of<C>(C(shift2))) : 0;
+  const double s = warp_sum(x.s * f), s2 = warp_sum(x.s2 * f2),
+               e = warp_sum(f * (x.e + x.s * (shift - shift2))) / s;
   if (lane) return;
   const int64_t at = a.at[n], at2 = a.at[a.N + n], t = a.t[n], t2 = a.t2[n];
   const double lse = log(s), lse2 = log(s2), kl = e - lse + lse2;
@@ -181,24 +210,35 @@ template <class T> __global__ void __launch_bounds__(THREADS) values_of_rows(Voc
   ((C*)a.kl)[n] = !a.answer[n] || kl < 0 ? C(0) : C(kl);  // below 0 by rounding alone
 }
 
-// ---- backward ----------------------------------------------------------------------------------------------------------------------
+// ---- backward ---------------------------------------------------------------------------------------------
 
 // What the cells of one row's gradient have in common.
-template <class C> struct Row { C m, m2, e, over_s, over_s2, g_int, g_cor, g_kl, g_kl_int; };
+template <class C>
+struct Row {
+  C m, m2, e, over_s, over_s2, g_int, g_cor, g_kl, g_kl_int;
+};
 
-template <class T, int W> __global__ void __launch_bounds__(THREADS) slopes_of_parts(VocabArgs a, int parts, int64_t step) {
+template <class T, int W>
+__global__ void __launch_bounds__(THREADS) gradients_of_parts(VocabArgs a, int parts, int64_t step) {
   typedef typename computed<T>::type C;
-  const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts, at = a.at[n], at2 = a.at[a.N + n], t = a.t[n], t2 = a.t2[n];
-  const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride, *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
-  T *d = at < 0 || !a.d ? nullptr : (T*)a.d + at * a.d_stride, *d2 = at2 < 0 || !a.d2 ? nullptr : (T*)a.d2 + at2 * a.d2_stride;
+  const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts, at = a.at[n], at2 = a.at[a.N + n],
+                t = a.t[n], t2 = a.t2[n];
+  const T *z = at < 0 ? nullptr : (const T*)a.z + at * a.stride,
+          *z2 = at2 < 0 ? nullptr : (const T*)a.z2 + at2 * a.stride2;
+  T *d = at < 0 || !a.d ? nullptr : (T*)a.d + at * a.d_stride,
+    *d2 = at2 < 0 || !a.d2 ? nullptr : (T*)a.d2 + at2 * a.d2_stride;
   const Sums s = a.sums[n];
-  const C g_kl = a.answer[n] ? ((const C*)a.g_kl)[n] : C(0), g_int = t < 0 ? C(0) : ((const C*)a.g_int)[n], g_cor = t2 < 0 ? C(0) : ((const C*)a.g_cor)[n];
-  const Row<C> r = {C(s.m), C(s.m2), C(s.e), C(1 / s.s), C(1 / s.s2), g_int, g_cor, g_kl, a.teacher_grad ? g_kl : C(0)};
+  const C g_kl = a.answer[n] ? ((const C*)a.g_kl)[n] : C(0), g_int = t < 0 ? C(0) : ((const C*)a.g_int)[n],
+          g_cor = t2 < 0 ? C(0) : ((const C*)a.g_cor)[n];
+  const Row<C> r = {
+      C(s.m), C(s.m2), C(s.e), C(1 / s.s), C(1 / s.s2), g_int, g_cor, g_kl, a.teacher_grad ? g_kl : C(0)};
   const bool pair = g_kl != 0 && (d2 || (d && a.teacher_grad));
-  // A path's logits are not read for a gradient that nothing asks for: 0 times what stands there might not be 0.
+  // A path's logits are not read for a gradient that nothing asks for: 0 times what stands there
+  // might not be 0.
   const bool read = pair || (d && g_int != 0), read2 = pair || (d2 && g_cor != 0);
   auto cell = [&](C x, C x2, bool own, bool own2, C& y, C& y2) {
-    const C u = x - r.m, v = x2 - r.m2, p = read ? times(exp_of<T>(u), r.over_s) : C(0), q = read2 ? times(exp_of<T>(v), r.over_s2) : C(0);
+    const C u = x - r.m, v = x2 - r.m2, p = read ? times(exp_of<T>(u), r.over_s) : C(0),
+            q = read2 ? times(exp_of<T>(v), r.over_s2) : C(0);
     y = g_int != 0 ? r.g_int * (p - C(own)) : C(0);
     y2 = g_cor != 0 ? r.g_cor * (q - C(own2)) : C(0);
     if (pair) {
@@ -207,9 +247,10 @@ template <class T, int W> __global__ void __launch_bounds__(THREADS) slopes_of_p
     }
   };
   const int64_t from = cut(a.V, part, step), to = cut(a.V, part + 1, step), end = from + (to - from) / W * W;
-#pragma unroll (sizeof(T) == 8 ? 1 : 2)
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
   for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
-    const Pack<T, W> x = read ? *(const Pack<T, W>*)(z + i) : Pack<T, W>{}, x2 = read2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
+    const Pack<T, W> x = read ? *(const Pack<T, W>*)(z + i) : Pack<T, W>{},
+                     x2 = read2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
     Pack<T, W> y, y2;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
@@ -228,7 +269,7 @@ template <class T, int W> __global__ void __launch_bounds__(THREADS) slopes_of_p
   }
 }
 
-// ---- launches ----------------------------------------------------------------------------------------------------------------------
+// ---- launches ---------------------------------------------------------------------------------------------
 
 // Enough blocks for every GPU of today; each with at least two loads a thread.
 int parts_for(const VocabArgs& a, int version, int width) {
@@ -240,11 +281,15 @@ int parts_for(const VocabArgs& a, int version, int width) {
 
 // Whether all rows start at a multiple of 16 bytes.
 bool aligned(const VocabArgs& a, bool backward, int64_t cell) {
-  auto fits = [&](const void* p, int64_t stride) { return !p || ((uintptr_t)p % 16 == 0 && stride * cell % 16 == 0); };
-  return fits(a.z, a.stride) && fits(a.z2, a.stride2) && (!backward || (fits(a.d, a.d_stride) && fits(a.d2, a.d2_stride)));
+  auto fits = [&](const void* p, int64_t stride) {
+    return !p || ((uintptr_t)p % 16 == 0 && stride * cell % 16 == 0);
+  };
+  return fits(a.z, a.stride) && fits(a.z2, a.stride2) &&
+         (!backward || (fits(a.d, a.d_stride) && fits(a.d2, a.d2_stride)));
 }
 
-template <class T> int forward_as(int version, const VocabArgs& a, Sums* work, void* stream) {
+template <class T>
+int forward_as(int version, const VocabArgs& a, Sums* work, void* stream) {
   constexpr int W = 16 / sizeof(T);
   int error = LAUNCH((place_rows), 1, 1024, stream, a), parts = 1;
   if (error || !a.N) return error;
@@ -252,43 +297,57 @@ template <class T> int forward_as(int version, const VocabArgs& a, Sums* work, v
     error = LAUNCH((sums_naively<T>), unsigned(a.N), THREADS, stream, a, work);
   } else if (aligned(a, false, sizeof(T))) {
     parts = parts_for(a, version, W);
-    error = LAUNCH((sums_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, work, parts, step_of<W>(a.V, parts));
+    error = LAUNCH((sums_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, work, parts,
+                   step_of<W>(a.V, parts));
   } else {
     parts = parts_for(a, version, 1);
-    error = LAUNCH((sums_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, work, parts, step_of<1>(a.V, parts));
+    error = LAUNCH((sums_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, work, parts,
+                   step_of<1>(a.V, parts));
   }
   if (error) return error;
-  return LAUNCH((values_of_rows<T>), unsigned((a.N + THREADS / 32 - 1) / (THREADS / 32)), THREADS, stream, a, work, parts);
+  return LAUNCH((values_of_rows<T>), unsigned((a.N + THREADS / 32 - 1) / (THREADS / 32)), THREADS, stream, a,
+                work, parts);
 }
 
-template <class T> int backward_as(int version, const VocabArgs& a, void* stream) {
+template <class T>
+int backward_as(int version, const VocabArgs& a, void* stream) {
   constexpr int W = 16 / sizeof(T);
   if (!a.N) return 0;
   if (version > 1 && aligned(a, true, sizeof(T))) {
     const int parts = parts_for(a, version, W);
-    return LAUNCH((slopes_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, parts, step_of<W>(a.V, parts));
+    return LAUNCH((gradients_of_parts<T, W>), unsigned(a.N * parts), THREADS, stream, a, parts,
+                  step_of<W>(a.V, parts));
   }
   const int parts = parts_for(a, version, 1);
-  return LAUNCH((slopes_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, parts, step_of<1>(a.V, parts));
+  return LAUNCH((gradients_of_parts<T, 1>), unsigned(a.N * parts), THREADS, stream, a, parts,
+                step_of<1>(a.V, parts));
 }
 
 }  // namespace
 
 int vocab_kl_ce_forward(int version, const VocabArgs& a, Sums* work, void* stream) {
   switch (a.type) {
-    case Float::f32: return forward_as<float>(version, a, work, stream);
-    case Float::f64: return forward_as<double>(version, a, work, stream);
-    case Float::bf16: return forward_as<bf16>(version, a, work, stream);
-    default: return forward_as<f16>(version, a, work, stream);
+    case Float::f32:
+      return forward_as<float>(version, a, work, stream);
+    case Float::f64:
+      return forward_as<double>(version, a, work, stream);
+    case Float::bf16:
+      return forward_as<bf16>(version, a, work, stream);
+    default:
+      return forward_as<f16>(version, a, work, stream);
   }
 }
 
 int vocab_kl_ce_backward(int version, const VocabArgs& a, void* stream) {
   switch (a.type) {
-    case Float::f32: return backward_as<float>(version, a, stream);
-    case Float::f64: return backward_as<double>(version, a, stream);
-    case Float::bf16: return backward_as<bf16>(version, a, stream);
-    default: return backward_as<f16>(version, a, stream);
+    case Float::f32:
+      return backward_as<float>(version, a, stream);
+    case Float::f64:
+      return backward_as<double>(version, a, stream);
+    case Float::bf16:
+      return backward_as<bf16>(version, a, stream);
+    default:
+      return backward_as<f16>(version, a, stream);
   }
 }
 

@@ -1,28 +1,41 @@
 // The CPU's inner loops of vocab_kl_ce (vocab_kl_ce.h says what and why), one row or part of a row at a time.
 //
-// A row is read once, but for its first tile of logits, which is looked at for its maximum before: exponentials are taken from there, and
-// from a new maximum only where a later tile goes far beyond it. Lanes add up floats over a tile at most, tiles are added in double.
-#include "vocab_kl_ce.h"
-
+// A row is read once, but for its first tile of logits, which is looked at for its maximum before:
+// exponentials are taken from there, and from a new maximum only where a later tile goes far beyond it. Lanes
+// add up floats over a tile at most, tiles are added in double.
 #include "simd.h"
+#include "vocab_kl_ce.h"
 
 namespace WIDTH {
 
 constexpr int64_t TILE = 32 * BYTES;  // 1024 with AVX2: so many sums to a lane, whatever the width
-template <class T> constexpr T lowest();  // stands for what is beyond the end of a row: e^lowest is 0
-template <> constexpr float lowest<float>() { return -3.0e38f; }
-template <> constexpr double lowest<double>() { return -1.0e300; }
-template <> constexpr bf16 lowest<bf16>() { return {0xff61}; }  // -3.0e38
+template <class T>
+constexpr T lowest();  // stands for what is beyond the end of a row: e^lowest is 0
+template <>
+constexpr float lowest<float>() {
+  return -3.0e38f;
+}
+template <>
+constexpr double lowest<double>() {
+  return -1.0e300;
+}
+template <>
+constexpr bf16 lowest<bf16>() {
+  return {0xff61};
+}  // -3.0e38
 
-template <class T, bool BOTH> static void sums_of(const T* z, const T* z2, int64_t n, Sums* out) {
+template <class T, bool BOTH>
+static void sums_of(const T* z, const T* z2, int64_t n, Sums* out) {
   typedef typename lanes<T>::V V;
   typedef typename lanes<T>::C C;
   constexpr int STEP = 2 * lanes<T>::N, DEGREE = sizeof(T) == 2 ? 5 : 6;
-  constexpr double FAR = sizeof(T) == 2 ? 8 : 1;  // a difference of two floats is rounded, the more the larger it is; that of two bfloat16 is not
+  // A difference of two floats is rounded, the more the larger it is; that of two bfloat16 is not.
+  constexpr double FAR = sizeof(T) == 2 ? 8 : 1;
   auto most_of_first = [n](const T* x) -> double {
     V top = V{} + lowest<C>();
     auto look = [&](two<V> v) { top = larger(larger(top, v.x), v.y); };
-    for (int64_t i = 0; i < TILE && i < n; i += STEP) look(i + STEP <= n ? load_two(x + i) : load_two(x + i, int(n - i), lowest<T>()));
+    for (int64_t i = 0; i < TILE && i < n; i += STEP)
+      look(i + STEP <= n ? load_two(x + i) : load_two(x + i, int(n - i), lowest<T>()));
     return lane_max(top);
   };
   Sums o = {most_of_first(z), 0, BOTH ? most_of_first(z2) : double(lowest<C>()), 0, 0};
@@ -46,7 +59,9 @@ template <class T, bool BOTH> static void sums_of(const T* z, const T* z2, int64
       };
       auto add_two = [&](two<V> v, two<V> v2) { add(v.x, v2.x), add(v.y, v2.y); };
       for (int64_t i = at; i < full; i += STEP) add_two(load_two(z + i), BOTH ? load_two(z2 + i) : two<V>{});
-      if (tail) add_two(load_two(z + full, tail, lowest<T>()), BOTH ? load_two(z2 + full, tail, lowest<T>()) : two<V>{});
+      if (tail)
+        add_two(load_two(z + full, tail, lowest<T>()),
+                BOTH ? load_two(z2 + full, tail, lowest<T>()) : two<V>{});
       const double most = lane_max(top), most2 = lane_max(top2);
       if (!(most > o.m + FAR) && !(most2 > o.m2 + FAR)) break;
       o = merged(o, Sums{most > o.m ? most : o.m, 0, most2 > o.m2 ? most2 : o.m2, 0, 0});
@@ -56,13 +71,17 @@ template <class T, bool BOTH> static void sums_of(const T* z, const T* z2, int64
   *out = o;
 }
 
-template <class T> static void slopes_of(const T* z, const T* z2, T* d, T* d2, int64_t n, const Sums& row, const Slopes& g) {
+template <class T>
+static void gradients_of(const T* z, const T* z2, T* d, T* d2, int64_t n, const Sums& row, const Above& g) {
   typedef typename lanes<T>::V V;
   typedef typename lanes<T>::C C;
   constexpr int STEP = 2 * lanes<T>::N;
   constexpr bool COARSE = sizeof(T) == 2;  // bfloat16's rounding hides an exponential's of degree 4
-  const V m = V{} + C(row.m), m2 = V{} + C(row.m2), e = V{} + C(row.e), over_s = V{} + C(1 / row.s), over_s2 = V{} + C(1 / row.s2);
-  auto all = [](double x) { return V{} + (x == x ? C(x) : C(__builtin_nan(""))); };  // a NaN that rounding leaves one
+  const V m = V{} + C(row.m), m2 = V{} + C(row.m2), e = V{} + C(row.e), over_s = V{} + C(1 / row.s),
+          over_s2 = V{} + C(1 / row.s2);
+  auto all = [](double x) {
+    return V{} + (x == x ? C(x) : C(__builtin_nan("")));
+  };  // a NaN that rounding leaves one
   const V g_int = all(g.g_int), g_cor = all(g.g_cor), g_kl = all(g.g_kl), g_kl_int = all(g.g_kl_int);
   auto cell = [&](V x, V x2, V& y, V& y2) {
     V a = {}, b = {}, p = {}, q = {};
@@ -83,8 +102,11 @@ template <class T> static void slopes_of(const T* z, const T* z2, T* d, T* d2, i
     const double kl = !both ? 0 : second ? g.g_kl * (q - p) : g.g_kl_int * (p * ((a - b) - row.e));
     return kl + (second ? g.g_cor * (q - 1) : g.g_int * (p - 1));
   };
-  const double own = d && g.label >= 0 ? at_label(g.label, false) : 0, own2 = d2 && g.label2 >= 0 ? at_label(g.label2, true) : 0;
-  auto cells = [&](two<V> v, two<V> v2, two<V>& y, two<V>& y2) { cell(v.x, v2.x, y.x, y2.x), cell(v.y, v2.y, y.y, y2.y); };
+  const double own = d && g.label >= 0 ? at_label(g.label, false) : 0,
+               own2 = d2 && g.label2 >= 0 ? at_label(g.label2, true) : 0;
+  auto cells = [&](two<V> v, two<V> v2, two<V>& y, two<V>& y2) {
+    cell(v.x, v2.x, y.x, y2.x), cell(v.y, v2.y, y.y, y2.y);
+  };
   two<V> y, y2;
   int64_t i = 0;
   for (; i + STEP <= n; i += STEP) {
@@ -93,7 +115,8 @@ template <class T> static void slopes_of(const T* z, const T* z2, T* d, T* d2, i
     if (d2) store_two(d2 + i, y2);
   }
   if (const int tail = int(n - i)) {
-    cells(z ? load_two(z + i, tail, lowest<T>()) : two<V>{}, z2 ? load_two(z2 + i, tail, lowest<T>()) : two<V>{}, y, y2);
+    cells(z ? load_two(z + i, tail, lowest<T>()) : two<V>{},
+          z2 ? load_two(z2 + i, tail, lowest<T>()) : two<V>{}, y, y2);
     if (d) store_two(d + i, tail, y);
     if (d2) store_two(d2 + i, tail, y2);
   }
@@ -101,7 +124,8 @@ template <class T> static void slopes_of(const T* z, const T* z2, T* d, T* d2, i
   if (d2 && g.label2 >= 0) narrow(d2 + g.label2, own2);
 }
 
-template <class T> static void sums(const void* z, const void* z2, int64_t n, Sums* out) {
+template <class T>
+static void sums(const void* z, const void* z2, int64_t n, Sums* out) {
   if (z && z2) return sums_of<T, true>((const T*)z, (const T*)z2, n, out);
   sums_of<T, false>((const T*)(z ? z : z2), nullptr, n, out);
   if (!z) out->m2 = out->m, out->s2 = out->s;
@@ -113,10 +137,12 @@ void vocab_kl_ce_sums(Float type, const void* z, const void* z2, int64_t n, Sums
   if (type == Float::bf16) sums<bf16>(z, z2, n, out);
 }
 
-void vocab_kl_ce_slopes(Float type, const void* z, const void* z2, void* d, void* d2, int64_t n, const Sums& row, const Slopes& g) {
-  if (type == Float::f32) slopes_of((const float*)z, (const float*)z2, (float*)d, (float*)d2, n, row, g);
-  if (type == Float::f64) slopes_of((const double*)z, (const double*)z2, (double*)d, (double*)d2, n, row, g);
-  if (type == Float::bf16) slopes_of((const bf16*)z, (const bf16*)z2, (bf16*)d, (bf16*)d2, n, row, g);
+void vocab_kl_ce_gradients(Float type, const void* z, const void* z2, void* d, void* d2, int64_t n,
+                           const Sums& row, const Above& g) {
+  if (type == Float::f32) gradients_of((const float*)z, (const float*)z2, (float*)d, (float*)d2, n, row, g);
+  if (type == Float::f64)
+    gradients_of((const double*)z, (const double*)z2, (double*)d, (double*)d2, n, row, g);
+  if (type == Float::bf16) gradients_of((const bf16*)z, (const bf16*)z2, (bf16*)d, (bf16*)d2, n, row, g);
 }
 
 }  // namespace WIDTH

@@ -6890,15 +6890,15 @@ OPERATORS = [
     ),
     Break(
         "ops-padding-lost-backward", "crystal/runtime/ops.py",
-        """direct, direct.sum(-1), lse, bias, key_padding, *ctx""",
-        """direct, direct.sum(-1), lse, bias, None, *ctx""",
+        """grad_direct, grad_through, lse, bias, key_padding, *wanted""",
+        """grad_direct, grad_through, lse, bias, None, *wanted""",
         "The slice's gradient flows to padded keys.",
         "tests/test_kernels.py::test_slice",
     ),
     Break(
         "ops-through-left-out", "crystal/runtime/ops.py",
-        """direct, direct.sum(-1), lse, bias, key_padding, *ctx""",
-        """direct, 0 * direct.sum(-1), lse, bias, key_padding, *ctx""",
+        """grad_direct, grad_through, lse, bias, key_padding, *wanted""",
+        """grad_direct, 0 * grad_through, lse, bias, key_padding, *wanted""",
         "No gradient goes through the softmax's normaliser.",
         "tests/test_kernels.py::test_slice",
     ),
@@ -6961,8 +6961,10 @@ OPERATORS = [
     ),
     Break(
         "vocab_kl_ce_simd-tail-not-summed", "csrc/vocab_kl_ce_simd.cpp",
-        """      if (tail) add_two(""",
-        """      if (tail > 1) add_two(""",
+        """      if (tail)
+        add_two(""",
+        """      if (tail > 1)
+        add_two(""",
         "One logit beyond whole vectors is left out of the sum.",
         "tests/test_kernels.py::test_vocabulary",
     ),
@@ -6975,15 +6977,19 @@ OPERATORS = [
     ),
     Break(
         "simd-exponential-coarse", "csrc/simd.h",
-        """template <int DEGREE = 6> static inline vfloat exp""",
-        """template <int DEGREE = 4> static inline vfloat exp""",
+        """template <int DEGREE = 6>
+static inline vfloat exp""",
+        """template <int DEGREE = 4>
+static inline vfloat exp""",
         "float32 exponentials have the errors that bfloat16 hides.",
         "tests/test_ops.py::test_values_and_gradients",
     ),
     Break(
         "common-float-is-double", "csrc/common.h",
-        """case ScalarType::BFloat16: return Float::bf16;""",
-        """case ScalarType::BFloat16: return Float::f16;""",
+        """    case ScalarType::BFloat16:
+      return Float::bf16;""",
+        """    case ScalarType::BFloat16:
+      return Float::f16;""",
         "bfloat16 is taken for half precision.",
         "tests/test_kernels.py::test_scores",
     ),
@@ -7023,6 +7029,49 @@ OPERATORS = [
         "tests/test_ops.py::test_cuda_kernels_on_the_cpu",
     ),
     Break(
+        "attn_tensor_cores-low-part-dropped", "csrc/attn_tensor_cores.h",
+        """        multiply_16_8_16(sums[n][0], sums[n][1], sums[n][2], sums[n][3], low, x[0], x[1]);
+""",
+        "",
+        "bfloat16's gradients of eq. 5 have 8 bits instead of 17 on a GPU.",
+        "tests/test_ops.py::test_cuda_kernels_on_the_cpu",
+    ),
+    Break(
+        "attn_tensor_cores-number-beyond-the-head", "csrc/attn_tensor_cores.h",
+        """if (from && c0 + n < d) numbers = *(const Eight*)(from + c0 + n);""",
+        """if (from) numbers = *(const Eight*)(from + c0 + n);""",
+        "Heads of 80 or 96 numbers read the next position's.",
+        "tests/test_ops.py::test_cuda_kernels_on_the_cpu",
+    ),
+    Break(
+        "attn_tensor_cores-any-layout-is-packed", "csrc/attn_tensor_cores.h",
+        """return stride[3] == 1 && (""",
+        """return true || (""",
+        "Queries that are a view are read as if they were not.",
+        "tests/test_ops.py::test_cuda_kernels_on_the_cpu",
+    ),
+    Break(
+        "attn_slice-earlier-row-not-looked-for", "csrc/attn_slice.cu",
+        """if (m < r.m) return;  // an earlier row is there""",
+        """if (m < r.m) continue;  // an earlier row is there""",
+        "A position chosen twice gets its gradient once and a half.",
+        "tests/test_ops.py::test_cuda_kernels_on_the_cpu",
+    ),
+    Break(
+        "attn_frobenius-column-counted-once", "csrc/attn_frobenius.cu",
+        """atomicAdd(&found[j], 1);""",
+        """found[j] = 1;""",
+        "A column that is there twice counts once on a GPU, twice on a CPU.",
+        "tests/test_ops.py::test_cuda_kernels_on_the_cpu",
+    ),
+    Break(
+        "attn_align-hidden-in-one-path-alone", "csrc/attn_align.cu",
+        """if (x[u][v] == none<C>() || y[u][v] == none<C>())""",
+        """if (x[u][v] == none<C>())""",
+        "Where the paths' padding differs, KL is infinite on a GPU.",
+        "tests/test_ops.py::test_cuda_kernels_on_the_cpu",
+    ),
+    Break(
         "attn_slice-through-always-dropped", "csrc/attn_slice.cpp",
         """static_cast<const T*>(x)[i] != 0) return true;""",
         """static_cast<const T*>(x)[i] != 0) return i > 0;""",
@@ -7045,8 +7094,8 @@ OPERATORS = [
     ),
     Break(
         "attn_slice_simd-rows-beyond-a-tile", "csrc/attn_slice_simd.cpp",
-        """s.p[i * wide + r] += direct[(r0 + r) * a.K + c];""",
-        """s.p[i * wide + r] += direct[r * a.K + c];""",
+        """s.p[i * wide + r] += grad_direct[(r0 + r) * a.K + c];""",
+        """s.p[i * wide + r] += grad_direct[r * a.K + c];""",
         "Rows beyond the first 224 get the first ones' gradients.",
         "tests/test_kernels.py::test_scores",
     ),

@@ -1,6 +1,6 @@
 """What on_gpu.sh does in Python: versions, the card, every method's training, their curves, reading results.
 
-    python tests/on_gpu.py versions | card | train | curves | times | counted    (each with --help)
+    python tests/on_gpu.py versions | card | train | curves | times | kernels | counted    (each with --help)
 
 Lines that begin with ">> " are for the screen, the others for the log.
 """
@@ -269,6 +269,58 @@ def times(options):
     sys.exit(f"not measured: {', '.join(missing)}" if missing else 0)
 
 
+def kernels(options):
+    """Times each version of the kernels, forward and backward in one, at the sizes of crystal.bench."""
+    import torch
+
+    from crystal.runtime import ops
+
+    ops.choice()
+    bfloat16 = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    positions = torch.arange(32, device="cuda")
+    logits = torch.randn(64, 152064, **bfloat16)
+    q, k = torch.randn(2, 28, 2048, 128, **bfloat16), torch.randn(2, 4, 2048, 128, **bfloat16)
+    rows = torch.arange(1984, 2048, device="cuda").repeat(2, 1)
+    cols = torch.arange(100, 108, device="cuda").repeat(2, 1)
+
+    def vocab():
+        values = ops.vocab_kl_ce(logits, None, positions, positions, positions >= 0)
+        torch.autograd.grad(sum(value.sum() for value in values), logits)
+
+    def attn_slice():
+        torch.autograd.grad(ops.attn_slice(q, k, rows, cols).sum(), (q, k))
+
+    found = []
+    for name, run, choose in (
+        ("vocab_kl_ce", vocab, torch.ops.crystal.vocab_kl_ce_version),
+        ("attn_slice", attn_slice, torch.ops.crystal.attn_slice_version),
+    ):
+        before = choose(0)
+        for version in range(1, before + 1):
+            choose(version)
+            low, middle, high = statistics.quantiles(timed(run), n=4)
+            found.append({"operator": name, "version": version, "ms": middle, "quartiles": [low, high]})
+            say(f"{name} version {version}: {middle:.3f} ms ({low:.3f} to {high:.3f})")
+    Path(options.out).write_text(json.dumps(found) + "\n")
+
+
+def timed(run, repeats=30):
+    """Milliseconds of each of `repeats` calls on the GPU, after three that are not counted."""
+    import torch
+
+    found = []
+    for repeat in range(repeats + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(4_000_000)  # the GPU waits until all is asked of it: what is timed is its work
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if repeat >= 3:
+            found.append(begin.elapsed_time(end))
+    return found
+
+
 def counted(options):
     """Prints what became of the tests in a JUnit file; fails where none passed."""
     if not Path(options.xml).exists():
@@ -296,12 +348,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="The parts of on_gpu.sh that are written in Python.")
     commands = parser.add_subparsers(required=True)
     arguments = {}
-    for command in (versions, card, train, curves, times, counted):
+    for command in (versions, card, train, curves, times, kernels, counted):
         arguments[command] = commands.add_parser(command.__name__, help=command.__doc__.splitlines()[0])
         arguments[command].set_defaults(run=command)
     for command in (card, train):
         arguments[command].add_argument("--device", choices=("cuda", "cpu"), required=True)
-    for command in (card, train, curves):
+    for command in (card, train, curves, kernels):
         arguments[command].add_argument("--out", required=True, help="where the result goes")
     arguments[train].add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     arguments[train].add_argument("--updates", type=int, required=True)

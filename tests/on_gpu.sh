@@ -28,18 +28,19 @@
 #     tests        the suite's CUDA part; a test that finds no GPU fails
 #     gpu_train    50 updates of every method on the GPU, bfloat16 and float32, compiled operators
 #     bench        every operator against plain PyTorch and its other peers
+#     kernels      what each version of the kernels takes
 #     memcheck     compute-sanitizer on every operator, forward and backward: memory accesses
 #     racecheck    the same: races in shared memory
 #     curves       the losses of gpu_train against those of cpu_train; peak memory
 #     peers        bench with torch.compile and FlexAttention too: these take longest, so they come last
 set -uo pipefail
 
-PARTS="packages card scenes build cpu_train tests gpu_train bench memcheck racecheck curves peers"
+PARTS="packages card scenes build cpu_train tests gpu_train bench kernels memcheck racecheck curves peers"
 
 # Seconds that each part may take. All of them together would be too much: the budget for the whole binds too.
 declare -A LIMIT=(
     [packages]=60 [card]=60 [scenes]=120 [build]=180 [cpu_train]=240 [tests]=130 [gpu_train]=90
-    [bench]=80 [memcheck]=75 [racecheck]=75 [curves]=20 [peers]=120
+    [bench]=80 [kernels]=30 [memcheck]=75 [racecheck]=75 [curves]=20 [peers]=120
 )
 BUDGET=470
 
@@ -191,6 +192,14 @@ measure() {
 }
 
 bench() { measure "$OPERATORS" "$FOLDER/bench.json" --no-compile; }
+
+kernels() {
+    if [ -n "$DRY" ]; then
+        echo "the versions are a GPU's"
+        return 77
+    fi
+    CRYSTAL_OPS=require "$PYTHON" tests/on_gpu.py kernels --out "$FOLDER/kernels.json"
+}
 
 peers() {
     if [ -n "$DRY" ]; then
@@ -372,7 +381,7 @@ main() {
         sleep 0.2
     done
     tell scenes
-    for name in gpu_train bench; do
+    for name in gpu_train bench kernels; do
         run "$name"
         tell "$name"
     done

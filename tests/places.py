@@ -31,8 +31,8 @@ BITS = (128, 256, 512)
 # How many versions of its kernels an operator has on a GPU, and which operator chooses among them.
 VERSIONS = {
     "vocab_kl_ce": ("vocab_kl_ce_version", 3),
-    "attn_slice": ("attn_slice_version", 2),
-    "attn_scores": ("attn_slice_version", 2),  # its gradient has two versions
+    "attn_slice": ("attn_slice_version", 3),
+    "attn_scores": ("attn_slice_version", 3),  # its gradient has three versions
     "attn_align": (None, 1),
 }
 

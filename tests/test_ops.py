@@ -156,7 +156,7 @@ def run(f, args, sample, device="cpu", dtype=None, wanted=None, used=None):
                     x.shape, x.stride(), dtype=dtype if floating and dtype else x.dtype, device=device
                 ).copy_(x)
                 if x.numel()
-                else x.to(device, dtype if floating and dtype else x.dtype)
+                else x.detach().to(device, dtype if floating and dtype else x.dtype)
             )
             if floating:
                 x.requires_grad_(wanted is None or len(leaves) in wanted)

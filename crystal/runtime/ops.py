@@ -329,11 +329,12 @@ def _slice_context(ctx, inputs, output):
 
 def _slice_backward(ctx, g, _):
     q, k, rows, cols, A, lse, bias, key_padding = ctx.saved_tensors
-    direct = torch.where(
-        A == 0, 0, g * A
-    )  # [B,H,M,K]: dLoss/dS of these cells, were the normaliser a constant
+    # dLoss/dS of these cells, were the normaliser a constant, and what flows through the normaliser.
+    grad_direct = torch.where(A == 0, 0, g * A)  # [B,H,M,K]
+    grad_through = grad_direct.sum(-1)  # [B,H,M]
+    wanted = ctx.needs_input_grad[:2]
     grads = torch.ops.crystal.attn_backward(
-        q, k, rows, cols, ctx.scale, direct, direct.sum(-1), lse, bias, key_padding, *ctx.needs_input_grad[:2]
+        q, k, rows, cols, ctx.scale, grad_direct, grad_through, lse, bias, key_padding, *wanted
     )
     return *_wanted(ctx, grads), *[None] * 6
 
@@ -365,7 +366,9 @@ def _scores_backward(ctx, g):
     return *_wanted(ctx, grads), *[None] * 5
 
 
-def _attn_backward_fake(q, k, rows, cols, scale, direct, through, lse, bias, key_padding, want_q, want_k):
+def _attn_backward_fake(
+    q, k, rows, cols, scale, grad_direct, grad_through, lse, bias, key_padding, want_q, want_k
+):
     return q.new_empty(q.shape if want_q else (0,)), k.new_empty(k.shape if want_k else (0,))
 
 
@@ -472,11 +475,11 @@ class _AttentionWithSlice(torch.autograd.Function):
     def backward(ctx, d_out, d_A):
         q, k, v, rows, cols, mask, out, lse, lse_rows, A, *more = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else _dense(d_out)
-        direct = torch.zeros_like(A) if d_A is None else torch.where(A == 0, 0, d_A * A)  # [B,H,M,K]
+        grad_direct = torch.zeros_like(A) if d_A is None else torch.where(A == 0, 0, d_A * A)  # [B,H,M,K]
         at = _at(rows, q.shape[1])  # [B,H,M]
-        through = direct.sum(-1).masked_fill((rows < 0)[:, None], 0.0)  # [B,H,M]: -dLSE of each row
+        grad_through = grad_direct.sum(-1).masked_fill((rows < 0)[:, None], 0.0)  # [B,H,M]: -dLSE of each row
         # A position chosen twice: of both.
-        here = through.new_zeros(lse.shape).scatter_add_(2, at, through).gather(2, at)
+        here = grad_through.new_zeros(lse.shape).scatter_add_(2, at, grad_through).gather(2, at)
         across = at[..., None].expand(-1, -1, -1, q.shape[3])  # [B,H,M,d]
         up = d_out.gather(2, across).to(A.dtype)
         size = up.square().sum(-1)  # [B,H,M]
@@ -487,7 +490,7 @@ class _AttentionWithSlice(torch.autograd.Function):
         shifted = out.scatter(2, across, moved.to(out.dtype))  # O'
         dq, dk, dv = ctx.fused.backward(d_out, q, k, v, mask, ctx.scale, shifted, lse, more)
         bias = None if mask is None else attention.row_bias(mask, rows)
-        rest = through.masked_fill(carries, 0.0)  # zeros, mostly: no pass over L then
+        rest = grad_through.masked_fill(carries, 0.0)  # zeros, mostly: no pass over L then
         torch.ops.crystal.attn_backward_(
             dq if ctx.needs_input_grad[0] else None,
             dk if ctx.needs_input_grad[1] else None,
@@ -496,7 +499,7 @@ class _AttentionWithSlice(torch.autograd.Function):
             rows,
             cols,
             ctx.scale,
-            direct,
+            grad_direct,
             rest,
             lse_rows,
             bias,
@@ -526,10 +529,10 @@ def attn_align(
     """losses.attn_align without its slices: sums over a row are all that is kept.
 
     "kl" with heads "keep" reads the chosen rows and columns alone. "frobenius" and "mse" go over the L keys
-    as attn_slice does, and a given lse must be the rows' own. Compiled slices that losses.attn_loss compares:
-    heads "mean", whose rows meet across the heads, and "kl" on a GPU with heads of more than 256 numbers.
+    as attn_slice does, and a given lse must be the rows' own. With heads "mean", whose rows meet across the
+    heads, losses.attn_loss compares compiled slices.
     """
-    if heads == "mean" or (q.is_cuda and kind == "kl" and q.shape[-1] > 256):
+    if heads == "mean":
         at, rest = (
             (rows.repeat(2, 1), cols.repeat(2, 1)),
             {"scale": scale, "bias": bias, "key_padding": key_padding},
@@ -592,7 +595,7 @@ def _align_context(ctx, inputs, output):
 
 
 def _align_backward(ctx, g, *_):
-    q, k, rows, cols, value, norm, through, bias, key_padding = ctx.saved_tensors
+    q, k, rows, cols, value, norm, grad_through, bias, key_padding = ctx.saved_tensors
     grads = torch.ops.crystal.attn_align_backward(
         g.contiguous(),
         q,
@@ -603,7 +606,7 @@ def _align_backward(ctx, g, *_):
         ctx.scale,
         value,
         norm,
-        through,
+        grad_through,
         bias,
         key_padding,
         ctx.teacher_grad,
@@ -613,6 +616,6 @@ def _align_backward(ctx, g, *_):
 
 
 def _align_backward_fake(
-    g, q, k, rows, cols, kl, scale, value, norm, through, bias, key_padding, teacher_grad, want_q, want_k
+    g, q, k, rows, cols, kl, scale, value, norm, grad_through, bias, key_padding, teacher_grad, want_q, want_k
 ):
     return q.new_empty(q.shape if want_q else (0,)), k.new_empty(k.shape if want_k else (0,))
