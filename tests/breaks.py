@@ -2817,8 +2817,8 @@ COMMANDS = [
     ),
     Break(
         "generate-padded-right", "crystal/generate.py",
-        "place = slice(0, len(ids)) if fmt.feeds_back else slice(L - len(ids), L)",
-        "place = slice(0, len(ids))",
+        "place = slice(0, n) if fmt.feeds_back else slice(L - n, L)",
+        "place = slice(0, n)",
         "Shorter prompts of a batch are followed by padding when they are answered.",
         "tests/test_generate.py::test_generation_equals_teacher_forced_argmax",
     ),
@@ -6383,8 +6383,8 @@ MEASURES = [
     ),
     Break(
         "reliance-latents-with-a-shift", "crystal/evaluation/interventions.py",
-        """[L - len(ids) + i for i in e["layout"].latents]""",
-        """[i for i in e["layout"].latents]""",
+        '[L - len(e["layout"].ids) + i for i in',
+        "[i for i in",
         "In a batch of unequal prompts other positions than the latents are replaced.",
         "tests/test_reliance_by_hand.py",
     ),
