@@ -3361,8 +3361,8 @@ COMMANDS = [
     ),
     Break(
         "toy-light", "crystal/runtime/toy.py",
-        "light, warmth = 118 - 60 * y, -50 * x",
-        "light, warmth = 118 - 60 * y, 50 * x",
+        "warmth = -50 * x",
+        "warmth = 50 * x",
         "The warm light comes from the right.",
         "tests/test_toy.py::test_a_picture_is_drawn_by_hand",
     ),
@@ -3375,8 +3375,8 @@ COMMANDS = [
     ),
     Break(
         "toy-balance", "crystal/runtime/toy.py",
-        "index // len(FAMILIES) % len(ANSWERS[family])",
-        "index % len(ANSWERS[family])",
+        "index // len(FAMILIES) % len(answers)",
+        "index % len(answers)",
         "Some answers of a family never come.",
         "tests/test_toy.py::test_answers_take_turns_within_their_family",
     ),
@@ -3403,8 +3403,8 @@ COMMANDS = [
     ),
     Break(
         "toy-pushed-level", "crystal/runtime/toy.py",
-        "centres[j][1] = centres[i][1]",
-        "centres[j][1] = centres[j][1]",
+        "[border + gap, first[1]]",
+        "[border + gap, second[1]]",
         "Neighbours that were pushed together do not touch.",
         "tests/test_toy.py::test_neighbours_are_pushed_together_by_hand",
     ),
