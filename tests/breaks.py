@@ -3354,8 +3354,8 @@ COMMANDS = [
     ),
     Break(
         "toy-noise", "crystal/runtime/toy.py",
-        "noise = rng.normal(0, 3 + 12 * scene.hardness",
-        "noise = rng.normal(0, 3 + 1.2 * scene.hardness",
+        "spread = 3 + 12 * scene.hardness",
+        "spread = 3 + 1.2 * scene.hardness",
         "Hard scenes are as clean as easy ones.",
         "tests/test_toy.py::test_a_picture_is_drawn_by_hand",
     ),
@@ -3382,8 +3382,8 @@ COMMANDS = [
     ),
     Break(
         "toy-count-of-all", "crystal/runtime/toy.py",
-        "return [(str(len(things)), sorted(",
-        "return [(str(len(scene.things)), sorted(",
+        "return [(str(len(things)), things)]",
+        "return [(str(len(scene.things)), things)]",
         "All objects are counted.",
         "tests/test_toy.py::test_every_question_of_a_scene_can_be_drawn",
     ),

@@ -81,6 +81,10 @@ class Thing:
     width: int
 
     @property
+    def centre(self):
+        return self.x, self.y
+
+    @property
     def row(self):
         return self.y // CELL + 1
 
@@ -95,7 +99,8 @@ class Thing:
     @property
     def box(self):
         half = self.width // 2
-        x0, y0 = self.x - half, self.y - half
+        x0 = self.x - half
+        y0 = self.y - half
         return [x0, y0, x0 + self.width, y0 + self.width]
 
     @property
@@ -115,7 +120,8 @@ class Scene:
     @property
     def named(self):
         """Objects that their shape alone identifies."""
-        alone = sum(thing.shape == self.counted for thing in self.things) == 1
+        shapes = [thing.shape for thing in self.things]
+        alone = shapes.count(self.counted) == 1
         return [thing for thing in self.things if alone or thing.shape != self.counted]
 
     @property
@@ -136,7 +142,8 @@ class Question:
 
 def rng_for(*names):
     """A numpy generator of its own for every tuple of names, so that different names share no scene."""
-    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    name = "/".join(map(str, names))
+    digest = hashlib.sha256(name.encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
@@ -145,7 +152,8 @@ def rng_for(*names):
 
 def draw_for(stream, rng, count=None):
     """A scene as hard as those of the stream "base" or "demo"."""
-    return draw_scene(rng, rng.uniform(*HARDNESS[stream]), ZOOM[stream], count)
+    hardness = rng.uniform(*HARDNESS[stream])
+    return draw_scene(rng, hardness, ZOOM[stream], count)
 
 
 def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
@@ -160,12 +168,12 @@ def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
     shapes = [counted] * count + others[:4]
 
     # A cell for each, and a centre near the cell's own.
-    chosen = rng.permutation(CELLS * CELLS)[: len(shapes)].tolist()
-    cells = [(c % CELLS, c // CELLS) for c in chosen]
+    order = rng.permutation(CELLS * CELLS).tolist()
+    cells = [(c % CELLS, c // CELLS) for c in order[: len(shapes)]]
     centres = []
     for column, row in cells:
-        x = column * CELL + CELL // 2 + int(rng.integers(-4, 5))
-        y = row * CELL + CELL // 2 + int(rng.integers(-4, 5))
+        x = near_middle(rng, column)
+        y = near_middle(rng, row)
         centres.append([x, y])
     if rng.random() < 0.5:
         push_together(centres, cells, round(6 * zoom))
@@ -184,6 +192,12 @@ def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
 
     seed = int(rng.integers(2**32))
     return Scene(tuple(things), counted, hardness, seed)
+
+
+def near_middle(rng, cell):
+    """A coordinate [px] at most 4 px from the middle of a cell's row or column."""
+    middle = cell * CELL + CELL // 2
+    return middle + int(rng.integers(-4, 5))
 
 
 def push_together(centres, cells, gap):
@@ -216,7 +230,9 @@ def mask(shape, width):
 
     def turn(n, i):
         angle = i * math.pi / 5
-        return 0.5 + n * math.sin(angle), 0.53 - n * math.cos(angle)
+        x = 0.5 + n * math.sin(angle)
+        y = 0.53 - n * math.cos(angle)
+        return x, y
 
     if shape == "circle":
         pen.ellipse(points((0.03, 0.03), (0.97, 0.97)), fill=255)
@@ -247,20 +263,26 @@ def render(scene):
     rng = np.random.default_rng(scene.seed)
 
     # The background: light from the top, warm from the left.
-    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
+    pixels = np.mgrid[0:SIDE, 0:SIDE]
+    y, x = pixels / SIDE - 0.5
     light = 118 - 60 * y
     warmth = -50 * x
-    background = np.stack([light + warmth, light, light - warmth], -1)
+    red = light + warmth
+    blue = light - warmth
+    background = np.stack([red, light, blue], -1)
     image = Image.fromarray(background.astype(np.uint8))
 
     for thing in scene.things:
         shade = rng.normal(0, 4 + 10 * scene.hardness, 3)
         shaded = np.clip(COLOURS[thing.colour] + shade, 0, 255)
         colour = tuple(int(c) for c in shaded)
-        image.paste(colour, thing.box[:2], mask(thing.shape, thing.width))
+        x0, y0, _, _ = thing.box
+        image.paste(colour, (x0, y0), mask(thing.shape, thing.width))
 
-    noise = rng.normal(0, 3 + 12 * scene.hardness, (SIDE, SIDE, 1))
-    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+    spread = 3 + 12 * scene.hardness
+    noise = rng.normal(0, spread, (SIDE, SIDE, 1))
+    noisy = np.clip(np.asarray(image) + noise, 0, 255)
+    return noisy.astype(np.uint8)
 
 
 # --- questions ---
@@ -295,7 +317,8 @@ def ask(scene, family, rng, answer=None):
 
 def count_choices(scene):
     things = [thing for thing in scene.things if thing.shape == scene.counted]
-    return [(str(len(things)), sorted(things, key=lambda t: (t.row, t.column)))]
+    things.sort(key=lambda thing: (thing.row, thing.column))
+    return [(str(len(things)), things)]
 
 
 def relation_choices(scene):
@@ -315,10 +338,11 @@ def depth_choices(scene):
 def nearer_choices(scene):
     """Only where the farther one is at least 1.5 times as far away."""
     for a, b, c in permutations(scene.named, 3):
-        to_b = math.dist((a.x, a.y), (b.x, b.y))
-        to_c = math.dist((a.x, a.y), (c.x, c.y))
+        to_b = math.dist(a.centre, b.centre)
+        to_c = math.dist(a.centre, c.centre)
         if max(to_b, to_c) >= 1.5 * min(to_b, to_c):
-            yield (b.shape if to_b < to_c else c.shape), (a, b, c)
+            nearer = b if to_b < to_c else c
+            yield nearer.shape, (a, b, c)
 
 
 def attribute_choices(scene):
@@ -355,12 +379,14 @@ def relation_words(answer, a, b):
 
 def depth_words(answer, a, b):
     texts = (f"Is the {a.shape} in front of or behind the {b.shape}?",)
-    return texts, (f"The {a.shape} is {a.size}.", f"The {b.shape} is {b.size}.")
+    sizes = [f"The {thing.shape} is {thing.size}." for thing in (a, b)]
+    return texts, tuple(sizes)
 
 
 def nearer_words(answer, a, b, c):
     texts = (f"Which is nearer to the {a.shape}, the {b.shape} or the {c.shape}?",)
-    return texts, (where(a), f"The {b.shape} is in {b.place}, the {c.shape} in {c.place}.")
+    others = f"The {b.shape} is in {b.place}, the {c.shape} in {c.place}."
+    return texts, (where(a), others)
 
 
 def attribute_words(answer, a):
