@@ -7,8 +7,8 @@ piece, S keys so far, T updates.
 
 h is the state after the final norm, which the head would read. So a latent cannot begin before the position
 in front of it is done. Two ways to compute the same:
-    recurrence   cuts every sequence before each latent and runs the pieces one after the other over a
-                 key/value cache: exact
+    recurrence   cuts every sequence before each latent and runs the pieces one after the other over
+                 a key/value cache: exact
     parallel     guesses all latents' inputs, runs everything at once, feeds the states back, T times: every
                  update makes at least one more latent of each sequence exact, so it is exact after as many
                  updates as there are latents

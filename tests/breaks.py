@@ -3410,8 +3410,8 @@ COMMANDS = [
     ),
     Break(
         "toy-cot-swapped", "crystal/runtime/toy.py",
-        "return texts, (where(a), where(b))",
-        "return texts, (where(b), where(a))",
+        "return tuple(texts), (where(a), where(b))",
+        "return tuple(texts), (where(b), where(a))",
         "A thought speaks of the things in another order than the question.",
         "tests/test_toy.py::test_answers_boxes_and_thoughts_are_the_scenes",
     ),

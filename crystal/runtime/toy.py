@@ -39,22 +39,11 @@ SIDE, CELLS = 112, 4
 CELL = SIDE // CELLS  # pixels; one image token
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 COLOURS = {
-    "red": (215, 40, 40),
-    "orange": (240, 140, 20),
-    "yellow": (245, 225, 60),
-    "green": (50, 170, 60),
-    "blue": (50, 80, 220),
-    "purple": (150, 60, 190),
-    "white": (245, 245, 245),
-    "black": (20, 20, 20),
+    "red": (215, 40, 40), "orange": (240, 140, 20), "yellow": (245, 225, 60), "green": (50, 170, 60),
+    "blue": (50, 80, 220), "purple": (150, 60, 190), "white": (245, 245, 245), "black": (20, 20, 20),
 }
 # Width in pixels at each of four depths, the farthest first.
-SIZES = {
-    "tiny": 9,
-    "small": 12,
-    "large": 15,
-    "huge": 18,
-}
+SIZES = {"tiny": 9, "small": 12, "large": 15, "huge": 18}
 FAMILIES = ("count", "relation", "depth", "nearer", "attribute")
 ANSWERS = {
     "count": ("1", "2", "3", "4"),
@@ -365,16 +354,11 @@ def count_words(answer, *things):
 
 def relation_words(answer, a, b):
     if answer in ("left", "right"):
-        texts = (
-            f"Is the {a.shape} to the left or right of the {b.shape}?",
-            f"Is the {a.shape} left or right of the {b.shape}?",
-        )
+        ways = ("to the left or right of", "left or right of")
     else:
-        texts = (
-            f"Is the {a.shape} above or below the {b.shape}?",
-            f"Is the {a.shape} placed above or below the {b.shape}?",
-        )
-    return texts, (where(a), where(b))
+        ways = ("above or below", "placed above or below")
+    texts = [f"Is the {a.shape} {way} the {b.shape}?" for way in ways]
+    return tuple(texts), (where(a), where(b))
 
 
 def depth_words(answer, a, b):
@@ -395,18 +379,12 @@ def attribute_words(answer, a):
 
 
 CHOICES: dict[str, Callable] = {
-    "count": count_choices,
-    "relation": relation_choices,
-    "depth": depth_choices,
-    "nearer": nearer_choices,
-    "attribute": attribute_choices,
+    "count": count_choices, "relation": relation_choices, "depth": depth_choices,
+    "nearer": nearer_choices, "attribute": attribute_choices,
 }
 WORDS: dict[str, Callable] = {
-    "count": count_words,
-    "relation": relation_words,
-    "depth": depth_words,
-    "nearer": nearer_words,
-    "attribute": attribute_words,
+    "count": count_words, "relation": relation_words, "depth": depth_words,
+    "nearer": nearer_words, "attribute": attribute_words,
 }
 
 
@@ -465,15 +443,7 @@ def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
 
 def record(name, image, question):
     """One line of a LLaVA JSONL."""
-    turns = [
-        {"from": "human", "value": f"<image>\n{question.text}"},
-        {"from": "gpt", "value": question.answer},
-    ]
-    return {
-        "id": name,
-        "image": image,
-        "conversations": turns,
-        "family": question.family,
-        "boxes": list(question.boxes),
-        "cot": list(question.cot),
-    }
+    asked = {"from": "human", "value": f"<image>\n{question.text}"}
+    answered = {"from": "gpt", "value": question.answer}
+    line = {"id": name, "image": image, "conversations": [asked, answered], "family": question.family}
+    return line | {"boxes": list(question.boxes), "cot": list(question.cot)}
