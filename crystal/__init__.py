@@ -18,8 +18,7 @@ def open(name="tiny", **how):
 
 
 def record_attention(model, layers, queries, keys, **how):
-    """A slice of the attention weights of any transformers model, with its gradient; see backbone/record.py.
-    """
+    """A slice of any transformers model's attention weights, with its gradient; see backbone/record.py."""
     from crystal.backbone.record import record_attention as record
 
     return record(model, layers, queries, keys, **how)

@@ -1,20 +1,20 @@
 """The slice of attention's weights that eq. 5 compares: M chosen rows on K chosen columns, never L x L.
 
-B sequences, L sequence length, H query heads, G key/value heads (H a multiple of G), d head size, M rows, K
-columns.
+B sequences, L sequence length, H query heads, G key/value heads (H a multiple of G), d head size,
+M rows, K columns.
 
     scores   S_mk = scale <q_m, k_k> + bias_mk, -inf where row m cannot see column k
     lse      lse_m = log sum_j exp S_mj over all L keys that row m sees
-    weights  A_mk = exp(S_mk - lse_m): what softmax attention gives to column k, other columns included in the
-             sum
+    weights  A_mk = exp(S_mk - lse_m): what softmax attention gives to column k, other columns
+             included in the sum
 
-Rows m and columns k are positions of one sequence, so causality is col <= row; a query and its key share a
-position (training and prefill; decoding with a cache is left out). Attention itself keeps the last word on
-its output: nothing here touches it, which is why fused attention can stay on while its weights are
-supervised.
+Rows m and columns k are positions of one sequence, so causality is col <= row; a query and its key
+share a position (training and prefill; decoding with a cache is left out). Attention itself keeps
+the last word on its output: nothing here touches it, which is why fused attention can stay on while
+its weights are supervised.
 
-This file is the specification of the compiled operators. It builds M x L scores and keeps them for the
-backward pass.
+This file is the specification of the compiled operators. It builds M x L scores and keeps them
+for the backward pass.
 """
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,12 @@ INF = float("inf")
 def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     """Scaled dot products of chosen rows and columns -> [B,H,M,K], float32 (float64 for float64 inputs).
 
-    q            [B,H,L,d], k [B,G,L,d] any float dtype, after rotary embedding; head h of H reads key head h
-                 // (H/G)
+    q            [B,H,L,d], k [B,G,L,d] any float dtype, after rotary embedding; head h of H reads key
+                 head h // (H/G)
     rows, cols   [B,M], [B,K] int64 positions in 0..L-1; -1 pads
     scale        factor of the dot products; d**-0.5 by default
-    bias         [B,1,M,L] float, added to the scores of the chosen rows (row m of it belongs to rows[:, m]);
-                 -inf blocks
+    bias         [B,1,M,L] float, added to the scores of the chosen rows (row m of it belongs to
+                 rows[:, m]); -inf blocks
     key_padding  [B,L] bool, True where the key is padding
 
     -inf, with zero gradient, where the column lies after the row, is padding, is blocked, or either index is
@@ -42,18 +42,18 @@ def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     # Bias and padding are cut to the columns, as the keys are.
     at = cols.clamp(min=0)
     if bias is not None:
-        index = at[:, None, None, :].expand(*bias.shape[:3], -1)
-        bias = bias.gather(3, index)                                # [B,1,M,K]
+        index = at[:, None, None, :]                                # [B,1,1,K]
+        bias = bias.gather(3, index.expand(*bias.shape[:3], -1))    # [B,1,M,K]
     if key_padding is not None:
         key_padding = key_padding.gather(1, at)                     # [B,K]
     return _scores(q, _take(k, cols), rows, cols, scale, bias, key_padding)
 
 
 def attn_lse(q, k, rows, *, scale=None, bias=None, key_padding=None):
-    """log sum exp of a row's scores over all keys that it sees -> [B,H,M], float32 (float64 for float64
-    inputs).
+    """log sum exp of a row's scores over all keys that it sees -> [B,H,M], float32 or wider.
 
-    Arguments as in attn_scores. -inf, with zero gradient, for a padded row and for one that sees no key.
+    Float64 for float64 inputs. Arguments as in attn_scores. -inf, with zero gradient, for a padded row and
+    for one that sees no key.
     """
     check(q, k, bias, key_padding)
     B, _, L, _ = k.shape
@@ -73,9 +73,9 @@ def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding
     attention that the columns get, at most 1 for distinct columns. Exactly 0, with zero gradient, where
     attn_scores is -inf; a row that sees no key is all zeros. Arguments as in attn_scores, and
 
-    lse   [B,H,M], the rows' log sum exp where attention has computed it. Only its value counts: the gradient
-          of the normaliser goes to q and k whether or not lse is given or carries a graph, and none goes to
-          lse.
+    lse   [B,H,M], the rows' log sum exp where attention has computed it. Only its value counts: the
+          gradient of the normaliser goes to q and k whether or not lse is given or carries a graph, and
+          none goes to lse.
 
     With g = dLoss/dA and P the row's softmax over all keys, dLoss/dS_mj = -P_mj sum_k g_mk A_mk, plus g_mk
     A_mk at j = k.
@@ -118,12 +118,13 @@ def attend(q, k, v, mask=None, *, scale=None, dropout=0.0, causal=True):
     # plain one instead, which writes L x L.
     if mask is not None and q.is_cuda:
         group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
 
+    shared = q.shape[1] != k.shape[1]
+    causal = mask is None and causal
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale,
-        is_causal=mask is None and causal,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal, enable_gqa=shared
     )
 
 
@@ -137,28 +138,31 @@ def additive(mask, dtype):
 
 def row_bias(mask, rows):
     """Of an additive mask [B,1,L,L] the chosen rows -> [B,1,M,L]."""
-    index = rows.clamp(min=0)[:, None, :, None]                     # [B,1,M,1]
-    return mask.gather(2, index.expand(-1, 1, -1, mask.shape[3]))
+    return _take(mask, rows)
 
 
 class AttentionRecorder:
     """Reads the slice of chosen layers during one forward; make a new one for each forward.
 
-    It travels as a keyword of the model's forward to the attention function, which calls recorder(layer, q,
-    k, scale) with the q and k that attention uses; the result lies in recorder.slices once the forward is
-    done.
+    It travels as a keyword of the model's forward to the attention function, which calls
+    recorder(layer, q, k, scale) with the q and k that attention uses; the result lies in
+    recorder.slices once the forward is done.
 
     layers             set of decoder layers to read, counted from 0
-    rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention sees (both paths: intact
-                       half first)
+    rows, cols         [B,M], [B,K] as in attn_scores, B the batch that attention
+                       sees (both paths: intact half first)
     read               attn_slice, attn_scores, which needs no pass over all L keys, or a function called as
                        these two are: a compiled one (ops.py), or one that goes straight to a loss
     bias, key_padding  as in attn_scores, where attention has them; right padding needs neither
     """
 
     def __init__(self, layers, rows, cols, read=attn_slice, *, bias=None, key_padding=None):
-        self.layers, self.rows, self.cols, self.read = set(layers), rows, cols, read
-        self.bias, self.key_padding = bias, key_padding
+        self.layers = set(layers)
+        self.rows = rows
+        self.cols = cols
+        self.read = read
+        self.bias = bias
+        self.key_padding = key_padding
         self._slices = {}
 
     def __call__(self, layer, q, k, scale=None):
@@ -178,15 +182,16 @@ class AttentionRecorder:
 
     @property
     def slices(self):
-        """{layer: [B,H,M,K], or what the function returned}, in order of layers. RuntimeError while a chosen
-        one is missing.
+        """{layer: [B,H,M,K], or what the function returned}, in order of layers.
+
+        RuntimeError while a chosen one is missing.
         """
         missing = sorted(self.layers - self._slices.keys())
         if missing:
             raise RuntimeError(
-                f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. Has "
-                "the forward "
-                "run, does the model have these layers, and does its attention function call the recorder?"
+                f"AttentionRecorder: layers {missing} wrote no slice; wrote: {sorted(self._slices)}. "
+                "Has the forward run, does the model have these layers, and does its attention function call "
+                "the recorder?"
             )
         return dict(sorted(self._slices.items()))
 
@@ -210,13 +215,16 @@ def _scores(q, k, rows, cols, scale, bias, key_padding):
     scale = d**-0.5 if scale is None else scale
 
     # The heads of a group are stacked as rows of one product, so that no key is repeated.
-    q = _take(q, rows).to(dtype).reshape(B, G, H // G * M, d)
+    q = _take(q, rows).to(dtype)                                    # [B,H,M,d]
+    q = q.reshape(B, G, H // G * M, d) * scale
+    k = k.to(dtype).transpose(2, 3)                                 # [B,G,d,K]
     with torch.autocast(q.device.type, enabled=False):  # it would take the product in half precision
-        scores = (q * scale) @ k.to(dtype).transpose(2, 3)          # [B,G,H/G M,K]
+        scores = q @ k                                              # [B,G,H/G M,K]
     scores = scores.view(B, H, M, K)
 
     # Hidden are columns after the row (a row at -1 precedes every column), padding, and what a bias blocks.
-    hidden = (cols[:, None, :] > rows[:, :, None]) | (cols < 0)[:, None, :]  # [B,M,K]
+    later = cols[:, None, :] > rows[:, :, None]                     # [B,M,K]
+    hidden = later | (cols < 0)[:, None, :]
     if key_padding is not None:
         hidden = hidden | key_padding[:, None, :]
     hidden = hidden[:, None]                                        # [B,1,M,K]
@@ -228,8 +236,9 @@ def _scores(q, k, rows, cols, scale, bias, key_padding):
 
 def _take(x, at):
     """x [B,h,L,d], positions [B,M] -> [B,h,M,d]; -1 reads position 0, which the caller hides."""
+    h, d = x.shape[1], x.shape[3]
     index = at.clamp(min=0)[:, None, :, None]                       # [B,1,M,1]
-    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+    return x.gather(2, index.expand(-1, h, -1, d))
 
 
 def check(q, k, bias, key_padding):

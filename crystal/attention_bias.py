@@ -1,9 +1,9 @@
 """Who may look at what: (query rows, key columns, bias) expanded to the additive mask that all layers share.
 
-B sequences, L length, M chosen rows. A method says which rows see which columns with what bias added to their
-scores: -inf blocks (LIVR's bottleneck), ln gamma dims (LaViT's gate). One [B,1,L,L] tensor serves every head
-and layer; none is built where no method asks for one. A row that would see nothing sees itself, so that no
-softmax is empty.
+B sequences, L length, M chosen rows. A method says which rows see which columns with what bias added to
+their scores: -inf blocks (LIVR's bottleneck), ln gamma dims (LaViT's gate). One [B,1,L,L] tensor serves
+every head and layer; none is built where no method asks for one. A row that would see nothing sees itself,
+so that no softmax is empty.
 """
 from dataclasses import dataclass
 
@@ -12,8 +12,9 @@ import torch
 
 @dataclass
 class AttentionBias:
-    """queries, keys: bool [B,L]; value: added to the scores of every (query, key) pair of them, -inf to
-    block.
+    """A value added to the scores of every pair of some queries and some keys.
+
+    queries, keys: bool [B,L]. value: -inf blocks the pair.
     """
 
     queries: torch.Tensor
@@ -22,10 +23,9 @@ class AttentionBias:
 
 
 def row_biases(biases, rows, dtype=torch.float32):
-    """What biases add to the scores of chosen rows -> [B,1,M,L] of `dtype`, for an AttentionRecorder; None
-    without any.
+    """What biases add to the scores of chosen rows -> [B,1,M,L] of `dtype`, or None without any.
 
-    rows [B,M], -1 pads. Causality is the recorder's own.
+    An AttentionRecorder takes it as its bias. rows [B,M], -1 pads. Causality is the recorder's own.
     """
     at = rows.clamp(min=0)
     added = None
@@ -61,8 +61,9 @@ def additive_mask(biases, attention_mask, dtype=torch.float32):
 
 
 def filled(cells, value, dtype):
-    """`value` where `cells` (bool) is True, 0 elsewhere. Not a product with the cells: 0 times -inf is not a
-    number.
+    """`value` where `cells` (bool) is True, 0 elsewhere.
+
+    Not a product with the cells: 0 times -inf is not a number.
     """
     value = torch.as_tensor(value, dtype=dtype, device=cells.device)
     return torch.where(cells, value, torch.zeros_like(value))

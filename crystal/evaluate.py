@@ -355,7 +355,7 @@ def what_is_asked(args, model, fmt, method, records, corruption):
     """Everything that an answer depends on, as JSON: predictions of another question are not gone on with."""
     first = records[0]
     latents = "none" if args.latents == "free" else args.latents
-    ids, _, _ = fmt.question(first.turns, [1] * len(first.images), latents)
+    prompt = fmt.question(first.turns, [1] * len(first.images), latents)
     asked = {
         "model": args.model,
         "checkpoint": args.checkpoint,
@@ -369,7 +369,7 @@ def what_is_asked(args, model, fmt, method, records, corruption):
         "suffix": args.suffix,
         "limit": args.limit,
         "seed": args.seed,
-        "prompt": fmt.tokenizer.decode(ids),
+        "prompt": fmt.tokenizer.decode(prompt.ids),
     }
     if method.settings.method.endswith(".py"):
         asked["method"] = methods.fingerprint(method.settings.method)["method_sha256"]

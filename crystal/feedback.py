@@ -1,15 +1,14 @@
-"""Latents by hidden-state feedback: the input of a latent is the state before it, not a row of the vocabulary
-(VaLR; Coconut).
+"""Latents by hidden-state feedback (VaLR; Coconut): a latent's input is the state before it.
 
 B sequences, L their length, D hidden size, H heads, G key/value heads, d head size, R pieces, n length of a
 piece, S keys so far, T updates.
 
-    x_t = h_{t-1} for a latent t, else the embedding of token t       h: after the final norm, what the head
-                                                                      would read
+    x_t = h_{t-1} for a latent t, else the embedding of token t
 
-So a latent cannot begin before the position in front of it is done. Two ways to compute the same:
-    recurrence   cuts every sequence before each latent and runs the pieces one after the other over a
-                 key/value cache: exact
+h is the state after the final norm, which the head would read. So a latent cannot begin before the position
+in front of it is done. Two ways to compute the same:
+    recurrence   cuts every sequence before each latent and runs the pieces one after the other over
+                 a key/value cache: exact
     parallel     guesses all latents' inputs, runs everything at once, feeds the states back, T times: every
                  update makes at least one more latent of each sequence exact, so it is exact after as many
                  updates as there are latents
@@ -22,8 +21,7 @@ import torch
 
 
 class KVCache:
-    """Keys and values of one piece and of those before it, by layer; travels as a keyword of the model's
-    forward.
+    """Keys and values of one piece and of those before it, by layer; a keyword of the model's forward.
 
     past: the KVCache of the piece before, or None. Nothing is detached: gradients reach the pieces before.
     """
@@ -47,14 +45,15 @@ class KVCache:
 class Stream:
     """A batch of sequences that grow to the right piece by piece, ragged as they like.
 
-    model: model.Model. layers: decoder layers, counted from 1, whose outputs are wanted beside the last
-    states.
+    model: model.Model. layers: decoder layers, counted from 1, whose outputs are wanted
+    beside the last states.
     """
 
     def __init__(self, model, layers=()):
-        bad = [i for i in layers if not 1 <= i <= len(model.layers)]
+        depth = len(model.layers)
+        bad = [i for i in layers if not 1 <= i <= depth]
         if bad:
-            raise ValueError(f"layer {bad[0]}: the model has layers 1 to {len(model.layers)}")
+            raise ValueError(f"layer {bad[0]}: the model has layers 1 to {depth}")
         self.model = model
         self.layers = tuple(layers)
 
@@ -63,19 +62,20 @@ class Stream:
         self.valid: torch.Tensor | None = None
 
     def run(self, positions, valid, **inputs):
-        """One piece after all that was kept -> (states [B,n,D], {layer: its output [B,n,D]}, what `keep`
-        wants).
+        """One piece after all that was kept -> (states [B,n,D], outputs, what `keep` wants).
 
-        positions [3,B,n]; valid: bool [B,n], padding to the right. inputs: input_ids, pixel_values and
-        image_grid_thw, or inputs_embeds [B,n,D]. States of padding mean nothing.
+        outputs: {layer: its output [B,n,D]}. positions [3,B,n]; valid: bool [B,n], padding to the
+        right. inputs: input_ids, pixel_values and image_grid_thw, or inputs_embeds [B,n,D]. States
+        of padding mean nothing.
         """
         # A piece sees all that is no padding in those before it, and itself causally.
         mask, all_valid = None, valid
         if self.valid is not None:
             n = valid.shape[1]
             causal = torch.ones(n, n, dtype=torch.bool, device=valid.device).tril()
+            own = causal & valid[:, None, :]                                   # [B,n,n]
             past = self.valid[:, None, :].expand(-1, n, -1)
-            mask = torch.cat([past, causal & valid[:, None, :]], 2)[:, None]   # [B,1,n,S]
+            mask = torch.cat([past, own], 2)[:, None]                          # [B,1,n,S]
             all_valid = torch.cat([self.valid, valid], 1)
 
         cache = KVCache(self.cache)
@@ -91,9 +91,7 @@ class Stream:
 
 @contextmanager
 def outputs_of(model, layers):
-    """While it lasts, a forward fills the dictionary that it yields: {layer, counted from 1: its output
-    [B,n,D]}.
-    """
+    """While it lasts, a forward fills the yielded dictionary: {layer, from 1: its output [B,n,D]}."""
     seen = {}
 
     def keep(layer):
@@ -119,33 +117,35 @@ def recurrence(model, inputs, latents, layers=()):
     """
     starts, lengths = pieces(inputs, latents)                                  # [B,R] each
     positions = model.positions(inputs)                                        # [3,B,L]
+    embed = model.hf.get_input_embeddings()
     stream, outs = Stream(model, layers), []
     fed = torch.empty(0)  # the state in front of the next piece
-    for r in range(starts.shape[1]):
-        at, valid = window(starts[:, r], lengths[:, r])                        # [B,n]
+    for r, (start, length) in enumerate(zip(starts.T, lengths.T)):
+        at, valid = window(start, length)                                      # [B,n]
 
         # Every piece but the first begins with a latent, whose input is the state in front of it.
         if r == 0:
             given = first_piece(inputs, at)
         else:
-            x = model.hf.get_input_embeddings()(inputs["input_ids"].gather(1, at))
-            given = {"inputs_embeds": torch.cat([fed.to(x.dtype), x[:, 1:]], 1)}
+            x = embed(inputs["input_ids"].gather(1, at))                       # [B,n,D]
+            x = torch.cat([fed.to(x.dtype), x[:, 1:]], 1)
+            given = {"inputs_embeds": x}
         h, seen, piece = stream.run(take(positions, at), valid, **given)
         stream.keep(piece)
         outs.append({0: h, **seen})
 
         # A sequence without a piece in this round has no further one, and whatever is fed to it is padding.
-        last = (lengths[:, r] - 1).clamp(min=0)                                # [B]
+        last = (length - 1).clamp(min=0)                                       # [B]
         fed = states_at(h, last[:, None])                                      # [B,1,D]
-    return whole(outs, starts, lengths, inputs["input_ids"].shape[1])
+    return whole(outs, starts, lengths, latents.shape[1])
 
 
 def parallel(model, inputs, latents, updates, layers=()):
     """The states after T fixed-point updates of all latents at once; arguments and result as in `recurrence`.
 
     updates: T >= 0. What precedes the first latent runs once; the rest runs T + 1 times, the last to be read.
-    The first guess for every latent is the state in front of the first one, which is exact for that one: T =
-    n - 1 is exact for n latents. Gradients flow through all updates.
+    The first guess for every latent is the state in front of the first one, which is exact for that one, so
+    that T = n - 1 is exact for n latents. Gradients flow through all updates.
     """
     if updates < 0:
         raise ValueError(f"{updates} updates: at least 0")
@@ -154,20 +154,23 @@ def parallel(model, inputs, latents, updates, layers=()):
         return recurrence(model, inputs, latents, layers)
 
     # Two pieces a sequence: what precedes its first latent, and all the rest.
-    starts = starts[:, :2]
-    lengths = torch.stack([lengths[:, 0], lengths[:, 1:].sum(1)], 1)
-    positions, stream = model.positions(inputs), Stream(model, layers)
+    start, start_rest = starts[:, 0], starts[:, 1]
+    length, length_rest = lengths[:, 0], lengths[:, 1:].sum(1)                 # [B] each
+    positions = model.positions(inputs)
+    stream = Stream(model, layers)
 
-    at, valid = window(starts[:, 0], lengths[:, 0])
-    first, seen, piece = stream.run(take(positions, at), valid, **first_piece(inputs, at))
+    at, valid = window(start, length)
+    given = first_piece(inputs, at)
+    first, seen, piece = stream.run(take(positions, at), valid, **given)
     stream.keep(piece)
     outs = [{0: first, **seen}]
-    before = states_at(first, lengths[:, :1] - 1)                              # [B,1,D]
+    before = states_at(first, length[:, None] - 1)                             # [B,1,D]
 
     # The rest, again and again: each latent's input is the state before it, as the last round left it.
-    at, valid = window(starts[:, 1], lengths[:, 1])                            # [B,n]
+    at, valid = window(start_rest, length_rest)                                # [B,n]
     at_rest = take(positions, at)                                              # [3,B,n]
-    x = model.hf.get_input_embeddings()(inputs["input_ids"].gather(1, at))     # [B,n,D]
+    embed = model.hf.get_input_embeddings()
+    x = embed(inputs["input_ids"].gather(1, at))                               # [B,n,D]
     fed = (latents.gather(1, at) & valid)[:, :, None]                          # [B,n,1]
     guess = before.expand_as(x)
     for _ in range(updates + 1):
@@ -175,7 +178,10 @@ def parallel(model, inputs, latents, updates, layers=()):
         h, seen, _ = stream.run(at_rest, valid, inputs_embeds=given)
         guess = torch.cat([before, h[:, :-1]], 1)
     outs.append({0: h, **seen})
-    return whole(outs, starts, lengths, inputs["input_ids"].shape[1])
+
+    starts = torch.stack([start, start_rest], 1)
+    lengths = torch.stack([length, length_rest], 1)
+    return whole(outs, starts, lengths, latents.shape[1])
 
 
 def forward(model, inputs, latents, updates=None, layers=()):
@@ -187,15 +193,15 @@ def forward(model, inputs, latents, updates=None, layers=()):
 
 @contextmanager
 def filled(model, h, latents):
-    """While it lasts, a plain forward over the batch takes the latents' inputs from h [B,L,D], what
-    `recurrence` left.
+    """While it lasts, a plain forward takes the latents' inputs from h [B,L,D], `recurrence`'s states.
 
     So it leaves h again: one pass over whole sequences, for whatever watches attention. latents: bool [B,L].
     """
-    before = torch.cat([h[:, :1], h[:, :-1]], 1)
+    before = torch.cat([h[:, :1], h[:, :-1]], 1)                               # [B,L,D]
+    fed = latents[:, :, None]
 
     def fill(module, args, x):
-        return torch.where(latents[:, :, None], before.to(x.dtype), x)
+        return torch.where(fed, before.to(x.dtype), x)
 
     hook = model.hf.get_input_embeddings().register_forward_hook(fill)
     try:
@@ -212,10 +218,12 @@ def parallel_error(model, inputs, latents, updates):
     first latent that are none.
     """
     exact, _ = recurrence(model, inputs, latents)
-    behind = (latents.cumsum(1) > 0) & inputs["attention_mask"].bool() & ~latents
+    begun = latents.cumsum(1) > 0
+    behind = begun & inputs["attention_mask"].bool() & ~latents
 
     def error(h, at):
-        return float((h[at] - exact[at]).norm() / exact[at].norm())
+        h, right = h[at], exact[at]
+        return float((h - right).norm() / right.norm())
 
     found = {}
     for T in updates:
@@ -227,8 +235,9 @@ def parallel_error(model, inputs, latents, updates):
 # --- where the pieces are ---
 
 def pieces(inputs, latents):
-    """Every sequence cut before each of its latents -> (starts, lengths), int64 [B,R] each; missing pieces
-    have length 0.
+    """Every sequence cut before each of its latents -> (starts, lengths), int64 [B,R] each.
+
+    A sequence with fewer pieces than R has the missing ones with length 0.
     """
     B, L = latents.shape
     ends = inputs["attention_mask"].sum(1)[:, None]                            # [B,1]
@@ -236,32 +245,34 @@ def pieces(inputs, latents):
     nowhere = (place == 0) | (place >= ends)
     if bool((latents & nowhere).any()):
         raise ValueError("a latent needs a token before it and may not lie in padding")
+
     image = inputs["mm_token_type_ids"].bool()
-    if bool((image & (latents.cumsum(1) > 0)).any()):
+    begun = latents.cumsum(1) > 0
+    if bool((image & begun).any()):
         raise ValueError("images must stand before the first latent")
 
     # The latents' positions in order; a sequence with fewer of them is cut at its end again and again.
     most = int(latents.sum(1).max())
-    cuts = place.masked_fill(~latents, L).sort(1).values[:, :most]             # [B,R-1]
-    starts = torch.cat([torch.zeros_like(ends), torch.minimum(cuts, ends)], 1)
-    lengths = torch.cat([starts[:, 1:], ends], 1) - starts
-    return starts, lengths
+    cuts = place.masked_fill(~latents, L).sort(1).values
+    cuts = torch.minimum(cuts[:, :most], ends)                                 # [B,R-1]
+    starts = torch.cat([torch.zeros_like(ends), cuts], 1)
+    stops = torch.cat([cuts, ends], 1)
+    return starts, stops - starts
 
 
 def window(start, length):
     """Positions of one piece of each sequence -> (at [B,n], 0 where padded, valid: bool [B,n])."""
     offset = torch.arange(int(length.max()), device=start.device)
     valid = offset < length[:, None]
-    return (start[:, None] + offset).masked_fill(~valid, 0), valid
+    at = start[:, None] + offset
+    return at.masked_fill(~valid, 0), valid
 
 
 def first_piece(inputs, at):
     """The piece that holds the images, as the model's forward takes it."""
-    return {
-        "input_ids": inputs["input_ids"][:, : at.shape[1]],
-        "pixel_values": inputs["pixel_values"],
-        "image_grid_thw": inputs["image_grid_thw"],
-    }
+    n = at.shape[1]
+    piece = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    return piece | {"input_ids": inputs["input_ids"][:, :n]}
 
 
 def take(positions, at):
@@ -271,7 +282,8 @@ def take(positions, at):
 
 def states_at(h, at):
     """h [B,n,D], at [B,m] -> [B,m,D]."""
-    return h.gather(1, at[:, :, None].expand(-1, -1, h.shape[2]))
+    index = at[:, :, None]
+    return h.gather(1, index.expand(-1, -1, h.shape[2]))
 
 
 def whole(outs, starts, lengths, L):
@@ -279,11 +291,10 @@ def whole(outs, starts, lengths, L):
     # Where each position of the sequence lies in the pieces laid one after the other.
     place = torch.zeros(len(starts), L, dtype=torch.long, device=starts.device)
     offset = 0
-    for r in range(len(outs)):
-        at, valid = window(starts[:, r], lengths[:, r])
-        columns = offset + torch.arange(at.shape[1], device=at.device).expand_as(at)
-        row = torch.arange(len(at), device=at.device)[:, None].expand_as(at)
-        place[row[valid], at[valid]] = columns[valid]
+    for start, length in zip(starts.T, lengths.T):
+        at, valid = window(start, length)                                      # [B,n]
+        row, column = valid.nonzero(as_tuple=True)
+        place[row, at[row, column]] = offset + column
         offset += at.shape[1]
 
     gathered = {}

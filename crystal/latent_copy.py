@@ -25,7 +25,7 @@ class LatentCopy:
 
     copied: bool [B,L], the positions that the corrupted path takes from the intact one. realisation:
     "hidden", where `states` copies before every decoder layer (see `copy_before_each`), or "kv", where
-    `keys_values` copies within every layer: the model's attention function (backbone/model.py) calls it.
+    `keys_values` copies within every layer: backbone/attention_functions.py calls it.
     """
 
     def __init__(self, copied, realisation):
@@ -35,8 +35,7 @@ class LatentCopy:
         self.realisation = realisation
 
     def states(self, h):
-        """h [2B,L,D], a layer's input -> the same with the corrupted half's copied rows replaced (`hidden`).
-        """
+        """h [2B,L,D] before a layer -> the same with the corrupted half's copied rows replaced (`hidden`)."""
         if self.realisation != "hidden":
             return h
         return _share(h, self.copied[:, :, None])  # [B,L,1]
@@ -50,16 +49,13 @@ class LatentCopy:
 
 
 def copy_before_each(layers):
-    """Hooks the copy before each of a model's decoder layers; a forward without a LatentCopy passes through
-    unchanged.
-    """
+    """Hooks the copy before each decoder layer; a forward without a LatentCopy passes unchanged."""
     for layer in layers:
         layer.register_forward_pre_hook(copy_states, with_kwargs=True)
 
 
 def copy_states(layer, args, kwargs):
-    """The hook: hidden states [2B,L,D] on their way into a layer become those of section 3.3, if the forward
-    asks for it.
+    """The hook: hidden states [2B,L,D] before a layer become those of section 3.3, if the forward asks.
 
     transformers gives the states by position or by name, and the LatentCopy among the keywords.
     """
@@ -67,15 +63,18 @@ def copy_states(layer, args, kwargs):
     if copy is None:
         return None
     if args:
-        return (copy.states(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": copy.states(kwargs["hidden_states"])}
+        h, *others = args
+        return (copy.states(h), *others), kwargs
+
+    h = copy.states(kwargs["hidden_states"])
+    return args, {**kwargs, "hidden_states": h}
 
 
 def _share(x, mask):
-    """x [2B,..], the intact half first; mask, which broadcasts over a half -> x with the corrupted half's
-    masked entries replaced.
+    """x [2B,..] -> the same with the corrupted half's masked entries replaced by the intact half's.
 
-    Gradient flows through the copy into the intact half.
+    The intact half stands first; mask broadcasts over a half. Gradient flows through the copy
+    into the intact half.
     """
     x_int, x_cor = x.chunk(2)
     return torch.cat([x_int, torch.where(mask, x_int, x_cor)])
@@ -83,8 +82,7 @@ def _share(x, mask):
 
 @dataclass
 class Packed:
-    """Both paths of every pair in one sequence of length P, right-padded; what both have in common stands
-    once:
+    """Both paths of every pair in one right-padded sequence of length P; what they share stands once:
 
         prefix | I_cor Q thought | I_int Q thought latents | rest and answer (int) | rest and answer (cor)
 
@@ -104,10 +102,11 @@ class Packed:
 
     def unpack(self, x):
         """x [B,h,P,d] -> [2B,h,L,d], the intact half first, as the other realisations have it."""
+        h, d = x.shape[1], x.shape[3]
         paths = []
         for at in (self.at_int, self.at_cor):
-            index = at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])  # [B,h,L,d]
-            paths.append(x.gather(2, index))
+            index = at[:, None, :, None]                                               # [B,1,L,1]
+            paths.append(x.gather(2, index.expand(-1, h, -1, d)))
         return torch.cat(paths)
 
 
@@ -119,48 +118,50 @@ def pack(attention_mask, image, copied):
     """
     B, L = attention_mask.shape
     device = attention_mask.device
-    at = torch.zeros(2, B, L, dtype=torch.long, device=device)
+    at_int = torch.zeros(B, L, dtype=torch.long, device=device)
+    at_cor = torch.zeros_like(at_int)
     sources, parts = [], []
     for b in range(B):
         bounds = parts_of(attention_mask[b], image[b], copied[b], b)
 
-        # The packed sequence of a pair: the unpacked position of each of its own, and the part that it
-        # belongs to.
+        # The packed sequence of a pair: the unpacked position of each of its own, and the part
+        # that it belongs to.
         source = torch.cat([torch.arange(lo, hi, device=device) for lo, hi in bounds])
-        part = torch.cat([torch.full((hi - lo,), i, device=device) for i, (lo, hi) in enumerate(bounds)])
+        lengths = torch.tensor([hi - lo for lo, hi in bounds], device=device)
+        part = torch.arange(len(bounds), device=device).repeat_interleave(lengths)
         sources.append(source)
         parts.append(part)
 
-        # The intact path is parts 0, 2 and 3; the corrupted one 0, 1 and 4, and the copied positions of part
-        # 2.
+        # The intact path is parts 0, 2 and 3; the corrupted one 0, 1 and 4, and the copied
+        # positions of part 2.
         place = torch.arange(len(source), device=device)
-        for path, own in enumerate(((0, 2, 3), (0, 1, 4))):
+        for at, own in ((at_int, (0, 2, 3)), (at_cor, (0, 1, 4))):
             mine = torch.isin(part, torch.tensor(own, device=device))
-            at[path, b, source[mine]] = place[mine]
-    at_int, at_cor = at
+            at[b, source[mine]] = place[mine]
     at_cor = torch.where(copied, at_int, at_cor)
 
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-1)
     source, part = pad(sources), pad(parts)                                            # [B,P] each
 
     # The intact path may not look at part 1, nor the corrupted one at what of parts 2 and 3 is not copied.
-    shared = copied.gather(1, source.clamp(min=0)) & (part == 2)                       # [B,P]
-    intact_alone = (part == 2) & ~shared | (part == 3)
-    blocks = [
-        AttentionBias((part == 2) | (part == 3), part == 1),
-        AttentionBias(part == 4, intact_alone),
-    ]
+    intact = (part == 2) | (part == 3)                                                 # [B,P]
+    shared = copied.gather(1, source.clamp(min=0)) & (part == 2)
+    blocks = [AttentionBias(intact, part == 1), AttentionBias(part == 4, intact & ~shared)]
     return Packed(source, at_int, at_cor, blocks)
 
 
 def parts_of(attention_mask, image, copied, b):
-    """The five parts of pair b's packed sequence, as (start, end) of unpacked positions. [L] each; ValueError
-    as in `pack`.
+    """The five parts of pair b's packed sequence, as (start, end) of unpacked positions.
+
+    attention_mask, image and copied [L] are pair b's. ValueError as in `pack`.
     """
     n = int(attention_mask.sum())
     first = int(image.int().argmax())  # the prefix ends where the first image begins
     run = copied.nonzero()[:, 0].tolist()
-    start, end = (run[0], run[-1] + 1) if run else (n, n)
+    start = end = n
+    if run:
+        start = run[0]
+        end = run[-1] + 1
     if len(run) not in (0, end - start):
         raise ValueError(f"pair {b}: realisation packed needs the copied positions in one run, not at {run}")
     return [(0, first), (first, start), (first, end), (end, n), (end, n)]
@@ -169,31 +170,29 @@ def parts_of(attention_mask, image, copied, b):
 def dual_forward(model, batch, copied, realisation, recorder=None):
     """Both paths through the model -> last hidden states (h_int [B,L,D], h_cor [B,L,D]).
 
-    batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for two
-    paths that share nothing. recorder: an attention.AttentionRecorder whose rows and columns are those of
-    both halves, [2B, ...]. Nobody may read a copied position of h_cor: there each realisation leaves
-    something else. ValueError for an unknown realisation, and for `packed` where the copied positions are not
-    one run.
+    batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for
+    two paths that share nothing. recorder: an attention.AttentionRecorder whose rows and columns are
+    those of both halves, [2B, ...]. Nobody may read a copied position of h_cor: there each realisation
+    leaves something else. ValueError for an unknown realisation, and for `packed` where the copied
+    positions are not one run.
     """
     if realisation == "packed":
         return packed_forward(model, batch, copied, recorder)
 
     # One batch of 2B: the intact half, then the corrupted one, which differs in its pixels alone.
-    twice = {
-        "input_ids": batch["input_ids"].repeat(2, 1),
-        "attention_mask": batch["attention_mask"].repeat(2, 1),
-        "pixel_values": torch.cat([batch["pixel_values"], batch["pixel_values_cor"]]),
-        "image_grid_thw": batch["image_grid_thw"].repeat(2, 1),
-        "position_ids": model.positions(batch).repeat(1, 2, 1),                        # [3,2B,L]
-    }
+    alike = ("input_ids", "attention_mask", "image_grid_thw")
+    twice = {name: batch[name].repeat(2, 1) for name in alike}
+    twice["pixel_values"] = torch.cat([batch["pixel_values"], batch["pixel_values_cor"]])
+    twice["position_ids"] = model.positions(batch).repeat(1, 2, 1)                     # [3,2B,L]
     copy = None if copied is None else LatentCopy(copied, realisation)
     h = model.hidden(twice, latent_copy=copy, recorder=recorder)                       # [2B,L,D]
     return h.chunk(2)
 
 
 def packed_forward(model, batch, copied, recorder=None):
-    """dual_forward in its packed realisation: one sequence a pair, P < 2L, and no copy, since a copied
-    position stands once.
+    """dual_forward's packed realisation: one sequence a pair, P < 2L.
+
+    There is no copy, since a copied position stands once.
     """
     image = batch["mm_token_type_ids"] == 1                                            # [B,L]
     if copied is None:
@@ -201,15 +200,17 @@ def packed_forward(model, batch, copied, recorder=None):
     p = pack(batch["attention_mask"], image, copied)
     real = p.source >= 0                                                               # [B,P]
     at = p.source.clamp(min=0)
+    ids = batch["input_ids"].gather(1, at)
+    positions = model.positions(batch).gather(2, at.expand(3, -1, -1))                 # [3,B,P]
     inputs = {
-        "input_ids": batch["input_ids"].gather(1, at).masked_fill(~real, model.tokenizer.pad_token_id),
+        "input_ids": ids.masked_fill(~real, model.tokenizer.pad_token_id),
         "attention_mask": real.long(),
-        "position_ids": model.positions(batch).gather(2, at[None].expand(3, -1, -1)),  # [3,B,P]
+        "position_ids": positions,
         **packed_images(model, batch, image),
     }
 
-    # Queries and keys go to the recorder as the unpacked paths have them: there causality alone says who sees
-    # whom.
+    # Queries and keys go to the recorder as the unpacked paths have them: there causality alone
+    # says who sees whom.
     def unpacked(layer, q, k, scale):
         recorder(layer, p.unpack(q), p.unpack(k), scale)
 
@@ -218,19 +219,18 @@ def packed_forward(model, batch, copied, recorder=None):
 
 
 def packed_images(model, batch, image):
-    """Pixels and grids of both paths in the packed sequence's order: each pair's corrupted images, then its
-    intact ones.
-    """
+    """Pixels and grids of both paths as the packed sequence has them: a pair's corrupted images first."""
     grids = batch["image_grid_thw"]                                                    # [I,3]
 
     # Whose each image is: the tokens up to its end, among the tokens of the pairs up to each.
     ends = torch.tensor(model.image_tokens(grids), device=image.device).cumsum(0)      # [I]
     owner = torch.searchsorted(image.sum(1).cumsum(0), ends)                           # [I]
-    grids = [grids[owner == b] for b in range(len(image))]
+    own = [grids[owner == b] for b in range(len(image))]
 
     # The patches of each pair, corrupted and intact.
-    patches = [sum(model.image_processor.rows(g)) for g in grids]
+    patches = [sum(model.image_processor.rows(grid)) for grid in own]
     cor = batch["pixel_values_cor"].split(patches)
-    int_ = batch["pixel_values"].split(patches)
-    pixels = [x for both in zip(cor, int_) for x in both]
-    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat([g.repeat(2, 1) for g in grids])}
+    intact = batch["pixel_values"].split(patches)
+    pixels = [x for both in zip(cor, intact) for x in both]
+    twice = [grid.repeat(2, 1) for grid in own]
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(twice)}

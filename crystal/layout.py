@@ -8,6 +8,7 @@ position, nothing by shifting.
 """
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 IGNORE = -100
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -19,9 +20,7 @@ _SLOT = re.compile("\ue000(\\d+)\ue001")  # stands for a user's text in the rend
 
 
 def latent_tokens(count, kind):
-    """Names of the K latent tokens, in order: K different ones (`diverse`), or one repeated (`identical`;
-    table 3).
-    """
+    """Names of the K latent tokens: K different ones (`diverse`), or one repeated (`identical`; table 3)."""
     return [f"<|latent_{i if kind == 'diverse' else 0}|>" for i in range(count)]
 
 
@@ -43,6 +42,14 @@ class Layout:
     answer_positions: list[int] = field(default_factory=list)  # they predict R and what follows it
 
 
+class Prompt(NamedTuple):
+    """A sequence to generate from: its L ids, and where in it what a reader or a mask asks for stands."""
+
+    ids: list[int]      # L of them
+    image: list[int]    # positions of the N image tokens of all images
+    latents: list[int]  # positions of the K latents; none where the model writes them itself
+
+
 class Format:
     """Turns conversations into ids with one tokenizer and one chat template.
 
@@ -52,9 +59,9 @@ class Format:
     elsewhere has a subclass with a `question` and a `chat_template` of its own.
 
     count: K of the latents in a sequence. copies: how often each image stands in it. The tags around an
-    answer, around a thought that ends in latents, and around latents that the model feeds back to itself are
-    known by their ids: answer_start_id, think_start_id, latent_start_id and their ends; None where there are
-    none.
+    answer, around a thought that ends in latents, and around latents that the model feeds back to
+    itself are known by their ids: answer_start_id, think_start_id, latent_start_id and their ends; None
+    where there are none.
     """
 
     copies = 1
@@ -68,6 +75,7 @@ class Format:
         self.thought = thought
         self.marks = getattr(tokenizer, "image_marks", IMAGE)  # another family's, see families.py
         self.end, self.image = tokenizer.convert_tokens_to_ids([END, self.marks[0]])
+
         if count:
             tags = tokenizer.convert_tokens_to_ids(list(TAGS))
             self.think_start_id, self.think_end_id, self.answer_start_id, self.answer_end_id = tags
@@ -104,6 +112,7 @@ class Format:
             if isinstance(text, str):
                 # LLaVA's files break the line after an image, the template does not.
                 text = text.replace("<image>\n", "<image>").split("<image>")
+
             content = []
             for i, part in enumerate(text):
                 if i:
@@ -111,6 +120,7 @@ class Format:
                 if part:
                     content.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
                     texts.append(part)
+
             # A list for every role: some templates pass over a plain string.
             messages.append({"role": role, "content": content})
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -138,18 +148,17 @@ class Format:
         head = [self.think_start_id] + self.text(" " + words)
         latents = [] if drop else self.latents
         tail = self.template(". ") + [self.think_end_id]
+
         offsets = range(len(head), len(head) + len(latents))
         return head + latents + tail, list(offsets)
 
-    def answered(self, ids, image, latents, answer):
-        """A prompt to generate from, as `question` gives it, and R and <|im_end|> after it, which are the
-        labels -> Layout.
-        """
-        start = len(ids)
-        ids = ids + self.text(answer) + [self.end]
+    def answered(self, prompt, answer):
+        """A Prompt, then R and <|im_end|>, which are the labels -> Layout."""
+        start = len(prompt.ids)
+        ids = prompt.ids + self.text(answer) + [self.end]
         return Layout(
-            ids, next_tokens(ids, start), image,
-            latents=latents,
+            ids, next_tokens(ids, start), prompt.image,
+            latents=prompt.latents,
             answer=(start, len(ids)),
             answer_positions=list(range(start - 1, len(ids) - 1)),
         )
@@ -157,14 +166,14 @@ class Format:
     def plain(self, turns, image_tokens, answer):
         """The sequence of ordinary fine-tuning."""
         ids, image = self.prompt(turns, image_tokens)
-        return self.answered(ids, image, [], answer)
+        return self.answered(Prompt(ids, image, []), answer)
 
     def latent(self, turns, image_tokens, answer, steps=(), labels="all"):
-        """The sequence of a method with latents. labels: "all" that the assistant says, or the "answer" and
-        its end alone.
+        """The sequence of a method with latents -> Layout.
 
-        The first answer position is `<answer>` itself, which predicts R's first token: it sees the latents
-        and is copied from nowhere, so that a one-token answer still has a divergence to lose.
+        labels: "all" that the assistant says, or the "answer" and its end alone. The first answer position is
+        `<answer>` itself, which predicts R's first token: it sees the latents and is copied from nowhere, so
+        that a one-token answer still has a divergence to lose.
         """
         prompt, image = self.prompt(turns, image_tokens)
         thought, offsets = self.thinking(steps)
@@ -183,26 +192,25 @@ class Format:
         )
 
     def question(self, turns, image_tokens, latents="keep"):
-        """The prompt to generate from: (ids, image positions, latent positions).
+        """What the model is asked -> Prompt.
 
-        latents: "keep" ends with the whole thought and `<answer>`, so that what is decoded is the bare
-        answer; "drop" does the same without the latents; "none" is the plain chat prompt. A method that
-        learned to write its own thought (`--thought cot`) is given `<think>` alone and writes the rest
-        itself.
+        latents: "keep" ends with the whole thought and `<answer>`, so that what is decoded is the
+        bare answer; "drop" does the same without the latents; "none" is the plain chat prompt. A
+        method that learned to write its own thought (`--thought cot`) is given `<think>` alone and
+        writes the rest itself.
         """
         ids, image = self.prompt(turns, image_tokens)
         if latents == "none" or not self.count:
-            return ids, image, []
+            return Prompt(ids, image, [])
         if self.writes_own_latents:
-            return ids + [self.think_start_id], image, []
+            return Prompt(ids + [self.think_start_id], image, [])
+
         thought, offsets = self.thinking(drop=latents == "drop")
         where = [len(ids) + i for i in offsets]
-        return ids + thought + [self.answer_start_id], image, where
+        return Prompt(ids + thought + [self.answer_start_id], image, where)
 
     def chat_template(self):
-        """The tokenizer's chat template with the generation prompt of `question`, for tools that know nothing
-        of crystal.
-        """
+        """The tokenizer's chat template with the generation prompt of `question`, for stock tools."""
         template = self.tokenizer.chat_template
         if not self.count:
             return template

@@ -10,8 +10,8 @@ In both W is frozen and only A, B and P train. Masking the gradient of a trainab
 AdamW decays what it holds whether or not it has a gradient, so all of the vocabulary would shrink. Here the
 optimiser never sees W.
 
-Left out on purpose: adapters on convolutions and embeddings, biases, DoRA, rank-stabilised scaling, several
-at once.
+Left out on purpose: adapters on convolutions and embeddings, biases, DoRA, rank-stabilised
+scaling, several at once.
 """
 import json
 import re
@@ -69,8 +69,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self, W):
-        """W + (alpha / r) B A in W's dtype: the sum is taken in float32 (float64 if W is) and rounded once. W
-        [out,in].
+        """W + (alpha / r) B A in W's dtype, [out,in].
+
+        The sum is taken in float32 (float64 if W is) and rounded once.
         """
         wide = _wide(W)
         BA = (self.lora_B @ self.lora_A).to(W.device, wide)
@@ -94,8 +95,7 @@ def adapters(model):
 
 
 def add_lora(model, pattern, r=16, alpha=32, dropout=0.0, generator=None):
-    """Gives an adapter to every nn.Linear of `model` whose dotted name fully matches -> their names, in
-    order.
+    """Gives an adapter to every nn.Linear whose dotted name fully matches -> their names, in order.
 
     pattern: a regular expression. r, alpha, dropout, generator: see LoRALinear. Freezes nothing: that is the
     caller's. Raises ValueError if nothing matches; a Linear that has an adapter already does not count.
@@ -121,9 +121,9 @@ def add_lora(model, pattern, r=16, alpha=32, dropout=0.0, generator=None):
 class TrainableTokens(nn.Module):
     """Trains n rows of the vocabulary and leaves all others exactly where they are.
 
-    embed: the nn.Embedding [V,D]. head: the output nn.Linear [V,D], tied or not; None only where there is
-    none, since without it the rows would miss the head's gradient (it warns). ids: n different rows, list of
-    int.
+    embed: the nn.Embedding [V,D]. head: the output nn.Linear [V,D], tied or not; None only where there
+    is none, since without it the rows would miss the head's gradient (it warns). ids: n different
+    rows, list of int.
 
     Parameters, in float32 (float64 if the weights are), starting as copies of the weights' rows: `embedding`
     [n,D] and, if the head is untied, `head` [n,D]. If tied, `embedding` gets both gradients. W is frozen and
@@ -174,8 +174,8 @@ class TrainableTokens(nn.Module):
     def _after_embed(self, module, args, out):
         if not torch.is_grad_enabled():
             return None
-        # A product with the one-hot matches [*,n], not a gather of them: their number never has to reach the
-        # host.
+        # A product with the one-hot matches [*,n], not a gather of them: their number never has
+        # to reach the host.
         ours = (args[0][..., None] == self.index).to(out.dtype)
         return out + ours @ _carrier(self.embedding, out.dtype)  # [*,D]
 
@@ -190,8 +190,9 @@ class TrainableTokens(nn.Module):
 
     @torch.no_grad()
     def sync(self):
-        """Writes P into W's rows, rounded to W's dtype. Raises RuntimeError if W trains: other rows could
-        then move.
+        """Writes P into W's rows, rounded to W's dtype.
+
+        Raises RuntimeError if W trains: other rows could then move.
         """
         for module, P in self.pairs():
             if module.weight.requires_grad:
@@ -248,11 +249,11 @@ def adapter_state(model, new_tokens):
 
 
 def adapter_config(model, new_tokens, base_name):
-    """The contents of PEFT's adapter_config.json -> dict. base_name: directory or hub name of the frozen
-    model.
+    """The contents of PEFT's adapter_config.json -> dict.
 
-    target_modules lists full names: a suffix such as `proj` could match more modules than were wrapped.
-    Raises ValueError if the model has no adapter, or adapters that differ in r, alpha or dropout.
+    base_name: directory or hub name of the frozen model. target_modules lists full names: a suffix such as
+    `proj` could match more modules than were wrapped. Raises ValueError if the model has no adapter, or
+    adapters that differ in r, alpha or dropout.
     """
     layers = adapters(model)
     kinds = {(layer.r, layer.alpha, layer.dropout) for layer in layers.values()}
@@ -279,8 +280,9 @@ def adapter_config(model, new_tokens, base_name):
 
 
 def save_adapter(directory, model, new_tokens, base_name):
-    """Writes adapter_model.safetensors and adapter_config.json into `directory`, made if absent. See
-    adapter_config.
+    """Writes adapter_model.safetensors and adapter_config.json into `directory`, made if absent.
+
+    The arguments are adapter_config's.
     """
     directory = Path(directory)
     config = adapter_config(model, new_tokens, base_name)
@@ -291,12 +293,11 @@ def save_adapter(directory, model, new_tokens, base_name):
 
 @torch.no_grad()
 def load_adapter(directory, model, new_tokens):
-    """Reads an adapter into a model that has the same adapters and trainable tokens already (add_lora,
-    TrainableTokens).
+    """Reads an adapter into a model that has the same adapters and trainable tokens already.
 
-    Raises ValueError naming the file and the key where anything differs: a key missing or unknown, a shape,
-    the rank, alpha, the ids of the tokens. Nothing is changed then. Trainable tokens are written into the
-    vocabulary as well (sync).
+    They come from add_lora and TrainableTokens. Raises ValueError naming the file and the key where anything
+    differs: a key missing or unknown, a shape, the rank, alpha, the ids of the tokens. Nothing is changed
+    then. Trainable tokens are written into the vocabulary as well (sync).
     """
     weights = Path(directory) / WEIGHTS
     config = Path(directory) / CONFIG

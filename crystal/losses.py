@@ -31,12 +31,13 @@ def ce_rows(logits, targets):
 
 
 def kl_rows(logits_int, logits_cor):
-    """KL(P_int || P_cor) of each row, summed over the vocabulary (eq. 4 before its mean) -> [N]. Logits
-    [N,V], finite.
+    """KL(P_int || P_cor) of each row, summed over the vocabulary (eq. 4 before its mean) -> [N].
 
-    Exactly 0 with exactly zero gradients for equal logits.
+    Logits [N,V], finite. Exactly 0 with exactly zero gradients for equal logits.
     """
-    return _kl(_wide(logits_int).log_softmax(-1), _wide(logits_cor).log_softmax(-1))
+    log_p = _wide(logits_int).log_softmax(-1)                               # [N,V]
+    log_q = _wide(logits_cor).log_softmax(-1)
+    return _kl(log_p, log_q)
 
 
 def vocab_kl_ce(
@@ -49,15 +50,15 @@ def vocab_kl_ce(
 
     logits_int    [R,V], the intact path's rows
     logits_cor    [R',V], the corrupted path's; None if they follow the intact ones in logits_int, as one
-                  product with the head leaves them: their gradient is then one tensor too, and nothing is
-                  split or joined
+                  product with the head leaves them: their gradient is then one tensor too, and nothing
+                  is split or joined
     targets_int   [N] int64, label of the intact path at n; negative for none (ce_int is 0 there)
     targets_cor   [N], the corrupted path's
     answer        [N] bool, rows of the KL (kl is 0 elsewhere)
     teacher_grad  False: KL does not move the intact path
-    in_place      the logits are the caller's to give up: in a backward pass that does not retain its graph
-                  their memory may become that of their gradient, and another backward that needs their values
-                  raises
+    in_place      the logits are the caller's to give up: in a backward pass that does not retain its
+                  graph their memory may become that of their gradient, and another backward that
+                  needs their values raises
 
     Raises ValueError if targets and answer do not speak of R and R' rows.
     """
@@ -81,16 +82,19 @@ def vocab_kl_ce(
     # KL at the answer positions, of which both paths have a row each.
     teacher = logits_int if teacher_grad else logits_int.detach()
     kl = kl_rows(teacher[answer[in_int]], logits_cor[answer[in_cor]])
-    return ce_int, ce_cor, kl.new_zeros(len(answer)).masked_scatter(answer, kl)
+    nowhere = kl.new_zeros(len(answer))                                     # [N]
+    return ce_int, ce_cor, nowhere.masked_scatter(answer, kl)
 
 
 def _ce_at(logits, targets, here):
-    """A path's cross entropy at all N positions, 0 without a label -> [N]. logits [R,V]: its rows; here bool
-    [N]: where.
+    """A path's cross entropy at all N positions, 0 without a label -> [N].
+
+    logits [R,V]: the path's rows, R of the N positions. here: bool [N], True at these.
     """
     label = targets >= 0
     values = ce_rows(logits[label[here]], targets[label])
-    return values.new_zeros(len(targets)).masked_scatter(label, values)
+    nowhere = values.new_zeros(len(targets))                                # [N]
+    return nowhere.masked_scatter(label, values)
 
 
 def mean_per_pair(values, pair, pairs, share=1.0):
@@ -103,18 +107,21 @@ def mean_per_pair(values, pair, pairs, share=1.0):
     """
     if not 0 < share <= 1:
         raise ValueError(f"share {share}: must be above 0 and at most 1")
+
     means, used = [], 0
     for b in range(pairs):
         own = values[pair == b]                                             # [n]
         used += len(own)
         if share < 1 and len(own):
-            # 0.29 * 100 is 28.999999999999996: the small number makes the floor that of the decimals as
-            # written.
+            # 0.29 * 100 is 28.999999999999996: the small number makes the floor that of
+            # the decimals as written.
             largest = max(1, math.floor(share * len(own) + 1e-9))
             own = own.topk(largest).values
         means.append(own.sum() / max(1, len(own)))
-    if used < len(values):
-        raise ValueError(f"{len(values) - used} of {len(values)} rows belong to no pair in 0..{pairs - 1}")
+
+    lost = len(values) - used
+    if lost:
+        raise ValueError(f"{lost} of {len(values)} rows belong to no pair in 0..{pairs - 1}")
     return torch.stack(means)
 
 
@@ -135,8 +142,8 @@ def attn_frobenius(A_int, A_cor):
 def attn_mse(A_int, A_cor, rows, cols):
     """Mean squared difference of the weights -> [B]: eq. 5 over the number of its cells (table 4, "MSE").
 
-    Cells are heads x rows x columns less the padded ones; causally hidden cells count. 0 without rows or
-    columns.
+    Cells are heads x rows x columns less the padded ones; causally hidden cells count. 0
+    without rows or columns.
     """
     return attn_frobenius(A_int, A_cor) / cells(A_int.shape[1], rows, cols)
 
@@ -151,22 +158,22 @@ def attn_kl(S_int, S_cor, rows, cols):
     padded = (cols < 0)[:, None, None, :]
     hidden = S_int.isneginf() | S_cor.isneginf() | padded                   # [B,H,M,K]
 
-    # Filled with a number so large that log p = log q there: p = q = 0 gives 0, and where all is hidden p = q
-    # = 1/K does too. With -inf it would be NaN.
+    # Filled with a number so large that log p = log q there: p = q = 0 gives 0, and where all is hidden
+    # p = q = 1/K does too. With -inf it would be NaN.
     log_p = _wide(S_int).masked_fill(hidden, -1e30).log_softmax(-1)
     log_q = _wide(S_cor).masked_fill(hidden, -1e30).log_softmax(-1)
-    return mean_rows(_kl(log_p, log_q), rows)
+    kl = _kl(log_p, log_q)                                                  # [B,H,M]
+    return mean_rows(kl, rows)
 
 
 def attn_kl_heads_mean(A_int, A_cor, rows, cols):
-    """The released code's eq. 5 -> [B]: weights averaged over heads, renormalised over the columns, then
-    KL(int || cor).
+    """The released code's eq. 5: KL(int || cor) of weights averaged over heads -> [B].
 
-    KL is summed over columns, its mean taken over rows. Averaging comes before renormalising, so a head
-    counts by the attention that it gives to the columns: this needs true weights, not scores. A weight of 0
-    (hidden, or too small for its dtype) is read as the smallest normal number, with zero gradient, so that no
-    logarithm is infinite: a row without weight on any column counts with 0. Padded rows do not count. 0
-    without rows.
+    The weights are renormalised over the columns before they are compared. KL is summed over columns, its
+    mean taken over rows. Averaging comes before renormalising, so a head counts by the attention that it
+    gives to the columns: this needs true weights, not scores. A weight of 0 (hidden, or too small for its
+    dtype) is read as the smallest normal number, with zero gradient, so that no logarithm is infinite: a row
+    without weight on any column counts with 0. Padded rows do not count. 0 without rows.
     """
     log_p = _log_share(_wide(A_int).mean(1), cols)                          # [B,M,K]
     log_q = _log_share(_wide(A_cor).mean(1), cols)
@@ -182,9 +189,9 @@ def slice_kind(kind, heads):
 def attn_loss(kind, heads, X_int, X_cor, rows, cols):
     """Eq. 5 of one layer in one of its kinds -> [B].
 
-    kind: "kl", "frobenius" or "mse". heads: "keep" compares head by head; "mean" averages them first (kl
-    alone). X_int, X_cor [B,H,M,K]: scores or weights, as slice_kind(kind, heads) says. Raises ValueError for
-    another choice.
+    kind: "kl", "frobenius" or "mse". heads: "keep" compares head by head; "mean" averages them
+    first (kl alone). X_int, X_cor [B,H,M,K]: scores or weights, as slice_kind(kind, heads) says.
+    Raises ValueError for another choice.
     """
     if (kind, heads) == ("kl", "keep"):
         return attn_kl(X_int, X_cor, rows, cols)
@@ -229,8 +236,9 @@ def attn_align(
 # --- eq. 6 ---
 
 def total(terms, weights):
-    """Eq. 6: sum of weights[name] * terms[name] -> scalar. A term without a weight raises KeyError: none
-    drops out.
+    """Eq. 6: sum of weights[name] * terms[name] -> scalar.
+
+    A term without a weight raises KeyError, so that none drops out unnoticed.
     """
     return sum(weights[name] * term for name, term in terms.items())
 
@@ -240,8 +248,8 @@ def total(terms, weights):
 def upsample_latents(f, P):
     """States of the K latents of one segment, drawn out linearly along K to P patches -> [*,P,D]. f [*,K,D].
 
-    Patch p sits at (p + 1/2) K / P - 1/2 between the latents, and beyond the outer ones takes theirs. P = K
-    changes nothing.
+    Patch p sits at (p + 1/2) K / P - 1/2 between the latents, and beyond the outer ones takes theirs.
+    P = K changes nothing.
     """
     *leading, K, D = f.shape
     channels = f.reshape(-1, K, D).transpose(1, 2)                          # [n,D,K]
@@ -255,15 +263,17 @@ def patch_alignment(f_hat, f):
     f_hat [N,P,E]: up-sampled and projected latents (the paper's F hat). f [P,E]: the encoder's patch
     features, the same for all segments, or [N,P,E]. Returns a scalar in [-1, 1].
     """
-    cosine = F.cosine_similarity(_wide(f_hat), _wide(f).expand_as(f_hat), dim=-1)   # [N,P]
+    f = _wide(f).expand_as(f_hat)                                           # [N,P,E]
+    cosine = F.cosine_similarity(_wide(f_hat), f, dim=-1)                   # [N,P]
     return -cosine.mean()
 
 
 # --- LaViT: what a teacher saw and where it looked (its eq. 6 and 7; K latents, N image tokens) ---
 
 def semantics(predicted, V_sem):
-    """Eq. 6 of LaViT: 1 - cosine of the projected latent and the teacher's semantics -> [B] in [0, 2]. Both
-    [B,E].
+    """Eq. 6 of LaViT: 1 - cosine of predicted and V_sem -> [B] in [0, 2].
+
+    predicted [B,E]: the projected latent. V_sem [B,E]: the teacher's semantics.
     """
     predicted = _wide(predicted)
     return 1 - F.cosine_similarity(predicted, V_sem.to(predicted.dtype), dim=-1)
@@ -282,7 +292,8 @@ def gaze(A, target, cols):
 
     # Where p is 0 its logarithm is so small that p log p is exactly 0.
     tiny = torch.finfo(p.dtype).tiny
-    log_p = p.clamp(min=tiny).log().masked_fill(p == 0, -1e30)
+    log_p = p.clamp(min=tiny).log()
+    log_p = log_p.masked_fill(p == 0, -1e30)                                # [B,N]
     kl = _kl(log_p[:, None].expand_as(log_q), log_q)                        # [B,K]
     return kl.sum(1).masked_fill(~p.any(-1), 0.0)
 
@@ -301,15 +312,20 @@ def _kl(log_p, log_q):
     make it q (x log x - x + 1) >= 0 with x = p / q, flat at x = 1, so that p = q gives a gradient of exactly
     0 and not of round-off.
     """
-    p, q = log_p.exp(), log_q.exp()
-    return (p * (log_p - log_q) - p + q).sum(-1)
+    p = log_p.exp()
+    q = log_q.exp()
+    terms = p * (log_p - log_q) - p + q
+    return terms.sum(-1)
 
 
 def _log_share(A, cols):
     """log of weights A [B,M,K] renormalised over the columns."""
     padded = (cols < 0)[:, None, :]
-    log_A = A.clamp(min=torch.finfo(A.dtype).tiny).log()
-    return log_A.masked_fill(padded, -1e30).log_softmax(-1)  # the softmax of logarithms divides by their sum
+    tiny = torch.finfo(A.dtype).tiny
+    log_A = A.clamp(min=tiny).log().masked_fill(padded, -1e30)
+
+    # The softmax of logarithms divides by their sum.
+    return log_A.log_softmax(-1)
 
 
 def cells(H, rows, cols):
@@ -323,5 +339,6 @@ def mean_rows(values, rows):
     """values [B,H,M] -> [B], mean over heads and rows that are not padding."""
     H = values.shape[1]
     valid = rows >= 0                                                       # [B,M]
+    count = H * valid.sum(1)                                                # [B]
     summed = values.masked_fill(~valid[:, None], 0.0).sum((1, 2))
-    return summed / (H * valid.sum(1)).clamp(min=1)
+    return summed / count.clamp(min=1)

@@ -1,9 +1,8 @@
-"""What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, or a name on
-the hub.
+"""What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, a hub name.
 
-A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into it. An
-export is an ordinary model directory, and crystal.json in it says what stock tools cannot know of its
-latents.
+A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into
+it. An export is an ordinary model directory, and crystal.json in it says what stock tools cannot
+know of its latents.
 """
 
 import json
@@ -23,14 +22,12 @@ MARK = "crystal.json"  # in a merged directory that stock tools use in part
 
 
 def method_flags(parser):
-    """Adds what every command that opens a run takes: whose code it may run, if the run's method is a file
-    (see methods.of_run).
-    """
+    """Adds --method and --trust_method, whose code may run if a run's method is a file (methods.of_run)."""
     parser.add_argument(
         "--method",
         default="",
-        help="of a run whose method is a file of its own: the file to run, which you name because you know "
-        "it",
+        help="of a run whose method is a file of its own: the file to run, "
+        "which you name because you know it",
     )
     parser.add_argument(
         "--trust_method",
@@ -40,8 +37,9 @@ def method_flags(parser):
 
 
 def model_flags(parser):
-    """Adds what every command that asks a model takes: --checkpoint, --device, --min_pixels and --max_pixels,
-    and `method_flags`.
+    """Adds --checkpoint, --device, --min_pixels, --max_pixels and what `method_flags` adds.
+
+    Every command that asks a model takes them.
     """
     method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step")
@@ -65,15 +63,14 @@ def open_model(
     method="",
     trust_method=False,
 ):
-    """A run directory, or anything that --model takes -> (Model in evaluation mode, Format, Settings or
-    None).
+    """Anything that --model takes -> (Model in evaluation mode, Format, Settings of a run or None).
 
     which: of a run, the checkpoint "best" (by validation; the last if there was none), "last", or a step's
     number. dtype: of what is no run; None takes bfloat16 on a GPU, float32 elsewhere; a run keeps its own.
-    min_pixels, max_pixels: see model.load; of a run they default to what it was trained with. weights False:
-    of a run, what it trained has values and the frozen rest is shapes alone. method, trust_method: what a run
-    that was made by a file of its own needs, see methods.of_run; the settings then name the file that was
-    run.
+    min_pixels, max_pixels: see model.load; of a run they default to what it was trained with. weights
+    False: of a run, what it trained has values and the frozen rest is shapes alone. method, trust_method:
+    what a run that was made by a file of its own needs, see methods.of_run; the settings then name the
+    file that was run.
     """
     run = Path(name)
     if not (run / "checkpoints").is_dir():
@@ -81,15 +78,20 @@ def open_model(
             raise UserError(f"{run}: a run without checkpoints")
         if method:
             raise UserError(f"--method {method}: {name} is no run of train.py, and opens without")
+
         # As train.py's --dtype auto.
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         model = crystal.backbone.model.load(name, dtype, device, min_pixels, max_pixels)
-        return model, exported_format(crystal.backbone.model.resolve(name), model.tokenizer), None
+        fmt = exported_format(crystal.backbone.model.resolve(name), model.tokenizer)
+        return model, fmt, None
+
+    # What was trained, by which method, on which base.
     directory = find(run, which)
     files, state = checkpoint.load(directory)
     allowed = methods.of_run(state, directory, method, trust_method)
     settings = methods.saved_settings(state["settings"] | {"method": allowed}, directory)
     dtype = torch.float32 if settings.tune == "full" else getattr(torch, settings.dtype)
+
     model = crystal.backbone.model.load(
         settings.model,
         dtype,
@@ -100,10 +102,12 @@ def open_model(
     )
     settings = replace(settings, checkpointing=False)
     _, fmt = methods.attach(model, settings)
-    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
+
     # A method's heads, and the encoders behind them, serve its losses alone: they stay in the checkpoint.
+    named = [(f"model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
     tensors = {n: t for n, t in files["trainable.safetensors"].items() if not n.startswith("heads.")}
     checkpoint.load_parameters(named, tensors, directory)
+
     if weights:
         model.to(device)
         model.after_update()
@@ -122,18 +126,21 @@ def open_run(run, which="best", device="cpu", weights=True, method="", trust_met
 
 
 def exported_format(directory, tokenizer):
-    """The Format of a directory that is no run: plain, or what its crystal.json says. UserError if that is
-    broken.
+    """The Format of a directory that is no run: plain, or what its crystal.json says.
+
+    UserError if that file is broken.
     """
     file = Path(directory) / MARK
     if not file.is_file():
         return Format(tokenizer)
+
     try:
         saved = json.loads(file.read_text())
         if saved["method"].endswith(".py"):  # a directory may come from anywhere: what it names is not run
             raise UserError(
                 f"{file}: exported by {saved['method']}, a method of its own; open the run directory instead"
             )
+
         method = methods.get(saved["method"])
         return method(method.Settings(**saved)).format(tokenizer)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -149,6 +156,7 @@ def find(run, which):
         directory = checkpoint.step_dir(run, record["step"] if record else which)
     else:
         raise UserError(f"--checkpoint {which}: best, last or a step")
+
     if directory is None or not directory.is_dir():
         raise UserError(f"{run}: no checkpoint {which!r} that can be used")
     return directory

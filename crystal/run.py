@@ -26,10 +26,10 @@ from crystal.runtime import checkpoint, config, data
 
 @dataclass
 class Forward:
-    """What a method makes of a batch. terms: {name: scalar}, monitored ones too. h_int, h_cor: last states
-    [B,L,D] of both paths.
+    """What a method makes of a batch.
 
-    h_cor is None where the method has one path. Nobody may read a copied position of it: there each way of
+    terms: {name: scalar}, monitored ones too. h_int, h_cor: last states [B,L,D] of both paths. h_cor is
+    None where the method has one path. Nobody may read a copied position of it: there each way of
     copying leaves something else.
     """
 
@@ -40,10 +40,9 @@ class Forward:
 
 @dataclass
 class Attention:
-    """Softmax weights of one record: A_int and A_cor {layer: [H,M,K]}, of queries [M] and keys [K], positions
-    in the sequence.
+    """Softmax weights of one record: A_int and A_cor {layer: [H,M,K]}.
 
-    A_cor is None where the method has one path.
+    The queries [M] and keys [K] are positions in the sequence. A_cor is None where the method has one path.
     """
 
     queries: torch.Tensor
@@ -76,7 +75,8 @@ class Run:
     ):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.name, self.checkpoint = name, checkpoint
+        self.name = name
+        self.checkpoint = checkpoint
         self.model, self.format, settings = open_model(
             name,
             checkpoint,
@@ -86,29 +86,31 @@ class Run:
             method=method,
             trust_method=trust_method,
         )
+
         self.is_run = settings is not None
         self.settings: Any = settings or config.Settings(method="sft")
         self.method = methods.get(self.settings.method)(self.settings)
 
     def answer(self, image, question, max_new_tokens=64, latents="keep"):
-        """The answer to a question, greedily. image: a path, a PIL image, bytes of a file, a list of these,
-        or None.
+        """The answer to a question, greedily.
 
-        latents: "keep" the thought and its latents in the prompt, or "drop" them. A `<image>` typed in the
-        question is text.
+        image: a path, a PIL image, bytes of a file, a list of these, or None. latents: "keep" the thought and
+        its latents in the prompt, or "drop" them. A `<image>` typed in the question is text.
         """
         return ask(self.model, self.format, images_of(image), question, max_new_tokens, latents)
 
     def records(self, given, image_root=None):
-        """Records -> list of data.Record. given: a path to a JSON or JSONL file, a dictionary in any format
-        that such a file may have,
-        or a list of these; a dictionary's images may also be PIL images or bytes. RecordError, in one line,
+        """Records as a user has them -> list of data.Record.
+
+        given: a path to a JSON or JSONL file, a dictionary in any format that such a file may have, or a
+        list of these; a dictionary's images may also be PIL images or bytes. RecordError, in one line,
         for a broken one.
         """
         if isinstance(given, dict):
             given = [given]
         if isinstance(given, list):
             return data.of_dictionaries(given, image_root)
+
         found, _ = data.read(given, image_root or "", self.settings.turns)
         for record in found:
             if isinstance(record, data.RecordError):
@@ -116,10 +118,9 @@ class Run:
         return found
 
     def batch(self, records, image_root=None, seed=None):
-        """Records, as `records` takes them -> the batch that training sees (data.collate says what is in it),
-        on the model's device.
+        """Records, as `records` takes them -> the batch that training sees, on the model's device.
 
-        seed: of the corruption; None takes the run's.
+        data.Batch says what is in it. seed: of the corruption; None takes the run's.
         """
         records = self.records(records, image_root)
         examples = data.RecordDataset(
@@ -131,14 +132,16 @@ class Run:
             copies=self.format.copies,
             extras=self.method.extras,
         )
+
         built = [examples.build(i, 0) | {"bad": []} for i in range(len(records))]
         batch = data.collate(built, self.model.tokenizer.pad_token_id)
         return data.to_device(batch, self.model.device, self.model.hf.dtype)
 
     @cached_property
     def heads(self):
-        """The heads that the method trained beside the model (LaViT's semantics, VaLR's projections), as a
-        ModuleDict; often empty.
+        """The heads that the method trained beside the model, as a ModuleDict; often empty.
+
+        LaViT's semantics and VaLR's projections are such heads.
         """
         heads = self.method.modules(self.model).to(self.model.device)
         named = [(f"heads.{name}", p) for name, p in heads.named_parameters() if p.requires_grad]
@@ -146,15 +149,14 @@ class Run:
             directory = find(self.name, self.checkpoint)
             files, _ = checkpoint.load(directory)
             saved = files["trainable.safetensors"]
-            with torch.no_grad():
-                checkpoint.load_parameters(
-                    named, {n: t for n, t in saved.items() if n.startswith("heads.")}, directory
-                )
+            own = {n: t for n, t in saved.items() if n.startswith("heads.")}
+            checkpoint.load_parameters(named, own, directory)
         return heads.eval()
 
     def forward(self, batch):
-        """Both paths of a batch and every term of its loss, at the end of the run's curriculum -> Forward. It
-        keeps the graph.
+        """Both paths of a batch and every term of its loss, with the graph -> Forward.
+
+        The terms are those at the end of the run's curriculum.
         """
         # The method's losses reach its heads by themselves, once they have been made.
         assert self.heads is not None
@@ -163,8 +165,9 @@ class Run:
         return Forward(terms, h_int, h_cor)
 
     def paths(self, batch, recorder=None):
-        """The last states of both paths, or of the one there is, without a loss -> (h_int, h_cor or None),
-        [B,L,D] each.
+        """The last states of both paths, without a loss -> (h_int, h_cor), [B,L,D] each.
+
+        h_cor is None where the method has one path.
         """
         if self.method.corruption is None:
             return self.method.hidden(self.model, batch, recorder), None
@@ -179,31 +182,39 @@ class Run:
         """
         batch = self.batch(record)
         device = batch["input_ids"].device
-        usual = batch["latents"] if batch["latents"].shape[1] else batch["image"]
-        queries = (
-            batch["answer_positions"] if queries is None else torch.as_tensor([list(queries)], device=device)
-        )
-        keys = usual if keys is None else torch.as_tensor([list(keys)], device=device)
+
+        if queries is None:
+            queries = batch["answer_positions"]
+        else:
+            queries = torch.as_tensor([list(queries)], device=device)
+        if keys is None:
+            keys = batch["latents"] if batch["latents"].shape[1] else batch["image"]
+        else:
+            keys = torch.as_tensor([list(keys)], device=device)
         layers = range(len(self.model.layers)) if layers is None else layers
 
         copies = 1 if self.method.corruption is None else 2
         recorder = AttentionRecorder(layers, queries.repeat(copies, 1), keys.repeat(copies, 1), attn_slice)
         self.paths(batch, recorder)
+
         A_int = {layer: A[0] for layer, A in recorder.slices.items()}
         A_cor = {layer: A[1] for layer, A in recorder.slices.items()} if copies == 2 else None
         return Attention(queries[0], keys[0], A_int, A_cor)
 
     @torch.no_grad()
     def latents(self, record):
-        """The states of one record's latents on the intact image: before each decoder layer and after the
-        last -> [layers + 1,K,D].
+        """The states of one record's latents on the intact image -> [layers + 1,K,D].
+
+        They are those before each decoder layer and after the last.
         """
         batch = self.batch(record)
         where = batch["latents"]
         with recorded(self.model, where) as states:
             last = self.method.hidden(self.model, batch)
+
         before = torch.stack(states[-len(self.model.layers) :])[:, 0]  # [layers,K,D]
-        return torch.cat([before, last[0, where[0]][None]])
+        after = last[0, where[0]][None]  # [1,K,D]
+        return torch.cat([before, after])
 
 
 def images_of(given):

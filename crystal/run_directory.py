@@ -1,4 +1,4 @@
-"""A run's directory: how it begins, what is written into it, what is stored, and what a resume makes of that.
+"""A run's directory: how it begins, and what is written into it while it runs.
 
     config.json           the settings, the versions of what computes, the number of processes
     method.py             the method's file, where it is not built in, as it was run
@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -120,66 +120,27 @@ def versions():
     }
 
 
-# --- checkpoints ---
+# --- checkpoints: what is in one, and what makes a resume exact, runtime/checkpoint.py tells ---
 
 def store(run, step, settings, optimizer, named, procs, best):
-    """Writes checkpoints/step-N: what trains, the optimiser's state, the settings; the older ones beyond
-    --keep go.
-    """
-    files = {
-        "trainable.safetensors": {n: p.detach() for n, p in named},
-        "optimizer.safetensors": checkpoint.optimizer_tensors(optimizer, named),
-    }
-    state = {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)}
+    """Writes checkpoints/step-N, which a resume goes on from; the older ones beyond --keep go."""
+    files, state = checkpoint.contents(step, settings, optimizer, named, procs)
     checkpoint.save(run, step, files, state | methods.fingerprint(settings.method))
     if best:
         checkpoint.mark_best(run, **best)
     checkpoint.prune(run, settings.keep)
 
 
-def pairs(settings, procs):
-    """Pairs in one update, of all ranks and micro-batches."""
-    return settings.batch_size * settings.accumulation * procs.world
-
-
-# What a resume may set anew: where and how the run computes, what it writes, and how an update's pairs are
-# split. A run that stopped at a broken image goes on with --on_bad_record skip: which records there are, and
-# their order, is the same.
-MAY_CHANGE = {
-    "output", "batch_size", "accumulation", "device", "checkpointing", "workers", "on_bad_record",
-    "eval_every", "eval_records", "save_every", "keep", "log_every", "resume", "overwrite", "tensorboard",
-}
-
-
 def restore(directory, settings, objective, optimizer, named, procs):
-    """Loads what `store` wrote into module and optimiser -> the update to go on from. The ranks may be others
-    than before.
-    """
+    """Puts what `store` wrote back into model and optimiser -> the update to go on from."""
     files, state = checkpoint.load(directory)
-    if state["pairs"] != pairs(settings, procs):
-        raise UserError(
-            f"{directory}: an update had {state['pairs']} pairs, not {pairs(settings, procs)}; "
-            "keep batch_size x accumulation x processes"
-        )
 
     # The method comes before anything is done with it: what a run names is not run.
     before = state["settings"]["method"]
     if before != settings.method:
-        raise UserError(made_with(directory, "method", before, settings.method))
+        raise UserError(checkpoint.made_with(directory, "method", before, settings.method))
     methods.of_run(state, directory, settings.method)  # tells where the file was edited since
 
     saved = methods.saved_settings(state["settings"], directory)
-    for field in fields(settings):
-        before, now = getattr(saved, field.name), getattr(settings, field.name)
-        if before != now and field.name not in MAY_CHANGE:
-            raise UserError(made_with(directory, field.name, before, now))
-
-    checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
-    checkpoint.load_optimizer(optimizer, named, files["optimizer.safetensors"])
-    objective.model.after_update()
-    return state["step"]
-
-
-def made_with(directory, name, before, now):
-    """What is said of a setting that a resume would change."""
-    return f"{directory}: was made with --{name} {before!r}, not {now!r}; a resume keeps it"
+    checkpoint.check_same_run(directory, state, saved, settings, procs)
+    return checkpoint.restore(directory, files, state, objective.model, optimizer, named)

@@ -33,7 +33,6 @@ from crystal.run_directory import (
     check_writable,
     holds_a_run,
     list_bad,
-    pairs,
     restore,
     store,
     summary_writer,
@@ -44,9 +43,7 @@ from crystal.runtime.config import UserError
 
 
 class Objective(nn.Module):
-    """Model, extra heads and method as one module, so that DDP sees one forward: a batch in, the loss terms
-    out.
-    """
+    """Model, extra heads and method as one module, so that DDP sees one forward: batch in, loss terms out."""
 
     def __init__(self, model, method, autocast=nullcontext()):
         super().__init__()
@@ -63,8 +60,8 @@ class Objective(nn.Module):
 def learning_rate(step, settings):
     """Learning rate of update `step`, counted from 0.
 
-    In each stage it rises linearly over a share of the stage's steps, then falls to 0 along a cosine, or a
-    line.
+    In each stage it rises linearly over a share of the stage's steps, then falls to 0 along a
+    cosine, or a line.
     """
     stage = settings.progress(step).stage
     start, stop = settings.span(stage)
@@ -95,8 +92,8 @@ def main(argv=None):
     # What `auto` came to is kept, for those who open the run later.
     settings = replace(settings, dtype=str(dtype).removeprefix("torch."))
 
-    # Full fine-tuning keeps its weights in float32 and computes in the smaller type; adapters are float32 on
-    # frozen small weights.
+    # Full fine-tuning keeps its weights in float32 and computes in the smaller type; adapters are float32
+    # on frozen small weights.
     mixed = settings.tune == "full" and dtype == torch.bfloat16
     weights_dtype = torch.float32 if mixed else dtype
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
@@ -172,8 +169,8 @@ def main(argv=None):
             bad_count += len(broken)
             unlisted = unlisted + broken
 
-            # Dropout is seeded by update, part and rank, so a resumed run draws what the unbroken one would
-            # have.
+            # Dropout is seeded by update, part and rank, so a resumed run draws what the
+            # unbroken one would have.
             torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
             with procs.no_sync(wrapped, part < settings.accumulation - 1):
                 terms = wrapped(batch, settings.progress(step))
@@ -282,8 +279,7 @@ def dtype_of(settings, device):
 
 
 def optimizer_of(named, model, settings):
-    """AdamW over what trains, in three groups: matrices, which decay; vectors; and new tokens, with a rate of
-    their own.
+    """AdamW over what trains: matrices, which decay; vectors; and new tokens, with a rate of their own.
 
     New tokens do not decay: decay pulls a latent towards 0, not towards a small map.
     """
@@ -358,8 +354,9 @@ def toy_scenes(settings, procs):
 
 
 def read_records(path, root, settings):
-    """A file's records -> (whole ones, broken ones' errors, number of turns dropped). UserError as
-    --on_bad_record says.
+    """A file's records -> (whole ones, broken ones' errors, number of turns dropped).
+
+    UserError as --on_bad_record says.
     """
     found, dropped = data.read(path, root, settings.turns)
     broken = [r for r in found if isinstance(r, data.RecordError)]
@@ -374,9 +371,7 @@ def read_records(path, root, settings):
 
 
 def stage_batches(stage, examples, step, settings, pad, procs):
-    """This rank's batches of a stage (from 0), from update `step` of the run on; a stage that lies behind has
-    none.
-    """
+    """This rank's batches of a stage (from 0), from update `step` on; a stage that lies behind has none."""
     start, stop = settings.span(stage)
     order = sampling.BatchSampler(
         len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world,
@@ -400,7 +395,7 @@ def report_bad(batch, count, step, settings, procs):
         raise UserError(errors[0])
 
     broken = procs.gather(batch["bad"])
-    seen = (step + 1) * pairs(settings, procs)
+    seen = (step + 1) * checkpoint.pairs(settings, procs)
     if count + len(broken) > max(1, 0.01 * seen):
         raise UserError(
             f"{count + len(broken)} of {seen} records were broken, more than 1 %; the last: {broken[-1]}"
@@ -409,8 +404,9 @@ def report_bad(batch, count, step, settings, procs):
 
 
 def weighted(terms, method, settings):
-    """Eq. 6 over what trains; a monitored term is left out. UserError for a term that the settings give no
-    weight.
+    """Eq. 6 over what trains; a monitored term is left out.
+
+    UserError for a term that the settings give no weight.
     """
     trained = {n: t for n, t in terms.items() if n not in method.monitored}
     try:
@@ -458,10 +454,10 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
 
 
 def leave_out(broken, examples, settings, procs):
-    """Takes validation records that broke (a list of [index, message]) out of all validations to come, and
-    lists them once.
+    """Takes validation records that broke out of all validations to come, and lists them once.
 
-    The records behind one keep their number, which their corruption is drawn from.
+    broken: a list of [index, message]. The records behind one keep their number, which their
+    corruption is drawn from.
     """
     if not broken:
         return

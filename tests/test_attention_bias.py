@@ -113,7 +113,7 @@ def test_a_dimmed_image_by_hand(setup, checkpointing):
     assert not torch.allclose(h, step([])[0])
     from transformers import AttentionInterface
 
-    from crystal.backbone.model import attention
+    from crystal.backbone.attention_functions import attention
 
     AttentionInterface.register("crystal", by_hand)
     try:

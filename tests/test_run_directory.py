@@ -122,7 +122,7 @@ def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
 )
 def test_a_resume_keeps_the_pairs_of_an_update(stored, batch, accumulation, world, pairs):
     now = replace(stored.settings, batch_size=batch, accumulation=accumulation)
-    assert run_directory.pairs(now, Processes(world=world)) == pairs
+    assert checkpoint.pairs(now, Processes(world=world)) == pairs
     if pairs == 12:
         assert stored.restore(now, world).step == 3
     else:

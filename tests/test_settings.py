@@ -31,6 +31,7 @@ import crystal.corrupt as corruptions
 import crystal.latent_copy
 import crystal.methods.crystal
 from crystal import feedback, lora, methods, train
+from crystal.backbone import attention_functions
 from crystal.layout import IGNORE
 from crystal.runtime import checkpoint, config, data
 from crystal.runtime.config import UserError
@@ -1140,13 +1141,13 @@ def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
     """Each decoder layer's own attention runs a second time in the backward pass, and losses and gradients
     are equal to the bit.
     """
-    calls, attention = Counter(), crystal.backbone.model.attention
+    calls, attention = Counter(), attention_functions.attention
 
     def counted(module, *args, **kwargs):
         calls["decoder"] += 1
         return attention(module, *args, **kwargs)
 
-    monkeypatch.setitem(crystal.backbone.model.AttentionInterface._global_mapping, "crystal", counted)
+    monkeypatch.setitem(attention_functions.AttentionInterface._global_mapping, "crystal", counted)
     more = [
         "--method",
         method,

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("", "corrupt layout attention_bias attention losses latent_copy feedback lora")],
-    [("runtime", "config renamed ops distributed images sampling data toy checkpoint")],
-    [("backbone", "families model record encoders")],
+    [("runtime", "config renamed ops distributed images sampling records data toy named_state checkpoint")],
+    [("backbone", "families attention_functions model record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [

@@ -201,10 +201,10 @@ def test_a_resume_keeps_every_setting_but_those_of_the_machine_and_the_log(flags
         ]
     )
     assert [x["step"] for x in metrics(started)] == [1, 2]
-    kept = {f.name for f in fields(config.Settings)} - run_directory.MAY_CHANGE
+    kept = {f.name for f in fields(config.Settings)} - checkpoint.MAY_CHANGE
     assert kept > {
         "val_data", "image_root", "turns", "lora_dropout", "weight_decay", "warmup", "clip", "min_pixels",
-    } and len(kept) + len(run_directory.MAY_CHANGE) == len(fields(config.Settings))
+    } and len(kept) + len(checkpoint.MAY_CHANGE) == len(fields(config.Settings))
 
 
 def test_accumulation_equals_a_larger_batch(flags):

@@ -1,5 +1,4 @@
-"""Frozen vision encoders: what VaLR's latents are aligned to while they learn; nothing at inference needs
-one.
+"""Frozen vision encoders, to which VaLR's latents are aligned while they learn; inference needs none.
 
 I images, h and w their size in pixels as the encoder wants it, P patches, E feature size.
 
@@ -54,35 +53,42 @@ class Encoder(nn.Module):
 
     def __init__(self, name, hf, rules):
         super().__init__()
-        self.name, self.hf, self.rules = name, hf.eval().requires_grad_(False), rules
+        self.name = name
+        self.hf = hf.eval().requires_grad_(False)
+        self.rules = rules
         self.dim = hf.config.hidden_size
+
         # DINO puts its class token and registers in front of the patches, SigLIP has none.
-        self.prefix = (
-            0 if isinstance(hf, SiglipVisionModel) else 1 + getattr(hf.config, "num_register_tokens", 0)
-        )
+        self.prefix = 0
+        if not isinstance(hf, SiglipVisionModel):
+            self.prefix = 1 + getattr(hf.config, "num_register_tokens", 0)
 
     def pixels(self, image):
         """PIL image, RGB -> [3,h,w], resized, cropped where the checkpoint says so, normalised."""
         rules = self.rules
-        x = (
-            torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            .view(image.height, image.width, 3)
-            .permute(2, 0, 1)
-            .float()
-            / 255
-        )
+        H, W = image.height, image.width
+        x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        x = x.view(H, W, 3).permute(2, 0, 1).float() / 255  # [3,H,W]
+
+        # To the size that the checkpoint wants.
         size = rules["size"]
         if "shortest_edge" in size:
-            scale = size["shortest_edge"] / min(image.height, image.width)
-            size = {"height": round(image.height * scale), "width": round(image.width * scale)}
-        x = F.interpolate(
-            x[None], (size["height"], size["width"]), mode=RESAMPLE[rules.get("resample", 2)], antialias=True
-        )[0].clamp(0, 1)
+            scale = size["shortest_edge"] / min(H, W)
+            size = {"height": round(H * scale), "width": round(W * scale)}
+        h, w = size["height"], size["width"]
+        mode = RESAMPLE[rules.get("resample", 2)]
+        x = F.interpolate(x[None], (h, w), mode=mode, antialias=True)[0]
+        x = x.clamp(0, 1)
+
+        # Its middle.
         if rules.get("do_center_crop"):
             h, w = rules["crop_size"]["height"], rules["crop_size"]["width"]
-            top, left = (x.shape[1] - h) // 2, (x.shape[2] - w) // 2
+            top = (x.shape[1] - h) // 2
+            left = (x.shape[2] - w) // 2
             x = x[:, top : top + h, left : left + w]
-        mean, std = (torch.tensor(rules[n])[:, None, None] for n in ("image_mean", "image_std"))
+
+        mean = torch.tensor(rules["image_mean"])[:, None, None]
+        std = torch.tensor(rules["image_std"])[:, None, None]
         return (x - mean) / std
 
     @torch.no_grad()
@@ -97,13 +103,16 @@ class Encoder(nn.Module):
 
 
 def load(name, device="cpu"):
-    """`tiny`, a directory or a hub name -> Encoder. UserError if it cannot be loaded or is of an unknown
-    kind.
+    """`tiny`, a directory or a hub name -> Encoder.
+
+    UserError if it cannot be loaded or is of an unknown kind.
     """
     if name == "tiny":
         with torch.random.fork_rng(devices=[]):  # drawn once for all runs and ranks, and no other draw moves
             torch.manual_seed(0)
-            return Encoder(name, DINOv3ViTModel(DINOv3ViTConfig(**TINY)), IMAGENET).to(device)
+            hf = DINOv3ViTModel(DINOv3ViTConfig(**TINY))
+        return Encoder(name, hf, IMAGENET).to(device)
+
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type not in KINDS:
@@ -112,10 +121,13 @@ def load(name, device="cpu"):
                 "features of another can be precomputed: features:NAME:SIZE"
             )
         rules, _ = ImageProcessingMixin.get_image_processor_dict(name)
+
         # SigLIP's text tower has no place here.
         hf = load_weights(KINDS[config.model_type], name, torch.float32, part=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--encoders {name}: cannot be loaded: {why(error)}") from error
-    if missing := {"size", "image_mean", "image_std"} - rules.keys():
-        raise UserError(f"--encoders {name}: its preprocessor_config.json lacks {', '.join(sorted(missing))}")
+
+    missing = sorted({"size", "image_mean", "image_std"} - rules.keys())
+    if missing:
+        raise UserError(f"--encoders {name}: its preprocessor_config.json lacks {', '.join(missing)}")
     return Encoder(name, hf, rules).to(device)

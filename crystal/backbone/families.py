@@ -1,5 +1,4 @@
-"""What differs between kinds of vision-language models: a table with a row each, and how a kind prepares
-images and takes them.
+"""What differs between kinds of vision-language models: a row each, and how a kind prepares and takes images.
 
 tutorials/10_backbones.md adds a row. I images, P rows of pixel_values, B sequences, L length.
 """
@@ -16,12 +15,11 @@ from crystal import layout
 
 
 class Images:
-    """How a family prepares images and takes them. This is Qwen's way; another family's class says what it
-    does otherwise.
+    """How a family prepares images and takes them: Qwen's way.
 
-    processor: transformers' image processor. config: the model's. A batch has pixel_values [P,..], the rows
-    of all its images one after the other, and image_grid_thw [I,3], which says what each image is: frames,
-    and rows and columns of patches.
+    Another family's class says what it does otherwise. processor: transformers' image processor. config: the
+    model's. A batch has pixel_values [P,..], the rows of all its images one after the other, and
+    image_grid_thw [I,3], which says what each image is: frames, and rows and columns of patches.
     """
 
     bounded = True  # whether --min_pixels and --max_pixels mean anything
@@ -40,24 +38,26 @@ class Images:
         return image_grid_thw.prod(-1).tolist()
 
     def grids(self, image_grid_thw):
-        """How each image's tokens lie, in the order of the sequence: a list of (rows, columns), for Qwen of
-        one.
-        """
+        """How each image's tokens lie, in the sequence's order: [(rows, columns), ..], for Qwen one."""
         merge = self.processor.merge_size
-        return [[(h // merge, w // merge)] for _, h, w in image_grid_thw.tolist()]
+        found = []
+        for _, h, w in image_grid_thw.tolist():
+            found.append([(h // merge, w // merge)])
+        return found
 
     def tokens(self, image_grid_thw):
         """How many tokens each image takes in the sequence (list of int)."""
-        return [sum(h * w for h, w in grids) for grids in self.grids(image_grid_thw)]
+        counts = []
+        for grids in self.grids(image_grid_thw):
+            counts.append(sum(h * w for h, w in grids))
+        return counts
 
     def positions(self, model, batch):
         """Positions [3,B,L] of a batch; explicit, since those that the model caches go stale."""
-        return model.get_rope_index(
-            batch["input_ids"],
-            batch["mm_token_type_ids"],
-            image_grid_thw=batch["image_grid_thw"],
-            attention_mask=batch["attention_mask"],
-        )[0]
+        ids, kinds = batch["input_ids"], batch["mm_token_type_ids"]
+        grids, mask = batch["image_grid_thw"], batch["attention_mask"]
+        positions, _ = model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)
+        return positions
 
     def keywords(self, inputs):
         """Tensors of a batch -> keywords of the transformers model's forward and generate."""
@@ -68,12 +68,11 @@ class Images:
 
 
 class Tiles(Images):
-    """LLaVA-OneVision's way: the whole image in one tile, then the image in several, put together, without
-    their padding, a newline after each row.
+    """LLaVA-OneVision's way: the whole image in one tile, then the image in several.
 
-    image_grid_thw [I,3]: tiles, and the image's height and width in pixels. pixel_values [P,3,h,w], P tiles.
-    Of several images in a record each is one tile, padded to a square, as the family was trained. Positions
-    are 1-D.
+    The tiles are put together, without their padding, a newline after each row. image_grid_thw [I,3]: tiles,
+    and the image's height and width in pixels. pixel_values [P,3,h,w], P tiles. Of several images in a record
+    each is one tile, padded to a square, as the family was trained. Positions are 1-D.
     """
 
     bounded = False
@@ -81,32 +80,36 @@ class Tiles(Images):
     def __call__(self, images, return_tensors="pt"):
         # Nested: the images of one record.
         out = self.processor(images=[list(images)], return_tensors=return_tensors)
-        tiles = out["pixel_values"].shape[1]
-        return {
-            "pixel_values": out["pixel_values"].flatten(0, 1),
-            "image_grid_thw": F.pad(out["image_sizes"], (1, 0), value=tiles),
-        }
+        pixels, sizes = out["pixel_values"], out["image_sizes"]  # [I,tiles,3,h,w], [I,2]
+
+        grids = F.pad(sizes, (1, 0), value=pixels.shape[1])
+        return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": grids}
 
     def rows(self, image_grid_thw):
         return image_grid_thw[:, 0].tolist()
 
     def grids(self, image_grid_thw):
-        """The whole image's (rows, columns), and those of its tiles put together, newlines included: (1, 1)
-        where one newline is all.
+        """The whole image's (rows, columns), and those of its tiles put together, newlines included.
+
+        The tiles' are (1, 1) where one newline is all.
         """
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        model = SimpleNamespace(config=self.config)
+        newline = torch.ones(1)
+        ratio = self.config.vision_aspect_ratio
+
         found = []
         for tiles, *size in image_grid_thw.tolist():
             # transformers' own code packs empty tiles; where it puts newlines tells the shape.
+            empty = torch.zeros(tiles, side * side, 1)
             packed, _ = LlavaOnevisionModel.pack_image_features(
-                SimpleNamespace(config=self.config),
-                [torch.zeros(tiles, side * side, 1)],
-                torch.tensor([size]),
-                image_newline=torch.ones(1),
-                vision_aspect_ratio=self.config.vision_aspect_ratio,
+                model, [empty], torch.tensor([size]), image_newline=newline, vision_aspect_ratio=ratio
             )
-            lines = packed[0][side * side :, 0].nonzero()
-            found.append([(side, side), (len(lines), int(lines[0]) + 1)])
+            _, in_tiles = packed[0][:, 0].tensor_split([side * side])
+            lines = in_tiles.nonzero()
+            columns = int(lines[0]) + 1
+            found.append([(side, side), (len(lines), columns)])
         return found
 
     def positions(self, model, batch):
@@ -115,32 +118,38 @@ class Tiles(Images):
         return torch.arange(L, device=batch["input_ids"].device).expand(3, B, L)
 
     def keywords(self, inputs):
-        """Tensors of a batch -> the same less mm_token_type_ids and image_grid_thw; position_ids [3,B,L] ->
-        [B,L], and of the grids image_sizes [I,2]
-        (height, width in pixels) and batch_num_images, a list of how many images belong together.
+        """Tensors of a batch -> the same as this family names them, less what it does not know.
+
+        mm_token_type_ids and image_grid_thw are left out; position_ids [3,B,L] become [B,L]. Of the
+        grids come image_sizes [I,2] (height, width in pixels) and batch_num_images, a list of how
+        many images belong together.
         """
-        out = {n: x for n, x in inputs.items() if n not in ("mm_token_type_ids", "image_grid_thw")}
+        out = dict(inputs)
+        out.pop("mm_token_type_ids", None)
+        grids = out.pop("image_grid_thw", None)
         if out.get("position_ids") is not None:
             out["position_ids"] = out["position_ids"][0]
-        if inputs.get("image_grid_thw") is not None:
-            out["image_sizes"] = inputs["image_grid_thw"][:, 1:]
-            # An image on its own has two tiles and more. transformers asks for images a record, and reads no
-            # more from it than this.
-            runs = [
-                (one, len(list(run)))
-                for one, run in groupby(tiles == 1 for tiles in self.rows(inputs["image_grid_thw"]))
-            ]
-            out["batch_num_images"] = [n for one, run in runs for n in ([run] if one else [1] * run)]
+        if grids is None:
+            return out
+
+        # An image on its own has two tiles and more. transformers asks for images a record, and reads no
+        # more from it than this.
+        out["image_sizes"] = grids[:, 1:]
+        together = []
+        for one_tile, run in groupby(self.rows(grids), lambda tiles: tiles == 1):
+            n = len(list(run))
+            together += [n] if one_tile else [1] * n
+        out["batch_num_images"] = together
         return out
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between kinds of models. language, vision, merger: regular expressions of Linear modules'
-    names.
+    """What differs between kinds of models.
 
-    marks: the image token, and those around an image that have seen nothing but images, the last one closing
-    it. vision_attention: name of the vision tower's attention function. images: an Images.
+    language, vision, merger: regular expressions of Linear modules' names. marks: the image token, and those
+    around an image that have seen nothing but images, the last one closing it. vision_attention: name of the
+    vision tower's attention function. images: an Images.
     """
 
     language: str
@@ -159,8 +168,8 @@ FAMILIES = {
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
         merger=r"model\.visual\.merger\.mlp\.\d+",
     ),
-    # DeepStack: mergers of its own bring features of early vision blocks to the outputs of the first decoder
-    # layers.
+    # DeepStack: mergers of its own bring features of early vision blocks to the outputs of
+    # the first decoder layers.
     "qwen3_vl": Family(
         language=DECODER,
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",

@@ -1,12 +1,12 @@
-"""A checkpoint directory becomes a model: loading, latent rows, registered attention.
+"""A checkpoint directory becomes a model: loading, new tokens, adapters, and the doors to its forward.
 
 `tiny`, a directory and a hub name take the same road; no path here asks which it is; what differs between
 kinds of models is families.py's. B sequences, L length, D hidden size, H query heads, G key/value heads, d
 head size, V vocabulary rows, I images.
 
-transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers leaves
-open: a registered attention function, a pre-hook on each decoder layer, and keywords of the forward that
-travel to both.
+transformers' own forward runs untouched. What crystal adds reaches it by three doors that transformers
+leaves open: a registered attention function (attention_functions.py), a pre-hook on each decoder layer
+(latent_copy.py), and keywords of the forward that travel to both (`Model.hidden`).
 """
 
 import re
@@ -16,23 +16,19 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from crystal.attention import attend
 from crystal.attention_bias import additive_mask
+from crystal.backbone import attention_functions  # noqa: F401 (it registers them)
 from crystal.backbone.families import FAMILIES
 from crystal.latent_copy import copy_before_each
 from crystal.lora import TrainableTokens, add_lora
@@ -40,89 +36,9 @@ from crystal.runtime.config import UserError
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
-# What wrappers put before (torch.compile also amid) the names of the weights that they save: DataParallel,
-# torch.compile, PEFT.
+# What wrappers put before (torch.compile also amid) the names of the weights that they
+# save: DataParallel, torch.compile, PEFT.
 WRAPPERS = {r"^(module\.|_orig_mod\.|base_model\.model\.)+": "", r"(?<=\.)_orig_mod\.": ""}
-
-
-# --- attention ---
-
-
-def attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    latent_copy=None,
-    recorder=None,
-    kv_cache=None,
-    **_,
-):
-    """The decoder's attention: torch's SDPA, with the corrupted path's copied columns and the slice of eq. 5.
-
-    query [B,H,L,d], key and value [B,G,L,d] -> ([B,L,H,d], None). attention_mask: None (causal), a bool mask,
-    or an additive one; scores are never written out. kv_cache: see feedback.py.
-    """
-    if kv_cache is not None:
-        key, value = kv_cache(module.layer_idx, key, value)
-    if latent_copy is not None:
-        key, value = latent_copy.keys_values(key, value)
-    if recorder is not None:
-        recorder(module.layer_idx, query, key, scaling)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.to(query.dtype)
-    # Without a mask transformers means causal: leaving that out would silently show the future.
-    out = attend(query, key, value, attention_mask, scale=scaling, dropout=dropout, causal=query.shape[2] > 1)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def vision_attention(
-    module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_
-):
-    """The vision tower's attention: every image (or window) in as few calls as there are lengths.
-
-    query, key, value [1,H,P,d], P patches of all windows one after the other; cu_seq_lens_q [windows+1] their
-    bounds. transformers calls window by window unless the name of the function says `flash`; this name does.
-    """
-    lengths = cu_seq_lens_q.diff()
-    outs, order = [], []
-    for n in lengths.unique().tolist():
-        at = (cu_seq_lens_q[:-1][lengths == n, None] + torch.arange(n, device=lengths.device)).flatten()
-        whole = len(at) == query.shape[2]  # equal windows, the common case: no gather
-        q, k, v = (x[0] if whole else x[0][:, at] for x in (query, key, value))
-        q, k, v = (x.unflatten(1, (-1, n)).transpose(0, 1) for x in (q, k, v))  # [windows,H,n,d]
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-        outs.append(out.transpose(1, 2).flatten(0, 1))  # [windows*n,H,d]
-        order.append(at)
-    if len(outs) == 1:
-        return outs[0][None], None  # [1,P,H,d]
-    return torch.cat(outs)[torch.cat(order).argsort()][None], None
-
-
-def attention_mask(*args, **kwargs):
-    """transformers' mask, bool or None. A row of left padding, which would see no key, sees the first:
-    nothing reads it, and no attention makes NaN of it.
-    """
-    mask = sdpa_mask(*args, **kwargs)
-    if mask is None:
-        return None
-    first = torch.arange(mask.shape[-1], device=mask.device) == 0
-    return mask | (first & ~mask.any(-1, keepdim=True))
-
-
-AttentionInterface.register("crystal", attention)
-# A function without a mask of its own would get None always.
-AttentionMaskInterface.register("crystal", attention_mask)
-AttentionInterface.register("crystal_flash_vision", vision_attention)
-# Under a mask the gradient of cuDNN's attention, torch's first choice on an H100, is NaN at some lengths
-# (pytorch/pytorch#196678).
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-# --- the model ---
 
 
 class Model(nn.Module):
@@ -134,15 +50,14 @@ class Model(nn.Module):
 
     def __init__(self, hf, tokenizer, image_processor, family, name):
         super().__init__()
-        self.hf, self.tokenizer, self.image_processor, self.family, self.name = (
-            hf,
-            tokenizer,
-            image_processor,
-            family,
-            name,
-        )
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.family = family
+        self.name = name
         self.new_tokens = None
         tokenizer.image_marks = family.marks  # the formats know a tokenizer, not its model
+
         hf.set_attn_implementation({"text_config": "crystal", "vision_config": family.vision_attention})
         self.layers = hf.model.language_model.layers
         copy_before_each(self.layers)
@@ -156,12 +71,11 @@ class Model(nn.Module):
         return self.hf.lm_head.weight is self.hf.get_input_embeddings().weight
 
     def add_tokens(self, tokens, seed=0):
-        """Gives `tokens` spare vocabulary rows, initialised like an average token, and makes those rows
-        trainable.
+        """Gives `tokens` vocabulary rows, initialised like an average token, and makes those rows trainable.
 
-        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has learned
-        for it. The vocabulary matrix keeps its size. Raises UserError if it has too few spare rows. Returns
-        the ids.
+        One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has
+        learned for it. The vocabulary matrix keeps its size. Raises UserError if it has too few spare
+        rows. Returns the ids.
         """
         known = self.tokenizer.get_vocab().keys() & set(tokens)
         self.tokenizer.add_special_tokens(
@@ -169,43 +83,43 @@ class Model(nn.Module):
         )
         ids = self.tokenizer.convert_tokens_to_ids(tokens)
         embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
+
         if max(ids) >= embed.num_embeddings:
             raise UserError(
                 f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has "
-                f"{embed.num_embeddings} rows; use fewer --latents, "
-                "or a model with more spare rows"
+                f"{embed.num_embeddings} rows; use fewer --latents, or a model with more spare rows"
             )
+
+        # An average row plus a little spread: harmless, and far enough apart to become different.
         fresh = [i for i, token in zip(ids, tokens) if token not in known]
         g = torch.Generator().manual_seed(seed)
         for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:
             used = weight.detach()[: min(fresh, default=1)].float()
-            # An average row plus a little spread: close enough to be harmless, far enough apart to become
-            # different.
-            noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device) * used.std(0) * 0.5
-            weight.data[fresh] = (used.mean(0) + noise).to(weight.dtype)
+            noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device)
+            rows = used.mean(0) + noise * used.std(0) * 0.5
+            weight.data[fresh] = rows.to(weight.dtype)
+
         self.new_tokens = TrainableTokens(embed, head, ids)
         return ids
 
     def add_adapters(self, settings):
-        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names. UserError for a
-        part without any.
+        """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names.
+
+        UserError for a part without any.
         """
         patterns = [getattr(self.family, part) for part in settings.lora_on.split(",")]
+        linears = [n for n, m in self.hf.named_modules() if isinstance(m, nn.Linear)]
         for pattern in patterns:
-            if not any(
-                re.fullmatch(pattern, n) for n, m in self.hf.named_modules() if isinstance(m, nn.Linear)
-            ):
+            if not any(re.fullmatch(pattern, n) for n in linears):
                 raise UserError(
                     f"{self.name}: --lora_on {settings.lora_on}: no Linear of it matches {pattern!r} in "
                     "its row of families.py"
                 )
+
+        any_part = "|".join(f"(?:{pattern})" for pattern in patterns)
+        g = torch.Generator().manual_seed(settings.seed)
         return add_lora(
-            self.hf,
-            "|".join(f"(?:{pattern})" for pattern in patterns),
-            settings.lora_r,
-            settings.lora_alpha,
-            settings.lora_dropout,
-            torch.Generator().manual_seed(settings.seed),
+            self.hf, any_part, settings.lora_r, settings.lora_alpha, settings.lora_dropout, g
         )
 
     def image_tokens(self, grid):
@@ -217,9 +131,7 @@ class Model(nn.Module):
         return self.image_processor.positions(self.hf.model, batch)
 
     def keywords(self, inputs):
-        """Tensors of a batch, named as everywhere in crystal -> keywords of the transformers model's forward
-        and generate.
-        """
+        """Tensors of a batch by crystal's names -> keywords of transformers' forward and generate."""
         return self.image_processor.keywords(inputs)
 
     def hidden(self, inputs, latent_copy=None, recorder=None, biases=()):
@@ -228,44 +140,39 @@ class Model(nn.Module):
         latent_copy, recorder: see latent_copy.py and attention.py. biases: a list of
         attention_bias.AttentionBias.
         """
-        positions = inputs["position_ids"] if "position_ids" in inputs else self.positions(inputs)
+        given = {n: inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw")}
+        given["position_ids"] = inputs["position_ids"] if "position_ids" in inputs else self.positions(inputs)
+
         # Right padding needs no mask: causality alone keeps real tokens from seeing what comes after them.
-        mask = (
-            additive_mask(biases, inputs["attention_mask"], torch.promote_types(self.hf.dtype, torch.float32))
-            if biases
-            else None
-        )
-        given = {n: inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw")} | {
-            "position_ids": positions
-        }
-        return self.hf.model(
-            **self.keywords(given),
-            attention_mask=mask,
-            use_cache=False,
-            latent_copy=latent_copy,
-            recorder=recorder,
-        ).last_hidden_state
+        mask = None
+        if biases:
+            wide = torch.promote_types(self.hf.dtype, torch.float32)
+            mask = additive_mask(biases, inputs["attention_mask"], wide)           # [B,1,L,L]
+
+        doors = {"latent_copy": latent_copy, "recorder": recorder}
+        out = self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, **doors)
+        return out.last_hidden_state
 
     @contextmanager
     def seeing(self, mask):
-        """Inside, a cached forward sees `mask`, the additive mask [B,1,L,L] of a prompt
-        (bottleneck.additive_mask), padding included.
+        """Inside, a cached forward sees `mask`, the additive mask [B,1,L,L] of a prompt, padding included.
 
-        The first forward is the prompt's; a row after it sees of the prompt what the prompt's last row sees,
-        and every generated row up to itself.
+        attention_bias.additive_mask makes it. The first forward is the prompt's; a row after it sees of the
+        prompt what the prompt's last row sees, and every generated row up to itself.
         """
         seen, L = 0, mask.shape[-1]
 
         def replace(module, args, kwargs):
             nonlocal seen
             n = kwargs["inputs_embeds"].shape[1]
-            now, seen = mask, seen + n
+            seen += n
+            now = mask
             if seen > L:
-                old = mask[:, :, -1:].expand(-1, -1, n, -1)  # [B,1,n,L]
-                new = torch.full((n, seen - L), float("-inf"), dtype=mask.dtype, device=mask.device).triu(
-                    seen - L - n + 1
-                )
-                now = torch.cat([old, new.expand(len(mask), 1, -1, -1)], -1)  # [B,1,n,seen]
+                written = seen - L
+                old = mask[:, :, -1:].expand(-1, -1, n, -1)                        # [B,1,n,L]
+                new = mask.new_full((n, written), float("-inf")).triu(written - n + 1)
+                new = new.expand(len(mask), 1, -1, -1)                             # [B,1,n,written]
+                now = torch.cat([old, new], -1)                                    # [B,1,n,seen]
             return args, {**kwargs, "attention_mask": now}
 
         hook = self.hf.model.language_model.register_forward_pre_hook(replace, with_kwargs=True)
@@ -275,9 +182,7 @@ class Model(nn.Module):
             hook.remove()
 
     def logits(self, h):
-        """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads, and no
-        others.
-        """
+        """Rows of hidden states [N,D] -> logits [N,V]: the head runs on the rows that a loss reads alone."""
         return self.hf.lm_head(h)
 
     def trainable(self):
@@ -294,19 +199,18 @@ def resolve(name):
     """A model's directory or hub name from what the user typed; UserError if it is neither."""
     if name == "tiny":
         return str(TINY)
+
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: no config.json; --model wants a directory in Hugging Face layout")
         return str(path)
+
     # owner/name asks a hub; where `owner` is a folder here, or that of all runs, a mistyped path is likelier
     # than a hub's owner.
-    local = (
-        name.startswith((".", "/", "~", "runs/"))
-        or name.count("/") > 1
-        or (len(path.parts) > 1 and path.parent.is_dir())
-    )
-    if path.exists() or local:
+    looks_local = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
+    if path.exists() or looks_local or in_a_folder:
         raise UserError(
             f"{path}: no such directory; --model wants tiny, a directory in Hugging Face layout, or a hub "
             "name (owner/name)"
@@ -327,12 +231,13 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in FAMILIES:
             raise UserError(
-                f"{name}: model type {config.model_type!r} has no row in families.py (known: "
-                f"{', '.join(FAMILIES)}); "
-                "tutorials/10_backbones.md shows how to add one"
+                f"{name}: model type {config.model_type!r} has no row in families.py "
+                f"(known: {', '.join(FAMILIES)}); tutorials/10_backbones.md shows how to add one"
             )
         family = FAMILIES[config.model_type]
-        pixels = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
+
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        pixels = {flag: bound for flag, bound in bounds.items() if bound is not None}
         if pixels and not family.images.bounded:
             raise UserError(
                 f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its "
@@ -343,18 +248,21 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
                 f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the "
                 "first not above the second"
             )
+
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(
             source, trust_remote_code=False, backend="pil", **pixels
         )
+        kind = AutoModelForImageTextToText
         if weights:
-            hf = load_weights(AutoModelForImageTextToText, source, dtype)
+            hf = load_weights(kind, source, dtype)
         else:
             device = "meta"
             with torch.device(device):
-                hf = AutoModelForImageTextToText.from_config(config, trust_remote_code=False, dtype=dtype)
+                hf = kind.from_config(config, trust_remote_code=False, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a model: {why(error)}") from error
+
     hf.requires_grad_(False).eval().to(device)
     return Model(hf, tokenizer, family.images(processor, hf.config), family, name)
 
@@ -403,18 +311,20 @@ def named(names, most=3):
 
 
 def why(error):
-    """What transformers says of files that it cannot load, as one line; of a directory whose weights are
-    pickles, that they are not what is wanted.
+    """What transformers says of files that it cannot load, as one line.
+
+    Of a directory whose weights are pickles: that they are not what is wanted.
     """
     text = " ".join(str(error).split())[:500]
-    return text + " (weights are read from safetensors alone: a pickle can run code)" * (
-        "safetensors" in text
-    )
+    if "safetensors" in text:
+        text += " (weights are read from safetensors alone: a pickle can run code)"
+    return text
 
 
 def directory(name):
-    """Where a model's files lie: the directory itself, or the local copy of a hub's; UserError if it cannot
-    be had.
+    """Where a model's files lie: the directory itself, or the local copy of a hub's.
+
+    UserError if it cannot be had.
     """
     source = resolve(name)
     if Path(source).is_dir():
@@ -426,8 +336,9 @@ def directory(name):
 
 
 def parameter_names(hf, keys):
-    """{a tensor's name in a checkpoint file: the parameter's in the model}; older files of a family, and
-    wrappers, use other prefixes.
+    """{a tensor's name in a checkpoint file: the parameter's in the model}.
+
+    Older files of a family, and wrappers, use other prefixes.
     """
     renamings, names = get_model_conversion_mapping(hf, WRAPPERS), {}
     for name in keys:
@@ -439,8 +350,7 @@ def parameter_names(hf, keys):
 
 
 def unwrapped(name):
-    """A tensor's name in a checkpoint file without what a wrapper put before it: what stock tools look for.
-    """
+    """A tensor's name in a checkpoint file without a wrapper's prefix: what stock tools look for."""
     for pattern, nothing in WRAPPERS.items():
         name = re.sub(pattern, nothing, name)
     return name
@@ -449,9 +359,9 @@ def unwrapped(name):
 def prepare(model, settings, tokens=()):
     """Makes a loaded model trainable as the settings say: new tokens, and adapters, full weights or neither.
 
-    tokens: the new special tokens of the method. Token rows come last and stay trainable whatever was frozen
-    before them. The vision tower trains only if its adapters are asked for; otherwise nothing in it needs a
-    graph.
+    tokens: the new special tokens of the method. Token rows come last and stay trainable whatever was
+    frozen before them. The vision tower trains only if its adapters are asked for; otherwise nothing in
+    it needs a graph.
     """
     if settings.tune == "lora":
         model.add_adapters(settings)
@@ -461,6 +371,7 @@ def prepare(model, settings, tokens=()):
             weight.requires_grad_(False)  # of the vocabulary only the new rows train
     if tokens:
         model.add_tokens(tokens, settings.seed)
+
     if settings.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

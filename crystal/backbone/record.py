@@ -1,12 +1,10 @@
-"""Reads a slice of the attention of any transformers model: chosen queries on chosen keys, with its gradient,
-never L x L.
+"""Reads chosen queries on chosen keys of any transformers model's attention, with gradient, never L x L.
 
 B sequences, L sequence length, H query heads, G key/value heads, d head size, M queries, K keys.
 
     with record_attention(model, layers=[20, 27], queries=[[31, 32]], keys=[[5, 6, 7]]) as recorder:
         model(**inputs)
-    recorder.slices[27]          # [B,H,M,K], what softmax attention gives to those keys, in the graph of the
-                                 forward
+    recorder.slices[27]          # [B,H,M,K], what softmax attention gives to those keys, in the graph
 
 The model computes what it computed before: for the time of the `with` its decoder runs PyTorch's fused
 attention, and the slice is computed beside it from the queries and keys that attention was given. Two kinds
@@ -28,9 +26,7 @@ _under_way = []  # recorders of the `with` blocks that are open, the innermost l
 
 
 def recorded_attention(module, query, key, value, attention_mask, scaling=None, **more):
-    """transformers' SDPA attention, which tells the open recorders of its queries [B,H,L,d] and keys
-    [B,G,L,d].
-    """
+    """transformers' SDPA attention, which tells open recorders its queries [B,H,L,d] and keys [B,G,L,d]."""
     # A vision tower's attention has no place among the decoder's layers.
     layer = getattr(module, "layer_idx", None)
     for recorder in _under_way:
@@ -40,14 +36,15 @@ def recorded_attention(module, query, key, value, attention_mask, scaling=None, 
 
 
 def tell(recorder, layer, query, key, mask, scaling, more):
-    """Gives one layer's queries and keys to a recorder, under the mask that attention has. ValueError for
-    what no slice describes.
+    """Gives one layer's queries and keys to a recorder, under the mask that attention has.
+
+    ValueError for what no slice describes.
     """
     strange = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     if strange:
         raise ValueError(
-            f"record_attention: layer {layer} has {strange[0]}, so its weights are not the softmax of its "
-            "scores"
+            f"record_attention: layer {layer} has {strange[0]}, "
+            "so its weights are not the softmax of its scores"
         )
     if query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -65,17 +62,16 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def record_attention(model, layers, queries, keys, read=attn_slice):
-    """While it lasts, one forward of `model` fills the recorder that it yields: recorder.slices {layer:
-    [B,H,M,K]}.
+    """While it lasts, one forward of `model` fills the yielded recorder's slices, {layer: [B,H,M,K]}.
 
     model    a transformers model with a causal decoder (or crystal's Model), in training or evaluation
     layers   the decoder layers to read, counted from 0
     queries  [B,M] positions in the sequence, -1 for none; keys [B,K], as well. Lists or tensors
     read     attn_slice, or another function that attention.AttentionRecorder takes
 
-    Left and right padding, windows and blocks are those of the attention's own mask. ValueError for layers
-    that the model has not, positions that are no table, attention that is no plain softmax, and a forward
-    over a cache.
+    Left and right padding, windows and blocks are those of the attention's own mask. ValueError for
+    layers that the model has not, positions that are no table, attention that is no plain softmax, and a
+    forward over a cache.
     """
     hf = getattr(model, "hf", model)
     config = hf.config.get_text_config()

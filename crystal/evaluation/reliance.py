@@ -237,7 +237,7 @@ def measure(
     )
     if len(records) < max(2, procs.world):
         raise UserError(f"--reliance: {len(records)} questions for {procs.world} process(es) are too few")
-    counts = {len(kept.build(i, 0)["layout"][2]) for i in (0, len(records) - 1)}
+    counts = {len(kept.build(i, 0)["layout"].latents) for i in (0, len(records) - 1)}
     if 0 in counts:
         raise UserError(
             f"{model.name}: "

@@ -2,23 +2,22 @@
 
 `--method name` takes a built-in one, `--method path/to/mine.py` a user's own: a class `Method(settings)`,
 which inherits from sft's (or another's) what it does not change:
-    Settings          config.Settings, or a subclass in the method's file: settings of its own, defaults,
-                      weights, stages
+    Settings          config.Settings, or a subclass in the method's file: settings of its
+                      own, defaults, weights, stages
     corruption        how its second image is made: function (image [3,H,W] in [0,1], generator) -> the same
                       shape; None without one. A corrupt.Corruption reads `--corruption`; Settings.corruptions
                       are the modes that it may name
     tokens            the new special tokens that it adds to the vocabulary
-    format(tokenizer) -> layout.Format, which makes the prompt to generate from, and the chat template of the
-    export layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, which
-    validation sees extras(record, images) -> {name: tensor [n,..]}, put into the batch as [B,n,..], padded
-    with zeros
+    format(tokenizer) -> layout.Format, which makes the prompt to generate from, and the export's template
+    layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, validation's
+    extras(record, images) -> {name: tensor [n,..]}, put into the batch as [B,n,..], padded with zeros
     modules(model)    -> nn.ModuleDict of extra trainable heads (may be empty)
     hidden(model, batch, recorder) -> the last states without losses, for evaluation's look at attention
-    biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck` losses(model,
-    batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress: config.Progress
+    biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
+    losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; a config.Progress
     monitored         names among them that are logged and not trained
-    metric            the name of the loss, or "loss" for their sum, whose least value at a validation makes
-                      the best checkpoint
+    metric            the name of the loss, or "loss" for their sum, whose least value at a validation
+                      makes the best checkpoint
 """
 import hashlib
 import importlib
@@ -38,32 +37,13 @@ _sources = {}       # path of such a file -> its bytes as they were run
 def get(name):
     """A method's name or file -> its class. UserError if there is none."""
     if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise UserError(f"--method {name}: no such file")
-        key = str(Path(name).resolve())
-        if key not in sys.modules:  # a file is run once, so that its classes are the same for all who ask
-            spec = importlib.util.spec_from_file_location(key, name)
-            assert spec is not None and spec.loader is not None  # of a .py file that is there
-            module = sys.modules[key] = importlib.util.module_from_spec(spec)
-            _sources[key] = Path(name).read_bytes()
-            try:
-                spec.loader.exec_module(module)
-            except BaseException as error:
-                del sys.modules[key]
-                if isinstance(error, SyntaxError):
-                    raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
-                if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
-                    raise UserError(
-                        f"--method {name}: settings do not change once they are made; "
-                        "write @dataclass(frozen=True)"
-                    ) from None
-                raise
-        module = sys.modules[key]
+        module = of_file(name)
     else:
         known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
         if name not in known:
             raise UserError(f"--method {name}: known are {', '.join(known)}, or give the path of a .py file")
         module = importlib.import_module(f"crystal.methods.{name}")
+
     if not hasattr(module, "Method"):
         raise UserError(f"--method {name}: defines no class Method")
     if not issubclass(module.Method, importlib.import_module("crystal.methods.sft").Method):
@@ -73,9 +53,36 @@ def get(name):
     return module.Method
 
 
+def of_file(name):
+    """A method's file -> its module, run once, so that its classes are the same for all who ask."""
+    if not Path(name).is_file():
+        raise UserError(f"--method {name}: no such file")
+    key = str(Path(name).resolve())
+    if key in sys.modules:
+        return sys.modules[key]
+
+    spec = importlib.util.spec_from_file_location(key, name)
+    assert spec is not None and spec.loader is not None  # of a .py file that is there
+    module = sys.modules[key] = importlib.util.module_from_spec(spec)
+    _sources[key] = Path(name).read_bytes()
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[key]
+        if isinstance(error, SyntaxError):
+            raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
+        if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
+            raise UserError(
+                f"--method {name}: settings do not change once they are made; write @dataclass(frozen=True)"
+            ) from None
+        raise
+    return module
+
+
 def parse(argv=None):
-    """argv -> Settings of the method that it names; a file's path is kept whole, so that its run opens from
-    anywhere.
+    """argv -> Settings of the method that it names.
+
+    A file's path is kept whole, so that its run opens from anywhere.
     """
     renamed.check_flags(sys.argv[1:] if argv is None else argv)
     settings = config.parse(argv, lambda name: get(name).Settings)
@@ -85,9 +92,7 @@ def parse(argv=None):
 
 
 def fingerprint(name):
-    """What a run and its checkpoints say of the file that made them -> {"method_sha256": digest}; {} of a
-    built-in method.
-    """
+    """What a run says of the file that made it -> {"method_sha256": digest}; {} of a built-in method."""
     if not name.endswith(".py"):
         return {}
     get(name)
@@ -103,8 +108,7 @@ def keep_copy(name, run):
 
 
 def of_run(state, directory, method="", trust=False):
-    """A checkpoint's state and directory -> the method to open it by: a built-in name, or the path of a file
-    that may be run.
+    """A checkpoint's state and directory -> the method to open it by: a name, or a file that may be run.
 
     A run directory may come from anywhere, so the file that it names is never run for that alone. `method`
     (--method FILE) is a file of the user's choice; one that differs from the run's is told on stderr and
@@ -155,8 +159,9 @@ def of_run(state, directory, method="", trust=False):
 
 
 def saved_settings(saved, where):
-    """A run's settings as they were saved (dict) -> Settings of its method. UserError naming `where` if they
-    do not fit.
+    """A run's settings as they were saved (dict) -> Settings of its method.
+
+    UserError naming `where` if they do not fit.
     """
     kind = get(saved["method"]).Settings
     wrong = saved.keys() ^ {f.name for f in fields(kind)}
@@ -169,9 +174,7 @@ def saved_settings(saved, where):
 
 
 def attach(model, settings):
-    """Makes a loaded model trainable by the method of the settings -> (Method, layout.Format of its
-    sequences).
-    """
+    """Makes a loaded model trainable by the settings' method -> (Method, Format of its sequences)."""
     method = get(settings.method)(settings)
     prepare(model, settings, method.tokens)
     return method, method.format(model.tokenizer)

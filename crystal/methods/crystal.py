@@ -1,7 +1,7 @@
 """CrystaL: crystallised latents from two paths, one intact and one corrupted (the paper's section 3).
 
-B pairs, L sequence length, D hidden size, H heads, M answer positions, K columns, N positions that a loss
-reads.
+B pairs, L sequence length, D hidden size, H heads, M answer positions, K columns, N positions
+that a loss reads.
 
     intact     I_int  Q  <think> .. latents .. </think>  <answer> R        CE_int, teacher of KL and attention
                                        |  copied at every layer
@@ -43,9 +43,7 @@ class ThoughtSettings(config.Settings):
 
 
 class LatentThought(SFT):
-    """CrystaL's sequence with one path and cross-entropy alone: a base for methods whose latents stand in the
-    thought.
-    """
+    """CrystaL's sequence with one path and cross-entropy alone, for methods with latents in the thought."""
 
     Settings = ThoughtSettings
 
@@ -149,11 +147,10 @@ class Method(LatentThought):
         return config.corruption_of(self.settings.corruption, self.settings.corruptions)
 
     def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
-        """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor (or their pooled mean ce), kl,
-        attn.
+        """Eq. 6's terms, each the mean over the batch's pairs: ce_int, ce_cor, kl, attn.
 
-        Beside them, to be monitored: mass_int and mass_cor, the share of the answer positions' attention that
-        the latents get.
+        Where --ce is pooled, ce stands for ce_int and ce_cor. Beside them, to be monitored: mass_int and
+        mass_cor, the share of the answer positions' attention that the latents get.
         """
         # [B,L], where the corrupted path takes the intact one's states, and [B,M], where eq. 4 and 5 look.
         copied = self.copied(batch)
@@ -173,9 +170,7 @@ class Method(LatentThought):
         return {name: term.mean() for name, term in terms.items()}
 
     def alignment(self, model, batch, answer):
-        """A recorder of eq. 5: of each chosen layer it keeps the distance [B] of both paths' attention from
-        the answer positions.
-        """
+        """A recorder of eq. 5: in each chosen layer, the distance [B] of both paths' answer attention."""
         settings = self.settings
         layers = config.layers_of(settings.attn_layers, len(model.layers))
         distance = partial(
@@ -184,8 +179,9 @@ class Method(LatentThought):
         return AttentionRecorder(layers, answer, self.columns(batch), distance)
 
     def answer_terms(self, model, h_int, h_cor, targets, copied, answer):
-        """CE_int and CE_cor (or their pooled mean), and eq. 4 -> {name: [B]}. h_int, h_cor [B,L,D], the last
-        states of both paths.
+        """CE_int and CE_cor (or their pooled mean), and eq. 4 -> {name: [B]}.
+
+        h_int, h_cor [B,L,D]: the last states of both paths.
         """
         B, L = targets.shape
         answer = position_mask(answer, L)                                            # [B,L]
@@ -195,8 +191,8 @@ class Method(LatentThought):
         labels_int = targets != IGNORE
         labels_cor = labels_int & (answer if pooled else ~copied)
 
-        # One product with the head for both paths, of the positions alone that a loss reads. Their gradients
-        # may overwrite it.
+        # One product with the head for both paths, of the positions alone that a loss reads. Their
+        # gradients may overwrite it.
         logits = model.logits(torch.cat([h_int[labels_int | answer], h_cor[labels_cor | answer]]))
 
         # N positions are read by any loss; `pair` says whose each is.
@@ -220,16 +216,18 @@ class Method(LatentThought):
         return terms
 
     def answer_positions(self, batch):
-        """Positions of eq. 4 and 5 [B,M], -1 padded: those that predict the answer, or (released) its own
-        positions.
+        """Positions of eq. 4 and 5 [B,M], -1 padded.
+
+        They are those that predict the answer, or (released) its own positions.
         """
         if self.settings.answer_positions == "predicting":
             return batch["answer_positions"]
         return positions(batch["answer"])
 
     def columns(self, batch):
-        """Columns of eq. 5 [B,K], -1 padded: the latents, the thought (released), or image and latents (table
-        4).
+        """Columns of eq. 5 [B,K], -1 padded.
+
+        They are the latents, the thought (released), or image and latents (table 4).
         """
         if self.settings.attn_columns == "thought":
             return positions(batch["thought"])
@@ -238,8 +236,9 @@ class Method(LatentThought):
         return batch["latents"]
 
     def copied(self, batch):
-        """Positions that the corrupted path takes from the intact one, bool [B,L]: the latents, or (released)
-        the whole thought.
+        """Positions that the corrupted path takes from the intact one, bool [B,L].
+
+        They are the latents, or (released) the whole thought.
         """
         taken = batch["latents"] if self.settings.copied == "latents" else positions(batch["thought"])
         return position_mask(taken, batch["input_ids"].shape[1])

@@ -1,15 +1,12 @@
-"""LaViT: latents that reconstruct what a teacher saw, and look where it looked, while the answer's own view
-of the
-image is dimmed.
+"""LaViT: latents that rebuild a teacher's view and gaze, while the answer's own view of the image is dimmed.
 
-B pairs, L sequence length, D hidden size, E the teacher's, H heads, K latents, N image tokens, I images.
-Equations are LaViT's.
+B pairs, L sequence length, D hidden size, E the teacher's, H heads, K latents, N image tokens, I
+images. Equations are LaViT's.
 
     <prompt: I, question>  <latents 1..K>  <answer> R <|im_end|>
                                |     |        |
-                               |     |        the answer positions see the image through a gate: ln gamma(t)
-                                              is added
-                               |     |        to their scores (eq. 4 and 5)
+                               |     |        the answer positions see the image through a gate:
+                               |     |        ln gamma(t) is added to their scores (eq. 4 and 5)
                                |     the last latent, through an MLP, meets the teacher's V_sem (eq. 6)
                                each latent's attention to the image meets the teacher's gaze (eq. 7)
 
@@ -28,7 +25,7 @@ import torch.nn.functional as F
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.attention_bias import AttentionBias
 from crystal.backbone.model import Model
-from crystal.layout import TAGS, Format, generation_prompt, latent_tokens
+from crystal.layout import TAGS, Format, Prompt, generation_prompt, latent_tokens
 from crystal.losses import gaze, semantics
 from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
@@ -106,10 +103,10 @@ class Latents(Format):
     def question(self, turns, image_tokens, latents="keep"):
         ids, image = self.prompt(turns, image_tokens)
         if latents == "none":
-            return ids, image, []
+            return Prompt(ids, image, [])
         own = [] if latents == "drop" else self.latents
         where = range(len(ids), len(ids) + len(own))
-        return ids + own + [self.answer_start_id], image, list(where)
+        return Prompt(ids + own + [self.answer_start_id], image, list(where))
 
     def chat_template(self):
         prompt = "".join(self.tokenizer.convert_ids_to_tokens(self.latents + [self.answer_start_id]))
@@ -131,8 +128,9 @@ class Method(SFT):
         return Latents(tokenizer, self.settings.latents, self.settings.latent_kind)
 
     def extras(self, record, images):
-        """The teacher's part of a record: gaze [N_T] and its grids [I,2] (rows, columns), v_sem [E]; what no
-        term asks for is left out.
+        """The teacher's part of a record: gaze [N_T] and its grids [I,2] (rows, columns), v_sem [E].
+
+        What no term asks for is left out.
         """
         names = []
         if self.settings.w_gaze:
@@ -172,8 +170,9 @@ class Method(SFT):
         return self.heads
 
     def gamma(self, of_run):
-        """Eq. 5: gamma at a fraction of the run; T_w is `gate_warmup` of it. `hard` is 0 until then (table
-        3).
+        """Eq. 5: gamma at a fraction of the run; T_w is `gate_warmup` of it.
+
+        `hard` is 0 until then (table 3).
         """
         settings = self.settings
         if settings.gate == "open" or of_run >= settings.gate_warmup:
@@ -185,8 +184,9 @@ class Method(SFT):
         return start + (1 - start) / 2 * opened
 
     def gated(self, model, batch, gamma):
-        """Eq. 4: the answer positions see the image with ln gamma added to their scores. At gamma = 1 there
-        is no bias at all.
+        """Eq. 4: the answer positions see the image with ln gamma added to their scores.
+
+        At gamma = 1 there is no bias at all.
         """
         if gamma == 1:
             return []
@@ -196,19 +196,18 @@ class Method(SFT):
         return [AttentionBias(answer, image, value)]
 
     def biases(self, model, batch):
-        """What `evaluate --bottleneck` asks: answers that reach the image through the latents and the
-        question alone.
-        """
+        """For `evaluate --bottleneck`: answers reach the image through latents and question alone."""
         return self.gated(model, batch, 0.0)
 
     def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
-        """{"ce", "semantics", "gaze"}: eq. 9's terms, each the mean over the batch's pairs; and "mass", to be
-        monitored.
+        """Eq. 9's terms "ce", "semantics", "gaze", each the mean over the batch's pairs.
+
+        Beside them "mass", to be monitored.
         """
         settings, latents = self.settings, batch["latents"]                          # [B,K]
 
-        # One forward under the gate. On the way, what the latents see of the image is recorded in every
-        # layer.
+        # One forward under the gate. On the way, what the latents see of the image is
+        # recorded in every layer.
         biases = self.gated(model, batch, self.gamma(progress.of_run))
         mass = mass_recorder(model, batch, biases)
         looks = None
@@ -227,9 +226,7 @@ class Method(SFT):
         return terms
 
     def semantics(self, h_z, v_sem):
-        """Eq. 6: the last latent h_z [B,D], through phi, against the teacher's semantics v_sem [B,E] ->
-        scalar.
-        """
+        """Eq. 6: the last latent h_z [B,D], through phi, against the teacher's v_sem [B,E] -> scalar."""
         phi = self.heads["semantics"]
         E = v_sem.shape[1]
         if phi[-1].out_features != E:
@@ -238,8 +235,9 @@ class Method(SFT):
         return semantics(predicted, v_sem).mean()
 
     def targets(self, model, batch):
-        """The teacher's gaze on the student's grid -> [B,N]: aligned, its largest kept, a distribution; 0 at
-        padding.
+        """The teacher's gaze on the student's grid -> [B,N], a distribution; 0 at padding.
+
+        It is aligned, and its largest are kept.
         """
         # The token grids of every image, in the order of the batch.
         images = iter(model.image_processor.grids(batch["image_grid_thw"]))
@@ -269,15 +267,14 @@ class Method(SFT):
 # --- gaze: pure functions of one sample. N image tokens of I images, each a grid of (rows, columns) ---
 
 def normalise(S, eps=1e-12):
-    """Eq. 3: S [N], attention that the image tokens get (eq. 2) -> A_traj [N] in [0, 1]; all 0 where S is
-    flat.
-    """
+    """Eq. 3: S [N], the image tokens' attention (eq. 2) -> A_traj [N] in [0, 1]; all 0 where S is flat."""
     return (S - S.min()) / (S.max() - S.min() + eps)
 
 
 def top(A, k):
-    """A [N] >= 0 -> its k largest as a distribution, 0 elsewhere (section 4.1); all 0 stays so. Of equal ones
-    the first are kept.
+    """A [N] >= 0 -> its k largest as a distribution, 0 elsewhere (section 4.1); all 0 stays so.
+
+    Of equal ones the first are kept.
     """
     kept = torch.zeros_like(A)
     order = A.argsort(descending=True, stable=True)[:k]
@@ -292,8 +289,9 @@ def parts_of(A, grids):
 
 
 def repeated(A, grids, times):
-    """A on a teacher's grids, one an image -> the same for a student that sees image i in times[i] grids: (A,
-    grids).
+    """A on a teacher's grids, one an image -> the same on a student's: (A, grids).
+
+    The student sees image i in times[i] grids.
     """
     parts, places = [], []
     for part, grid, n in zip(parts_of(A, grids), grids, times):
@@ -317,9 +315,7 @@ def align(A, grids, to):
 
 
 def focus(A, inside):
-    """Eq. 1: share of A [N] on the tokens inside the target, bool [N] -> scalar in [0, 1]; 0 for an A of
-    zeros.
-    """
+    """Eq. 1: share of A [N] on the target's tokens, bool [N] -> scalar in [0, 1]; 0 for an A of zeros."""
     return A[inside].sum() / A.sum().clamp(min=torch.finfo(A.dtype).tiny)
 
 
@@ -335,8 +331,9 @@ def salient(A, factor=1.5):
 
 
 def inside(boxes, size, grid):
-    """Boxes [x0,y0,x1,y1] in pixels of an image of size (width, height) -> bool [rows * columns], the tokens
-    that one of them touches.
+    """Boxes [x0,y0,x1,y1] -> bool [rows * columns], the tokens that one of them touches.
+
+    The boxes are in pixels of an image of size (width, height).
     """
     width, height = size
     rows, columns = grid

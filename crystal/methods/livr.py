@@ -1,5 +1,4 @@
-"""LIVR: latents after the question, and a visual bottleneck that makes them carry the image (its section
-3.2).
+"""LIVR: latents after the question, and a visual bottleneck that makes them carry the image (section 3.2).
 
 B sequences, L length, K latents, M answer positions. Ours for its l_1..l_K: the latents. All that supervises
 them is the answer.
@@ -91,19 +90,17 @@ class Format(layout.Format):
         self.latents = tokenizer.convert_tokens_to_ids(names)
 
     def question(self, turns, image_tokens, latents="keep"):
-        """The prompt to generate from: (ids, image positions, latent positions). latents: "keep", or "drop"
-        to leave them out.
-        """
+        """What the model is asked -> Prompt. latents: "keep", or "drop" to leave them out."""
         ids, image = self.prompt(turns, image_tokens)
         if latents != "keep":
-            return ids, image, []
+            return layout.Prompt(ids, image, [])
 
         # Where the user's last turn ends, or behind the last image's <|vision_end|>.
         at = len(ids) - 1 - ids[::-1].index(self.end)
         if self.place == "before" and image:
             at = image[-1] + 1 + (len(self.marks) > 1)
         where = range(at, at + self.count)
-        return ids[:at] + self.latents + ids[at:], image, list(where)
+        return layout.Prompt(ids[:at] + self.latents + ids[at:], image, list(where))
 
     def chat_template(self):
         if self.copies > 1:
@@ -115,8 +112,8 @@ class Format(layout.Format):
             return template
         latents = "".join(self.tokenizer.convert_ids_to_tokens(self.latents))
 
-        # The whole prompt is rendered first; then the latents go behind its last image, or before its last
-        # <|im_end|>.
+        # The whole prompt is rendered first; then the latents go behind its last image, or
+        # before its last <|im_end|>.
         whole = "{%- set prompt -%}" + template + "{%- endset -%}"
         whole += "{%- if not add_generation_prompt -%}{{- prompt -}}"
         behind_image = ""
@@ -162,8 +159,8 @@ class Method(SFT):
         latents = is_one_of(self.tokens)
         blind = (image.cumsum(1) > 0) & ~image & ~latents
 
-        # From the position that predicts the answer's first token on: else an answer of one token would see
-        # the image.
+        # From the position that predicts the answer's first token on: else an answer of one token
+        # would see the image.
         if self.settings.mask == "answer":
             place = torch.arange(ids.shape[1], device=ids.device)
             blind &= place >= batch["answer_positions"][:, :1]
@@ -174,8 +171,7 @@ class Method(SFT):
         return blocked
 
     def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
-        """{"ce": token mean over the answer, per sequence, averaged}, and "mass"; in stage 1 under the mask.
-        """
+        """{"ce": token mean over the answer, averaged over sequences}, and "mass"; stage 1 is masked."""
         biases = self.biases(model, batch) if progress.stage == 0 else []
         mass = mass_recorder(model, batch, biases)
         h = model.hidden(batch, recorder=mass, biases=biases)        # [B,L,D]

@@ -1,8 +1,7 @@
-"""Plain supervised fine-tuning: cross-entropy on the answer. The baseline that every method has to beat, and
-builds on.
+"""Plain supervised fine-tuning: cross-entropy on the answer. Every method builds on it and has to beat it.
 
-B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M answer positions, K
-latents.
+B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H heads, M
+answer positions, K latents.
 """
 from collections.abc import Callable
 from typing import Any
@@ -46,10 +45,8 @@ class Method:
         return Format(tokenizer)
 
     def layout(self, fmt: Any, record: Record, image_tokens: list[int], stage: int = -1) -> Layout:
-        """The sequence of a record: the prompt that `fmt.question` generates from, then R and its end, which
-        are labels.
-        """
-        return fmt.answered(*fmt.question(record.turns, image_tokens), record.answer)
+        """The prompt that `fmt.question` generates from, then R and its end, which are labels."""
+        return fmt.answered(fmt.question(record.turns, image_tokens), record.answer)
 
     def extras(self, record: Record, images: list) -> dict[str, torch.Tensor]:
         return {}
@@ -72,8 +69,8 @@ class Method:
 def cross_entropy(model, batch, biases=(), h=None):
     """Token mean per pair, averaged over the batch's pairs -> scalar.
 
-    biases: a list of attention_bias.AttentionBias. h [B,L,D]: the last states, where the method has run the
-    forward.
+    biases: a list of attention_bias.AttentionBias. h [B,L,D]: the last states, where the method
+    has run the forward.
     """
     if h is None:
         h = model.hidden(batch, biases=biases)                   # [B,L,D]
@@ -88,25 +85,25 @@ def cross_entropy(model, batch, biases=(), h=None):
 
 @torch.no_grad()
 def latent_mass(q, k, rows, cols, **how):
-    """The share of the rows' attention that the columns get, mean over heads and rows -> [B]. Arguments of
-    attn_slice.
+    """The share of the rows' attention that the columns get, mean over heads and rows -> [B].
 
-    It is what an AttentionRecorder reads to be monitored.
+    Arguments as of attn_slice. It is what an AttentionRecorder reads to be monitored.
     """
     A = attn_slice(q, k, rows, cols, **how)                      # [B,H,M,K]
     M = (rows >= 0).sum(1).clamp(min=1)                          # [B]
+
     return A.sum(-1).mean(1).sum(1) / M
 
 
 def mass_recorder(model, batch, biases=()):
-    """A recorder of how much attention the answer positions give the latents, in the last layer; None without
-    latents.
+    """A recorder of the attention that the latents get from the answer positions, in the last layer.
 
-    biases: those of the forward, a list of attention_bias.AttentionBias.
+    None without latents. biases: those of the forward, a list of attention_bias.AttentionBias.
     """
     answer, latents = batch["answer_positions"], batch["latents"]
     if not latents.shape[1]:
         return None
+
     wide = torch.promote_types(model.hf.dtype, torch.float32)
     last = len(model.layers) - 1
     return AttentionRecorder({last}, answer, latents, latent_mass, bias=row_biases(biases, answer, wide))

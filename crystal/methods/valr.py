@@ -1,8 +1,7 @@
-"""VaLR: latents by hidden-state feedback before every step of reasoning, aligned to what frozen vision
-encoders see.
+"""VaLR: fed-back latents before every step of reasoning, aligned to what frozen vision encoders see.
 
-B records, L sequence length, N steps of a record, K latents of a segment, P patches, D and E hidden sizes of
-model and encoder.
+B records, L sequence length, N steps of a record, K latents of a segment, P patches, D and E hidden sizes
+of model and encoder.
 
     <prompt> <latent> l_1 .. l_K </latent> step 1 .. <latent> l_1 .. l_K </latent> step N
     <answer>R</answer><|im_end|>
@@ -12,8 +11,8 @@ model and encoder.
                patches, through an MLP, -mean cosine with its features; mean over encoders
 
 A latent's input is the state before it (feedback.py); after K of them </latent> is forced. Neither is a
-label: there is nothing to choose. The model writes everything else itself, <latent> too. At inference no
-encoder is needed.
+label: there is nothing to choose. The model writes everything else itself, <latent> too. At inference
+no encoder is needed.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch.nn as nn
 from crystal import feedback
 from crystal.backbone import encoders
 from crystal.backbone.model import Model
-from crystal.layout import IGNORE, Format, Layout, next_tokens
+from crystal.layout import IGNORE, Format, Layout, Prompt, next_tokens
 from crystal.losses import patch_alignment, upsample_latents
 from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
@@ -122,19 +121,20 @@ class Segments(Format):
         self.latent_start_id, self.latent_end_id, self.answer_start_id, self.answer_end_id = ids
 
     def question(self, turns, image_tokens, latents="keep"):
-        """The prompt to generate from: (ids, image positions, no latents).
+        """What the model is asked -> Prompt, without latents.
 
-        Latents come, or are dropped, as the model writes (generate.py).
+        They come, or are dropped, as the model writes (generate.py).
         """
         ids, image = self.prompt(turns, image_tokens)
-        return ids, image, []
+        return Prompt(ids, image, [])
 
     def chat_template(self):
         return self.tokenizer.chat_template
 
     def steps(self, turns, image_tokens, answer, steps, latents=True):
-        """-> Layout. A record without steps has one segment, before its answer. Labels: all that the model
-        writes itself.
+        """A record's steps, a segment of latents before each, then the answer -> Layout.
+
+        A record without steps has one segment, before its answer. Labels: all that the model writes itself.
         """
         ids, image = self.prompt(turns, image_tokens)
         start = len(ids)
@@ -204,8 +204,9 @@ class Method(SFT):
         return self.projections.to(model.device, dtype)
 
     def extras(self, record, images):
-        """What the encoders want of a record: pixels_m [I,3,h,w] of its images, or features_m [P,E]; and how
-        many, count_m [1].
+        """What the encoders want of a record: pixels_m [I,3,h,w] of its images, or features_m [P,E].
+
+        count_m [1] says how many images or patches there are.
         """
         names = self.settings.encoder_names
         if names and not images:
@@ -231,9 +232,7 @@ class Method(SFT):
             return model.hidden(batch, recorder=recorder)
 
     def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
-        """{"ce"}, and in the second stage {"repa"}: means over the batch's records of token mean and of
-        alignment.
-        """
+        """{"ce"}, in the second stage also {"repa"}: token mean and alignment, averaged over records."""
         if progress.stage == 0:
             # The projections wait for the second stage; 0 of them keeps the processes' gradients in step.
             idle = 0 * sum(p.sum() for p in self.projections.parameters())
@@ -258,9 +257,7 @@ class Method(SFT):
         return terms | {"repa": torch.stack(aligned).mean()}
 
     def features(self, m, batch, own):
-        """What encoder number m sees of each record: B tensors [P,E], the patches of all its images one after
-        the other.
-        """
+        """What encoder m sees of each record: B tensors [P,E], the patches of all its images in turn."""
         if self.settings.encoder_names[m] == "own":
             tokens = (batch["mm_token_type_ids"] == 1).sum(1)                              # [B]
             return own[0].split(tokens.tolist())
@@ -275,8 +272,9 @@ class Method(SFT):
 
 
 def alignment(projection, f, features):
-    """L_REPA of one record: f [N,K,D], its latents by segment, drawn out to the patches and projected;
-    features [P,E].
+    """L_REPA of one record: its latents, drawn out to the patches and projected, against features [P,E].
+
+    f [N,K,D]: the latents by segment.
     """
     drawn = upsample_latents(f, len(features))                                             # [N,P,D]
     projected = projection(drawn.to(projection[0].weight.dtype))                           # [N,P,E]
@@ -284,8 +282,9 @@ def alignment(projection, f, features):
 
 
 def stored(record, name, images):
-    """Precomputed features of a record's images -> [P,E]. name: features:NAME:SIZE. RecordError where file
-    and flag disagree.
+    """Precomputed features of a record's images -> [P,E].
+
+    name: features:NAME:SIZE. RecordError where file and flag disagree.
     """
     _, kind, size = name.split(":")
     found = data.load_features(record, kind)
@@ -301,9 +300,7 @@ def stored(record, name, images):
 
 @contextmanager
 def own_features(model, batch):
-    """While open, catches what the model's own vision tower gives the decoder: a list of [image tokens, D],
-    detached.
-    """
+    """While open, catches what the vision tower gives the decoder: [tensor [image tokens, D]], detached."""
     seen, image = [], batch["mm_token_type_ids"] == 1                                              # [B,L]
 
     def look(module, args, kwargs):

@@ -4,9 +4,18 @@
 the SHA-256 and size of each file. It is written as `step-N.tmp`, flushed to the disk, and renamed: a kill at
 any moment leaves the checkpoint before it. The manifest is there because safetensors loads a flipped payload
 byte without a word. `checkpoints/best.json` names the best step. Only tensors and JSON are read back; pickle
-never.
+never. One process calls save, mark_best and prune; any number may read.
 
-One process calls save, mark_best and prune; any number may read.
+A resume is exact: a run that was killed and resumed ends as if it had not stopped, to the bit on the
+same processes and machine.
+    what is saved     what trains, AdamW's moments and step counters, the settings, the update's number, and
+                      how many pairs an update has (`contents`)
+    what is not       everything that follows from seed and update: the order of the records and what is drawn
+                      for each (sampling.py), dropout's seed and the learning rate (train.py). The loader
+                      begins in the middle of an epoch, and no random state is kept
+    what may change   the settings in MAY_CHANGE, and how an update's pairs are split over forwards and
+                      processes; their number stays (`check_same_run`)
+    what is logged    lines after the checkpoint happen again, and are dropped (run_directory.begin)
 """
 
 import hashlib
@@ -14,20 +23,17 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crystal.runtime import renamed
 from crystal.runtime.config import UserError
+from crystal.runtime.named_state import CheckpointError, load_optimizer, load_parameters, optimizer_tensors
 
 MANIFEST, STATE = "manifest.json", "state.json"
-
-
-class CheckpointError(UserError, ValueError):
-    """One line that names the file and what is wrong with it."""
 
 
 def step_dir(run_dir, step):
@@ -38,11 +44,11 @@ def step_dir(run_dir, step):
 def save(run_dir, step, files, state, extra=None):
     """Write checkpoint `step`; returns its directory.
 
-    files: {"name.safetensors": {tensor name: tensor of any shape, dtype and device}}. state: JSON values
-    (lists for tuples, strings for keys). extra: called with the directory to write more into, such as an
-    adapter and a tokenizer. An older directory of the same step is replaced. CheckpointError before anything
-    is written, for a bad name or a state that is not JSON. OSError with the path when a write fails; what was
-    there before stays.
+    files: {"name.safetensors": {tensor name: tensor of any shape, dtype and device}}. state: JSON
+    values (lists for tuples, strings for keys). extra: called with the directory to write more into,
+    such as an adapter and a tokenizer. An older directory of the same step is replaced. CheckpointError
+    before anything is written, for a bad name or a state that is not JSON. OSError with the path when a
+    write fails; what was there before stays.
     """
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -53,7 +59,8 @@ def save(run_dir, step, files, state, extra=None):
         raise CheckpointError(f"{STATE} of step {step}: {error}") from None
 
     final = step_dir(run_dir, step)
-    temporary, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
+    temporary = final.with_name(final.name + ".tmp")
+    old = final.with_name(final.name + ".old")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _clean(final.parent)
@@ -63,19 +70,18 @@ def save(run_dir, step, files, state, extra=None):
         (temporary / STATE).write_text(state)
         if extra is not None:
             extra(temporary)
-        listed = {
-            path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
-            for path in _files(temporary)
-        }
-        (temporary / MANIFEST).write_text(
-            json.dumps({"step": int(step), "tensors": list(files), "files": listed}, indent=1)
-        )
+
+        listed = {}
+        for path in _files(temporary):
+            name = path.relative_to(temporary).as_posix()
+            listed[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        manifest = {"step": int(step), "tensors": list(files), "files": listed}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
         # Contents before names: a rename must not reach the disk before what it names.
-        for path in [
-            *temporary.rglob("*"),
-            temporary,
-        ]:
+        for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
+
         # A full directory cannot be renamed over. Until the second line `.old` is the checkpoint.
         if final.exists():
             final.rename(old)
@@ -91,8 +97,9 @@ def save(run_dir, step, files, state, extra=None):
 
 
 def verify(directory):
-    """Read every byte of a checkpoint (a second or so a gigabyte); returns what is wrong with it, one string
-    a problem, [] if nothing.
+    """Reads every byte of a checkpoint -> what is wrong with it, one string a problem, [] if nothing.
+
+    It takes a second or so a gigabyte.
     """
     directory = Path(directory)
     try:
@@ -101,6 +108,7 @@ def verify(directory):
         found.pop(MANIFEST, None)
         problems = [f"{name} is missing" for name in sorted(listed.keys() - found.keys())]
         problems += [f"{name} is not in the manifest" for name in sorted(found.keys() - listed.keys())]
+
         for name in sorted(listed.keys() & found.keys()):
             size = found[name].stat().st_size
             if size != listed[name]["bytes"]:
@@ -115,8 +123,9 @@ def verify(directory):
 
 
 def newest(run_dir, say=print):
-    """The directory of the largest step that verifies, or None. `say` gets one line for each broken one that
-    is passed over; smaller steps are not read.
+    """The directory of the largest step that verifies, or None.
+
+    `say` gets one line for each broken one that is passed over; smaller steps are not read.
     """
     for _, directory in reversed(_steps(run_dir)):
         problems = verify(directory)
@@ -127,47 +136,31 @@ def newest(run_dir, say=print):
 
 
 def load(directory):
-    """Verify, then read what `save` was given: ({file name: {tensor name: tensor on the CPU}}, state).
+    """Verifies, then reads what `save` was given -> ({file: {tensor name: tensor on the CPU}}, state).
+
     CheckpointError if anything is wrong.
     """
     directory = Path(directory)
     problems = verify(directory)
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}")
-    files = {name: renamed.tensors(load_file(directory / name)) for name in _manifest(directory)["tensors"]}
+
+    names = _manifest(directory)["tensors"]
+    files = {name: renamed.tensors(load_file(directory / name)) for name in names}
     state = json.loads((directory / STATE).read_text())
     if isinstance(state, dict) and "settings" in state:
         state["settings"] = renamed.settings(state["settings"])
     return files, state
 
 
-@torch.no_grad()
-def load_parameters(named_params, tensors, source):
-    """Copy tensors into (name, parameter) pairs. CheckpointError naming `source`, and nothing changed, if
-    names or shapes differ.
-    """
-    named = dict(named_params)
-    if apart := sorted(named.keys() ^ tensors.keys()):
-        raise CheckpointError(
-            f"{source}: {apart[0]} is "
-            + ("not in the checkpoint" if apart[0] in named else "not trained here")
-        )
-    for name, param in named.items():
-        if param.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}, but the parameter has "
-                f"{tuple(param.shape)}"
-            )
-    for name, param in named.items():
-        param.copy_(tensors[name])
-
-
 def mark_best(run_dir, step, value, metric):
-    """Record in `checkpoints/best.json` that the saved `step` has the best `value` of `metric` so far;
-    `prune` keeps it. CheckpointError if it is not saved.
+    """Records in checkpoints/best.json that the saved `step` has the best `value` of `metric` so far.
+
+    `prune` keeps that checkpoint. CheckpointError if it is not saved.
     """
     if not step_dir(run_dir, step).is_dir():
         raise CheckpointError(f"{step_dir(run_dir, step)}: does not exist, so it cannot be the best")
+
     path = Path(run_dir) / "checkpoints" / "best.json"
     temporary = path.with_name("best.json.tmp")
     temporary.write_text(json.dumps({"step": int(step), "value": value, "metric": metric}))
@@ -178,6 +171,7 @@ def mark_best(run_dir, step, value, metric):
 
 def best(run_dir):
     """The record {"step", "value", "metric"} that `mark_best` wrote, or None if there is none.
+
     CheckpointError if it is damaged.
     """
     path = Path(run_dir) / "checkpoints" / "best.json"
@@ -201,10 +195,12 @@ def prune(run_dir, keep):
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least 1 checkpoint is kept")
-    record, kept, deleted = best(run_dir), 0, []
+    record = best(run_dir)
     steps = _steps(run_dir)
     if len(steps) <= keep:
-        return deleted
+        return []
+
+    kept, deleted = 0, []
     for step, directory in sorted(steps, key=lambda item: (_written(item[1]), item[0]), reverse=True):
         if kept < keep:
             kept += not verify(directory)
@@ -214,107 +210,67 @@ def prune(run_dir, keep):
     return deleted
 
 
-# --- the optimizer ---
+# --- resume ---
+
+# What a resume may set anew: where and how the run computes, what it writes, and how an update's pairs are
+# split. A run that stopped at a broken image goes on with --on_bad_record skip: which records there are, and
+# their order, is the same.
+MAY_CHANGE = {
+    "output", "batch_size", "accumulation", "device", "checkpointing", "workers", "on_bad_record",
+    "eval_every", "eval_records", "save_every", "keep", "log_every", "resume", "overwrite", "tensorboard",
+}
 
 
-def optimizer_tensors(optimizer, named_params):
-    """State of AdamW (or any optimizer whose state is tensors) by parameter name: {"layer.weight.exp_avg":
-    tensor, ..., "layer.weight.step": 0-dim}.
+def contents(step, settings, optimizer, named, procs):
+    """What a resume needs of a run after `step` updates -> (files, state), as `save` takes them."""
+    files = {
+        "trainable.safetensors": {n: p.detach() for n, p in named},
+        "optimizer.safetensors": optimizer_tensors(optimizer, named),
+    }
+    state = {"step": step, "settings": asdict(settings), "pairs": pairs(settings, procs)}
+    return files, state
 
-    named_params: (name, parameter) pairs that cover the optimizer's parameters; others are passed over. A
-    parameter that never had a gradient has no state, recorded as an empty "name.stateless". Tensors are the
-    optimizer's own, not copies. CheckpointError for a parameter without a name or a state not a tensor.
+
+def pairs(settings, procs):
+    """Pairs in one update, of all ranks and micro-batches."""
+    return settings.batch_size * settings.accumulation * procs.world
+
+
+def check_same_run(directory, state, saved, settings, procs):
+    """UserError if a resume with these settings would be another run than the saved one.
+
+    state: of the checkpoint; saved: the Settings in it.
     """
-    tensors = {}
-    for name, param in _named(optimizer, named_params):
-        for key, value in optimizer.state.get(param, {}).items() or [
-            ("stateless", torch.empty(0, dtype=torch.uint8))
-        ]:
-            if not isinstance(value, torch.Tensor):
-                raise CheckpointError(
-                    f"{name}.{key}: optimizer state of type {type(value).__name__} cannot be saved, only "
-                    "tensors"
-                )
-            tensors[f"{name}.{key}"] = value
-    return tensors
-
-
-def optimizer_hyper(optimizer):
-    """Learning rate, betas, weight decay and the like, one JSON dict for each parameter group; how the update
-    is computed (`fused`, ...) is left to the machine.
-    """
-    implementation = {"params", "foreach", "fused", "capturable", "differentiable"}
-    return [
-        {
-            key: float(value) if isinstance(value, torch.Tensor) else value
-            for key, value in group.items()
-            if key not in implementation
-        }
-        for group in optimizer.param_groups
-    ]
-
-
-def load_optimizer(optimizer, named_params, tensors, hyper=None):
-    """Give `optimizer` the state of `optimizer_tensors` and, if given, of `optimizer_hyper`, to the bit:
-    values, dtypes and step counters.
-
-    CheckpointError, and nothing changed, if names, shapes or parameter groups differ.
-    """
-    named = dict(_named(optimizer, named_params))
-    states = {name: {} for name in named}
-    for full, value in tensors.items():
-        name, _, key = full.rpartition(".")
-        if name not in named:
-            raise CheckpointError(
-                f"{full}: the checkpoint has optimizer state for a parameter that is not trained here"
-            )
-        if key not in ("step", "stateless") and value.shape != named[name].shape:
-            raise CheckpointError(
-                f"{full}: shape {tuple(value.shape)} in the checkpoint, but the parameter has "
-                f"{tuple(named[name].shape)}"
-            )
-        states[name][key] = value
-    for name, state in states.items():
-        if not state:
-            raise CheckpointError(
-                f"{name}: is trained here, but the checkpoint has no optimizer state for it"
-            )
-    groups = optimizer.param_groups
-    if hyper is not None and [set(group) for group in hyper] != [
-        set(group) for group in optimizer_hyper(optimizer)
-    ]:
-        raise CheckpointError("the optimizer's parameter groups differ from the checkpoint's")
-
-    names = {param: name for name, param in named.items()}
-    optimizer.state.clear()
-    for group in groups:
-        # Then the step counter lies on its parameter's device.
-        beside = group.get("fused") or group.get("capturable")
-        for param in group["params"]:
-            state = states[names[param]]
-            if "stateless" not in state:  # not load_state_dict: it casts moments to the parameter's dtype
-                optimizer.state[param] = {
-                    key: value.to(param.device if beside or key != "step" else "cpu", copy=True)
-                    for key, value in state.items()
-                }
-    for group, saved in zip(groups, hyper or []):
-        group.update(
-            {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    now = pairs(settings, procs)
+    if state["pairs"] != now:
+        raise UserError(
+            f"{directory}: an update had {state['pairs']} pairs, not {now}; "
+            "keep batch_size x accumulation x processes"
         )
+
+    for field in fields(settings):
+        before, now = getattr(saved, field.name), getattr(settings, field.name)
+        if before != now and field.name not in MAY_CHANGE:
+            raise UserError(made_with(directory, field.name, before, now))
+
+
+def made_with(directory, name, before, now):
+    """What is said of a setting that a resume would change."""
+    return f"{directory}: was made with --{name} {before!r}, not {now!r}; a resume keeps it"
+
+
+def restore(directory, files, state, model, optimizer, named):
+    """Puts what `load` read into parameters and optimiser -> the update to go on from.
+
+    The ranks may be others than before.
+    """
+    load_parameters(named, files["trainable.safetensors"], directory)
+    load_optimizer(optimizer, named, files["optimizer.safetensors"])
+    model.after_update()  # the vocabulary's own rows follow the new tokens
+    return state["step"]
 
 
 # --- helpers ---
-
-
-def _named(optimizer, named_params):
-    """(name, parameter) of what the optimizer updates, in the order of the names."""
-    trained = {param for group in optimizer.param_groups for param in group["params"]}
-    named = [(name, param) for name, param in named_params if param in trained]
-    if len(named) != len(trained):
-        raise CheckpointError(
-            f"{len(trained) - len(named)} of the optimizer's {len(trained)} parameters have no name"
-        )
-    return named
 
 
 def _separate(tensors):
@@ -347,8 +303,9 @@ def _manifest(directory):
 
 
 def _steps(run_dir):
-    """[(step, directory)] in rising order. `step-N.old` counts where a kill came between the two renames of a
-    replacement.
+    """[(step, directory)] in rising order.
+
+    `step-N.old` counts where a kill came between the two renames of a replacement.
     """
     found = {}
     for path in sorted((Path(run_dir) / "checkpoints").glob("step-*")):  # "step-7" sorts before "step-7.old"

@@ -1,9 +1,9 @@
 """Settings shared by all methods: one dataclass, its command line and stages.
 
-A field's help is its metadata; its default is the paper's. A method's own settings are a subclass in the
-method's own file, with fields and defaults of its own: a fork is one file. `--method` is looked at first,
-then its class makes the command line, so `--help` lists what the method knows, and another method's flag
-fails.
+A field's help is its metadata; its default is the paper's. A method's own settings are a subclass
+in the method's own file, with fields and defaults of its own: a fork is one file. `--method` is
+looked at first, then its class makes the command line, so `--help` lists what the method knows, and
+another method's flag fails.
 """
 import argparse
 import sys
@@ -31,8 +31,9 @@ def changed(kind, name, default):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with a warm-up and decay of its own. share: of max_steps; data: records to train on,
-    empty for --data.
+    """A part of a run with a warm-up and decay of its own.
+
+    share: of max_steps. data: records to train on, empty for --data.
     """
     name: str
     share: float
@@ -42,10 +43,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an update stands: how many came before it, in which stage (from 0), and what fraction of stage
-    and run is behind it.
+    """Where an update stands in the run.
 
-    Validation and evaluation see the end of the run: the last stage, both fractions 1.
+    step: how many updates came before it. stage: from 0. in_stage, in_run: what fraction of each is behind
+    it. Validation and evaluation see the end of the run: the last stage, both fractions 1.
     """
     step: int
     stage: int
@@ -172,6 +173,7 @@ class Settings:
                 raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}")
             if value != value:  # NaN, which every check below lets pass
                 raise UserError(f"--{f.name} nan: a number is needed")
+
         if self.latents < self.least_latents:
             raise UserError(f"--latents {self.latents}: must be at least {self.least_latents}")
 
@@ -181,6 +183,7 @@ class Settings:
         for name in ("eval_every", "eval_records", "workers", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: a whole number, at least 0 and below 2^63")
         if not 0 <= self.lora_dropout < 1:
@@ -189,6 +192,7 @@ class Settings:
             raise UserError(f"--warmup {self.warmup}: a share of the steps, at least 0 and below 1")
         if min(self.lr, self.lr_tokens, self.clip) <= 0:
             raise UserError("--lr, --lr_tokens and --clip must be positive")
+
         parts = self.lora_on.split(",")
         if not parts or set(parts) - {"language", "vision", "merger"}:
             raise UserError(f"--lora_on {self.lora_on}: comma-separated language, vision, merger")
@@ -199,8 +203,9 @@ class Settings:
 
     @property
     def weights(self):
-        """Weight of each loss term by its name (eq. 6). A method with more terms adds theirs; one without a
-        weight is an error.
+        """Weight of each loss term by its name (eq. 6).
+
+        A method with more terms adds theirs; a term without a weight is an error.
         """
         return {"ce": 1.0}
 
@@ -218,6 +223,7 @@ class Settings:
         """Progress of update `step` (from 0); step = max_steps is the end of the run."""
         last = len(self.stages) - 1
         stage = next((i for i in range(last) if step < self.span(i)[1]), last)
+
         start, stop = self.span(stage)
         of_stage = (step - start) / (stop - start) if stop > start else 1.0
         return Progress(step, stage, of_stage, step / self.max_steps)
@@ -232,11 +238,13 @@ def corruption_of(text, modes=BUILT_IN):
 
 
 def layers_of(text, count):
-    """--attn_layers and its like -> indices in a model of `count` decoder layers. last, all, or 12,18,24;
-    negative ones count from the end.
+    """--attn_layers and its like -> indices in a model of `count` decoder layers.
+
+    last, all, or 12,18,24; negative ones count from the end.
     """
     if text in ("last", "all"):
         return {count - 1} if text == "last" else set(range(count))
+
     try:
         chosen = {int(i) for i in text.split(",")}
     except ValueError:
@@ -256,16 +264,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(argv=None, settings_of=lambda method: Settings):
-    """argv (list of str, or None for sys.argv) -> Settings of the method it names: its defaults, and what was
-    given.
+    """argv (list of str, or None for sys.argv) -> Settings of the method that it names.
 
-    settings_of: a method's name or file -> its Settings class. Entry points use methods.parse, which knows
-    them all.
+    What is not given has the method's default. settings_of: a method's name or file -> its Settings class.
+    Entry points use methods.parse, which knows them all.
     """
     look = OneLineParser(add_help=False, allow_abbrev=False)
     look.add_argument("--method", default=Settings.method)
     method = look.parse_known_args(argv)[0].method
     kind = settings_of(method)
+
     parser = OneLineParser(
         prog="train.py",
         description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
@@ -273,6 +281,7 @@ def parse(argv=None, settings_of=lambda method: Settings):
         allow_abbrev=False,
     )
     parser.hint = f"--method {method} --help lists every flag"
+
     types = typing.get_type_hints(kind)
     for f in fields(kind):
         extra = {"type": types[f.name], "choices": f.metadata["choices"]}

@@ -1,7 +1,7 @@
 """What was renamed since commit 9890c43: old runs and exports open, and an old flag says its new name.
 
-One table for everything that stands on a user's disk or in a user's scripts. Nothing else in crystal knows an
-old name.
+One table for everything that stands on a user's disk or in a user's scripts. Nothing else in crystal
+knows an old name.
 """
 
 import re
@@ -22,8 +22,9 @@ TENSORS = {
 
 
 def settings(saved):
-    """A run's settings as they were saved, dict -> the same under today's names; today's own are left as they
-    are.
+    """A run's settings as they were saved, dict -> the same under today's names.
+
+    Today's own are left as they are.
     """
     saved = {SETTINGS.get(name, name): value for name, value in saved.items()}
     for name, values in VALUES.items():
@@ -52,9 +53,7 @@ def tensors(saved):
 
 
 def check_flags(argv):
-    """UserError, one line with the new name, for the first flag or value in `argv` (list of str) that was
-    renamed.
-    """
+    """UserError with the new name for the first renamed flag or value in `argv` (list of str)."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for word, following in zip(words, [*words[1:], ""]):
         name = word.removeprefix("--")

@@ -1,9 +1,8 @@
-"""Which records form which batch, and what is drawn for each: the same however many ranks share them, and
-after a resume.
+"""Which records form which batch, and what is drawn for each.
 
-Nothing here keeps a state. The order of an epoch is a function of the seed and the epoch, what is drawn for a
-record a function of the seed and its place, so that update s of a run sees the same on one process and on
-many.
+Both are the same however many ranks share the records, and after a resume. Nothing here keeps a state. The
+order of an epoch is a function of the seed and the epoch, what is drawn for a record a function of the seed
+and its place, so that update s of a run sees the same on one process and on many.
 """
 
 import torch
@@ -21,9 +20,9 @@ def seed_of(*numbers):
 class BatchSampler:
     """Which records form which batch: an endless stream of shuffles, one per epoch, cut into global batches.
 
-    Yields lists of (epoch, index), a micro-batch of this rank each, from update `start` on. Update s of the
-    run always sees the same records, however many ranks and micro-batches share them and wherever a run was
-    resumed.
+    Yields lists of (epoch, index), a micro-batch of this rank each, from update `start` on. Update s
+    of the run always sees the same records, however many ranks and micro-batches share them and
+    wherever a run was resumed.
     """
 
     def __init__(self, count, batch_size, accumulation, rank, world, seed, start, stop):
@@ -42,9 +41,12 @@ class BatchSampler:
     def __iter__(self):
         share = self.batch_size * self.accumulation  # of one rank in one update
         epoch, shuffle = -1, []
+
         for step in range(self.start, self.stop):
             for a in range(self.accumulation):
+                # The global batch holds the ranks' shares one after the other, and a share its micro-batches.
                 first = step * share * self.world + self.rank * share + a * self.batch_size
+
                 batch = []
                 for n in range(first, first + self.batch_size):
                     if n // self.count != epoch:

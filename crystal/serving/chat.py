@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.responses import JSONResponse
 
-from crystal.runtime.data import rgb
+from crystal.runtime.images import rgb
 
 # What Pillow may open; of an animation the first picture counts.
 FORMATS = (
