@@ -145,8 +145,8 @@ def test_a_page_runs_by_its_number(tmp_path):
     listed = subprocess.run([*run, "99"], cwd=tmp_path, capture_output=True, text=True)
     assert (
         listed.returncode == 2
-        and "  12. From Python" in listed.stdout
-        and len(listed.stdout.splitlines()) == 14
+        and "  13. The two paths" in listed.stdout
+        and len(listed.stdout.splitlines()) == 15
     )
 
 
