@@ -128,6 +128,7 @@ def test_tutorials_carry_their_number_and_stand_in_the_index():
     for page in (ROOT / "tutorials").glob("*.md"):
         if page.name[0].isdigit():
             assert page.read_text().startswith(f"# {page.name[:2]}. "), page.name
+            assert "```bash" not in page.read_text(), f"{page.name}: a notebook would run it; say shell"
         assert page == INDEX or f"]({page.name})" in index, f"tutorials/README.md does not name {page.name}"
 
 

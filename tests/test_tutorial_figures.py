@@ -1,4 +1,4 @@
-"""The tutorials' figures are what crystal computes today: what was measured is measured again, and drawn again.
+"""The tutorials' figures are what crystal computes today: measured again, and drawn again.
 
 The rule for what takes minutes: of a trained run the first two updates are taken again and compared with its
 committed metrics; data_prep/checks/reliance.log is compared with the table of the page that tells it.
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_docs import ROOT, fences, name
+from test_docs import ROOT, name
 
 import crystal.backbone.model
 from crystal import methods, train

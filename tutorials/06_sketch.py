@@ -1,7 +1,7 @@
 """Sketch: LIVR whose latents must also say what the picture looks like. Tutorial 06 trains it.
 
-B pairs, K latents, N image tokens of a picture, D hidden size. Latent k says the mean colour of image token k, so K
-is N: 16 on the toy scenes.
+B pairs, K latents, N image tokens of a picture, D hidden size. Latent k says the mean colour of image token
+k, so K is N: 16 on the toy scenes.
 """
 from dataclasses import dataclass
 
@@ -47,8 +47,8 @@ def latent_states(h, latents):
 
 
 def colours(pixel_values, B):
-    """pixel_values of B pictures of one size -> the mean colour of each image token, [B,N,3], as the model sees it.
+    """pixel_values of B pictures of one size -> the mean colour of each image token, [B,N,3].
 
-    A token is four patches; a patch is its three colours, one after the other.
+    Colours are as the model sees them. A token is four patches; a patch is its three colours, one by one.
     """
     return pixel_values.view(B, -1, 4, 3, pixel_values.shape[1] // 3).mean((2, 4))

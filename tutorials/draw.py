@@ -1,21 +1,22 @@
-"""Draws the figures of these pages from the shipped model, and from runs whose metrics are in tutorials/figures.
+"""Draws the figures of these pages from the shipped model, and from the metrics of two runs.
 
     python tutorials/draw.py                  every figure
     python tutorials/draw.py packed masks     these
-    python tutorials/draw.py --train crystal  trains a run anew first: crystal or sketch, some minutes on a core
+    python tutorials/draw.py --train crystal  trains a run anew first: crystal or sketch, some minutes
 
-`packed`, `masks` and `paths` are measured on the shipped model and take seconds; what was measured is kept beside
-the picture (tutorials/figures/NAME.json). `losses`, `mass_kl` and `own_term` draw a run's metrics
-(tutorials/figures/RUN/metrics.jsonl), `reliance` draws data_prep/checks/reliance.log. tests/test_tutorial_figures.py
-measures again, takes the first updates of both runs again, and compares. `make demo` draws attention.png.
+`packed`, `masks` and `paths` are measured on the shipped model and take seconds; what was measured is kept
+beside the picture (tutorials/figures/NAME.json). `losses`, `mass_kl` and `own_term` draw a run's metrics
+(tutorials/figures/RUN/metrics.jsonl), `reliance` draws data_prep/checks/reliance.log.
+tests/test_tutorial_figures.py measures again, takes the first updates of both runs again, and compares.
+`make demo` draws attention.png.
 """
 
 import argparse
 import json
-import math
 import re
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,8 +86,8 @@ def kinds(batch):
 def drawn_mask(biases, attention_mask):
     """A mask as rows of signs: # what a row sees, + what it sees dimmed, . what it does not see."""
     factor = additive_mask(biases, attention_mask)[0, 0].exp()  # [L,L]
-    sign = lambda x: "#" if x == 1 else "+" if x > 0 else "."
-    return ["".join(sign(x) for x in row) for row in factor.tolist()]
+    signs = np.array([".", "+", "#"])[(factor > 0).int() + (factor == 1).int()]
+    return ["".join(row) for row in signs]
 
 
 def measure_packed():
@@ -175,7 +176,8 @@ def measure_constant():
 
 
 def measure_reliance():
-    """data_prep/checks/reliance.log -> {"open" and "bottleneck": {condition: [(difference, low, high)] by seed}}."""
+    """data_prep/checks/reliance.log -> {"open", "bottleneck": {condition: [(difference, low, high)]}}.
+    """
     number = r"([-+]\d+\.\d)"
     line = re.compile(rf"(.+?) +\d+\.\d ±\d+\.\d +{number} +{number} to {number} +\d+\.\d")
     found, conditions = {}, {}
@@ -255,7 +257,7 @@ def draw_packed(path):
         ax.plot([0, L], [edge, edge], color="firebrick", linewidth=0.8)
         ax.plot([edge, edge], [0, L], color="firebrick", linewidth=0.8)
     labels = ("prefix", "I_cor Q thought", "I_int Q thought\nlatents", "answer (int)", "answer (cor)")
-    middles = [(start + end) / 2 for start, end in zip(edges, edges[1:])]
+    middles = [(start + end) / 2 for start, end in pairwise(edges)]
     ax.set(yticks=middles, yticklabels=labels)
     ax.tick_params(labelsize=9, length=0)
     ax.set_title(f"One pair as one sequence of {L} positions: which column each row sees", fontsize=10)
@@ -370,7 +372,8 @@ def draw_reliance(path):
         ax.set_xlabel("points, against the model as trained", fontsize=9)
         ax.tick_params(labelsize=9)
     axes[0].invert_yaxis()
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    labelled = axes[0].get_legend_handles_labels()
+    fig.legend(*labelled, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figures.save(fig, path)
 
 
@@ -428,7 +431,7 @@ def kept(name):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("figures", nargs="*", help=f"of {', '.join(DRAWN)}; default: all")
-    parser.add_argument("--train", choices=RUNS, action="append", default=[], help="train this run anew first")
+    parser.add_argument("--train", choices=RUNS, action="append", default=[], help="train it anew first")
     args = parser.parse_args(argv)
     if unknown := set(args.figures) - DRAWN.keys():
         parser.error(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(DRAWN)}")
