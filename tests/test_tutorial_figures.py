@@ -19,7 +19,7 @@ import crystal.backbone.model
 from crystal import methods, train
 
 FOLDER = ROOT / "tutorials" / "figures"
-MINE = {"attention.png", "two_paths.svg"}  # by the demo, and by hand
+OTHERS = {"attention.png", "two_paths.svg"}  # by the demo, and by tutorials/two_paths.py
 
 
 def module(path):
@@ -81,6 +81,11 @@ def test_the_first_updates_of_a_run_are_taken_again(run, tmp_path, monkeypatch):
     assert json.loads(lines[-1])["step"] == int(re.search(r"--max_steps (\d+)", draw.RUNS[run])[1])
 
 
+def test_the_methods_figure_is_what_its_script_writes():
+    two_paths = module(ROOT / "tutorials" / "two_paths.py")
+    assert two_paths.FILE.read_text(encoding="utf-8") == two_paths.svg()
+
+
 def test_reliance_bars_are_the_numbers_of_the_page():
     page = (ROOT / "tutorials" / "08_reliance.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| swapped, points lost"))
@@ -108,7 +113,7 @@ def test_the_sketchs_colours_are_the_pictures():
 
 def test_every_committed_figure_is_made_by_a_script_and_small():
     pictures = [path for path in FOLDER.iterdir() if path.suffix in (".png", ".svg")]
-    assert {path.name for path in pictures} == {f"{figure}.png" for figure in draw.DRAWN} | MINE
+    assert {path.name for path in pictures} == {f"{figure}.png" for figure in draw.DRAWN} | OTHERS
     shown = "".join(p.read_text() for p in [ROOT / "README.md", *(ROOT / "tutorials").glob("*.md")])
     for path in pictures:
         assert path.stat().st_size < 150_000, name(path)
