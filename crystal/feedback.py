@@ -5,8 +5,8 @@ piece, S keys so far, T updates.
 
     x_t = h_{t-1} for a latent t, else the embedding of token t
 
-h is the state after the final norm, which the head would read. So a latent cannot begin before
-the position in front of it is done. Two ways to compute the same:
+h is the state after the final norm, which the head would read. So a latent cannot begin before the position
+in front of it is done. Two ways to compute the same:
     recurrence   cuts every sequence before each latent and runs the pieces one after the other over
                  a key/value cache: exact
     parallel     guesses all latents' inputs, runs everything at once, feeds the states back, T times: every
@@ -144,8 +144,8 @@ def parallel(model, inputs, latents, updates, layers=()):
     """The states after T fixed-point updates of all latents at once; arguments and result as in `recurrence`.
 
     updates: T >= 0. What precedes the first latent runs once; the rest runs T + 1 times, the last to be read.
-    The first guess for every latent is the state in front of the first one, which is exact for that one: T =
-    n - 1 is exact for n latents. Gradients flow through all updates.
+    The first guess for every latent is the state in front of the first one, which is exact for that one, so
+    that T = n - 1 is exact for n latents. Gradients flow through all updates.
     """
     if updates < 0:
         raise ValueError(f"{updates} updates: at least 0")

@@ -11,6 +11,7 @@ patches, K latents, D hidden size, V vocabulary.
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,6 +25,14 @@ from crystal.runtime import config, data, distributed
 from crystal.runtime.config import UserError
 
 
+class Query(NamedTuple):
+    """What a model is asked: the ids of a layout.Prompt, and its images as the processor made them."""
+
+    ids: list[int]  # L of them
+    pixel_values: torch.Tensor | None  # [P,..], None without images
+    image_grid_thw: torch.Tensor | None  # [I,3]
+
+
 def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):
     """Prompts and the rest as `write` takes them -> list of decoded answers."""
     return [
@@ -34,30 +43,31 @@ def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep"
 
 @torch.no_grad()
 def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", streamer=None):
-    """prompts: list of (ids, pixel_values [P,..] or None, image_grid_thw [I,3] or None) -> list of the ids
-    written after each.
+    """prompts: a list of Query, or of tuples of its fields -> list of the ids written after each.
 
     biases: function (batch) -> [attention_bias.AttentionBias] over the prompts, as a method's `biases`; what
     is generated sees of its prompt what the prompt's last row sees. latents: "drop" keeps a model that writes
     or opens its latents itself from doing so; other formats leave them out of the prompt. streamer: an object
     with put(tokens [B]) and end(), told each step's tokens as they come (first put: the prompts).
     """
-    B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
+    prompts = [Query(*prompt) for prompt in prompts]
+    B, L = len(prompts), max(len(prompt.ids) for prompt in prompts)
     pad = model.tokenizer.pad_token_id
     input_ids = torch.full((B, L), pad, dtype=torch.long)
     mask = torch.zeros(B, L, dtype=torch.long)
-    for i, (ids, _, _) in enumerate(prompts):
-        place = slice(0, len(ids)) if fmt.feeds_back else slice(L - len(ids), L)
-        input_ids[i, place] = torch.tensor(ids)
+    for i, prompt in enumerate(prompts):
+        n = len(prompt.ids)
+        place = slice(0, n) if fmt.feeds_back else slice(L - n, L)
+        input_ids[i, place] = torch.tensor(prompt.ids)
         mask[i, place] = 1
+
     images = {}
-    if any(p is not None for _, p, _ in prompts):
-        images = {
-            "pixel_values": torch.cat([p for _, p, _ in prompts if p is not None]).to(
-                model.device, model.hf.dtype
-            ),
-            "image_grid_thw": torch.cat([g for _, _, g in prompts if g is not None]).to(model.device),
-        }
+    shown = [prompt for prompt in prompts if prompt.pixel_values is not None]
+    if shown:
+        pixels = torch.cat([prompt.pixel_values for prompt in shown])
+        grids = torch.cat([prompt.image_grid_thw for prompt in shown])
+        images["pixel_values"] = pixels.to(model.device, model.hf.dtype)
+        images["image_grid_thw"] = grids.to(model.device)
     batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device), **images}
     kinds = (batch["input_ids"] == fmt.image).int()
     if fmt.feeds_back:
@@ -93,7 +103,7 @@ def ask(model, fmt, images, question, max_new_tokens=64, latents="keep"):
         [record], lambda r, n: fmt.question(r.turns, n, how), model.image_processor, copies=fmt.copies
     ).build(0, 0)
     room = thought_length(fmt, model.name) if latents == "free" else 0
-    prompt = (asked["layout"].ids, asked["pixel_values"], asked["image_grid_thw"])
+    prompt = Query(asked["layout"].ids, asked["pixel_values"], asked["image_grid_thw"])
     return generate(model, [prompt], fmt, max_new_tokens + room, latents=latents)[0]
 
 

@@ -128,6 +128,7 @@ def test_tutorials_carry_their_number_and_stand_in_the_index():
     for page in (ROOT / "tutorials").glob("*.md"):
         if page.name[0].isdigit():
             assert page.read_text().startswith(f"# {page.name[:2]}. "), page.name
+            assert "```bash" not in page.read_text(), f"{page.name}: a notebook would run it; say shell"
         assert page == INDEX or f"]({page.name})" in index, f"tutorials/README.md does not name {page.name}"
 
 
@@ -145,8 +146,8 @@ def test_a_page_runs_by_its_number(tmp_path):
     listed = subprocess.run([*run, "99"], cwd=tmp_path, capture_output=True, text=True)
     assert (
         listed.returncode == 2
-        and "  12. From Python" in listed.stdout
-        and len(listed.stdout.splitlines()) == 14
+        and "  13. The two paths" in listed.stdout
+        and len(listed.stdout.splitlines()) == 15
     )
 
 

@@ -90,8 +90,7 @@ class Model(nn.Module):
                 f"{embed.num_embeddings} rows; use fewer --latents, or a model with more spare rows"
             )
 
-        # An average row plus a little spread: close enough to be harmless, far enough apart to become
-        # different.
+        # An average row plus a little spread: harmless, and far enough apart to become different.
         fresh = [i for i, token in zip(ids, tokens) if token not in known]
         g = torch.Generator().manual_seed(seed)
         for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from crystal.attention import AttentionRecorder
 from crystal.attention_bias import AttentionBias
 from crystal.evaluation.benchmarks import score
-from crystal.generate import answer_text, generate, thought_length, write
+from crystal.generate import Query, answer_text, generate, thought_length, write
 from crystal.methods.sft import Method as SFT
 from crystal.runtime import data, distributed, ops
 from crystal.runtime.config import UserError
@@ -97,7 +97,7 @@ def answers(
     for at in range(0, len(mine), batch_size):
         indices = mine[at : at + batch_size]
         batch = [examples.build(i, 0) for i in indices]
-        prompts = [(e["layout"].ids, e[pixels], e["image_grid_thw"]) for e in batch]
+        prompts = [Query(e["layout"].ids, e[pixels], e["image_grid_thw"]) for e in batch]
         said = ask_batch(model, fmt, prompts, latents, max_new_tokens, biases)
         for i, (prediction, own) in zip(indices, said):
             result = judged(records[i], i, prediction)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from crystal.attention_bias import AttentionBias
+from crystal.generate import Query
 from crystal.runtime import data
 
 
@@ -90,16 +91,16 @@ class Asked:
 
 def asked(model, examples, pixels="pixel_values"):
     """Examples of `questions` -> Asked. pixels: or "pixel_values_cor" for the corrupted images."""
-    prompts = [(e["layout"].ids, e[pixels], e["image_grid_thw"]) for e in examples]
-    B, L = len(prompts), max(len(ids) for ids, _, _ in prompts)
+    prompts = [Query(e["layout"].ids, e[pixels], e["image_grid_thw"]) for e in examples]
+    B, L = len(prompts), max(len(prompt.ids) for prompt in prompts)
     where = torch.tensor(
-        [[L - len(ids) + i for i in e["layout"].latents] for e, (ids, _, _) in zip(examples, prompts)],
-        dtype=torch.long,
+        [[L - len(e["layout"].ids) + i for i in e["layout"].latents] for e in examples], dtype=torch.long
     )
     image, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, dtype=torch.long)
     # Those around an image may repeat it: they count as image.
     marks = set(model.tokenizer.convert_tokens_to_ids(list(model.family.marks)))
-    for b, (ids, _, _) in enumerate(prompts):
+    for b, prompt in enumerate(prompts):
+        ids = prompt.ids
         left = L - len(ids)
         mask[b, left:] = 1
         image[b, [left + i for i, token in enumerate(ids) if token in marks]] = True

@@ -14,8 +14,7 @@ which inherits from sft's (or another's) what it does not change:
     modules(model)    -> nn.ModuleDict of extra trainable heads (may be empty)
     hidden(model, batch, recorder, biases) -> the last states without losses, for evaluation's looks inside
     biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
-    losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; progress is a
-                      config.Progress
+    losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; a config.Progress
     monitored         names among them that are logged and not trained
     metric            the name of the loss, or "loss" for their sum, whose least value at a validation
                       makes the best checkpoint

@@ -6,8 +6,8 @@ any moment leaves the checkpoint before it. The manifest is there because safete
 byte without a word. `checkpoints/best.json` names the best step. Only tensors and JSON are read back; pickle
 never. One process calls save, mark_best and prune; any number may read.
 
-A resume is exact: a run that was killed and resumed ends as if it had not stopped, to the bit on the same
-processes and machine.
+A resume is exact: a run that was killed and resumed ends as if it had not stopped, to the bit on the
+same processes and machine.
     what is saved     what trains, AdamW's moments and step counters, the settings, the update's number, and
                       how many pairs an update has (`contents`)
     what is not       everything that follows from seed and update: the order of the records and what is drawn

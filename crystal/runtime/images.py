@@ -15,6 +15,7 @@ def rgb(image):
         image = eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
+
     image = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))
@@ -31,11 +32,14 @@ def eight_bits(image):
     numbers = values[np.isfinite(values)]
     if not numbers.size:
         raise ValueError("no finite value in it")
+
+    # The range that the values lie in.
     ends = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     low, high = numbers.min(), numbers.max()
     fitting = [end for end in ends if low >= 0 and high <= end]
     if fitting:
         low, high = 0, fitting[0]
+
     scaled = np.nan_to_num(255 * (values - low) / max(high - low, 1e-30), nan=0, posinf=255, neginf=0)
     opaque = values != image.info.get("transparency", np.nan)  # a PNG may name one value that is transparent
     bands = [scaled.round(), 255 * opaque]

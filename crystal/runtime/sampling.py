@@ -41,9 +41,12 @@ class BatchSampler:
     def __iter__(self):
         share = self.batch_size * self.accumulation  # of one rank in one update
         epoch, shuffle = -1, []
+
         for step in range(self.start, self.stop):
             for a in range(self.accumulation):
+                # The global batch holds the ranks' shares one after the other, and a share its micro-batches.
                 first = step * share * self.world + self.rank * share + a * self.batch_size
+
                 batch = []
                 for n in range(first, first + self.batch_size):
                     if n // self.count != epoch:

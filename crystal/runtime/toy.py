@@ -39,22 +39,11 @@ SIDE, CELLS = 112, 4
 CELL = SIDE // CELLS  # pixels; one image token
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 COLOURS = {
-    "red": (215, 40, 40),
-    "orange": (240, 140, 20),
-    "yellow": (245, 225, 60),
-    "green": (50, 170, 60),
-    "blue": (50, 80, 220),
-    "purple": (150, 60, 190),
-    "white": (245, 245, 245),
-    "black": (20, 20, 20),
+    "red": (215, 40, 40), "orange": (240, 140, 20), "yellow": (245, 225, 60), "green": (50, 170, 60),
+    "blue": (50, 80, 220), "purple": (150, 60, 190), "white": (245, 245, 245), "black": (20, 20, 20),
 }
 # Width in pixels at each of four depths, the farthest first.
-SIZES = {
-    "tiny": 9,
-    "small": 12,
-    "large": 15,
-    "huge": 18,
-}
+SIZES = {"tiny": 9, "small": 12, "large": 15, "huge": 18}
 FAMILIES = ("count", "relation", "depth", "nearer", "attribute")
 ANSWERS = {
     "count": ("1", "2", "3", "4"),
@@ -81,6 +70,10 @@ class Thing:
     width: int
 
     @property
+    def centre(self):
+        return self.x, self.y
+
+    @property
     def row(self):
         return self.y // CELL + 1
 
@@ -94,7 +87,9 @@ class Thing:
 
     @property
     def box(self):
-        x0, y0 = self.x - self.width // 2, self.y - self.width // 2
+        half = self.width // 2
+        x0 = self.x - half
+        y0 = self.y - half
         return [x0, y0, x0 + self.width, y0 + self.width]
 
     @property
@@ -114,7 +109,8 @@ class Scene:
     @property
     def named(self):
         """Objects that their shape alone identifies."""
-        alone = sum(thing.shape == self.counted for thing in self.things) == 1
+        shapes = [thing.shape for thing in self.things]
+        alone = shapes.count(self.counted) == 1
         return [thing for thing in self.things if alone or thing.shape != self.counted]
 
     @property
@@ -135,7 +131,8 @@ class Question:
 
 def rng_for(*names):
     """A numpy generator of its own for every tuple of names, so that different names share no scene."""
-    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    name = "/".join(map(str, names))
+    digest = hashlib.sha256(name.encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
@@ -144,7 +141,8 @@ def rng_for(*names):
 
 def draw_for(stream, rng, count=None):
     """A scene as hard as those of the stream "base" or "demo"."""
-    return draw_scene(rng, rng.uniform(*HARDNESS[stream]), ZOOM[stream], count)
+    hardness = rng.uniform(*HARDNESS[stream])
+    return draw_scene(rng, hardness, ZOOM[stream], count)
 
 
 def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
@@ -155,33 +153,57 @@ def draw_scene(rng, hardness=0.0, zoom=1.0, count=None):
     """
     count = int(rng.integers(1, 5)) if count is None else count
     kinds = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
-    shapes = [kinds[0]] * count + kinds[1:5]
-    cells = [(int(c) % CELLS, int(c) // CELLS) for c in rng.permutation(CELLS * CELLS)[: len(shapes)]]
-    centres = [[c * CELL + CELL // 2 + int(rng.integers(-4, 5)) for c in cell] for cell in cells]
+    counted, *others = kinds
+    shapes = [counted] * count + others[:4]
+
+    # A cell for each, and a centre near the cell's own.
+    order = rng.permutation(CELLS * CELLS).tolist()
+    cells = [(c % CELLS, c // CELLS) for c in order[: len(shapes)]]
+    centres = []
+    for column, row in cells:
+        x = near_middle(rng, column)
+        y = near_middle(rng, row)
+        centres.append([x, y])
     if rng.random() < 0.5:
         push_together(centres, cells, round(6 * zoom))
+
+    # Which shape stands where, at what depth, in what colour.
     shuffled = rng.permutation(len(shapes))
+    widths = tuple(SIZES.values())
     scale = zoom * (1.05 - 0.25 * hardness)
     things = []
     for (x, y), i in zip(centres, shuffled):
         level = int(rng.integers(len(SIZES)))
-        width = round(scale * tuple(SIZES.values())[level])
-        things.append(Thing(shapes[i], tuple(COLOURS)[rng.integers(len(COLOURS))], x, y, level, width))
+        colour = pick(rng, tuple(COLOURS))
+        width = round(scale * widths[level])
+        things.append(Thing(shapes[i], colour, x, y, level, width))
     things.sort(key=lambda thing: thing.level)
-    return Scene(tuple(things), kinds[0], hardness, int(rng.integers(2**32)))
+
+    seed = int(rng.integers(2**32))
+    return Scene(tuple(things), counted, hardness, seed)
+
+
+def near_middle(rng, cell):
+    """A coordinate [px] at most 4 px from the middle of a cell's row or column."""
+    middle = cell * CELL + CELL // 2
+    return middle + int(rng.integers(-4, 5))
 
 
 def push_together(centres, cells, gap):
     """Moves the first two neighbours to `gap` px from the border between their cells; changes `centres`."""
     for i, (xi, yi) in enumerate(cells):
         for j, (xj, yj) in enumerate(cells):
-            if (xj - xi, yj - yi) == (1, 0):
-                centres[i][0], centres[j][0] = xj * CELL - gap, xj * CELL + gap
-                centres[j][1] = centres[i][1]
+            first, second = centres[i], centres[j]
+            step = (xj - xi, yj - yi)
+            if step == (1, 0):
+                border = xj * CELL
+                second[:] = [border + gap, first[1]]
+                first[0] = border - gap
                 return
-            if (xj - xi, yj - yi) == (0, 1):
-                centres[i][1], centres[j][1] = yj * CELL - gap, yj * CELL + gap
-                centres[j][0] = centres[i][0]
+            if step == (0, 1):
+                border = yj * CELL
+                second[:] = [first[0], border + gap]
+                first[1] = border - gap
                 return
 
 
@@ -196,7 +218,10 @@ def mask(shape, width):
         return [(big * x, big * y) for x, y in xy]
 
     def turn(n, i):
-        return 0.5 + n * math.sin(i * math.pi / 5), 0.53 - n * math.cos(i * math.pi / 5)
+        angle = i * math.pi / 5
+        x = 0.5 + n * math.sin(angle)
+        y = 0.53 - n * math.cos(angle)
+        return x, y
 
     if shape == "circle":
         pen.ellipse(points((0.03, 0.03), (0.97, 0.97)), fill=255)
@@ -205,7 +230,8 @@ def mask(shape, width):
     elif shape == "triangle":
         pen.polygon(points((0.5, 0.02), (1, 0.95), (0, 0.95)), fill=255)
     elif shape == "star":
-        pen.polygon(points(*(turn(0.55 if i % 2 == 0 else 0.22, i) for i in range(10))), fill=255)
+        tips = [turn(0.55 if i % 2 == 0 else 0.22, i) for i in range(10)]
+        pen.polygon(points(*tips), fill=255)
     elif shape == "cross":
         pen.rectangle(points((0.34, 0), (0.66, 1)), fill=255)
         pen.rectangle(points((0, 0.34), (1, 0.66)), fill=255)
@@ -224,15 +250,28 @@ def mask(shape, width):
 def render(scene):
     """uint8 [112, 112, 3]."""
     rng = np.random.default_rng(scene.seed)
-    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
-    light, warmth = 118 - 60 * y, -50 * x
-    image = Image.fromarray(np.stack([light + warmth, light, light - warmth], -1).astype(np.uint8))
+
+    # The background: light from the top, warm from the left.
+    pixels = np.mgrid[0:SIDE, 0:SIDE]
+    y, x = pixels / SIDE - 0.5
+    light = 118 - 60 * y
+    warmth = -50 * x
+    red = light + warmth
+    blue = light - warmth
+    background = np.stack([red, light, blue], -1)
+    image = Image.fromarray(background.astype(np.uint8))
+
     for thing in scene.things:
         shade = rng.normal(0, 4 + 10 * scene.hardness, 3)
-        colour = tuple(int(c) for c in np.clip(COLOURS[thing.colour] + shade, 0, 255))
-        image.paste(colour, thing.box[:2], mask(thing.shape, thing.width))
-    noise = rng.normal(0, 3 + 12 * scene.hardness, (SIDE, SIDE, 1))
-    return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+        shaded = np.clip(COLOURS[thing.colour] + shade, 0, 255)
+        colour = tuple(int(c) for c in shaded)
+        x0, y0, _, _ = thing.box
+        image.paste(colour, (x0, y0), mask(thing.shape, thing.width))
+
+    spread = 3 + 12 * scene.hardness
+    noise = rng.normal(0, spread, (SIDE, SIDE, 1))
+    noisy = np.clip(np.asarray(image) + noise, 0, 255)
+    return noisy.astype(np.uint8)
 
 
 # --- questions ---
@@ -248,12 +287,17 @@ def pick(rng, items):
 
 def ask(scene, family, rng, answer=None):
     """One random question of a family, its answer `answer` if given; None if the scene has none."""
-    choices = [(found, things) for found, things in CHOICES[family](scene) if answer in (None, found)]
+    choices = []
+    for found, things in CHOICES[family](scene):
+        if answer in (None, found):
+            choices.append((found, things))
     if not choices:
         return None
+
     found, things = pick(rng, choices)
     texts, cot = WORDS[family](found, *things)
-    return Question(family, pick(rng, texts), found, tuple(thing.box for thing in things), cot)
+    boxes = tuple(thing.box for thing in things)
+    return Question(family, pick(rng, texts), found, boxes, cot)
 
 
 # What can be asked of a scene: every (answer, things), the things in the order in which
@@ -262,7 +306,8 @@ def ask(scene, family, rng, answer=None):
 
 def count_choices(scene):
     things = [thing for thing in scene.things if thing.shape == scene.counted]
-    return [(str(len(things)), sorted(things, key=lambda t: (t.row, t.column)))]
+    things.sort(key=lambda thing: (thing.row, thing.column))
+    return [(str(len(things)), things)]
 
 
 def relation_choices(scene):
@@ -282,9 +327,11 @@ def depth_choices(scene):
 def nearer_choices(scene):
     """Only where the farther one is at least 1.5 times as far away."""
     for a, b, c in permutations(scene.named, 3):
-        to_b, to_c = math.dist((a.x, a.y), (b.x, b.y)), math.dist((a.x, a.y), (c.x, c.y))
+        to_b = math.dist(a.centre, b.centre)
+        to_c = math.dist(a.centre, c.centre)
         if max(to_b, to_c) >= 1.5 * min(to_b, to_c):
-            yield (b.shape if to_b < to_c else c.shape), (a, b, c)
+            nearer = b if to_b < to_c else c
+            yield nearer.shape, (a, b, c)
 
 
 def attribute_choices(scene):
@@ -301,34 +348,29 @@ def where(thing):
 def count_words(answer, *things):
     name = plural(things[0].shape)
     texts = (f"How many {name} are there?", f"How many {name} can you see?")
-    return texts, (
-        f"I look for {name}: {' and '.join(thing.place for thing in things)}.",
-        f"That makes {answer}.",
-    )
+    places = " and ".join(thing.place for thing in things)
+    return texts, (f"I look for {name}: {places}.", f"That makes {answer}.")
 
 
 def relation_words(answer, a, b):
     if answer in ("left", "right"):
-        texts = (
-            f"Is the {a.shape} to the left or right of the {b.shape}?",
-            f"Is the {a.shape} left or right of the {b.shape}?",
-        )
+        ways = ("to the left or right of", "left or right of")
     else:
-        texts = (
-            f"Is the {a.shape} above or below the {b.shape}?",
-            f"Is the {a.shape} placed above or below the {b.shape}?",
-        )
-    return texts, (where(a), where(b))
+        ways = ("above or below", "placed above or below")
+    texts = [f"Is the {a.shape} {way} the {b.shape}?" for way in ways]
+    return tuple(texts), (where(a), where(b))
 
 
 def depth_words(answer, a, b):
     texts = (f"Is the {a.shape} in front of or behind the {b.shape}?",)
-    return texts, (f"The {a.shape} is {a.size}.", f"The {b.shape} is {b.size}.")
+    sizes = [f"The {thing.shape} is {thing.size}." for thing in (a, b)]
+    return texts, tuple(sizes)
 
 
 def nearer_words(answer, a, b, c):
     texts = (f"Which is nearer to the {a.shape}, the {b.shape} or the {c.shape}?",)
-    return texts, (where(a), f"The {b.shape} is in {b.place}, the {c.shape} in {c.place}.")
+    others = f"The {b.shape} is in {b.place}, the {c.shape} in {c.place}."
+    return texts, (where(a), others)
 
 
 def attribute_words(answer, a):
@@ -337,18 +379,12 @@ def attribute_words(answer, a):
 
 
 CHOICES: dict[str, Callable] = {
-    "count": count_choices,
-    "relation": relation_choices,
-    "depth": depth_choices,
-    "nearer": nearer_choices,
-    "attribute": attribute_choices,
+    "count": count_choices, "relation": relation_choices, "depth": depth_choices,
+    "nearer": nearer_choices, "attribute": attribute_choices,
 }
 WORDS: dict[str, Callable] = {
-    "count": count_words,
-    "relation": relation_words,
-    "depth": depth_words,
-    "nearer": nearer_words,
-    "attribute": attribute_words,
+    "count": count_words, "relation": relation_words, "depth": depth_words,
+    "nearer": nearer_words, "attribute": attribute_words,
 }
 
 
@@ -358,7 +394,9 @@ WORDS: dict[str, Callable] = {
 def draw_pair(stream, split, seed, index):
     """Scene and question number `index`: families take turns, and within a family the answers do."""
     family = FAMILIES[index % len(FAMILIES)]
-    answer = ANSWERS[family][index // len(FAMILIES) % len(ANSWERS[family])]
+    answers = ANSWERS[family]
+    answer = answers[index // len(FAMILIES) % len(answers)]
+
     rng = rng_for(stream, split, seed, index)
     while True:
         scene = draw_for(stream, rng, int(answer) if family == "count" else None)
@@ -372,15 +410,14 @@ def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
 
     Raises RuntimeError if two splits share a scene.
     """
-    out, wanted = (
-        Path(out),
-        {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 2},
-    )
+    out = Path(out)
+    wanted = {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 2}
     manifest = out / "manifest.json"
     if manifest.exists() and json.loads(manifest.read_text()) == wanted:
         print(f"toy scenes: {out} is complete")
         return
     manifest.unlink(missing_ok=True)
+
     seen = {}
     for split in ("train", "val", "test"):
         folder = out / "images" / split
@@ -392,25 +429,21 @@ def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
                     raise RuntimeError(
                         f"{split} and {seen[scene.digest]} share a scene; take another seed than {seed}"
                     )
-                name = f"images/{split}/{index + 1:06d}.png"
+
+                number = index + 1
+                name = f"images/{split}/{number:06d}.png"
                 Image.fromarray(render(scene)).save(out / name)
-                lines.write(json.dumps(record(f"{split}-{index + 1:06d}", name, question)) + "\n")
-                if (index + 1) % 1000 == 0 or index + 1 == wanted[split]:
-                    print(f"toy scenes: {split} {index + 1}/{wanted[split]}", flush=True)
+                line = record(f"{split}-{number:06d}", name, question)
+                lines.write(json.dumps(line) + "\n")
+                if number % 1000 == 0 or number == wanted[split]:
+                    print(f"toy scenes: {split} {number}/{wanted[split]}", flush=True)
+
     manifest.write_text(json.dumps(wanted))  # last: a directory without it is taken as unfinished
 
 
 def record(name, image, question):
     """One line of a LLaVA JSONL."""
-    turns = [
-        {"from": "human", "value": f"<image>\n{question.text}"},
-        {"from": "gpt", "value": question.answer},
-    ]
-    return {
-        "id": name,
-        "image": image,
-        "conversations": turns,
-        "family": question.family,
-        "boxes": list(question.boxes),
-        "cot": list(question.cot),
-    }
+    asked = {"from": "human", "value": f"<image>\n{question.text}"}
+    answered = {"from": "gpt", "value": question.answer}
+    line = {"id": name, "image": image, "conversations": [asked, answered], "family": question.family}
+    return line | {"boxes": list(question.boxes), "cot": list(question.cot)}

@@ -64,13 +64,13 @@ class Engine(threading.Thread):
         self.reader, self.reading = copy.deepcopy(fmt), threading.Lock()
 
     def prepare(self, turns, images):
-        """Turns and PIL images -> what generate takes: (ids, pixel_values, image_grid_thw)."""
+        """Turns and PIL images -> generate.Query."""
         images = [image for image in images for _ in range(self.fmt.copies)]
         out = self.model.image_processor(images=images, return_tensors="pt") if images else {}
         counts = self.model.image_tokens(out["image_grid_thw"]) if images else []
         with self.reading:
             prompt = self.reader.question(turns, counts, self.latents)
-        return prompt.ids, out.get("pixel_values"), out.get("image_grid_thw")
+        return generate.Query(prompt.ids, out.get("pixel_values"), out.get("image_grid_thw"))
 
     def submit(self, job):
         """Puts a prepared job in line."""
