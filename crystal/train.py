@@ -246,9 +246,8 @@ def main(argv=None):
             if procs.is_first:
                 write(log, board, {"step": step, **{f"val_{n}": v for n, v in measured.items()}})
                 is_best = "  (best)" if best["step"] == step else ""
-                bar.write(f"step {step}  validation  {listed(measured)}{is_best}")
-                for sentence in news.of(step, measured):
-                    bar.write(sentence)
+                said = f"step {step}  validation  {listed(measured)}{is_best}"
+                bar.write("\n".join([said, *news.of(step, measured)]))
 
         # A checkpoint every so often, and of the last update.
         if (step % settings.save_every == 0 or last) and last_saved != step:
@@ -426,8 +425,8 @@ def weighted(terms, method, settings):
 def validate(objective, examples, settings, method, pad, procs, dtype):
     """Mean of every loss term over the validation records, and what their latents carry (carrying.py).
 
-    Each rank takes every world-th batch. A broken record is left out and not replaced, so that none counts twice. UserError for the first one, with
-    --on_bad_record skip above 1 %.
+    Each rank takes every world-th batch. A broken record is left out and not replaced, so that none counts
+    twice. UserError for the first one, with --on_bad_record skip above 1 %.
     """
     objective.eval()
     n, size = len(examples), settings.batch_size

@@ -1,5 +1,6 @@
 """The registered attention functions by value: causal, scaled, grouped, and the doors in their order."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -129,3 +130,20 @@ def test_the_vision_towers_attention_stays_inside_its_windows(lengths):
             inside = [x[0, head, start:stop] for x in (q, k, v)]
             expected = softmax_attention(*inside, 0.6, lambda t, c: True)
             assert torch.allclose(out[0, start:stop, head], expected, atol=1e-12)
+
+
+def test_windows_are_planned_once_a_forward(setup, monkeypatch):
+    """Reading the bounds makes the host wait for a GPU: once for each kind of block, of however many."""
+    s = setup("--method", "sft", "--model", "tiny", dtype=torch.float32)
+    blocks = s.model.hf.model.visual.blocks
+    kinds = {i in s.model.hf.config.vision_config.fullatt_block_indexes for i in range(len(blocks))}
+    read, original = [], torch.Tensor.tolist
+
+    def counted(tensor):
+        caller = sys._getframe(1).f_code.co_name
+        read.append(caller) if caller == "windows_of" else None
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    s.model.hidden(s.batch)
+    assert len(blocks) > len(kinds) and read == ["windows_of"] * len(kinds)

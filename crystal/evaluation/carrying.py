@@ -66,26 +66,27 @@ def measure(objective, examples, pad, procs, dtype):
     return results
 
 
+SENTENCES = {
+    "gain": "the intact path's latents take {0:.3f} nats off the corrupted path's answer",
+    "swap": "another record's latents cost {0:.3f} nats of the answer",
+}
+
+
 class News:
     """A sentence when gain or swap first leaves its noise, once in a run's life."""
-
-    SENTENCES = {
-        "gain": "the intact path's latents take {0:.3f} nats off the corrupted path's answer",
-        "swap": "another record's latents cost {0:.3f} nats of the answer",
-    }
 
     def __init__(self, run=None):
         """run: the directory of a run that goes on, whose log says what has been told."""
         log = run / "metrics.jsonl" if run else None
         lines = logged_lines(log) if log and log.exists() else []
-        self.told = {name for name in self.SENTENCES for line in lines if clear(line, f"val_{name}")}
+        self.told = {name for name in SENTENCES for line in lines if clear(line, f"val_{name}")}
 
     def of(self, step, measured):
         """What measure() returned after an update -> the sentences to print."""
-        fresh = [name for name in self.SENTENCES if clear(measured, name) and name not in self.told]
+        fresh = [name for name in SENTENCES if clear(measured, name) and name not in self.told]
         self.told.update(fresh)
         return [
-            f"step {step}: {self.SENTENCES[name].format(measured[name])} "
+            f"step {step}: {SENTENCES[name].format(measured[name])} "
             f"(95 % interval {measured[name] - measured[f'{name}_pm']:.3f} "
             f"to {measured[name] + measured[f'{name}_pm']:.3f}): they carry something"
             for name in fresh
