@@ -1,6 +1,6 @@
 """Writes the toy scenes of crystal/runtime/toy.py as a data set in LLaVA's format.
 
-    python data_prep/toy.py --out data/toy --seed 0 --train 4000 --val 500 --test 2500
+    python data_prep/toy.py --out data/toy --seed 0 --train 8000 --val 500 --test 2500
 
 The same arguments give the same bytes.
 """
@@ -19,7 +19,7 @@ def main():
     parser = config.OneLineParser(description="Draw the toy scenes.")
     parser.add_argument("--out", required=True, help="directory to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=4000, help="records")
+    parser.add_argument("--train", type=int, default=8000, help="records")
     parser.add_argument("--val", type=int, default=500, help="records")
     parser.add_argument("--test", type=int, default=2500, help="records")
     args = parser.parse_args()

@@ -1042,6 +1042,7 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("from crystal.methods.livr import Method\n")
     launched, drawn, trained, asked, diagnosed, shown_last = [], [], [], [], [], []
+    intervened = []
     generate_scenes = toy.generate
 
     def learn(argv):
@@ -1073,8 +1074,15 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "answers", answers)
     monkeypatch.setattr(evaluate, "diagnose", diagnose)
     monkeypatch.setattr(
-        opening, "open_model", lambda run, **_: (str(run), None, SimpleNamespace(method="sft"))
+        opening,
+        "open_model",
+        lambda run, method, **_: (
+            str(run),
+            SimpleNamespace(count=8 * (method != "sft"), writes_own_latents=False, feeds_back=False),
+            SimpleNamespace(method="sft"),
+        ),
     )
+    monkeypatch.setattr(evaluate, "main", intervened.append)
     monkeypatch.setattr(demo, "show", lambda *args: shown_last.append(args))
     argv = [
         "--method", "mine.py", "--max_steps", "3", "--seed", "4", "--questions", "2", "--output", "to",
@@ -1084,7 +1092,7 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     assert launched == [(4, "crystal.demo", argv)] and drawn == [(Path("runs/toy"), 4)]
     common = [
         "--data", "runs/toy/train.jsonl", "--val_data", "runs/toy/val.jsonl", "--max_steps", "3",
-        "--seed", "4", "--save_every", "1000", "--eval_every", "60", "--log_every", "30", "--overwrite",
+        "--seed", "4", "--save_every", "1000", "--eval_every", "100", "--log_every", "50", "--overwrite",
     ]
     recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
     assert trained == [
@@ -1115,8 +1123,14 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     ]
     run, method, record, scenes, out, n, device = shown_last[0]
     assert (run, Path(method).name, record.id, scenes, out, n, device) == (
-        Path("to/mine"), "mine.py", "test-000001", Path("runs/toy"), Path("to"), 5, torch.device("cpu"),
+        Path("to/mine"), "mine.py", "test-000001", Path("runs/toy"), Path("to"), 6, torch.device("cpu"),
     )
+    assert intervened == [
+        [
+            "--model", "to/mine", "--method", "mine.py", "--data", "runs/toy/test.jsonl", "--limit", "1000",
+            "--reliance", "--batch_size", "100", "--max_new_tokens", "8", "--overwrite",
+        ]
+    ]
     assert "== 4. Accuracy on 2 held-out questions" in capsys.readouterr().out
 
 

@@ -69,7 +69,7 @@ def test_each_method_trains_by_its_own_flags(tmp_path):
     own = {
         "sft": [],
         "livr": [],
-        "crystal": ["--labels", "answer"],
+        "crystal": ["--labels", "answer", "--corruption", "blur=8:10"],
         "lavit": ["--tune", "lora"],
         "valr": [
             "--lr_latents", "3e-4", "--lr_tokens", "5", "--first_share", "0.6", "--latents", "4",
@@ -83,6 +83,13 @@ def test_each_method_trains_by_its_own_flags(tmp_path):
     assert demo.recipe(str(tmp_path / "mine.py"), 4) == ["--batch_size", "4", *common[2:], *own["valr"]]
     valr = methods.parse(["--method", "valr", *demo.recipe("valr")])
     assert (valr.lr_tokens, valr.latents, valr.first_share) == (5.0, 4, 0.6)  # the later of two counts
+
+
+def test_updates_are_told_or_the_methods_own(tmp_path):
+    """500; 240 for VaLR and what is built on it, whose sequences take three times as long."""
+    (tmp_path / "mine.py").write_text("from crystal.methods.valr import Method\n")
+    assert [demo.updates(method) for method in ("sft", "crystal", "livr", "lavit")] == [500] * 4
+    assert demo.updates("valr") == demo.updates(str(tmp_path / "mine.py")) == 240
 
 
 def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):

@@ -288,6 +288,23 @@ def test_loss_curves_draw_every_term(drawn, tmp_path):
     ] == pytest.approx([0.1, 0.1, 0.2, 0.2])
 
 
+def test_what_the_latents_carry_is_a_panel(drawn, tmp_path):
+    """Gain and swap at each validation, with the half width of their intervals, and a line at 0."""
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    swap = {"val_swap": 0.2, "val_swap_pm": 0.1}
+    lines += [{"step": 1, "val_loss": 2.5, "val_gain": 0.01, "val_gain_pm": 0.02, **swap}]
+    lines += [{"step": 2, "val_loss": 2.0, "val_gain": 0.12, "val_gain_pm": 0.03, **swap}]
+    figures.loss_curves(write(tmp_path / "run", lines), tmp_path / "l.png")
+    panels = {ax.get_title(): ax for ax in drawn[0].axes}
+    assert list(panels) == ["loss", "nats that the latents carry"]
+    zero, gain, *_ = panels["nats that the latents carry"].lines
+    assert list(zero.get_ydata()) == [0, 0] and list(gain.get_ydata()) == [0.01, 0.12]
+    bars = panels["nats that the latents carry"].containers
+    assert [bar.get_label() for bar in bars] == ["gain", "swap"]
+    ends = bars[0].lines[2][0].get_segments()
+    assert np.allclose([segment[:, 1] for segment in ends], [[-0.01, 0.03], [0.09, 0.15]])
+
+
 def test_wrong_input_is_one_line(setup, tmp_path, monkeypatch):
     def refused(call, *words):
         with pytest.raises(UserError) as error:

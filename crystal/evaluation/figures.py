@@ -39,6 +39,7 @@ PATHS = ("intact", "corrupted")
 COLOURS = ("tab:blue", "tab:orange")
 MASSES = {"mass_int": "intact", "mass_cor": "corrupted"}
 UNDRAWN = ("step", "tokens_per_s", "peak_memory_gb")  # of metrics.jsonl: speed is not learning
+CARRIED = ("gain", "swap", "drop")  # what evaluation/carrying.py measures
 
 
 def figure(width, height):
@@ -153,11 +154,16 @@ def loss_curves(run, path):
         + ([masses] if masses else [])
         + [[n] for n in last if n in training]
     )
+    carried = [name for name in CARRIED if name in validation]
+    panels += [carried] if carried else []
     columns, rows = min(4, len(panels)), -(-len(panels) // 4)
     fig = figure(3.1 * columns, 2.5 * rows + 0.5)
     axes = fig.subplots(rows, columns, squeeze=False).flatten()
     window = 2 * (max(map(len, training.values())) // 40) + 1  # odd: about a 20th of the run
     for ax, names in zip(axes, panels):
+        if names == carried:
+            draw_carried(ax, validation, carried)
+            continue
         seen = []
         for name, colour in zip(names, COLOURS):
             steps, values = zip(*training[name])
@@ -193,6 +199,21 @@ def loss_curves(run, path):
         fontsize=10,
     )
     return save(fig, path)
+
+
+def draw_carried(ax, validation, names):
+    """Gain, swap or drop at each validation with its 95 % interval, and the 0 of latents without use."""
+    ax.axhline(0, color="black", linewidth=0.8)
+    for name, colour in zip(names, COLOURS):
+        steps, values = zip(*validation[name])
+        halves = [half for _, half in validation[f"{name}_pm"]]
+        ax.errorbar(
+            steps, values, halves, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.2,
+            label=name,
+        )
+    ax.set_title("nats that the latents carry", fontsize=10)
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7, frameon=False)
 
 
 # --- the answer's attention ---

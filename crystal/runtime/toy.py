@@ -16,7 +16,7 @@ All objects are equally large in the scene, so the nearer ones look larger, and 
 them. The light falls from the top, and from the left it is warm: what a patch shows of the background tells
 where the patch is.
 
-    python data_prep/toy.py --out data/toy --seed 0 --train 4000 --val 500 --test 2500
+    python data_prep/toy.py --out data/toy --seed 0 --train 8000 --val 500 --test 2500
 
 writes data/toy/{train,val,test}.jsonl and data/toy/images/{train,val,test}/000001.png ...; the same
 arguments give the same bytes. Pixels: x grows to the right, y downwards; boxes are [x0, y0, x1, y1] with
@@ -405,7 +405,7 @@ def draw_pair(stream, split, seed, index):
             return scene, question
 
 
-def generate(out, seed=0, train=4000, val=500, test=2500, stream="demo"):
+def generate(out, seed=0, train=8000, val=500, test=2500, stream="demo"):
     """Write the three splits under the directory `out`, unless its manifest says that they are there already.
 
     Raises RuntimeError if two splits share a scene.
