@@ -447,7 +447,7 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
         for name, value in objective(batch, end).items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(whole)
         seen += len(whole)
-    carried = carrying.measure(objective, examples, pad, procs, dtype)
+    carried = carrying.measure(objective, method, examples, pad, procs, dtype)
     objective.train()
     leave_out(procs.gather(broken), examples, settings, procs)
 

@@ -32,15 +32,16 @@
 #     memcheck     compute-sanitizer on every operator, forward and backward: memory accesses
 #     racecheck    the same: races in shared memory
 #     curves       the losses of gpu_train against those of cpu_train; peak memory
+#     step         a whole update of Qwen2.5-VL-7B's widths, method by method
 #     peers        bench with torch.compile and FlexAttention too: these take longest, so they come last
 set -uo pipefail
 
-PARTS="packages card scenes build cpu_train tests gpu_train bench kernels memcheck racecheck curves peers"
+PARTS="packages card scenes build cpu_train tests gpu_train bench kernels memcheck racecheck curves step peers"
 
 # Seconds that each part may take. All of them together would be too much: the budget for the whole binds too.
 declare -A LIMIT=(
     [packages]=60 [card]=60 [scenes]=120 [build]=180 [cpu_train]=240 [tests]=130 [gpu_train]=90
-    [bench]=80 [kernels]=30 [memcheck]=75 [racecheck]=75 [curves]=20 [peers]=120
+    [bench]=80 [kernels]=30 [memcheck]=75 [racecheck]=75 [curves]=20 [step]=130 [peers]=120
 )
 BUDGET=470
 
@@ -199,6 +200,14 @@ kernels() {
         return 77
     fi
     CRYSTAL_OPS=require "$PYTHON" tests/on_gpu.py kernels --out "$FOLDER/kernels.json"
+}
+
+step() {
+    if [ -n "$DRY" ]; then
+        "$PYTHON" -m crystal.bench step --model tiny --device cpu --repeats 1 --out "$FOLDER/step.json"
+        return
+    fi
+    "$PYTHON" -m crystal.bench step --device cuda --lengths 0,2048 --repeats 3 --out "$FOLDER/step.json"
 }
 
 peers() {
@@ -393,7 +402,7 @@ main() {
     tell racecheck
     wait "$beside"
     tell cpu_train
-    for name in curves peers; do
+    for name in curves step peers; do
         run "$name"
         tell "$name"
     done

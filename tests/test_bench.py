@@ -5,13 +5,12 @@ Right values: times from a clock that is told what to say, bytes and products co
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from crystal import bench
-from crystal.runtime import ops
+from crystal import bench, bench_cases
+from crystal.runtime import machine, ops
 from crystal.runtime.config import UserError
 
 SMALL = [
@@ -97,7 +96,7 @@ def test_slow_peers_run_less_often(monkeypatch, tmp_path):
 
 def test_gate(monkeypatch, tmp_path):
     """A wrong operator is not timed."""
-    right = bench.losses.vocab_kl_ce
+    right = bench_cases.losses.vocab_kl_ce
     monkeypatch.setattr(bench.ops, "vocab_kl_ce", lambda *args: tuple(1.01 * x for x in right(*args)))
     with pytest.raises(UserError, match="vocab: the compiled operator's values are off by"):
         bench.main([*SMALL, "--only", "vocab", "--out", str(tmp_path / "bench.json")])
@@ -117,12 +116,6 @@ def test_what_is_refused(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no GPU here"):
             bench.main([*SMALL, "--device", "cuda"])
-
-
-def test_probe(monkeypatch):
-    monkeypatch.undo()
-    machine = bench.probe(torch.device("cpu"), torch.float32)
-    assert machine["copy_gb_s"] > 0.1 and machine["tflop_s"] > 0.001 and machine["empty_us"] > 0
 
 
 MACHINE = {"copy_gb_s": 2.0, "tflop_s": 0.5}
@@ -219,7 +212,7 @@ def test_bytes_kept_and_held_at_once():
 def test_an_operator_runs_forward_and_backward(monkeypatch):
     """The clock's two times, the outputs, and the gradients of the outputs' sums."""
     now = iter([1.0, 1.25, 2.0, 2.5])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(now))
     x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True)
     forward, backward, outputs, grads = bench.once(lambda x, y: (x * y, x.sum()), [x, y], torch.device("cpu"))
     assert (
@@ -228,75 +221,3 @@ def test_an_operator_runs_forward_and_backward(monkeypatch):
         and not outputs[0].requires_grad
     )
     assert [g.tolist() for g in grads] == [[4.0, 6.0], [1.0, 2.0]]
-
-
-def test_the_machine_by_hand(monkeypatch):
-    """A copy of 2^27 bytes reads and writes them in half a second; 1024^3 products of two in a quarter, of
-    the faster dtype; a call in a microsecond.
-    """
-    monkeypatch.undo()
-    asked, seconds = [], iter([0.5, 0.5, 0.25, 1e-6])
-
-    def best(f, device, runs=10):
-        asked.append(runs)
-        return next(seconds)
-
-    monkeypatch.setattr(bench, "best", best)
-    machine = bench.probe(torch.device("cpu"), torch.bfloat16)
-    assert machine["copy_gb_s"] == pytest.approx(2 * 2**27 / 0.5 / 1e9) and machine[
-        "tflop_s"
-    ] == pytest.approx(2 * 1024**3 / 0.25 / 1e12)
-    assert (
-        machine["empty_us"] == pytest.approx(1.0)
-        and asked == [10, 10, 10, 100]
-        and machine["threads"] == torch.get_num_threads()
-    )
-
-
-def test_the_best_of_ten_counts(monkeypatch):
-    times = iter([3.0, 2.0, 5.0])
-    monkeypatch.setattr(bench, "clock", lambda f, device: (next(times), f()))
-    assert bench.best(lambda: None, torch.device("cpu"), 3) == 2.0
-
-
-def test_positions_are_laid_out_as_a_record():
-    """Three latents, then four rows of an answer at the end of ten; a case's labels all count; supervised
-    pairs are half of the sequences.
-    """
-    a = SimpleNamespace(dtype="float32", compile=False, rows=5, vocab=11)
-    sizes = [4, 10, 4, 3, 6, 2, 8]
-    leaves, rows, cols = bench.heads(a, sizes, torch.device("cpu"))
-    assert (
-        rows.tolist() == [[6, 7, 8, 9]] * 4
-        and cols.tolist() == [[3, 4, 5]] * 4
-        and [tuple(x.shape) for x in leaves] == [(4, 6, 10, 8), (4, 2, 10, 8)]
-    )
-    _, again, _ = bench.heads(a, [1, 4, 9, 2, 2, 2, 8], torch.device("cpu"))
-    assert again.tolist() == [[0, 1, 2, 3]]  # no more rows than there are positions
-
-    # Eq. 5 in its default kind by loops over pairs, heads and rows: the intact path's share against the
-    # corrupted one's.
-    _, leaves, peers, _ = bench.align_case(a, sizes, torch.device("cpu"))
-    q, k = leaves[0].detach(), leaves[1].detach()
-    means = []
-    for pair in range(2):
-        terms = []
-        for head in range(6):
-            for row in range(6, 10):
-                p, r = (
-                    ((q[path, head, row] @ k[path, head // 3, 3:6].T) * 8**-0.5).softmax(-1)
-                    for path in (pair, pair + 2)
-                )
-                terms.append(float((p * (p.log() - r.log())).sum()))
-        means.append(sum(terms) / len(terms))
-    assert peers["eager"](*leaves)[0].tolist() == pytest.approx(means, rel=1e-4)
-
-    _, (z, z2), peers, _ = bench.vocab_case(a, sizes, torch.device("cpu"))
-    ce, ce2, kl = peers["eager"](z, z2)
-    p, r = z.detach().softmax(-1), z2.detach().softmax(-1)
-    assert kl.tolist() == pytest.approx(
-        (p * (p.log() - r.log())).sum(-1).tolist(), rel=1e-4
-    ) and ce.shape == ce2.shape == (5,)
-    assert all(any(abs(float(c) + float(v.log())) < 1e-4 for v in row) for c, row in zip(ce.detach(), p))
-    with pytest.raises(UserError, match="B must be even"):
-        bench.frobenius_case(a, [3, *sizes[1:]], torch.device("cpu"))

@@ -122,7 +122,7 @@ def test_drop_hides_the_latents_from_all_that_follow(setup):
 def test_a_method_without_latents_has_nothing_to_measure(setup):
     s = setup("--method", "sft")
     pad = s.model.tokenizer.pad_token_id
-    assert carrying.measure(s.objective, s.examples, pad, Processes(), torch.float64) == {}
+    assert carrying.measure(s.objective, s.method, s.examples, pad, Processes(), torch.float64) == {}
 
 
 def test_means_and_intervals_over_blocks(setup, monkeypatch):
@@ -132,7 +132,7 @@ def test_means_and_intervals_over_blocks(setup, monkeypatch):
     s.objective.eval()
     monkeypatch.setattr(carrying, "BLOCK", 2)
     pad = s.model.tokenizer.pad_token_id
-    found = carrying.measure(s.objective, s.examples, pad, Processes(), torch.float64)
+    found = carrying.measure(s.objective, s.method, s.examples, pad, Processes(), torch.float64)
 
     # Every record alone in a batch, its corruption drawn by its number among the three.
     gains, swaps = [], []
@@ -150,7 +150,7 @@ def test_means_and_intervals_over_blocks(setup, monkeypatch):
         assert found[f"{name}_pm"] == pytest.approx(half, rel=1e-9)
 
     monkeypatch.setattr(carrying, "RECORDS", 2)
-    first = carrying.measure(s.objective, s.examples, pad, Processes(), torch.float64)
+    first = carrying.measure(s.objective, s.method, s.examples, pad, Processes(), torch.float64)
     assert first["gain"] == pytest.approx(np.mean(gains[:2]), rel=1e-9)
 
 

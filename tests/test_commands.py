@@ -140,6 +140,16 @@ TABLE = {
         "--compile": "test_bench_measures_what_was_asked",
         "--out": "test_bench_measures_what_was_asked",
     },
+    "crystal.bench_step": {
+        "--model": "test_bench_step.py::test_every_row_of_a_small_model",
+        "--layers": "test_widths.py::test_real_widths_are_the_published_ones",
+        "--vision_layers": "test_widths.py::test_real_widths_are_the_published_ones",
+        "--lengths": "test_bench_step.py::test_every_row_of_a_small_model",
+        "--only": "test_bench_step.py::test_a_row_that_fails_is_a_line",
+        "--repeats": "test_bench_step.py::test_every_row_of_a_small_model",
+        "--device": "test_bench_step.py::test_every_row_of_a_small_model",
+        "--out": "test_bench_step.py::test_every_row_of_a_small_model",
+    },
     "data_prep.ade20k_depth": {
         "--images": "test_ade20k_depth.py::test_maps_may_lie_in_one_folder_and_names_end_in_capitals",
         "--depth": "test_ade20k_depth.py::test_maps_may_lie_in_one_folder_and_names_end_in_capitals",

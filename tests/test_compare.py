@@ -94,4 +94,4 @@ def test_lavit_needs_its_teacher_first(tmp_path):
     assert demo.data_of("livr", tmp_path, tmp_path / "sft-0", Processes()) == [
         "--data", str(tmp_path / "train.jsonl"), "--val_data", str(tmp_path / "val.jsonl"),
     ]
-    assert demo.recipe("crystal")[-2:] == ["--labels", "answer"]
+    assert demo.recipe("crystal")[-4:] == ["--labels", "answer", "--corruption", "blur=8:10"]

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "on_gpu.sh"
-PARTS = ["packages", "card", "scenes", "build", "cpu_train", "tests", "gpu_train", "bench", "kernels", "memcheck", "racecheck", "curves", "peers"]  # noqa: E501
+PARTS = ["packages", "card", "scenes", "build", "cpu_train", "tests", "gpu_train", "bench", "kernels", "memcheck", "racecheck", "curves", "step", "peers"]  # noqa: E501
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_all_parts_run_once_and_the_table_says_so(script):
     assert done.returncode == 0, done.stdout
     assert table(folder) == {part: ("passed", "") for part in PARTS}
     rows, counts = printed_table(done.stdout)
-    assert rows == {part: "passed" for part in PARTS} and counts == "13 passed, 0 failed, 0 skipped"
+    assert rows == {part: "passed" for part in PARTS} and counts == "14 passed, 0 failed, 0 skipped"
     assert "   a line for the screen\n" in done.stdout and "one for the log" not in done.stdout
     log = (folder / "log.txt").read_text()
     assert ">> a line for the screen\none for the log\n" in log
@@ -93,7 +93,7 @@ def test_goes_on_after_what_fails_hangs_or_has_nothing_to_do(script, tmp_path):
     }
     rows, counts = printed_table(done.stdout)
     assert rows == {part: result for part, (result, _) in table(folder).items()}
-    assert counts == "8 passed, 4 failed, 1 skipped"
+    assert counts == "9 passed, 4 failed, 1 skipped"
     assert "   | about to fail\n" in done.stdout and "went on" not in (folder / "log.txt").read_text()
     with pytest.raises(ProcessLookupError):
         os.kill(int((folder / "hanging").read_text()), 0)
@@ -108,7 +108,7 @@ def test_the_budget_binds_and_the_curves_still_come(script):
     assert found["card"] == found["curves"] == ("passed", "")
     result, why = found["build"]
     assert result == "failed" and re.fullmatch(r"stopped at its limit of [12] s", why)
-    for part in ("tests", "gpu_train", "bench", "kernels", "memcheck", "racecheck", "peers"):
+    for part in ("tests", "gpu_train", "bench", "kernels", "memcheck", "racecheck", "step", "peers"):
         assert found[part] == ("failed", "no time left"), part
 
 

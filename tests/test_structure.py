@@ -15,15 +15,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("", "corrupt layout attention_bias attention losses latent_copy feedback lora")],
-    [("runtime", "config renamed ops distributed images sampling records data toy named_state checkpoint")],
-    [("backbone", "families attention_functions model record encoders")],
+    [
+        (
+            "runtime",
+            "config renamed ops machine distributed images sampling records data toy named_state checkpoint",
+        )
+    ],
+    [("backbone", "families attention_functions model widths record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [
         ("evaluation", "benchmarks asking predictions figures interventions carrying reliance"),
         ("serving", "chat engine"),
     ],
-    [("", "run train evaluate export visualize serve compare demo bench __main__")],
+    [("", "run train evaluate export visualize serve compare demo bench_cases bench bench_step __main__")],
 ]
 CRYSTAL = ROOT / "crystal"
 LAYERS = [

@@ -35,13 +35,16 @@ RECORDS = 64  # of the validation set, the first ones
 
 
 @torch.no_grad()
-def measure(objective, examples, pad, procs, dtype):
+def measure(objective, method, examples, pad, procs, dtype):
     """Gain, swap and drop over the first validation records -> {name: mean, name_pm: half of its interval}.
 
     objective: train.Objective, in evaluation mode. examples: a RecordDataset; broken records are left out.
     Every process measures every world-th block. {} for a method without latents, and no entry for a number
     that no record has: swap, where all answers of a block are alike.
     """
+    if not method.tokens:
+        return {}
+
     found = []  # (block, name, value of a record)
     for start in range(BLOCK * procs.rank, min(RECORDS, len(examples)), BLOCK * procs.world):
         block = range(start, min(start + BLOCK, RECORDS, len(examples)))
@@ -52,7 +55,7 @@ def measure(objective, examples, pad, procs, dtype):
         batch = data.to_device(data.collate(list(whole.values()), pad), procs.device, dtype)
         donor = donors([examples.records[i] for i in whole])
         with objective.autocast:
-            numbers = of_block(objective.model, objective.method, batch, donor)
+            numbers = of_block(objective.model, method, batch, donor)
         found += [(start, name, value) for name, values in numbers.items() for value in values.tolist()]
 
     # Added up in the blocks' order, so that every number of processes gives the same sum.

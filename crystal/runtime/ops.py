@@ -12,6 +12,7 @@ once:
 A compiled operator has no gradient of its gradient: asking for one raises RuntimeError (use the reference).
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -80,6 +81,28 @@ def _load():
         return (), f"crystal/_C.so is older than its sources ({', '.join(missing)} missing), build it again"
     _register()
     return tuple(devices), None
+
+
+@contextlib.contextmanager
+def chosen(mode):
+    """While it lasts, CRYSTAL_OPS is `mode`, whatever was chosen before; None leaves it as it is."""
+    before = os.environ.get("CRYSTAL_OPS")
+    if mode is not None:
+        os.environ["CRYSTAL_OPS"] = mode
+        _forget()
+    try:
+        yield
+    finally:
+        if mode is not None:
+            os.environ.pop("CRYSTAL_OPS")
+            os.environ |= {"CRYSTAL_OPS": before} if before is not None else {}
+            _forget()
+
+
+def _forget():
+    """The next use of an operator chooses anew."""
+    choice.cache_clear()
+    _served.cache_clear()
 
 
 _said = []

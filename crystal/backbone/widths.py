@@ -1,0 +1,57 @@
+"""Qwen2.5-VL's published widths with random weights: a model to time, without a download."""
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
+
+from crystal.backbone.model import TINY, Model, load
+
+SIDE = 448  # pixels: 1024 patches, 256 tokens
+
+# The published configurations. Heads of 128 numbers; the tower is the same in both.
+TEXT = {
+    "7b": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "num_hidden_layers": 28, "vocab_size": 152064,
+    },
+    "3b": {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "num_hidden_layers": 36, "vocab_size": 151936,
+    },
+}  # fmt: skip
+VISION = {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "depth": 32}
+WHOLE_IMAGE = (7, 15, 23, 31)  # blocks of the tower that see the image and not a window
+
+
+def build(name, layers, vision_layers, device, dtype):
+    """A Model of the published widths with random weights, made on the device; the tiny one's tokens."""
+    tiny = load("tiny", dtype, "cpu", SIDE * SIDE, SIDE * SIDE)
+    config = AutoConfig.from_pretrained(str(TINY))
+    if name != "tiny":
+        few = 0 if device.type == "cuda" else 2
+        text, vision = config.text_config, config.vision_config
+        text.update(TEXT[name])
+        text.num_hidden_layers = layers or few or TEXT[name]["num_hidden_layers"]
+        text.layer_types = ["full_attention"] * text.num_hidden_layers
+        text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        vision.update(VISION)
+        vision.out_hidden_size = text.hidden_size
+        vision.depth = vision_layers or few or VISION["depth"]
+        vision.fullatt_block_indexes = [i for i in WHOLE_IMAGE if i < vision.depth]
+        config.tie_word_embeddings = text.tie_word_embeddings = name == "3b"
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), no_init_weights():
+            hf = AutoModelForImageTextToText.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    hf = hf.to(device, dtype).eval().requires_grad_(False)
+    with torch.no_grad():
+        for key, parameter in hf.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.02)
+            else:
+                parameter.fill_(1.0 if key.endswith("weight") else 0.0)
+    return Model(hf, tiny.tokenizer, tiny.image_processor, tiny.family, name)
