@@ -27,6 +27,9 @@ def test_every_row_of_a_small_model(tmp_path, capsys):
     assert loss["peft"] == pytest.approx(loss["sft"], rel=1e-5)
     for name in ("hidden", "packed", "plain", "checkpointing", "kv_x4"):
         assert loss[name] == pytest.approx(loss["kv"], rel=1e-4), name
+    # The same losses in other operations: packed is one sequence, checkpointing goes forward twice.
+    flops = {name: rows[name, 0]["flops"] for name in bench_step.ROWS}
+    assert flops["packed"] != flops["kv"] and flops["checkpointing"] > 1.2 * flops["kv"]
     assert loss["kv"] > loss["sft"] and rows["sft_x4", 0]["tokens"] == 4 * rows["sft", 0]["tokens"]
     assert rows["kv", 0]["tokens"] == 2 * rows["kv", 0]["L"]
 
@@ -78,12 +81,16 @@ def test_a_row_that_fails_is_a_line(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no room\nat all")
 
     monkeypatch.setattr(bench_step, "by_peft", full)
+    monkeypatch.setenv("CRYSTAL_OPS", "require")
+    ops._forget()
     out, before = tmp_path / "step.json", ops.choice()
     bench.main(["step", "--model", "tiny", "--only", "peft,sft,plain", "--repeats", "1", "--out", str(out)])
     rows = rows_of(out)
     assert rows["peft", 0]["cannot_run"] == "RuntimeError: no room" and "ms" in rows["sft", 0]
     assert "cannot run: RuntimeError: no room" in capsys.readouterr().out
-    assert ops.choice() == before
+    assert before[0] == "require" and ops.choice() == before
+    monkeypatch.undo()
+    ops._forget()
 
 
 @pytest.mark.parametrize(
