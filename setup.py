@@ -1,5 +1,5 @@
-"""Installs crystal: `pip install --no-build-isolation -e .` (or `make setup`, which also makes the
-environment).
+"""Installs crystal: `pip install --no-build-isolation -e .` (or `make setup`, which
+also makes the environment).
 
 `python setup.py build_ext --inplace` builds the compiled operators of csrc/ into crystal/_C.so, and into
 crystal/_C_cuda.so where nvcc is; neither a GPU nor the network is needed, torch may be a CPU build. Both use
@@ -58,8 +58,8 @@ def wants_cuda(nvcc):
 
 
 def steps(out, nvcc):
-    """Every command of the build as (kind, output, inputs, {variable: value}); objects first, then what is
-    linked from them.
+    """Every command of the build as (kind, output, inputs, {variable: value}); objects first, then what
+    is linked from them.
     """
     spec = importlib.util.find_spec("torch")  # without the seconds that its import takes
     if not spec:
@@ -122,8 +122,8 @@ def rules(cxx, nvcc):
 
 
 def build(out):
-    """Brings out/_C.so and out/_C_cuda.so up to date and prints one line about them. Compile errors end the
-    program.
+    """Brings out/_C.so and out/_C_cuda.so up to date and prints one line about them. Compile
+    errors end the program.
     """
     cxx, nvcc = (
         compiler("CXX", ("g++", "c++", "clang++")),

@@ -172,8 +172,8 @@ def measure(name, title, leaves, peers, floor, machine, repeats, device):
 
 
 def once(f, leaves, device):
-    """f forward and backward, the outputs' sums as the loss -> (seconds forward, seconds backward, outputs,
-    gradients).
+    """f forward and backward, the outputs' sums as the loss -> (seconds forward,
+    seconds backward, outputs, gradients).
     """
     forward, outputs = clock(lambda: f(*leaves), device)
     ones = [torch.ones_like(o) for o in outputs]

@@ -69,8 +69,8 @@ def vocab_case(a, sizes, device):
 
 
 def heads(a, sizes, device):
-    """(B,L,M,K,H,G,d) -> ([q, k] with gradients, rows [B,M], cols [B,K]), laid out as a record is: latents,
-    then the answer.
+    """(B,L,M,K,H,G,d) -> ([q, k] with gradients, rows [B,M], cols [B,K]), laid out as a record is:
+    latents, then the answer.
     """
     B, L, M, K, H, G, d = sizes
     g = torch.Generator().manual_seed(0)
@@ -129,8 +129,8 @@ def slice_case(a, sizes, device):
 
 
 def flex_slice(rows, cols, L, grouped):
-    """The slice by FlexAttention, whose log sum exp has a gradient: the M rows are its queries, and its
-    output goes unused.
+    """The slice by FlexAttention, whose log sum exp has a gradient: the M rows are its queries, and
+    its output goes unused.
     """
     at, first = rows[0], int(rows[0, 0])
 

@@ -23,11 +23,11 @@ from crystal.layout import Format
 from crystal.runtime import checkpoint, config, data, distributed, toy
 from crystal.runtime.config import UserError
 
-# Minutes each on two cores; the paper's own settings are train.py's defaults. A model this small forgets how
-# to see while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows learn
-# faster than the rest. Latents begin to carry the answer between 250 and 500 updates, and only where the
-# corrupted image leaves no other way: a blur of 2 to 5 pixels leaves these scenes too much, one of 8 to 10
-# does not.
+# Minutes each on two cores; the paper's own settings are train.py's defaults. A model this small forgets
+# how to see while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows
+# learn faster than the rest. Latents begin to carry the answer between 250 and 500 updates, and only where
+# the corrupted image leaves no other way: a blur of 2 to 5 pixels leaves these scenes too much, one of 8
+# to 10 does not.
 BATCH = 16
 UPDATES = 500
 UPDATES_OF = {"valr": 240}  # it reads its latents one after the other, and takes three times as long
@@ -57,8 +57,8 @@ OWN = {
 
 
 def recipe(method, world=1):
-    """Flags of train.py with which a method, or what is built on it, trains on the tiny base in minutes, in
-    `world` processes.
+    """Flags of train.py with which a method, or what is built on it, trains on the tiny base in
+    minutes, in `world` processes.
     """
     kind = methods.get(method)
     return [

@@ -49,8 +49,8 @@ def by_family(results):
 
 
 def table(columns):
-    """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of its 95 %
-    interval.
+    """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of
+    its 95 % interval.
     """
     named = dict.fromkeys(family for column in columns.values() for family in column)
     families = [family for family in named if family != "all"] + ["all"]
@@ -68,8 +68,8 @@ def table(columns):
 
 
 def benchmark_text(name, records, results):
-    """Scores of a benchmark as lines, what was read how, and how many answers no rule could read -> (text,
-    JSON object).
+    """Scores of a benchmark as lines, what was read how, and how many answers no rule could read
+    -> (text, JSON object).
     """
     rules = sorted({r.rule for r in records})
     lines = benchmarks.scores(name, [r | {"row": records[r["index"]].row} for r in results])
@@ -94,8 +94,8 @@ def benchmark_text(name, records, results):
 
 
 def written_text(results, K):
-    """Results of `--latents free` -> (a line: how many answers came after all K latents, after some, after
-    none; the shares).
+    """Results of `--latents free` -> (a line: how many answers came after all K latents, after some,
+    after none; the shares).
     """
     counts = [r["latents"] for r in results]
     shares = {
@@ -219,8 +219,8 @@ def is_tsv(args):
 
 
 def read_records(args, procs):
-    """The records to ask, the first --limit of them. RecordError for a broken one; turns that are left out
-    are told.
+    """The records to ask, the first --limit of them. RecordError for a broken one; turns that are
+    left out are told.
     """
     if is_tsv(args):
         records, dropped = benchmarks.read(args.data, args.image_root, args.suffix), 0
@@ -307,8 +307,8 @@ def run_diagnosis(args, model, fmt, method, records, folder, how):
 
 
 def run_questions(args, model, fmt, method, records, folder, how):
-    """One way of asking: a table or a benchmark's scores, and with --out or for a TSV the predictions as they
-    come.
+    """One way of asking: a table or a benchmark's scores, and with --out or for a TSV the
+    predictions as they come.
     """
     procs, started = how["procs"], time.perf_counter()
     asked = what_is_asked(args, model, fmt, method, records, how["corruption"])

@@ -31,12 +31,12 @@ from crystal.runtime.config import UserError
 
 
 def export(run, which="best", merged=None, adapter=None, method="", trust_method=False):
-    """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out). Written beside, then
-    renamed.
+    """A run's checkpoint -> `merged` and `adapter` directories (None leaves one out).
+    Written beside, then renamed.
 
-    Returns the directories written: a run of `--tune full` has no adapter. The base's weights are never in
-    memory together: beside what was trained, this needs three times the memory of the largest matrix that
-    changes, the vocabulary.
+    Returns the directories written: a run of `--tune full` has no adapter. The base's weights are never
+    in memory together: beside what was trained, this needs three times the memory of the largest matrix
+    that changes, the vocabulary.
     """
     model, fmt, settings = open_run(run, which, weights=False, method=method, trust_method=trust_method)
     written = []
@@ -74,8 +74,8 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
 
 
 def changes(model, settings):
-    """{parameter's name: function from the base's weight W to the trained one, in W's dtype} of all that
-    training changed.
+    """{parameter's name: function from the base's weight W to the trained one, in W's dtype} of
+    all that training changed.
     """
     if settings.tune == "full":
         found = {}
@@ -130,8 +130,8 @@ def merge(base, out, model, changes):
         renamed = any(crystal.backbone.model.unwrapped(key) != key for key in header)
         with safe_open(base / name, "pt") as tensors, open(out / name, "r+b") as file:
             if renamed:
-                # Shorter names leave room, which spaces fill as the format allows: the tensors stay where
-                # they are.
+                # Shorter names leave room, which spaces fill as the format allows: the tensors
+                # stay where they are.
                 text = json.dumps(own_names, separators=(",", ":"), ensure_ascii=False)
                 file.seek(8)
                 file.write(text.encode().ljust(start - 8))
@@ -168,8 +168,8 @@ def save_tokenizer(model, fmt, out):
 
 
 class fresh:
-    """A directory that appears whole or not at all: filled under another name, then renamed over an older
-    one.
+    """A directory that appears whole or not at all: filled under another name, then renamed
+    over an older one.
     """
 
     def __init__(self, path):

@@ -1,8 +1,8 @@
 """Ask a model: prompts in, answers out, greedily. transformers generates; latents fed back by the model
 itself need a loop of ours.
 
-    python -m crystal.generate --model runs/crystal/merged --image photo.jpg --question "What colour is the
-    small star?"
+    python -m crystal.generate --model runs/crystal/merged --image photo.jpg --question "What colour
+    is the small star?"
 
 B questions, L prompt length (padded to the left for transformers, to the right in `decode_feedback`), P
 patches, K latents, D hidden size, V vocabulary.
@@ -108,8 +108,8 @@ def ask(model, fmt, images, question, max_new_tokens=64, latents="keep"):
 
 
 def answer_text(model, fmt, ids):
-    """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all; no
-    special tokens, trimmed.
+    """Ids that a model wrote -> the answer: what stands after `<answer>`, if it wrote one, else all;
+    no special tokens, trimmed.
     """
     if fmt.answer_start_id in ids:
         ids = ids[ids.index(fmt.answer_start_id) + 1 :]
@@ -132,8 +132,8 @@ def thought_length(fmt, name):
 
 @torch.no_grad()
 def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=None, max_thought=256):
-    """Greedy decoding that switches modes at the tags of latents -> list of the ids each row says, pads for
-    its latents.
+    """Greedy decoding that switches modes at the tags of latents -> list of the ids each row says,
+    pads for its latents.
 
     After `fmt.latent_start_id` the next fmt.count inputs are the states before them (feedback.py), then
     `fmt.latent_end_id` is forced and tokens are inputs again; every row by its own clock, over one cache.

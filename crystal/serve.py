@@ -3,10 +3,10 @@
     python -m crystal.serve --model runs/crystal/merged --port 8000
     curl http://127.0.0.1:8000/v1/models
 
-`/v1/models`, `/v1/chat/completions` (streamed or not) and `/health`, over starlette, uvicorn and pydantic. It
-takes what generate.py takes, a run, an exported directory or a hub name, and gives generate.py's answers:
-greedy, so a request for anything else (a temperature, tools, several choices) is refused and not quietly
-answered another way.
+`/v1/models`, `/v1/chat/completions` (streamed or not) and `/health`, over starlette, uvicorn and pydantic.
+It takes what generate.py takes, a run, an exported directory or a hub name, and gives generate.py's
+answers: greedy, so a request for anything else (a temperature, tools, several choices) is refused and not
+quietly answered another way.
 
 What a request may say is chat.py's: images as data URLs alone, every size bounded, whatever is wrong with it
 a line of JSON with a 4xx. Requests that wait together are answered by one call of `generate`.

@@ -1,5 +1,5 @@
-"""ADE20K photographs and their depth maps become relative depth questions: which of the lettered points is
-nearest?
+"""ADE20K photographs and their depth maps become relative depth questions: which of the
+lettered points is nearest?
 
     python data_prep/ade20k_depth.py --images ADE20K --depth ADE_depth --out data/ade20k-depth --count 5000
 
@@ -81,8 +81,8 @@ def mark(image, places, letters):
 
 
 def question(path, depth_path, name, out, gap, seed):
-    """One photograph and its depth map -> our record with the marked image written, or None where no points
-    are found.
+    """One photograph and its depth map -> our record with the marked image written, or None where
+    no points are found.
     """
     image = data.load_image(path, path)
     depth = np.asarray(data.load_image(depth_path, depth_path).convert("L"))  # [h,w]
@@ -117,8 +117,8 @@ def question(path, depth_path, name, out, gap, seed):
 
 
 def run(images, depth, out, count=0, gap=20, seed=0, skip=False, say=print):
-    """Folders of photographs and depth maps -> number of records in OUT/train.jsonl; stops after `count` (0:
-    all).
+    """Folders of photographs and depth maps -> number of records in OUT/train.jsonl; stops
+    after `count` (0: all).
     """
     images, depth, out = Path(images), Path(depth), Path(out)
     for folder, flag in ((images, "--images"), (depth, "--depth")):

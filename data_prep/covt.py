@@ -6,19 +6,19 @@
                                                                                          paper trains on
     python data_prep/covt.py --parts CoVT-Dataset --out data/covt-tallyqa --subsets tallyqa
 
-The parts (Wakals/CoVT-Dataset, 315 GB) have the columns `id`, `image` ({bytes, path}), `image_relpath` and
-`conversations` ([{from, value}]); that is what the authors' own converter reads, and what is checked before
-anything is written. No column names the subset: it is the first folder of a row's image_relpath, or where
-there is none the letters that its file's name begins with (`identity_177477.png` is `identity`; all digits:
-`numbers`).
+The parts (Wakals/CoVT-Dataset, 315 GB) have the columns `id`, `image` ({bytes, path}), `image_relpath`
+and `conversations` ([{from, value}]); that is what the authors' own converter reads, and what is
+checked before anything is written. No column names the subset: it is the first folder of a row's
+image_relpath, or where there is none the letters that its file's name begins with
+(`identity_177477.png` is `identity`; all digits: `numbers`).
 
     OUT/train.jsonl      id, image, conversations, family (the subset)
     OUT/images/..        the bytes as they came, at image_relpath, each once
     OUT/progress.json    where it is: a killed conversion goes on from there with the same command
 
-A row group is in memory at a time. The sample is drawn by the rows' hashes with the seed: it depends neither
-on how the parts are cut nor on their order. The paper names no seed for its 16k (4 GPUs x 4000 steps), so it
-is *a* sample.
+A row group is in memory at a time. The sample is drawn by the rows' hashes with the seed: it depends
+neither on how the parts are cut nor on their order. The paper names no seed for its 16k (4 GPUs x 4000
+steps), so it is *a* sample.
 """
 
 import argparse
@@ -52,8 +52,8 @@ class BadRow(Exception):
 
 
 def find(parts):
-    """A folder (or one file) -> its parquet files in the natural order of their names. UserError if there is
-    none.
+    """A folder (or one file) -> its parquet files in the natural order of their names. UserError
+    if there is none.
     """
     root = Path(parts)
     files = [root] if root.is_file() else root.rglob("*.parquet")
@@ -67,8 +67,8 @@ def find(parts):
 
 
 def opened(path):
-    """A part -> pyarrow's ParquetFile, its columns checked. UserError names what is missing and what is
-    there.
+    """A part -> pyarrow's ParquetFile, its columns checked. UserError names what is missing
+    and what is there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -119,8 +119,8 @@ def survey(files, progress=True):
 def choose(files, subsets, sample, seed):
     """Files -> (the rows wanted as {(file, row group): [rows]}, or None for all; how many they are).
 
-    sample: so many rows of the chosen subsets, those with the smallest hash of seed, id and path; 0 takes
-    all.
+    sample: so many rows of the chosen subsets, those with the smallest hash of seed, id and
+    path; 0 takes all.
     """
     if not subsets and not sample:
         return None, sum(opened(path).metadata.num_rows for path in files)
@@ -136,8 +136,8 @@ def choose(files, subsets, sample, seed):
                     kept.append((f, group, row))
                     continue
                 rank = int.from_bytes(hashlib.sha256(f"{seed}\n{id}\n{relpath}".encode()).digest()[:8], "big")
-                # The heap's root is the worst of the best; equal hashes (one row twice) are told apart by
-                # their place.
+                # The heap's root is the worst of the best; equal hashes (one row twice) are told
+                # apart by their place.
                 item = (-rank, -f, -group, -row)
                 heapq.heappush(best, item) if len(best) < sample else heapq.heappushpop(best, item)
     if unknown := sorted(set(subsets) - seen):
@@ -155,8 +155,8 @@ def choose(files, subsets, sample, seed):
 
 
 def convert(row, where, images):
-    """A row -> the record for train.jsonl, its image written below `images`. BadRow names the column that is
-    wrong.
+    """A row -> the record for train.jsonl, its image written below `images`. BadRow names the
+    column that is wrong.
     """
     relpath = row["image_relpath"]
     if (
@@ -191,8 +191,8 @@ def convert(row, where, images):
 
 
 def store(raw, relpath, images):
-    """Writes an image once -> its path below `images`. Another image of the same name gets its hash into its
-    own.
+    """Writes an image once -> its path below `images`. Another image of the same name gets its
+    hash into its own.
     """
     path = images / relpath
     if path.exists() and not same(path, raw):
@@ -273,8 +273,8 @@ def run(parts, out, subsets=(), sample=0, seed=0, skip=False, say=print):
 
 
 def taken(part, group, rows):
-    """(row's number, row as a dict) of the wanted rows of a group, or of all; 16 in Python's memory at a
-    time.
+    """(row's number, row as a dict) of the wanted rows of a group, or of all; 16 in Python's
+    memory at a time.
     """
     wanted, at = None if rows is None else set(rows), 0
     for batch in part.iter_batches(batch_size=16, row_groups=[group], columns=list(COLUMNS)):

@@ -39,8 +39,8 @@ def hash_of(encoder):
 
 
 def about(path):
-    """What a file of features says of itself, {} where there is none: made_with, a hash, and broken, {id:
-    what is wrong}.
+    """What a file of features says of itself, {} where there is none: made_with, a hash, and broken,
+    {id: what is wrong}.
     """
     try:
         with safe_open(path, "pt") as file:

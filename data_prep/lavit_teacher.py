@@ -1,10 +1,10 @@
-"""What a LaViT student learns from its teacher: where it looked and what it saw, for every record of a data
-set.
+"""What a LaViT student learns from its teacher: where it looked and what it saw, for every record
+of a data set.
 
-    python data_prep/lavit_teacher.py --teacher Qwen/Qwen2.5-VL-32B-Instruct --data viscot.jsonl --image_root
-    images torchrun --nproc_per_node=4 data_prep/lavit_teacher.py --teacher runs/sft --data
-    runs/toy/train.jsonl python crystal/train.py --method lavit --data viscot.lavit.jsonl --image_root images
-    --semantics_dim 5120
+    python data_prep/lavit_teacher.py --teacher Qwen/Qwen2.5-VL-32B-Instruct --data viscot.jsonl
+    --image_root images torchrun --nproc_per_node=4 data_prep/lavit_teacher.py --teacher runs/sft
+    --data runs/toy/train.jsonl python crystal/train.py --method lavit --data viscot.lavit.jsonl
+    --image_root images --semantics_dim 5120
 
 Below the image root it writes lavit/NAME-00000.safetensors ... with the tensors
     ID/gaze [N]       A_traj, eq. 2 and 3, over all layers and heads, on the teacher's grid, one image after
@@ -53,8 +53,8 @@ TOP = 8  # section 4.1
 
 
 class Looks:
-    """Eq. 2 in one forward: S [B,N], mean over layers, heads and text rows of the attention that image tokens
-    get.
+    """Eq. 2 in one forward: S [B,N], mean over layers, heads and text rows of the attention
+    that image tokens get.
 
     A recorder (attention.py): layer by layer it adds up M x N weights, so no L x L matrix exists, and fused
     attention stays on. rows [B,M] text, cols [B,N] image, -1 padded.
@@ -84,8 +84,8 @@ def text_rows(batch):
 
 @torch.no_grad()
 def look(model, fmt, method, records, batch_size):
-    """Records -> [(tensors of the record, its attention's statistics)]; tensors and statistics as the
-    module's docstring says.
+    """Records -> [(tensors of the record, its attention's statistics)]; tensors and statistics as
+    the module's docstring says.
     """
     sizes = lambda record, images: {"sizes": torch.tensor([image.size for image in images])}
     examples = data.RecordDataset(

@@ -1,7 +1,7 @@
 """TallyQA's raw files become our JSONL: counting questions, simple and complex (Acharya et al. 2019).
 
-    python data_prep/tallyqa.py --questions train.json --images images --out data/tallyqa.jsonl --kind complex
-    --sample 20000
+    python data_prep/tallyqa.py --questions train.json --images images --out data/tallyqa.jsonl
+    --kind complex --sample 20000
 
 The questions are a JSON list with the fields `image`, `question`, `answer` (a number), `issimple`,
 `data_source`, `image_id` and `question_id`; the images are Visual Genome's and COCO's, below one folder as
@@ -57,8 +57,8 @@ def convert(item, where, images, prompt):
 
 
 def run(questions, images, out, kind="all", sample=0, seed=0, prompt="", skip=False, say=print):
-    """Raw questions -> number of records written to `out`. sample: so many, those with the smallest hash of
-    seed and id.
+    """Raw questions -> number of records written to `out`. sample: so many, those with the smallest hash
+    of seed and id.
     """
     questions, images, out = Path(questions), Path(images), Path(out)
     try:

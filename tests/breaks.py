@@ -5,10 +5,10 @@
     python tests/breaks.py NAME ..             these alone; a name may end in * (crystal-*)
     python tests/breaks.py --jobs 4 --list     how many run side by side; names only
 
-A suite that passes says little about what it would notice. This table says it: each fault is one that a
-developer could make, put into a copy of the repository in place of the right text, and the test that it names
-must then fail. First every named test runs on the unbroken copy, because a test that fails anyway notices
-nothing.
+A suite that passes says little about what it would notice. This table says it: each fault is one that
+a developer could make, put into a copy of the repository in place of the right text, and the test
+that it names must then fail. First every named test runs on the unbroken copy, because a test that
+fails anyway notices nothing.
 
 A new concept brings its faults with it. `tests/test_breaks.py` keeps that every text still stands exactly
 once. The whole table takes half an hour on two cores; it is no part of `make test`.
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# Every test runs in a process of its own, forked from one that has imported the slow libraries, and nothing
-# of crystal.
+# Every test runs in a process of its own, forked from one that has imported the slow libraries,
+# and nothing of crystal.
 PROCESSES = multiprocessing.get_context("forkserver")
 SLOW = [
     "pytest",
@@ -7397,8 +7397,8 @@ BREAKS = METHODS + SETTINGS + COMMANDS + LOOP + DATA + MEASURES + OPERATORS + WE
 
 
 def copy_of_the_repository(to, built):
-    """The files that git knows or would know, and what was compiled; with `built` the objects too, so that a
-    rebuild is short.
+    """The files that git knows or would know, and what was compiled; with `built` the objects too, so that
+    a rebuild is short.
     """
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -7413,8 +7413,8 @@ def copy_of_the_repository(to, built):
 
 
 def run_test(test, where):
-    """Runs pytest with the arguments `test` in a copy -> (its exit code, or None after LIMIT seconds; what it
-    printed).
+    """Runs pytest with the arguments `test` in a copy -> (its exit code, or None after LIMIT
+    seconds; what it printed).
     """
     file, name = tempfile.mkstemp(prefix="printed-", suffix=".txt")
     os.close(file)

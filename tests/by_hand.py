@@ -1,5 +1,5 @@
-"""A model made by hand: what it answers under every condition can be told in advance, without running
-anything.
+"""A model made by hand: what it answers under every condition can be told in
+advance, without running anything.
 
 Its pictures are uniform; a picture's brightness is its code. Its decoder has two layers that add 60 to every
 state. A latent takes the picture's code in, plus 300 for each latent before it, and a word of the question
@@ -37,8 +37,8 @@ class Layer(torch.nn.Module):
 
 
 def ingredients(directory, *flags):
-    """A real model's tokenizer, image rules and family, and the sequences of a method, by default CrystaL's
-    with three latents.
+    """A real model's tokenizer, image rules and family, and the sequences of a method, by default
+    CrystaL's with three latents.
     """
     settings = methods.parse(["--latents", "3", "--lora_r", "2", "--model", str(directory), *flags])
     real = crystal.backbone.model.load(directory)
@@ -136,8 +136,8 @@ def generate(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep"
 
 
 def answer(model, fmt, prompt, states, picture, latents):
-    """One answer. states [K,D] of the latents after the last layer; picture, latents: whether the last row
-    sees them.
+    """One answer. states [K,D] of the latents after the last layer; picture, latents: whether the
+    last row sees them.
     """
     question = model.tokenizer.decode(prompt[0])
     latents = latents and len(states) > 0

@@ -1,5 +1,5 @@
-"""What the tests share: small random models in Hugging Face layout, records with real images, and one batch
-of them.
+"""What the tests share: small random models in Hugging Face layout, records with real images, and
+one batch of them.
 """
 
 import functools
@@ -66,8 +66,8 @@ def qwen3_vl(path, settings):
 
 
 def llava_onevision(path, settings):
-    """What makes a tiny directory one of LLaVA-OneVision: SigLIP on tiles of 2 x 2 patches, up to 4 x 4 of
-    them, Qwen2, <image>.
+    """What makes a tiny directory one of LLaVA-OneVision: SigLIP on tiles of 2 x 2 patches, up to 4 x 4
+    of them, Qwen2, <image>.
     """
     text = {n: x for n, x in settings["text_config"].items() if n not in ("rope_parameters", "model_type")}
     text |= {"model_type": "qwen2", "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
@@ -247,8 +247,8 @@ def records_file(tmp_path_factory):
 
 @pytest.fixture
 def setup(model_dirs, family_dirs, records_file):
-    """setup(*flags, tied=, dtype=, which=, family=) -> settings, model, method, objective, fmt, batch: one
-    step's ingredients.
+    """setup(*flags, tied=, dtype=, which=, family=) -> settings, model, method, objective, fmt,
+    batch: one step's ingredients.
     """
 
     def make(*flags, tied=True, dtype=torch.float64, which=None, family=None):
@@ -331,8 +331,8 @@ def gradients(loss, named):
 
 @torch.no_grad()
 def put_in(model):
-    """Puts every adapter of a model into its Linear: W + (alpha / r) B A, computed as wide as the adapter is
-    kept, rounded once.
+    """Puts every adapter of a model into its Linear: W + (alpha / r) B A, computed as wide as the adapter
+    is kept, rounded once.
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):

@@ -1,5 +1,5 @@
-"""The model made by hand (by_hand.py) in the place of whatever --model names, and what it says under every
-condition.
+"""The model made by hand (by_hand.py) in the place of whatever --model names, and what it
+says under every condition.
 """
 
 import copy
@@ -29,8 +29,8 @@ RIGHT = [True, True, True, True, True, False, True, True]  # of the first
 
 
 class Masked(SFT):
-    """A method with LIVR's kind of mask: rows that are neither image nor latent do not see the image. Its
-    sequences are CrystaL's.
+    """A method with LIVR's kind of mask: rows that are neither image nor latent do not see the image.
+    Its sequences are CrystaL's.
     """
 
     def biases(self, model, batch):
@@ -46,8 +46,8 @@ def ingredients(model_dirs):
 
 @pytest.fixture
 def hand(ingredients, tmp_path, monkeypatch):
-    """The model by hand in the place of whatever --model names, CrystaL's format with three latents, the
-    eight records.
+    """The model by hand in the place of whatever --model names, CrystaL's format with three
+    latents, the eight records.
     """
     s, file = ingredients, by_hand.write_records(tmp_path)
     hand = SimpleNamespace(

@@ -170,8 +170,8 @@ class Net:
     """A stock model with some of its weights replaced, its tokenizer and its image processor.
 
     weights: {name of a parameter in the stock model: tensor}, which may hang on a graph. heads: {name:
-    tensor} of what a method adds beside the model. One Net of a directory lives at a time: the next one takes
-    its modules.
+    tensor} of what a method adds beside the model. One Net of a directory lives at a time: the next
+    one takes its modules.
     """
 
     def __init__(self, directory, tokenizer, processor, weights=None, heads=None):
@@ -663,9 +663,9 @@ def livr(net, record, folder, s, step=0, number=0):
     x = Sequence(net, asked, f"{answer}<|im_end|>", pixels, latent_names(s))
     L, predicting = len(x), range(x.said - 1, len(x) - 1)
 
-    # Stage 1: neither prompt nor answer sees the image; latents see everything. The two tokens around an
-    # image have seen nothing but images, so they count as image. A token before the first image has no image
-    # to see.
+    # Stage 1: neither prompt nor answer sees the image; latents see everything. The two tokens around
+    # an image have seen nothing but images, so they count as image. A token before the first image has
+    # no image to see.
     bias = torch.zeros(L, L, dtype=torch.float64)
     if step < round(s.masked * s.max_steps):
         visual = {net.id(name) for name in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")}
@@ -695,8 +695,8 @@ def lavit(net, record, folder, s, step=0, number=0):
     turns, answer, seen = conversation(record, number)
     pixels = pixels_of(net, open_pictures(record, folder, seen))
 
-    # K latents before the answer; `<answer>` opens the response: its prediction of R's first token is gated
-    # too.
+    # K latents before the answer; `<answer>` opens the response: its prediction of R's first
+    # token is gated too.
     asked = prompt(net, turns) + "".join(latent_names(s)) + "<answer>"
     x = Sequence(net, asked, f"{answer}<|im_end|>", pixels, latent_names(s))
     predicting = range(x.said - 1, len(x) - 1)

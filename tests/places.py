@@ -4,12 +4,12 @@
     cuda, cuda-1, cuda-2 ..     a GPU; with a number, that version of an operator's kernels
     emulated, emulated-1 ..     the GPU's kernels, run thread by thread on the CPU (tests/cuda_on_cpu.h)
 
-PLACES holds those that this machine has: every test runs in each of them, and what is absent is one visible
-skip each (test_ops.py::test_place), not one for every sample. `pytest --require-cuda` makes the GPU's absence
-a failure.
+PLACES holds those that this machine has: every test runs in each of them, and what is absent is one
+visible skip each (test_ops.py::test_place), not one for every sample. `pytest --require-cuda` makes the
+GPU's absence a failure.
 
-Operators that are not built are a failure. Only who asks for plain PyTorch, CRYSTAL_OPS=reference, gets
-skips.
+Operators that are not built are a failure. Only who asks for plain
+PyTorch, CRYSTAL_OPS=reference, gets skips.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""Depth questions: the answer is the nearest circle's letter, the same from the same seed, and what cannot be
-used is told.
+"""Depth questions: the answer is the nearest circle's letter, the same from the same seed, and what cannot
+be used is told.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ W, H = 160, 120
 
 @pytest.fixture
 def sources(tmp_path):
-    """Eight photographs in two folders; depth rises to the right in the even ones, to the left in the odd
-    ones.
+    """Eight photographs in two folders; depth rises to the right in the even ones, to the left
+    in the odd ones.
     """
     ramp = np.tile(np.linspace(1, 255, W), (H, 1)).astype(np.uint8)
     for i in range(8):
@@ -143,8 +143,8 @@ def test_points_keep_apart_and_off_the_border():
 
 
 def test_marks_are_drawn_where_their_boxes_say():
-    """Radius: a sixtieth of the shorter side, at least 4; a red ring around each place, its letter white on
-    black above it.
+    """Radius: a sixtieth of the shorter side, at least 4; a red ring around each place, its letter white
+    on black above it.
     """
     for size, r in (((160, 120), 4), ((600, 480), 8)):
         image = Image.new("RGB", size, (90, 120, 90))

@@ -57,8 +57,8 @@ def test_what_each_way_of_asking_is_answered(hand, how, expected):
 
 
 def test_a_result_in_full(hand):
-    """Case and a final full stop do not count; a family's absence is "all"; the question is the last turn's
-    last part.
+    """Case and a final full stop do not count; a family's absence is "all"; the question is the
+    last turn's last part.
     """
     hand.records[6].family = ""
     hand.records[7].turns = [("user", ["", "not this see", "see five"])]
@@ -132,8 +132,8 @@ def test_corruption_depends_on_the_seed(hand):
     [(0, [], [0, 2, 4, 6]), (1, [], [1, 3, 5, 7]), (0, [0, 3], [1, 4, 6]), (1, [0, 3], [2, 5, 7])],
 )
 def test_the_shares_of_ranks(hand, rank, done, mine):
-    """What is left to ask is dealt out one by one; what an earlier run answered is not asked again and stands
-    in its place.
+    """What is left to ask is dealt out one by one; what an earlier run answered is not asked again and
+    stands in its place.
     """
     told = []
     procs = SimpleNamespace(

@@ -1,5 +1,5 @@
-"""attention.py against a full softmax, cell by cell in float64, and the recorder against a forward without
-checkpointing.
+"""attention.py against a full softmax, cell by cell in float64, and the recorder against
+a forward without checkpointing.
 """
 
 import pytest
@@ -14,8 +14,8 @@ f64 = torch.float64
 
 
 def sample(rows, cols, H=4, G=2, L=7, d=3, padding=None, bias=None, contiguous=True, scale=None, dtype=f64):
-    """q, k, rows, cols and the keywords of attn_slice; `bias` fills a [B,1,L,L] tensor, of which the rows are
-    cut.
+    """q, k, rows, cols and the keywords of attn_slice; `bias` fills a [B,1,L,L] tensor, of which
+    the rows are cut.
     """
     rows, cols = torch.tensor(rows, dtype=torch.int64), torch.tensor(cols, dtype=torch.int64)
     B, generator = len(rows), torch.Generator().manual_seed(0)
@@ -60,8 +60,8 @@ each_sample = pytest.mark.parametrize("name", SAMPLES)
 
 
 def naive(q, k, rows, cols, scale=None, bias=None, key_padding=None):
-    """(scores [B,H,M,K], lse [B,H,M], weights [B,H,M,K]), every cell by itself from one row of the full
-    softmax.
+    """(scores [B,H,M,K], lse [B,H,M], weights [B,H,M,K]), every cell by itself from one row
+    of the full softmax.
     """
     (B, H, L, d), G = q.shape, k.shape[1]
     shape = (B, H, rows.shape[1], cols.shape[1])
@@ -91,8 +91,8 @@ def naive(q, k, rows, cols, scale=None, bias=None, key_padding=None):
 
 
 def gradients(f, *inputs, seed=1):
-    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where f has
-    no graph.
+    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where
+    f has no graph.
     """
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     out = f(*leaves)
@@ -141,8 +141,8 @@ def test_gradcheck(name):
 
 @each_sample
 def test_lse_given(name):
-    """A given lse changes no value and no gradient, although it carries none; a padded or blind row may hold
-    anything.
+    """A given lse changes no value and no gradient, although it carries none; a padded or blind
+    row may hold anything.
     """
     q, k, rows, cols, kw = sample(**SAMPLES[name])
     lse = attn_lse(q, k, rows, **kw)
@@ -188,8 +188,8 @@ def test_scores_of_blocked_keys_have_no_gradient():
 
 
 def test_random_shapes():
-    """Ragged batches of every size at once: rows and columns anywhere, some padded, left or right padding,
-    biases.
+    """Ragged batches of every size at once: rows and columns anywhere, some padded, left
+    or right padding, biases.
     """
     generator = torch.Generator().manual_seed(3)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
@@ -213,8 +213,8 @@ def test_random_shapes():
 
 
 def test_fused_attention_agrees():
-    """The weights are those of the attention that the model runs: against one-hot values through PyTorch's
-    own.
+    """The weights are those of the attention that the model runs: against one-hot
+    values through PyTorch's own.
     """
     q, k, rows, cols, _ = sample(rows=[[3, 6]], cols=[[0, 2, 3]])
     key, values = k.repeat_interleave(2, dim=1), torch.eye(7, dtype=f64).expand(1, 4, 7, 7)
@@ -225,8 +225,8 @@ def test_fused_attention_agrees():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_inputs(dtype, autocast):
-    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain computation in that
-    dtype.
+    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain
+    computation in that dtype.
     """
     q, k, rows, cols, _ = sample(
         rows=[list(range(8, 40))], cols=[list(range(6))], H=8, G=2, L=40, d=32, dtype=dtype
@@ -267,8 +267,8 @@ def test_what_is_refused():
 
 
 class Layer(torch.nn.Module):
-    """A decoder layer as the recorder sees one: attention with a residual, the recorder a keyword of its
-    forward.
+    """A decoder layer as the recorder sees one: attention with a residual, the recorder a
+    keyword of its forward.
     """
 
     def __init__(self, index):
@@ -287,8 +287,8 @@ class Layer(torch.nn.Module):
 
 
 def tapped(read, layers, checkpointed, run=3):
-    """Slices before and after backward, and the gradients of an attention loss plus the output's, of a stack
-    of layers.
+    """Slices before and after backward, and the gradients of an attention loss plus the output's, of
+    a stack of layers.
     """
     torch.manual_seed(0)
     stack, x = torch.nn.ModuleList(map(Layer, range(run))), torch.randn(2, 6, 8)

@@ -1,5 +1,5 @@
-"""Masks: causality, padding, blocked and dimmed cells; a blocked cell has exactly no influence in a whole
-model.
+"""Masks: causality, padding, blocked and dimmed cells; a blocked cell has exactly no influence
+in a whole model.
 """
 
 import math
@@ -141,8 +141,8 @@ def test_one_tensor_serves_all_heads_and_layers(setup):
 
 
 def test_a_mask_holds_in_a_cached_forward(setup):
-    """Model.seeing: a left-padded prompt and three rows after it, one and two at a time, equal one forward
-    without a cache.
+    """Model.seeing: a left-padded prompt and three rows after it, one and two at a time, equal one
+    forward without a cache.
     """
     s = setup(which=[0])
     ids, pad = s.batch["input_ids"], 2

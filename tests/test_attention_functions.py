@@ -10,8 +10,8 @@ from crystal.backbone import attention_functions
 
 
 def test_no_row_is_blind_under_the_mask_of_a_padded_batch():
-    """Rows of left padding see something: what attention makes of a row that sees nothing differs among its
-    kernels, NaN included.
+    """Rows of left padding see something: what attention makes of a row that sees nothing differs among
+    its kernels, NaN included.
     """
     padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
     mask = attention_functions.attention_mask(
@@ -30,8 +30,8 @@ def drawn(*shape, seed=0):
 
 
 def softmax_attention(q, k, v, scale, sees):
-    """Attention of one head, q [n,d], k and v [m,d], row by row over the columns that `sees(row, column)` ->
-    [n,d].
+    """Attention of one head, q [n,d], k and v [m,d], row by row over the columns that
+    `sees(row, column)` -> [n,d].
     """
     out = []
     for t in range(len(q)):

@@ -1,5 +1,5 @@
-"""bench.py at small sizes: every row measured or its reason told, the gate in front of it, the line of a
-mistake.
+"""bench.py at small sizes: every row measured or its reason told, the gate in front of it, the
+line of a mistake.
 
 Right values: times from a clock that is told what to say, bytes and products counted by hand.
 """
@@ -122,8 +122,8 @@ MACHINE = {"copy_gb_s": 2.0, "tflop_s": 0.5}
 
 
 def test_a_row_by_hand(monkeypatch, capsys):
-    """Medians and quartiles of five runs, the floor as the larger bound of each pass, shares and ratios from
-    them.
+    """Medians and quartiles of five runs, the floor as the larger bound of each pass, shares
+    and ratios from them.
     """
     x = torch.ones(4, requires_grad=True)
     peers = {
@@ -200,8 +200,8 @@ def test_bytes_kept_and_held_at_once():
     size = 4 << 18
     assert bench.kept_bytes(lambda x: (x.exp(),), x) == size and bench.kept_bytes(lambda x: (x * x,), x) == 0
     assert bench.kept_bytes(lambda x: (x.exp().exp(),), x) == 2 * size
-    # exp of exp: two results, the ones, and the gradient of each exp, the first still held while the second
-    # is formed.
+    # exp of exp: two results, the ones, and the gradient of each exp, the first still held while
+    # the second is formed.
     simple, deeper = (
         bench.peak_bytes(lambda x: (x.exp(),), x, torch.device("cpu")),
         bench.peak_bytes(lambda x: (x.exp().exp(),), x, torch.device("cpu")),

@@ -24,8 +24,8 @@ def test_positions_are_laid_out_as_a_record():
     _, again, _ = bench_cases.heads(a, [1, 4, 9, 2, 2, 2, 8], torch.device("cpu"))
     assert again.tolist() == [[0, 1, 2, 3]]  # no more rows than there are positions
 
-    # Eq. 5 in its default kind by loops over pairs, heads and rows: the intact path's share against the
-    # corrupted one's.
+    # Eq. 5 in its default kind by loops over pairs, heads and rows: the intact path's share
+    # against the corrupted one's.
     _, leaves, peers, _ = bench_cases.align_case(a, sizes, torch.device("cpu"))
     q, k = leaves[0].detach(), leaves[1].detach()
     means = []

@@ -30,8 +30,8 @@ from crystal.runtime import data
 from crystal.runtime.config import UserError
 
 ANIMALS = {"A": "cat", "B": "dog", "C": "car", "D": "tree"}
-# What VLMEvalKit e8e78f0 reads out of an answer with the judge exact_matching: run on these strings, not
-# reasoned about.
+# What VLMEvalKit e8e78f0 reads out of an answer with the judge exact_matching: run on these
+# strings, not reasoned about.
 CHOICES = [
     ("The answer is B", "B"),
     ("dog", "B"),

@@ -1,5 +1,5 @@
-"""Benchmarks from the cell to the score, by hand: what each kind of row asks, how an answer is read, what
-each score is.
+"""Benchmarks from the cell to the score, by hand: what each kind of row asks, how an answer is read,
+what each score is.
 
 The reading rules are VLMEvalKit's (commit e8e78f0, judge exact_matching), each boundary worked out from its
 description; scores are small tables whose means, pairs and F1 are written out as fractions.
@@ -38,8 +38,8 @@ def shades(question):
 
 
 def test_a_prompt_in_full(tmp_path):
-    """Hint, question, the options that are filled in, in the alphabet's order, VLMEvalKit's request with its
-    blank, the suffix.
+    """Hint, question, the options that are filled in, in the alphabet's order, VLMEvalKit's request with
+    its blank, the suffix.
     """
     path = write(
         tmp_path / "x.tsv",
@@ -203,8 +203,8 @@ def test_paths_and_pictures_in_one_file(tmp_path):
 
 
 def test_rows_by_line_and_byte(tmp_path):
-    """A byte order mark, carriage returns, empty lines and cells of several lines: each picture is read where
-    its row starts.
+    """A byte order mark, carriage returns, empty lines and cells of several lines: each picture is read
+    where its row starts.
     """
     text = (
         "\ufeffindex\timage\tquestion\tanswer\r\n\r\n0\t"

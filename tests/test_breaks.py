@@ -1,5 +1,5 @@
-"""The table of deliberate faults stays true: each text stands once, each named test exists, no file is
-without a fault.
+"""The table of deliberate faults stays true: each text stands once, each named test exists, no file
+is without a fault.
 """
 
 import ast
@@ -33,8 +33,8 @@ def test_faults_can_be_put_in(file):
 
 
 def can_be_put_in(fault):
-    """Asserts that a fault's text stands once, that what is put in its place is valid Python, and that its
-    test exists.
+    """Asserts that a fault's text stands once, that what is put in its place is valid Python, and
+    that its test exists.
     """
     text = (ROOT / fault.file).read_text()
     assert text.count(fault.text) == 1, (

@@ -1,5 +1,5 @@
-"""Every flag of every command does what it says: a table of flags, each with a test at another value than its
-default.
+"""Every flag of every command does what it says: a table of flags, each with a test at another
+value than its default.
 
 The table is held against the commands' own parsers: a flag without a test fails here, and so does a test of a
 flag that is gone. train.py's settings have a table of their own. The tests below go from argv to what the
@@ -35,13 +35,13 @@ from crystal.runtime import checkpoint, config, toy
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 
-# What opens a model takes these four, and two tests hold them: what is asked arrives, and what arrives is
-# done.
+# What opens a model takes these four, and two tests hold them: what is asked arrives, and
+# what arrives is done.
 OPENS = "test_what_opens_a_model_is_told_what_was_asked"
 MODEL = {"--checkpoint": OPENS, "--device": OPENS, "--min_pixels": OPENS, "--max_pixels": OPENS}
 
-# Whose code a command may run that opens a run: one test takes every such command, another gives it both
-# answers.
+# Whose code a command may run that opens a run: one test takes every such command, another
+# gives it both answers.
 TRUST = dict.fromkeys(
     ["--method", "--trust_method"], "test_methods.py::test_every_command_takes_both_answers"
 )
@@ -416,8 +416,8 @@ def shown(pixels):
 
 
 def colours(path):
-    """The pixels of a picture file, [pixels, 3], from 0 to 1, sorted: whatever order the processor puts them
-    in.
+    """The pixels of a picture file, [pixels, 3], from 0 to 1, sorted: whatever order the
+    processor puts them in.
     """
     return in_order(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).view(-1, 3).float() / 255)
 
@@ -431,8 +431,8 @@ def in_order(pixels):
 
 @pytest.mark.parametrize("latents", ["keep", "drop", "free"])
 def test_generate_asks_what_was_typed(attached, records_file, monkeypatch, capsys, latents):
-    """--image twice, in order; --question as text; room for a thought of the model's own beside
-    --max_new_tokens.
+    """--image twice, in order; --question as text; room for a thought of the
+    model's own beside --max_new_tokens.
     """
     s = attached(generate)
     asked = []
@@ -844,8 +844,8 @@ def test_evaluate_scores_a_benchmark_as_told(attached, fed, tmp_path, monkeypatc
 
 @pytest.fixture
 def served(attached, monkeypatch):
-    """served(*flags) -> the Server that the command made, and the address it listens on; it takes no
-    requests.
+    """served(*flags) -> the Server that the command made, and the address it listens on;
+    it takes no requests.
     """
     s = attached(serve)
     made = SimpleNamespace(setup=s)
@@ -1046,8 +1046,8 @@ def test_compare_on_the_tiny_base_uses_the_demos_flags_and_scenes(tmp_path, monk
 
 
 def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
-    """What is drawn, launched, trained, asked and written; the table's columns are the ways of asking, in
-    order.
+    """What is drawn, launched, trained, asked and written; the table's columns are the ways
+    of asking, in order.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("from crystal.methods.livr import Method\n")
@@ -1148,8 +1148,8 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
 
 
 def test_bench_measures_what_was_asked(tmp_path, monkeypatch, capsys):
-    """Shapes, dtypes, repeats and devices as they reach the measurement; bytes and products of the floor by
-    hand.
+    """Shapes, dtypes, repeats and devices as they reach the measurement; bytes and products of
+    the floor by hand.
     """
     measured, probed, compiled = [], [], []
     machine = {"name": "a test's", "threads": 1, "copy_gb_s": 10.0, "tflop_s": 0.1, "empty_us": 1.0}

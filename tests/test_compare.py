@@ -27,8 +27,8 @@ def test_interval_is_students():
 
 
 def test_table_pairs_seeds():
-    """Two methods that differ by the same in every seed: a difference without spread, whatever the spread of
-    the seeds.
+    """Two methods that differ by the same in every seed: a difference without spread, whatever the
+    spread of the seeds.
     """
     scores = {"sft": [{"all": 50.0}, {"all": 70.0}], "mine": [{"all": 51.0}, {"all": 71.0}]}
     lines = [line.split() for line in compare.table(scores).splitlines()]

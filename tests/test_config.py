@@ -27,8 +27,8 @@ def test_every_field_has_help_and_round_trips(name):
 
 
 def test_a_method_has_its_own_settings(capsys):
-    """--help lists those of the method named, another's are unknown to it, and the common part knows none of
-    them.
+    """--help lists those of the method named, another's are unknown to it, and the common part
+    knows none of them.
     """
     assert parse(["--method", "livr"]).lr == 1e-4 and parse([]).lr == 2e-4
     with pytest.raises(SystemExit):
@@ -166,8 +166,8 @@ def test_stages_cover_every_update_once():
 
 
 def test_values_of_every_type_come_from_the_command_line():
-    """--no-x turns off, `=` is a space, the last of two wins, a number stays of its type, and a name may not
-    be cut short.
+    """--no-x turns off, `=` is a space, the last of two wins, a number stays of its type, and a name may
+    not be cut short.
     """
     s = parse(
         [

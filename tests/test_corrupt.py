@@ -1,5 +1,5 @@
-"""Equation (3) against implementations that share no code with crystal/corrupt.py: scipy, scikit-image,
-Pillow, colorsys, numpy.
+"""Equation (3) against implementations that share no code with crystal/corrupt.py: scipy,
+scikit-image, Pillow, colorsys, numpy.
 """
 
 import colorsys
@@ -56,8 +56,8 @@ def test_names_levels_and_priors():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mode", MODES)
 def test_size_dtype_range_and_input(mode, size):
-    """Odd, tiny and long images, every level and the limit: same shape and dtype, values in [0, 1], the input
-    left alone.
+    """Odd, tiny and long images, every level and the limit: same shape and dtype, values in [0, 1],
+    the input left alone.
     """
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         x = picture(*size, dtype=dtype)
@@ -160,8 +160,8 @@ def test_drawn_strengths_are_uniform_over_the_prior(mode):
 
 
 def test_no_strength_means_a_drawn_one():
-    """Read back from images: the share that a mask took, and what `draw_strength` says the same generator
-    gives.
+    """Read back from images: the share that a mask took, and what `draw_strength` says
+    the same generator gives.
     """
     white = torch.ones(3, 40, 40)
     shares = [(corrupt(white, "mask", generator=seeded(i)) == 0).float().mean().item() for i in range(400)]
@@ -233,8 +233,8 @@ def test_numpy_numbers_are_numbers():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("radius", [0.3, 1, *LEVELS["blur"], 30])
 def test_blur_is_scipys_gaussian(size, radius):
-    """scipy's `nearest` repeats the edge pixel; float64 leaves only rounding. 30 px reach 120, beyond most of
-    these images.
+    """scipy's `nearest` repeats the edge pixel; float64 leaves only rounding. 30 px reach 120, beyond
+    most of these images.
     """
     x = picture(*size, dtype=torch.float64)
     reach = math.ceil(4 * radius)
@@ -445,8 +445,8 @@ def test_color_leaves_grey_grey_and_clips_after_each_step():
 
 
 def read_back(s, seed):
-    """The four factors of corrupt(color), solved from what it does to two greys and one colour, mild enough
-    that nothing clips.
+    """The four factors of corrupt(color), solved from what it does to two greys and one colour, mild
+    enough that nothing clips.
     """
     x = torch.full((3, 10, 10), 0.3, dtype=torch.float64)
     x[:, 5:] = 0.4
@@ -689,8 +689,8 @@ def test_a_text_that_says_nothing_is_one_line(text, says):
 
 
 def test_a_chain_by_hand():
-    """The second mode works on what the first one made; each draws its strength before it is applied, from
-    one generator.
+    """The second mode works on what the first one made; each draws its strength before it is
+    applied, from one generator.
     """
     x = picture(8, 12)
     g = seeded(3)
@@ -700,8 +700,8 @@ def test_a_chain_by_hand():
 
 
 def shifted(x, strength, generator):
-    """A mode of one's own: the picture moves to the right by so many columns, as many more as the generator
-    says.
+    """A mode of one's own: the picture moves to the right by so many columns, as many more
+    as the generator says.
     """
     return x.roll(round(strength) + int(torch.randint(2, (), generator=generator)), 2)
 

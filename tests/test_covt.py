@@ -1,5 +1,5 @@
-"""CoVT's parquet parts become records: streamed, sampled from a seed, resumed after a kill, and nothing
-broken left unsaid.
+"""CoVT's parquet parts become records: streamed, sampled from a seed, resumed after a kill, and
+nothing broken left unsaid.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""CrystaL's step: every term alive and equal to finite differences; pairs independent of padding and batch;
-nothing leaks.
+"""CrystaL's step: every term alive and equal to finite differences; pairs independent of padding
+and batch; nothing leaks.
 """
 
 import pytest
@@ -25,8 +25,8 @@ def test_every_term_alone_moves_what_trains(setup, preset, tune, checkpointing):
         grads = gradients(terms[name], s.named)
         rows = next(n for n in grads if n.endswith("new_tokens.embedding"))
         weights = [n for n in grads if ".layers." in n]
-        # in the last layer nothing after the scores can matter to the attention loss; before it everything
-        # does
+        # in the last layer nothing after the scores can matter to the attention loss;
+        # before it everything does
         deep = [n for n in weights if not (name == "attn" and ".layers.2." in n)]
         assert grads[rows].abs().max() > 1e-9, f"{name} does not reach the latents' rows"
         dead = [n for n in deep if grads[n].abs().max() < 1e-12]
@@ -100,8 +100,8 @@ def test_one_token_answer_has_something_to_lose(setup):
 
 
 def test_the_teacher_is_detached_unless_asked(setup):
-    """With the corrupted path's inputs cut off from the intact one, KL and attention loss must not move the
-    intact image.
+    """With the corrupted path's inputs cut off from the intact one, KL and attention loss must not
+    move the intact image.
     """
     for flag, moved in (("--no-teacher_grad", False), ("--teacher_grad", True)):
         s = setup(flag)

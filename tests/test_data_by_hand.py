@@ -345,8 +345,8 @@ def test_seeds_are_these_numbers():
         assert data.seed_of(*numbers) == seed == seed_by_rule(*numbers)
 
 
-# Three epochs of twelve records, one after the other: each torch.randperm(12) of a generator seeded with
-# seed_of(seed, epoch).
+# Three epochs of twelve records, one after the other: each torch.randperm(12) of a generator
+# seeded with seed_of(seed, epoch).
 STREAMS = {
     0: [
         2, 9, 6, 7, 10, 5, 0, 11, 4, 8, 1, 3, 2, 7, 6, 5, 9, 8, 3, 4, 11, 1, 10, 0, 6, 11, 1, 9, 0, 2, 7, 10,
@@ -997,8 +997,8 @@ def chosen(text):
 
 
 def test_the_range_of_every_mode():
-    """The paper's levels (appendix A.3), blur's the released code's. Both ends can be given, up to the mode's
-    limit.
+    """The paper's levels (appendix A.3), blur's the released code's. Both ends can be given, up
+    to the mode's limit.
     """
     ranges = {
         "blur": (2, 5),

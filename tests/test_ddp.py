@@ -1,5 +1,5 @@
-"""Two or four processes that share a batch give the one-process losses and weights; the three ways to start
-are one path.
+"""Two or four processes that share a batch give the one-process losses and weights; the three ways to
+start are one path.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""The demo's own part: what it refuses before it starts, each method's flags, and that each gets to its last
-line.
+"""The demo's own part: what it refuses before it starts, each method's flags, and that each gets
+to its last line.
 """
 
 import functools
@@ -62,8 +62,8 @@ def test_it_gets_to_its_end(method, monkeypatch, tmp_path, capsys):
 
 
 def test_each_method_trains_by_its_own_flags(tmp_path):
-    """The flags that the head of demo.py explains, method by method; a file's are those of the method that it
-    builds on.
+    """The flags that the head of demo.py explains, method by method; a file's are those of the method
+    that it builds on.
     """
     common = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
     own = {
@@ -93,8 +93,8 @@ def test_updates_are_told_or_the_methods_own(tmp_path):
 
 
 def test_lavits_data_are_what_the_teacher_saw(tmp_path, monkeypatch):
-    """All of the training scenes and 64 for validation, each kept; the files that it writes are the ones to
-    train on.
+    """All of the training scenes and 64 for validation, each kept; the files that it writes are the
+    ones to train on.
     """
     (tmp_path / "sft" / "checkpoints").mkdir(parents=True)
     told = []

@@ -1,5 +1,5 @@
-"""One process without a group, and two gloo processes: this file, run as a script with the environment that
-torchrun gives.
+"""One process without a group, and two gloo processes: this file, run as a script with the
+environment that torchrun gives.
 """
 
 import json

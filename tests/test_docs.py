@@ -1,5 +1,5 @@
-"""What the documents say is true: every block runs and prints what stands under it, every path and command
-they name exists.
+"""What the documents say is true: every block runs and prints what stands under it, every path and
+command they name exists.
 
 A page's python blocks run in order in one namespace, in a process of their own, from the root of the
 repository. A `text` block right after a python block is what that block prints. A line `...` in it stands for
@@ -50,8 +50,8 @@ print("\\n@@" + json.dumps(out))
 
 
 def fences(text):
-    """[(info string, line of its first line, content, does it follow the block before directly)] of a page's
-    fenced blocks.
+    """[(info string, line of its first line, content, does it follow the block before directly)] of
+    a page's fenced blocks.
     """
     blocks, end = [], 0
     for found in re.finditer(r"^```([^\n`]*)\n(.*?)^```[ ]*$", text, re.DOTALL | re.MULTILINE):
@@ -69,8 +69,8 @@ def prose(text):
 
 
 def agrees(expected, printed, approximately):
-    """Whether a page's `expected` is what was `printed`. Approximately: its lines occur there in this order,
-    numbers aside.
+    """Whether a page's `expected` is what was `printed`. Approximately: its lines occur there in
+    this order, numbers aside.
     """
 
     def tidy(text):
@@ -288,8 +288,8 @@ def test_help_is_readable(module, capsys, monkeypatch):
 
 
 def tree():
-    """{path: line number} of the tree's page: two spaces a level, then names (x.py, x.md, x/), then a
-    comment.
+    """{path: line number} of the tree's page: two spaces a level, then names (x.py, x.md,
+    x/), then a comment.
     """
     info, line, content, _ = fences(TREE.read_text())[0]
     found, above = {}, []

@@ -72,8 +72,8 @@ def test_autocast_changes_nothing():
 
 
 def test_patches_stand_in_reading_order():
-    """A changed corner of the image moves that corner's patch embedding most; class token and registers are
-    left out.
+    """A changed corner of the image moves that corner's patch embedding most; class token and
+    registers are left out.
     """
     e = encoders.load("tiny")
     plain, other = Image.new("RGB", (112, 112), (90, 90, 90)), Image.new("RGB", (112, 112), (90, 90, 90))

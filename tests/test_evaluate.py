@@ -1,5 +1,5 @@
-"""Families and tables; blind, corrupted and latent-free answers differ where they must; benchmarks, and runs
-that were killed.
+"""Families and tables; blind, corrupted and latent-free answers differ where they must; benchmarks, and
+runs that were killed.
 """
 
 import csv
@@ -142,8 +142,8 @@ def test_a_benchmark_from_file_to_scores(tmp_path, monkeypatch, capsys):
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
-    """The second batch dies; what the first said stays, is not asked again, and the outcome is that of a run
-    in one piece.
+    """The second batch dies; what the first said stays, is not asked again, and the outcome is that of a
+    run in one piece.
     """
     path, out, calls = tsv(tmp_path / "x.tsv"), tmp_path / "p.jsonl", []
 

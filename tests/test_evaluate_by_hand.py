@@ -1,8 +1,8 @@
 """The evaluation command on a model made by hand (by_hand.py): what each way of asking feeds, answers, prints
 and stores, by value.
 
-Right answers follow from by_hand.py's rules; intervals are scipy's; attention is counted; every printed table
-is written out.
+Right answers follow from by_hand.py's rules; intervals are scipy's; attention is counted; every printed
+table is written out.
 """
 
 import json
@@ -102,8 +102,8 @@ def test_a_benchmarks_text_by_hand():
 
 
 def test_progress_in_lines(monkeypatch, capsys):
-    """Without a terminal a line each half minute: after 40 of 200 s with 10 of 50 questions done, 160 s or 3
-    minutes are left.
+    """Without a terminal a line each half minute: after 40 of 200 s with 10 of 50 questions done, 160 s or
+    3 minutes are left.
     """
     now = [1000.0]
     monkeypatch.setattr(asking.time, "perf_counter", lambda: now[0])
@@ -294,8 +294,8 @@ def test_diagnosis_takes_grey_and_corruption(hand, monkeypatch):
 
 
 def test_reliance_is_handed_what_was_asked(hand, monkeypatch, tmp_path):
-    """The corruption is the flag's, else what the run trained with; the folder is the model's, by the data's
-    name.
+    """The corruption is the flag's, else what the run trained with; the folder is the model's,
+    by the data's name.
     """
     kept = []
     monkeypatch.setattr(

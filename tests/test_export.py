@@ -1,5 +1,5 @@
-"""Exports that other tools load: a merged directory for transformers alone, an adapter for peft; answers
-equal ours.
+"""Exports that other tools load: a merged directory for transformers alone, an adapter for
+peft; answers equal ours.
 """
 
 import hashlib
@@ -67,8 +67,8 @@ def runs(model_dirs, records_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(runs, records_file, tmp_path_factory):
-    """{run: what its merged directory answers in transformers alone}, all in one process that never imports
-    crystal.
+    """{run: what its merged directory answers in transformers alone}, all in one process
+    that never imports crystal.
     """
     records, _ = data.read(records_file)
     for run in runs.values():

@@ -1,5 +1,5 @@
-"""Every family of the table in families.py on a tiny random model: what the other tests show of Qwen2.5-VL
-holds for each.
+"""Every family of the table in families.py on a tiny random model: what the other tests show of
+Qwen2.5-VL holds for each.
 
 Loads, logits as stock; realisations, feedback and generation equal; every method's every term alive; exports
 that stock tools load. Tied heads in one half of the tests, untied ones in the other.
@@ -108,8 +108,8 @@ def test_every_linear_of_a_part_is_found(setup, family):
 
 @each
 def test_tokens_that_the_vocabulary_has_keep_their_rows(setup, family_dirs, family):
-    """Qwen3's <think> has a learned row: training starts from it, and new tokens take rows behind the
-    tokenizer's.
+    """Qwen3's <think> has a learned row: training starts from it, and new tokens take
+    rows behind the tokenizer's.
     """
     before = crystal.backbone.model.load(str(family_dirs(family, True)))
     vocabulary, weight = before.tokenizer.get_vocab(), before.hf.get_input_embeddings().weight
@@ -374,8 +374,8 @@ def test_what_is_not_supported_is_told_in_one_line(family_dirs, tmp_path, monkey
     ids=["paper", "released"],
 )
 def test_realisations_are_equal(setup, float64_modules, family, flags):
-    """Ragged pairs, one with two images: logits' losses and every gradient, adapters in the vision tower and
-    its mergers too.
+    """Ragged pairs, one with two images: logits' losses and every gradient, adapters in the vision tower
+    and its mergers too.
     """
     found = []
     for how in ("hidden", "kv", "packed"):
@@ -537,8 +537,8 @@ def test_livrs_export_asks_as_training_does(setup, family, place):
 
 @each
 def test_feedback_equals_whole_forwards(setup, float64_modules, family):
-    """A batch of two, latents at different places: the recurrence, one full forward per latent, and the exact
-    parallel iteration.
+    """A batch of two, latents at different places: the recurrence, one full forward per latent, and
+    the exact parallel iteration.
     """
     s = setup("--method", "sft", "--tune", "full", family=family, which=[0, 2])
     batch, ends = dict(s.batch), s.batch["attention_mask"].sum(1).tolist()
@@ -549,8 +549,8 @@ def test_feedback_equals_whole_forwards(setup, float64_modules, family):
     real = batch["attention_mask"].bool()
     T = int(latents.sum(1).max()) - 1
     assert (feedback.parallel(s.model, batch, latents, T)[0] - h)[real].abs().max() < 1e-10
-    # By the letter: the whole batch from the start for every latent, its embedding overwritten as it is
-    # looked up.
+    # By the letter: the whole batch from the start for every latent, its embedding overwritten as
+    # it is looked up.
     fed = {}
 
     def overwrite(module, args, out):
@@ -599,8 +599,8 @@ def test_a_padded_batch_answers_as_each_alone(setup, family):
 
 @each
 def test_fed_back_latents_are_decoded_alike_in_a_batch_and_alone(setup, family, monkeypatch):
-    """Right padding and our own loop; the prompt's last state is made to open the latents, which a random
-    model never does.
+    """Right padding and our own loop; the prompt's last state is made to open the latents, which a
+    random model never does.
     """
     s = setup("--method", "valr", "--encoders", "none", family=family)
     s.model.eval()
@@ -710,8 +710,8 @@ def test_merged_directories_answer_as_we_do_in_transformers_alone(runs, records_
 @each
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_untouched_weights_are_the_bases_to_the_bit(runs, family_dirs, family, kind):
-    """Every tensor, bit for bit, but those that an adapter was merged into; of the vocabulary all rows but
-    the trained ones.
+    """Every tensor, bit for bit, but those that an adapter was merged into; of the vocabulary all rows
+    but the trained ones.
     """
     run = runs[family, kind]
     merged, base = (

@@ -1,8 +1,8 @@
-"""What the commands that compute features share: which records, files that are whole or absent, a copy with
-paths.
+"""What the commands that compute features share: which records, files that are whole or absent,
+a copy with paths.
 
-Also the one rule of what a conversion may leave out (broken.py). Right values are written out beside each
-case.
+Also the one rule of what a conversion may leave out (broken.py). Right values are written
+out beside each case.
 """
 
 import json
@@ -56,8 +56,8 @@ def test_one_of_a_hundred_may_be_broken():
 
 
 def test_usable_records_have_an_id_of_their_own_and_an_image(source):
-    """The first of two with one id is taken; what is left out is named with its line and field, and the rest
-    keeps its order.
+    """The first of two with one id is taken; what is left out is named with its line and field, and the
+    rest keeps its order.
     """
     good = [line(f"r{i}") for i in range(300)]
     file, root = source([*good[:2], line("r0"), *good[2:4], line("x", image=None), *good[4:], line(None)])

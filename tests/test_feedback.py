@@ -1,5 +1,5 @@
-"""Feedback latents: the recurrence equals a loop without cache, the parallel iteration becomes exact,
-checkpointing changes nothing.
+"""Feedback latents: the recurrence equals a loop without cache, the parallel iteration becomes
+exact, checkpointing changes nothing.
 """
 
 import pytest

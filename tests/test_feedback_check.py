@@ -1,5 +1,5 @@
-"""feedback_check.py: which model, records and numbers of updates its flags choose, and whether it measures
-what it says.
+"""feedback_check.py: which model, records and numbers of updates its flags choose, and whether it
+measures what it says.
 
 Right values: errors from states computed in the test, the cross entropy from logits by log_softmax, medians
 of a clock that is told what to say.

@@ -31,8 +31,8 @@ def check_png(path, inches):
 
 
 def eager(s, batch, copied):
-    """Every weight of both paths, [layers,2,H,L,L], and the last states, from transformers' own eager
-    attention.
+    """Every weight of both paths, [layers,2,H,L,L], and the last states, from
+    transformers' own eager attention.
     """
     s.model.hf.set_attn_implementation({"text_config": "eager"})
     out = s.model.hf.model(
@@ -147,8 +147,8 @@ def test_attention_maps_draw_those_numbers(setup, drawn, tmp_path, method):
 
 
 def test_latents_that_are_fed_back_are_each_paths_own(setup, float64_modules):
-    """VaLR: the row that predicts the answer says of each path what the recurrence over that path's picture
-    says.
+    """VaLR: the row that predicts the answer says of each path what the recurrence over
+    that path's picture says.
     """
     s = setup("--method", "valr", "--encoders", "none")
     s.model.eval()

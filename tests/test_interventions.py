@@ -132,8 +132,8 @@ def hidden(s, a):
 
 
 def test_the_bottleneck_blocks_exactly(setup):
-    """With the latents' states held, other pixels change nothing after the image to the bit; without the mask
-    they do.
+    """With the latents' states held, other pixels change nothing after the image to the bit; without
+    the mask they do.
     """
     s = setup()
     a = ask(s)

@@ -8,8 +8,8 @@ that reaches it: these have sizes just below, at and just above each cut, and th
 label on either side of every cut.
 
 The right values are written out here in NumPy and float64, by the formulas of the papers and their
-derivatives: softmax, cross entropy (p - onehot), KL, squared distance. Gradients from above differ from row
-to row.
+derivatives: softmax, cross entropy (p - onehot), KL, squared distance. Gradients from above differ
+from row to row.
 """
 
 import math
@@ -71,8 +71,8 @@ CUTS = [8, 16, 32, 512, 1024, 2048]
 
 
 def labels_of(V):
-    """The first logit and the last one, and those on either side of every cut -> (where pieces begin, where
-    they end).
+    """The first logit and the last one, and those on either side of every cut -> (where pieces
+    begin, where they end).
     """
     cuts = [cut for cut in [*CUTS, *range(PART, V, PART)] if cut < V]
     if V > 3 * PART:
@@ -86,8 +86,8 @@ def log_softmax(z):
 
 
 class Terms(NamedTuple):
-    """What the formulas say of one position: losses, gradients of both paths' logits [V], and what those are
-    summed from.
+    """What the formulas say of one position: losses, gradients of both paths' logits [V], and what
+    those are summed from.
     """
 
     ce_int: float
@@ -128,8 +128,8 @@ def check_vocabulary(V, dtype, device, joint, teacher_grad, most=None):
     answer = np.arange(N) % 3 != 1
     answer[-2] = True  # it has no label at all
 
-    # Rows that rise and rows that fall: the largest logit lies in the last piece, in the first one, or
-    # anywhere.
+    # Rows that rise and rows that fall: the largest logit lies in the last piece, in the
+    # first one, or anywhere.
     slope = np.linspace(-1, 1, V)[None] * (np.arange(N)[:, None] % 3 - 1) * 9
     z = leaf(random(N, V, seed=("z", V), scale=2) + slope, dtype, device)
     z2 = leaf(random(N, V, seed=("z2", V), scale=2) - slope / 2, dtype, device)
@@ -398,8 +398,8 @@ def check_scores(shape, dtype, device, masked, scale):
 
 
 def kl_by_hand(S, S2, rows):
-    """Mean over heads and rows of KL(p || q) over the columns that both paths see -> (losses [B], dLoss/dS,
-    dLoss/dS2).
+    """Mean over heads and rows of KL(p || q) over the columns that both paths see ->
+    (losses [B], dLoss/dS, dLoss/dS2).
     """
     hidden = np.isinf(S) | np.isinf(S2)
     p, q = (normalised(np.where(hidden, -np.inf, x)) for x in (S, S2))
@@ -499,8 +499,8 @@ def threads():
 @pytest.mark.skipif(not ON_CPU, reason="a CPU's kernels are not tested here")
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_threads(count, threads, compiled):
-    """Few sequences and many threads: the keys of one are shared among them, and the parts of a row of
-    logits.
+    """Few sequences and many threads: the keys of one are shared among them, and the parts of
+    a row of logits.
     """
     threads(count)
     shape = Shape(4 * KEYS + 5, 9, 6, H=2)
@@ -516,8 +516,8 @@ def test_threads(count, threads, compiled):
 
 @pytest.mark.skipif(not ON_CPU, reason="a CPU's kernels are not tested here")
 def test_results_do_not_depend_on_threads(threads, compiled):
-    """Logits: to the bit, whatever the number of threads (csrc/vocab_kl_ce.cpp cuts rows without asking for
-    it).
+    """Logits: to the bit, whatever the number of threads (csrc/vocab_kl_ce.cpp cuts rows
+    without asking for it).
     """
     z = torch.from_numpy(random(4, 3 * PART + 5, seed="threads", scale=3)).float().requires_grad_()
     t, answer = torch.tensor([0, PART]), torch.tensor([True, True])

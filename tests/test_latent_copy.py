@@ -1,5 +1,5 @@
-"""The realisations of the copy are one thing: equal logits, losses and gradients; without the copy all of
-them change.
+"""The realisations of the copy are one thing: equal logits, losses and gradients; without the copy
+all of them change.
 """
 
 import pytest
@@ -76,8 +76,8 @@ def test_all_equal_hidden_with_stock_modules(setup, other, preset):
 
 
 def test_packed_stands_as_the_paper_draws_it(setup):
-    """prefix | I_cor Q thought | I_int Q thought latents | rest (int) | rest (cor), and its mask, cell by
-    cell.
+    """prefix | I_cor Q thought | I_int Q thought latents | rest (int) | rest (cor), and its
+    mask, cell by cell.
     """
     for flags, tail in (
         ((), lambda s, b: s.batch["latents"][b].max()),
@@ -113,8 +113,8 @@ def test_packed_stands_as_the_paper_draws_it(setup):
 
 
 def test_packed_in_one_path_only_what_the_other_lends(setup):
-    """The corrupted path's gradient at the intact image passes the copied rows; the intact path has none at
-    the corrupted one.
+    """The corrupted path's gradient at the intact image passes the copied rows; the intact path has none
+    at the corrupted one.
     """
     s = setup()
     batch = dict(

@@ -1,5 +1,5 @@
-"""LaViT: every term alive, the gate's limits exact, controls that change what they say, gaze as pure
-functions.
+"""LaViT: every term alive, the gate's limits exact, controls that change what they say,
+gaze as pure functions.
 """
 
 import json
@@ -195,8 +195,8 @@ def test_semantics_read_the_last_latent_through_the_head(setup):
 
 
 def test_first_head_is_a_function_of_the_seed(setup):
-    """Torch's own first values of two layers with GELU between them, drawn after the seed; the global
-    generator stays.
+    """Torch's own first values of two layers with GELU between them, drawn after the seed;
+    the global generator stays.
     """
     for seed in (0, 3):
         torch.manual_seed(8)
@@ -213,8 +213,8 @@ def test_first_head_is_a_function_of_the_seed(setup):
 
 
 def test_defaults_are_the_papers():
-    """Appendix A.2 and section 4: a fully trained language model, lambda 0.3, K 4, the gate open after 400 of
-    1000 steps.
+    """Appendix A.2 and section 4: a fully trained language model, lambda 0.3, K 4, the gate open after
+    400 of 1000 steps.
     """
     expected = {
         "latents": 4,
@@ -343,8 +343,8 @@ def test_no_future_leaks_through_the_gate(setup):
 
 
 def test_latents_masked_at_inference(setup):
-    """Table 3's last control: other latents change no row but theirs, to the bit; seen, they do. It adds to a
-    method's own mask.
+    """Table 3's last control: other latents change no row but theirs, to the bit; seen, they do. It adds to
+    a method's own mask.
     """
     s = setup(*LORA, which=[0])
     other = dict(s.batch, input_ids=s.batch["input_ids"].clone())

@@ -64,8 +64,8 @@ def test_gaze_of_a_small_attention_by_hand():
     """Two layers, two query heads on one key head, text rows 2 and 3 of four positions, image columns 0 and
     1; sums of exponentials written out.
     """
-    # Scores q.k of d = 1 at scale 1: keys' values are the logarithms, so that weights are shares of small
-    # numbers.
+    # Scores q.k of d = 1 at scale 1: keys' values are the logarithms, so that weights are
+    # shares of small numbers.
     keys = torch.tensor([[1.0, 2.0, 1.0, 4.0]]).log()[None, :, :, None]  # [1,1,4,1]
     queries = torch.ones(1, 2, 4, 1)
     queries[0, 1] = 2.0  # the second head squares the numbers
@@ -154,8 +154,8 @@ def stub(setup, monkeypatch):
 
 
 def test_the_command_passes_its_flags_on(stub, source, tmp_path, capsys):
-    """Images from another folder, the first two of three records, one a shard; batches, lengths and dtype as
-    they were typed.
+    """Images from another folder, the first two of three records, one a shard; batches, lengths and dtype
+    as they were typed.
     """
     (tmp_path / "records").mkdir()
     records = tmp_path / "records" / "mine.jsonl"

@@ -1,5 +1,5 @@
-"""LIVR: the bottleneck blocks what it says and nothing else, both stages train, and every control changes its
-own thing.
+"""LIVR: the bottleneck blocks what it says and nothing else, both stages train, and every control
+changes its own thing.
 """
 
 import json
@@ -313,8 +313,8 @@ def test_wrong_settings_are_one_line(flags, message):
 @pytest.mark.parametrize("latents", ["keep", "drop"])
 @pytest.mark.parametrize("mask", ["prompt", "answer"])
 def test_masked_generation_equals_masked_forwards_without_a_cache(setup, mask, latents):
-    """Left padding, images of several sizes and a KV cache: each token is the argmax of one masked forward of
-    that prompt alone.
+    """Left padding, images of several sizes and a KV cache: each token is the argmax of one masked forward
+    of that prompt alone.
     """
     s = setup(*LIVR, "--mask", mask)
     s.model.eval()
@@ -475,8 +475,8 @@ def test_attention_on_latents_is_that_of_a_full_softmax(setup):
 
 @pytest.mark.parametrize("place", ["after", "before"])
 def test_the_exported_prompt_is_the_trained_one(setup, place):
-    """A stock chat template renders what training had, with an image, without one, and for a finished
-    conversation as before.
+    """A stock chat template renders what training had, with an image, without one, and for a
+    finished conversation as before.
     """
     s = setup(*LIVR, "--place", place)
     stock, s.model.tokenizer.chat_template = s.model.tokenizer.chat_template, s.fmt.chat_template()

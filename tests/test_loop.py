@@ -1,11 +1,11 @@
 """The training loop against twenty lines of plain PyTorch.
 
 `plain_loop` below is the right value: torch's AdamW, a schedule, a clipping and a copy of the trainable
-tokens written out here, over the same batches. Of crystal it takes what a record looks like in a batch and
-what a method's terms are (both are held by tests of their own), and nothing of the loop: the order of the
-records, the stages, the weights and the seeds of dropout stand here as numbers and formulas. train.py must
-then log the same losses and leave the same weights, to the bit; on two processes, which sum in another order,
-within TOLERANCE.
+tokens written out here, over the same batches. Of crystal it takes what a record looks like in a batch
+and what a method's terms are (both are held by tests of their own), and nothing of the loop: the order of
+the records, the stages, the weights and the seeds of dropout stand here as numbers and formulas. train.py
+must then log the same losses and leave the same weights, to the bit; on two processes, which sum in
+another order, within TOLERANCE.
 
 Run as a script, this file is one of those two processes.
 """

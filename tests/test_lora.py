@@ -1,5 +1,5 @@
-"""Adapters and trainable tokens: the values, the gradients, what does not move, and that other tools load
-what is saved.
+"""Adapters and trainable tokens: the values, the gradients, what does not move, and that other tools
+load what is saved.
 """
 
 import copy
@@ -126,8 +126,8 @@ def test_wraps_exactly_what_matches():
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         f"{n}.lora_{x}" for n in names for x in "AB"
     }
-    # The whole name must match, a Linear gets one adapter, and the Linear inside an adapter is not a new
-    # target.
+    # The whole name must match, a Linear gets one adapter, and the Linear inside an adapter is
+    # not a new target.
     for pattern in (r"model\.visual\.merger", LANGUAGE, r".*q_proj\.base"):
         with pytest.raises(ValueError, match="no nn.Linear without an adapter"):
             add_lora(model, pattern)
@@ -306,8 +306,8 @@ def test_rows_of_bfloat16_weights(tied):
 
 @TIED
 def test_absent_ids_get_zeros(tied):
-    # In the head the rows are competitors wherever a token is predicted; zeros there need logits that nothing
-    # reads.
+    # In the head the rows are competitors wherever a token is predicted; zeros there need
+    # logits that nothing reads.
     model = tiny(tied)
     rows = TrainableTokens(model.get_input_embeddings(), model.lm_head, IDS)
     b = batch(model, ids=[])

@@ -1,5 +1,5 @@
-"""losses.py against loops in float64, and at the edges: no rows, hidden cells, equal paths, large logits,
-half inputs.
+"""losses.py against loops in float64, and at the edges: no rows, hidden cells, equal paths,
+large logits, half inputs.
 """
 
 import math
@@ -32,8 +32,8 @@ def normal(*shape, seed=0, scale=1.0, dtype=f64):
 
 
 def gradients(f, *inputs, seed=1):
-    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where f has
-    no graph.
+    """Gradients of <f(inputs), random> at inputs: a loss whose upstream gradient is random. Zeros where
+    f has no graph.
     """
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     out = f(*leaves)
@@ -139,8 +139,8 @@ def hide(S, rows, cols):
 @pytest.mark.parametrize("share", [1.0, 0.1, 0.29, 0.5, 0.7])
 @pytest.mark.parametrize("order", ["sorted", "mixed"])
 def test_mean_per_pair(share, order):
-    """n = 1..25 rows, pair 3 without any, 100 in the last: the largest max(1, floor(share n)) of each, and no
-    others.
+    """n = 1..25 rows, pair 3 without any, 100 in the last: the largest max(1, floor(share n)) of
+    each, and no others.
     """
     counts = [n if n != 3 else 0 for n in range(1, 26)] + [100]
     pair = torch.cat([torch.full((n,), b) for b, n in enumerate(counts)])
@@ -314,8 +314,8 @@ def test_head_or_path_without_weight():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs(dtype):
-    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain computation in that
-    dtype.
+    """Error against float64 at most 2x (values) and 3x (gradients) that of the plain
+    computation in that dtype.
     """
     z = [normal(16, 500, seed=i, scale=3, dtype=dtype) for i in (0, 1)]
     S = [normal(2, 4, 8, 8, seed=i, dtype=dtype) for i in (0, 1)]

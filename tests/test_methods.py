@@ -49,8 +49,8 @@ def original(model_dirs, records_file, tmp_path_factory):
 
 @pytest.fixture
 def evil(original, records_file, tmp_path, monkeypatch):
-    """The run copied to another place, and the file that it names turned evil -> run, a good file of the
-    user's, trace, records.
+    """The run copied to another place, and the file that it names turned evil -> run, a good file of
+    the user's, trace, records.
     """
     run, file = original
     moved = tmp_path / "run"
@@ -167,8 +167,8 @@ def test_the_digest_is_of_what_was_run_not_of_later_edits(tmp_path):
 def test_an_edited_file_is_told_and_a_resume_keeps_the_new_one(
     original, model_dirs, records_file, tmp_path, capsys
 ):
-    """A resume names its file itself; where it was edited since, one line says so, and the run's copy is the
-    new one.
+    """A resume names its file itself; where it was edited since, one line says so, and the run's copy
+    is the new one.
     """
     run, file = original
     moved = tmp_path / "run"
@@ -280,8 +280,8 @@ def test_a_built_in_run_keeps_no_file(model_dirs, records_file, tmp_path):
 
 
 def test_settings_do_not_change(tmp_path):
-    """They were checked when they were made. A method's file that declares them otherwise is told so in one
-    line.
+    """They were checked when they were made. A method's file that declares them otherwise is told
+    so in one line.
     """
     for name in ("sft", "crystal", "released", "livr", "lavit", "valr"):
         settings = methods.parse(["--method", name])

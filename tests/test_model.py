@@ -1,5 +1,4 @@
-"""The model: attention equal to eager, padding and causality right, spare rows, families, wrong
-directories.
+"""The model: attention equal to eager, padding and causality right, spare rows, families, wrong directories.
 """
 
 import json
@@ -344,8 +343,8 @@ def test_every_layer_copies_its_own_input(setup):
 
 
 def test_positions_are_m_rope_by_hand(setup):
-    """Text counts on; an image's tokens have one time, and rows and columns of their own; what follows begins
-    behind the largest.
+    """Text counts on; an image's tokens have one time, and rows and columns of their own; what follows
+    begins behind the largest.
 
     The third record has two images, of 4 x 3 and 3 x 2 tokens.
     """

@@ -1,5 +1,5 @@
-"""What --model takes is opened as asked: the checkpoint that was named, its own bounds on pixels, dtype and
-device.
+"""What --model takes is opened as asked: the checkpoint that was named, its own bounds on
+pixels, dtype and device.
 """
 
 import pytest

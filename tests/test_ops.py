@@ -1,5 +1,5 @@
-"""ops.py: every compiled operator against its plain reference, on one list of samples and with four checks of
-each.
+"""ops.py: every compiled operator against its plain reference, on one list of samples and with
+four checks of each.
 
     values      float64: equal to round-off. Smaller types: the error against float64 is at most twice that of
                 plain PyTorch in that type
@@ -8,9 +8,9 @@ each.
     gradcheck   against finite differences in float64
     opcheck     torch.library's own: schema, fake kernel, autograd registration, tracing
 
-A *place* is a device, on the CPU with the width of its vectors (places.py). tests/test_kernels.py compares
-the operators with formulas that know nothing of crystal, at the boundaries of the pieces in which the kernels
-work.
+A *place* is a device, on the CPU with the width of its vectors (places.py). tests/test_kernels.py
+compares the operators with formulas that know nothing of crystal, at the boundaries of the pieces in
+which the kernels work.
 """
 
 import faulthandler
@@ -128,8 +128,8 @@ def test_a_missing_build_fails(tmp_path):
 
 @pytest.fixture
 def device(compiled, request):
-    """Of the parameter `place`: its device, with the CPU's vectors set to its width, or a version of the
-    operator's CUDA kernels.
+    """Of the parameter `place`: its device, with the CPU's vectors set to its width, or a version of
+    the operator's CUDA kernels.
     """
     index = request.getfixturevalue("index") if "index" in request.fixturenames else None
     with at_place(request.getfixturevalue("place"), None if index is None else SAMPLES[index].name) as device:
@@ -143,8 +143,8 @@ def run(f, args, sample, device="cpu", dtype=None, wanted=None, used=None):
     """f on a copy of args -> (outputs, gradients of the float arguments at random gradients from above), in
     float64 on the CPU.
 
-    wanted, used: numbers of the float arguments that want a gradient, of the outputs that have one (None:
-    all).
+    wanted, used: numbers of the float arguments that want a gradient, of the outputs that
+    have one (None: all).
     """
     leaves, inputs = [], []
     for x in args:
@@ -182,8 +182,8 @@ def run(f, args, sample, device="cpu", dtype=None, wanted=None, used=None):
 
 
 def within(got, plain, exact, times, dtype, what):
-    """|got - exact| <= times |plain - exact|, at their largest; below a few ulps of the largest value all is
-    round-off.
+    """|got - exact| <= times |plain - exact|, at their largest; below a few ulps of the largest
+    value all is round-off.
     """
     for i, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
         assert a.shape == c.shape, f"{what} {i}"
@@ -228,8 +228,8 @@ def each_sample(keep=lambda sample: True):
 def each_sample_dtype_and_version(keep=lambda sample: True):
     """Samples, in every type that is served and in every version of the kernels that this machine runs.
 
-    Under the emulator, which is slow, float16 (bfloat16 with other roundings) and older versions take some of
-    the samples.
+    Under the emulator, which is slow, float16 (bfloat16 with other roundings) and older versions take
+    some of the samples.
     """
     chosen = []
     for i, sample in enumerate(SAMPLES):
@@ -257,8 +257,8 @@ def check_sample(index, dtype, device):
 
 
 def check_combinations(index, device):
-    """Every combination of wanted gradients with all outputs, and every combination of used outputs with all
-    gradients.
+    """Every combination of wanted gradients with all outputs, and every combination of used
+    outputs with all gradients.
     """
     sample = SAMPLES[index]
     args = sample.make(f64)
@@ -484,8 +484,8 @@ def test_vocab_what_is_refused(compiled):
 
 
 def test_vocab_not_a_number(compiled):
-    """NaN and infinite logits reach the loss, which stops the training; a path without KL does not hear of
-    the other's.
+    """NaN and infinite logits reach the loss, which stops the training; a path without KL does not
+    hear of the other's.
     """
     t, kl = torch.tensor([0, 1]), torch.tensor([True, False])
     for bad in (float("nan"), float("inf")):
@@ -580,8 +580,8 @@ for name in ("attn_slice", "attn_scores"):
 @each_place
 @pytest.mark.parametrize("case", ATTENTION, ids=[case[0] for case in ATTENTION])
 def test_slice_with_lse_given(case, place, device):
-    """Given the rows' log sum exp, values and gradients are the same; a row that sees nothing may hold
-    anything there.
+    """Given the rows' log sum exp, values and gradients are the same; a row that sees nothing
+    may hold anything there.
     """
     _, make, keywords, _ = case
     q, k, rows, cols = args = make(f64)
@@ -681,8 +681,8 @@ def said_by_a_child(operator, which, bad):
 @pytest.mark.parametrize("operator, which, bad", OUT_OF_RANGE)
 @each_device
 def test_positions_outside_the_sequence(operator, which, bad, place, compiled):
-    """Row L of a head is row 0 of the next one, or lies behind the tensor: refused on a CPU, and a trap in a
-    GPU's kernels.
+    """Row L of a head is row 0 of the next one, or lies behind the tensor: refused on a CPU, and a trap
+    in a GPU's kernels.
     """
     if place.startswith("cpu"):
         with pytest.raises(RuntimeError, match=f"{which[:3]}.* {bad} is not in -1..8"):
@@ -719,8 +719,8 @@ def with_value(make, pad=1):
 
 
 def square_mask(B, L, kind):
-    """Causal [B,1,L,L] with blocked cells, one row of the first sequence blocked wholly: bool, or float with
-    values between.
+    """Causal [B,1,L,L] with blocked cells, one row of the first sequence blocked wholly: bool, or
+    float with values between.
     """
     b = normal(B, 1, L, L, seed=5)
     blocked = (b > 1.2) | torch.ones(L, L, dtype=torch.bool).triu(1)
@@ -766,8 +766,8 @@ def flash(q, k, v, dropout, causal, *_, scale):
 
 
 def flash_backward(d_out, q, k, v, out, lse, cum_q, cum_k, L_q, L_k, dropout, causal, seed, offset, *, scale):
-    """aten._scaled_dot_product_flash_attention_backward likewise: of `out` it takes rowsum(dO O) and nothing
-    else.
+    """aten._scaled_dot_product_flash_attention_backward likewise: of `out` it takes rowsum(dO
+    O) and nothing else.
     """
     assert causal and not dropout and cum_q is cum_k is None and L_q == L_k == q.shape[2]
     G, C = k.shape[1], wide(q.dtype)
@@ -805,8 +805,8 @@ def at(request, monkeypatch):
 
 
 def with_slice_cases(gpu_alone=("eights",)):
-    """(case, place) of each case that says something there: heads padded to a multiple of 8 are for a GPU's
-    attention.
+    """(case, place) of each case that says something there: heads padded to a multiple of 8 are
+    for a GPU's attention.
     """
     return [
         (case, place)
@@ -837,8 +837,8 @@ def each_dtype_and_device():
 
 @each_with_slice_and_dtype()
 def test_attention_with_slice(case, place, at, dtype):
-    """Values and gradients, of both outputs and of each alone; in float64 every combination of wanted
-    gradients.
+    """Values and gradients, of both outputs and of each alone; in float64 every
+    combination of wanted gradients.
     """
     _, make, keywords = case
     sample, args = Sample("", "", None, keywords), make(dtype)
@@ -1111,8 +1111,8 @@ def test_align_what_is_refused(compiled):
     ids=lambda flags: "-".join(flags).replace("--", "") or "kl",
 )
 def test_training_step(compiled, setup, monkeypatch, flags, checkpointing):
-    """A whole step of crystal with compiled operators equals the plain one: every term, every gradient, in
-    float64.
+    """A whole step of crystal with compiled operators equals the plain one: every term,
+    every gradient, in float64.
     """
 
     def step(mode):
@@ -1180,9 +1180,9 @@ def test_values_and_gradients(index, dtype, place, device):
     check_sample(index, dtype, device)
 
 
-# What is asked for is settled before any vector is loaded, and float64 is compared with the reference to
-# round-off: one width of vectors will do for combinations, and some samples of each operator for finite
-# differences.
+# What is asked for is settled before any vector is loaded, and float64 is compared with the
+# reference to round-off: one width of vectors will do for combinations, and some samples of each
+# operator for finite differences.
 
 
 @each_device
@@ -1419,8 +1419,8 @@ def test_commands_of_the_build(tmp_path, cuda, ninja):
 
 
 def test_every_width_runs_its_own_kernels(compiled):
-    """Vectors of another width add in another order, which the last bits of a row's sum show: as many sums as
-    widths.
+    """Vectors of another width add in another order, which the last bits of a row's sum show: as
+    many sums as widths.
     """
     z, t = normal(16, 5000, scale=3.0, dtype=f32), torch.arange(16)
     found = []
@@ -1437,8 +1437,8 @@ def test_every_width_runs_its_own_kernels(compiled):
 
 
 def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
-    """nvcc's report on every kernel and every GPU, from the build that is there (brought up to date where it
-    is not).
+    """nvcc's report on every kernel and every GPU, from the build that is there (brought up to date
+    where it is not).
     """
     if not any(
         map(
@@ -1528,8 +1528,8 @@ def test_cuda_kernels_on_the_cpu(compiled, tmp_path):
 
 
 def test_wide_vectors_on_a_narrow_cpu(compiled, tmp_path):
-    """The AVX-512 copy of the CPU kernels, its vectors taken apart by the compiler, on every sample: values
-    and gradients.
+    """The AVX-512 copy of the CPU kernels, its vectors taken apart by the compiler, on every
+    sample: values and gradients.
     """
     if torch.ops.crystal.vector_bits(0) == 512:
         pytest.skip("this CPU has 512-bit vectors: cpu-512 ran")

@@ -34,9 +34,9 @@ TOLERANCE = 1e-10  # float64 from the pixels to the loss
 class Row(NamedTuple):
     """One line of the table.
 
-    flags: {setting: value}. base: those that all rows of a method share. parts: the micro-batches of an
-    update, each a tuple of (epoch, record). step: the update. tied: whether the head is the embedding. split:
-    whose records.
+    flags: {setting: value}. base: those that all rows of a method share. parts: the micro-batches of
+    an update, each a tuple of (epoch, record). step: the update. tied: whether the head is the
+    embedding. split: whose records.
     """
 
     method: str
@@ -225,8 +225,8 @@ TABLE = [
     row("valr", tune="tokens", step=4),
 ]
 
-# Settings by which no number may change, or that say what trains: rows try them, the oracle does not know
-# them.
+# Settings by which no number may change, or that say what trains: rows try them, the oracle
+# does not know them.
 FREE = {"latent_copy", "checkpointing", "tune", "lora_on", "lora_dropout", "semantics_dim", "data"}
 
 # Settings that no row can compare, and the tests that hold them.
@@ -243,8 +243,8 @@ ELSEWHERE = {
 
 # --- what all rows share ---
 
-# Two pictures in one record, few of them square; one-token and long answers; steps as a list, a text and
-# none.
+# Two pictures in one record, few of them square; one-token and long answers; steps as a list,
+# a text and none.
 RECORDS = [
     {
         "id": "a",

@@ -65,8 +65,8 @@ def lines(path):
 
 
 def test_what_is_on_the_disk_at_each_step(tmp_path):
-    """The settings at once, each result as it comes, in a part of its rank; at the end one file in the order
-    of the results.
+    """The settings at once, each result as it comes, in a part of its rank; at the end one file in the
+    order of the results.
     """
     out = tmp_path / "p.jsonl"
     (tmp_path / "p.jsonl.bak").write_text("not a part\n")

@@ -26,8 +26,8 @@ PHOTOS = (
 
 
 def write_real(path, layers=1, blocks=2):
-    """Qwen2.5-VL-7B-Instruct's configuration with `layers` of its 28 decoder layers and `blocks` of its 32
-    vision blocks.
+    """Qwen2.5-VL-7B-Instruct's configuration with `layers` of its 28 decoder layers and `blocks` of
+    its 32 vision blocks.
     """
     shutil.copytree(crystal.backbone.model.TINY, path)
     config = json.loads((path / "config.json").read_text())
@@ -116,8 +116,8 @@ def photographs(tmp_path_factory):
 def test_one_training_step(photographs, tmp_path_factory, capsys):
     directory = write_real(tmp_path_factory.mktemp("real") / "qwen2.5-vl-7b-1-layer")
     try:
-        # A CPU without instructions for bfloat16 multiplies it number by number: minutes for what float32
-        # does in seconds.
+        # A CPU without instructions for bfloat16 multiplies it number by number: minutes for what
+        # float32 does in seconds.
         dtype = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
         run = train.main(
             [
@@ -161,8 +161,8 @@ def test_one_training_step(photographs, tmp_path_factory, capsys):
 
 
 def area_rule(w, h, low, high, unit=28):
-    """Qwen's rule, written from its description: sides rounded to 28, the area brought between the bounds,
-    aspect kept.
+    """Qwen's rule, written from its description: sides rounded to 28, the area brought between
+    the bounds, aspect kept.
     """
     side = lambda x: round(x / unit) * unit
     W, H = side(w), side(h)
@@ -177,8 +177,8 @@ def area_rule(w, h, low, high, unit=28):
 
 @pytest.mark.parametrize("low, high", [(3136, 12845056), (3136, 200704), (1003520, 12845056)])
 def test_pixel_rules(photographs, low, high):
-    """Every image's grid and token count at the 7B's own bounds, as released (448 x 448), and as VLMEvalKit
-    asks.
+    """Every image's grid and token count at the 7B's own bounds, as released (448 x 448),
+    and as VLMEvalKit asks.
     """
     model = crystal.backbone.model.load("tiny", min_pixels=low, max_pixels=high)
     for record in data.read(photographs)[0]:

@@ -1,5 +1,5 @@
-"""record_attention against written-out attention of stock models: values, gradients, padding, windows, and
-what it refuses.
+"""record_attention against written-out attention of stock models: values, gradients, padding, windows,
+and what it refuses.
 """
 
 import pytest
@@ -75,8 +75,8 @@ def test_the_slice_is_written_out_attention(name, padding):
 
 
 def test_a_vision_model_and_crystals_own(model_dirs, setup):
-    """The tower's attention is no layer of the decoder; a crystal Model and its bare transformers model give
-    the same.
+    """The tower's attention is no layer of the decoder; a crystal Model and its bare transformers
+    model give the same.
     """
     s = setup()
     batch = {

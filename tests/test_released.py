@@ -1,5 +1,5 @@
-"""CrystaL as its authors released it: every choice of paper and released code, typed out from the two
-sources.
+"""CrystaL as its authors released it: every choice of paper and released code, typed out
+from the two sources.
 """
 
 import pytest
@@ -7,8 +7,8 @@ import pytest
 from crystal import methods
 from crystal.methods import crystal, released
 
-# What each of the two sources does (the table of DESIGN.md, section 1, and the released code at bc08a90),
-# written out.
+# What each of the two sources does (the table of DESIGN.md, section 1, and the released code
+# at bc08a90), written out.
 SOURCES = {
     "crystal": {
         "thought": "fixed",

@@ -63,8 +63,8 @@ SAID = {
     # The mean code is (0 + 240 + 60 + 180 + 180 + 120 + 240 + 120) / 8 = 142.5, nearest to grey.
     "latents: mean": ["grey", "grey", "dark", "light", "light", "white.", "grey", "grey"],
     "latents: noise": ["static", "static", "dark", "light", "light", "white.", "static", "static"],
-    # Who gets whose: 0 and 1 each other's (the same question), 2 of 3 or 4, these 2's, 5 and 6 each other's
-    # (the family).
+    # Who gets whose: 0 and 1 each other's (the same question), 2 of 3 or 4, these 2's, 5 and 6
+    # each other's (the family).
     "latents: swapped": ["white", "black", "dark", "light", "light", "white.", "grey", None],
     "image hidden, latents kept": [
         "black", "white", "nothing", "nothing", "nothing", "white.", "nothing", "grey",
@@ -94,8 +94,8 @@ COUNTS = {
 
 
 def exact_interval(differences, level=0.95):
-    """What each end of the percentile interval over all resamples may be, from the exact distribution of a
-    resample's sum.
+    """What each end of the percentile interval over all resamples may be, from the exact distribution
+    of a resample's sum.
 
     One value an end, but where ten thousand draws could fall on either side of a step: there both sides.
     """
@@ -125,8 +125,8 @@ def test_every_condition_has_its_right_table(hand, monkeypatch):
     assert said.keys() == SAID.keys()
     for name, expected in SAID.items():
         assert said[name][:7] == expected[:7] and expected[7] in (said[name][7], None), name
-    # The last has no other of its question or family: its partner is any with another answer, and it says
-    # that one's level.
+    # The last has no other of its question or family: its partner is any with another answer, and it
+    # says that one's level.
     assert said["latents: swapped"][7] == by_hand.PICTURES[partner[7]] != "grey"
 
     right = {
@@ -157,8 +157,8 @@ def test_every_condition_has_its_right_table(hand, monkeypatch):
     # With the other's latents five answers are the other's (0, 1, 5, 6, 7); as trained the guess at 5 alone,
     # for 6 is white.
     assert found["followed"] == {"latents: swapped": 5 / 8, "as trained": 1 / 8}
-    # Four of eight are lost. A resample loses Binomial(8, 1/2): its quantiles at 2.5 and 97.5 percent are 1
-    # and 7.
+    # Four of eight are lost. A resample loses Binomial(8, 1/2): its quantiles at 2.5 and 97.5 percent
+    # are 1 and 7.
     assert found["used"] is True and "+50.0 points, 95 % interval +12.5 to +87.5" in found["verdict"]
     assert (found["questions"], found["latents"], found["corruption"], found["seed"]) == (8, 3, "mask=1", 0)
     assert found["rule"] == "used if the paired 95 % interval of (as trained - swapped) lies above 0"
@@ -214,8 +214,8 @@ def states_put_in(hand, monkeypatch, batch_size, seed):
 
 
 def test_mean_and_noise_by_number(hand, monkeypatch):
-    """Their moments are those of the eight codes; every question, layer, latent and number has noise of its
-    own.
+    """Their moments are those of the eight codes; every question, layer, latent and number has
+    noise of its own.
     """
     codes = np.array([by_hand.LEVELS[level] for level in by_hand.PICTURES])
     assert codes.mean() == 142.5
@@ -251,8 +251,8 @@ def test_noise_is_of_seed_and_question_alone(hand, monkeypatch):
 
 
 def test_a_mask_that_all_is_asked_under(hand, monkeypatch):
-    """`biases` joins every condition's own mask. Here it hides the picture from every row but the latents',
-    as --bottleneck does.
+    """`biases` joins every condition's own mask. Here it hides the picture from every row but the
+    latents', as --bottleneck does.
     """
 
     def bottleneck(batch):
@@ -271,8 +271,8 @@ def test_a_mask_that_all_is_asked_under(hand, monkeypatch):
 
 
 def test_the_partners_are_asked_under_the_mask_too(hand, monkeypatch):
-    """A mask that blinds the latents themselves: what a partner's latents then hold is nothing that anybody
-    could read.
+    """A mask that blinds the latents themselves: what a partner's latents then hold is nothing
+    that anybody could read.
     """
 
     def blind(batch):
@@ -377,8 +377,8 @@ def test_two_ranks_share_the_questions(hand, monkeypatch):
         }
         for name in ("latents", "image"):
             assert mine["attention"][name] == pytest.approx(alone["attention"][name], abs=1e-9)
-    # Four questions each, under nine conditions, and two passes more that record states: the partner's and
-    # its own.
+    # Four questions each, under nine conditions, and two passes more that record states: the
+    # partner's and its own.
     assert len(asked[0]) == len(asked[1]) == 4 * 11
 
 

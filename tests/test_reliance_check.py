@@ -1,5 +1,5 @@
-"""reliance_check.py and its two method files: what it trains, asks and expects, and whom the bottleneck
-blinds.
+"""reliance_check.py and its two method files: what it trains, asks and expects, and
+whom the bottleneck blinds.
 
 Right values: command lines and records written out, spans of a sequence found by the names of its tokens, the
 cross entropy by log_softmax.

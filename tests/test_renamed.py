@@ -55,8 +55,8 @@ def test_an_old_run_opens_under_todays_names(copied, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_goes_on(copied, name):
-    """Its third and fourth update have the losses that the old code logged, so weights and moments found
-    their places.
+    """Its third and fourth update have the losses that the old code logged, so weights and
+    moments found their places.
     """
     run = copied(name)
     expected = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,5 @@
-"""A run in Python: what it answers, batches and shows is what the commands, training and stock transformers
-say.
+"""A run in Python: what it answers, batches and shows is what the commands, training
+and stock transformers say.
 """
 
 import json
@@ -64,8 +64,8 @@ def test_answers_are_the_commands(trained, opened, records_file, capsys):
 
 
 def test_a_batch_is_what_training_sees(trained, opened, records_file):
-    """From a file, from its dictionaries, and with pictures in memory: pixels, corrupted ones and ids to the
-    bit.
+    """From a file, from its dictionaries, and with pictures in memory: pixels, corrupted ones and
+    ids to the bit.
     """
     settings = opened.settings
     examples, _, _ = train.open_data(
@@ -120,8 +120,8 @@ def test_forward_gives_terms_and_the_states_they_come_from(opened, records_file)
 
 @pytest.fixture
 def eager(model_dirs, opened):
-    """Stock transformers with written-out attention and the run's weights: forward(batch, pixels) -> its
-    output.
+    """Stock transformers with written-out attention and the run's weights: forward(batch,
+    pixels) -> its output.
     """
     from conftest import put_in
 
@@ -145,8 +145,8 @@ def eager(model_dirs, opened):
 
 @torch.no_grad()
 def test_attention_and_latents_are_stock_transformers(opened, eager, records_file):
-    """The intact path is a plain forward; the corrupted one has the intact path's latents put in before each
-    layer.
+    """The intact path is a plain forward; the corrupted one has the intact path's latents put
+    in before each layer.
     """
     record = lines_of(records_file)[1]
     root = records_file.parent

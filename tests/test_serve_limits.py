@@ -1,9 +1,9 @@
-"""The endpoint field by field: each limit just met and just passed, each field's values, each answer's JSON
-written out.
+"""The endpoint field by field: each limit just met and just passed, each field's values, each
+answer's JSON written out.
 
-Requests are given to the ASGI application itself, without sockets; the model is a real tiny one whose
-`generate` is replaced, so that its tokens are known. test_serve.py runs the whole over HTTP, with many
-clients.
+Requests are given to the ASGI application itself, without sockets; the model is a real tiny one
+whose `generate` is replaced, so that its tokens are known. test_serve.py runs the whole over
+HTTP, with many clients.
 """
 
 import asyncio
@@ -57,8 +57,8 @@ def server(opened, latents="keep", key=None, hosts=("127.0.0.1",), **limits):
 
 
 def call(made, body, path="/v1/chat/completions", method="POST", headers=JSON, parts=None):
-    """One request -> (status, JSON or text, headers). parts: the body in pieces; a list that shrinks as they
-    are read.
+    """One request -> (status, JSON or text, headers). parts: the body in pieces; a list that shrinks
+    as they are read.
     """
     pieces = [json.dumps(body).encode() if not isinstance(body, bytes) else body] if parts is None else parts
     scope = {

@@ -1,10 +1,10 @@
 """Every setting of crystal.train does what it says: each flag of each method, at another value than its own.
 
 Right values come from elsewhere than the code under test: typed out by hand from the papers' tables, from
-arithmetic on paper (schedules, grids, shapes), from AdamW's formula on the gradient that was seen, from plain
-loops over positions and heads, or from transformers' names of modules. A flag's way from the command line to
-what it reaches is taken whole: argv is parsed, and what is looked at was built from it, by `methods.attach`,
-`train.open_data` or `train.main`.
+arithmetic on paper (schedules, grids, shapes), from AdamW's formula on the gradient that was seen, from
+plain loops over positions and heads, or from transformers' names of modules. A flag's way from the command
+line to what it reaches is taken whole: argv is parsed, and what is looked at was built from it, by
+`methods.attach`, `train.open_data` or `train.main`.
 
 `@holds("lr")` notes that a test sets a flag; test_every_flag_has_an_entry keeps the table whole.
 """
@@ -107,8 +107,8 @@ def twelve(tmp_path_factory):
 
 @pytest.fixture
 def built(model_dirs, twelve, tmp_path):
-    """built(*flags) -> settings, model, method, fmt, objective, and `train_sets`, `val_set` as train.main
-    opens them.
+    """built(*flags) -> settings, model, method, fmt, objective, and `train_sets`, `val_set`
+    as train.main opens them.
     """
 
     def make(*flags, tied=True, dtype=torch.float32):
@@ -244,9 +244,9 @@ OWN = {
     ),
 }
 # The authors' released CrystaL where it is not the paper: the whole thought is shared, one token mean over
-# thought and both answers, the largest tenth of the KL rows, the answer's own positions, heads averaged first
-# over the thought's columns, and adapters with dropout 0.01 on every Linear of language model, vision tower
-# and merger.
+# thought and both answers, the largest tenth of the KL rows, the answer's own positions, heads averaged
+# first over the thought's columns, and adapters with dropout 0.01 on every Linear of language model,
+# vision tower and merger.
 RELEASED = dict(
     copied="thought", ce="pooled", kl_share=0.1, answer_positions="span", attn_heads="mean",
     attn_columns="thought", lora_on="language,vision,merger", lora_dropout=0.01,
@@ -944,8 +944,8 @@ def test_first_rows_depend_on_the_seed(built, model_dirs):
 def test_first_adapters_depend_on_the_seed(built):
     """By hand.
 
-    Uniform numbers of the seed between -in^-1/2 and in^-1/2, drawn module after module, so that no two begin
-    alike.
+    Uniform numbers of the seed between -in^-1/2 and in^-1/2, drawn module after module, so that
+    no two begin alike.
     """
     s, other = (built("--method", "sft", "--seed", seed) for seed in ("6", "9"))
     found = {n: p for n, p in s.objective.named_parameters() if n.endswith("lora_A")}
@@ -1203,8 +1203,8 @@ def test_workers_prepare_the_same_batches_in_their_processes(built, monkeypatch)
         # Sides are rounded to 28 px. 84 high, 112 wide, then 56 x 56, then 112 high, 84 wide: rows and
         # columns of patches of 14 px.
         ([], [[1, 6, 8], [1, 4, 4], [1, 8, 6]]),
-        # At most 50 x 100: 112 x 84 shrinks by sqrt(9408 / 5000) = 1.372: 61.2 x 81.6, rounded down to 56 x
-        # 56.
+        # At most 50 x 100: 112 x 84 shrinks by sqrt(9408 / 5000) = 1.372: 61.2 x 81.6, rounded down
+        # to 56 x 56.
         (["--max_pixels", "5000"], [[1, 4, 4], [1, 4, 4], [1, 4, 4]]),
         # At least 12000: 9408 grows by sqrt(12000 / 9408) = 1.129: 94.9 x 126.5, rounded up to 112 x 140; 56
         # x 56 by 1.956 to 109.5 -> 112.
@@ -1294,8 +1294,8 @@ def test_tensorboard_gets_every_number(run, monkeypatch):
 
 
 def planted(s, batch, monkeypatch):
-    """Gives the two paths of the next forward states, queries and keys drawn here, and says what was asked
-    for.
+    """Gives the two paths of the next forward states, queries and keys drawn here, and says
+    what was asked for.
     """
     g, (B, L), layers = torch.Generator().manual_seed(3), batch["input_ids"].shape, len(s.model.layers)
     h = torch.randn(2 * B, L, 32, generator=g, dtype=torch.float64, requires_grad=True)

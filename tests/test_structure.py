@@ -44,8 +44,8 @@ def name(path):
 
 
 def imports(path):
-    """[(line, dotted name)] of every import of a file, those inside functions too; a relative one begins with
-    a dot.
+    """[(line, dotted name)] of every import of a file, those inside functions too; a relative one
+    begins with a dot.
     """
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -60,8 +60,8 @@ def imports(path):
 
 
 def own(path):
-    """[(line, file)] of what a file imports from crystal: `from crystal.methods.sft import Method` ->
-    crystal/methods/sft.py.
+    """[(line, file)] of what a file imports from crystal: `from crystal.methods.sft
+    import Method` -> crystal/methods/sft.py.
     """
     found = []
     for line, what in imports(path):

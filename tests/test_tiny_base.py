@@ -1,5 +1,5 @@
-"""The tiny base: its training forward is the stock model's, batches say what the scenes show, lessons and
-schedule hold.
+"""The tiny base: its training forward is the stock model's, batches say what the scenes show,
+lessons and schedule hold.
 
 Right values: losses by loops over cells and tokens, patches and marks by index, the schedule and the check's
 table by arithmetic, the shipped files.
@@ -51,8 +51,8 @@ def batch(layout):
 
 
 def test_training_forward_is_the_stock_forward(tokenizer, layout, batch):
-    """Every slot's logits equal those of the stock model, which gets the same question alone, through its own
-    image processor.
+    """Every slot's logits equal those of the stock model, which gets the same question alone, through
+    its own image processor.
     """
     torch.manual_seed(0)
     pupil = tiny_base.Pupil(AutoConfig.from_pretrained(TINY), layout)
@@ -132,8 +132,8 @@ def test_wrong_flags_of_the_check_are_one_line(monkeypatch, flags):
 
 
 def test_patches_lie_token_by_token():
-    """Four patches of 14 x 14 for each of 4 x 4 tokens, colours one after the other: every number from its
-    index.
+    """Four patches of 14 x 14 for each of 4 x 4 tokens, colours one after the other: every
+    number from its index.
     """
     image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
     patches = tiny_batches.patches_of(image)
@@ -159,8 +159,8 @@ def test_pixels_are_normalised_and_a_blind_model_sees_grey():
 
 @pytest.fixture(scope="module")
 def scene():
-    """A red star in the first cell, a blue ring two cells to the right, a heart at the far corner, two
-    crosses.
+    """A red star in the first cell, a blue ring two cells to the right, a heart at the
+    far corner, two crosses.
     """
     return toy.Scene(
         (
@@ -368,8 +368,8 @@ def test_the_dense_lesson_by_loops(pupil, layout, batch):
 
 
 def test_the_look_lesson_by_loops(pupil, batch):
-    """What is named, after the second layer: colour (8), size, row, column; number and distance after the
-    fourth; states normalised.
+    """What is named, after the second layer: colour (8), size, row, column; number and distance after
+    the fourth; states normalised.
     """
     g = torch.Generator().manual_seed(2)
     second, fourth = torch.randn(2, 3, 8, 21, 192, generator=g)
@@ -404,8 +404,8 @@ def test_the_answer_lesson_by_loops(pupil, batch):
 
 
 def test_accuracy_counts_whole_answers(batch, monkeypatch):
-    """A pupil that says the labels, but for one token of one answer; blind or seeing, it is shown what it is
-    to be shown.
+    """A pupil that says the labels, but for one token of one answer; blind or seeing, it is shown what it
+    is to be shown.
     """
     V, shown = 2000, []
     final = torch.nn.functional.one_hot(batch.labels[..., 1:].clamp(min=0), V).float()
@@ -433,8 +433,8 @@ def test_accuracy_counts_whole_answers(batch, monkeypatch):
 
 
 def test_the_schedule_by_hand():
-    """50 steps up, then constant, the last 40 % down to 0; in stage two 25 steps up to a half, the last 70 %
-    down.
+    """50 steps up, then constant, the last 40 % down to 0; in stage two 25 steps up to a half, the
+    last 70 % down.
     """
     args = SimpleNamespace(steps=200, wordy_steps=100)
     expected = {
@@ -489,8 +489,8 @@ def test_gradients_are_averaged_over_processes(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Muon's directions without its iteration, and no bfloat16: on a CPU without instructions for it both
-    take minutes.
+    """Muon's directions without its iteration, and no bfloat16: on a CPU without instructions for
+    it both take minutes.
     """
     monkeypatch.setattr(
         torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad / (grad.norm() + 1e-7)
@@ -681,8 +681,8 @@ def test_right_is_what_greedy_decoding_answers(tmp_path, tokenizer):
 
 
 def test_an_answer_is_right_with_every_token_and_its_end(tokenizer):
-    """A model that predicts what it is given, but for the last token of one row, the first of another, and
-    padding.
+    """A model that predicts what it is given, but for the last token of one row, the first
+    of another, and padding.
     """
     answers = ("4", "4", "4 stars and a ring", "red")
     asked = [toy.Question("count", "How many stars are there?", answer, (), ()) for answer in answers]
@@ -752,8 +752,8 @@ def test_the_check_measures_what_was_asked(tmp_path, monkeypatch, capsys):
     assert all((a == b).all() for a, b in zip(asked[1][1], sharp))
     assert all(blurred.std() < image.std() for blurred, image in zip(asked[2][1], sharp))
 
-    # Of ten: 2, 8 and 4 right. The gains are six ones and four zeros: 0.6, with a deviation of sqrt(10 / 9 x
-    # 0.24).
+    # Of ten: 2, 8 and 4 right. The gains are six ones and four zeros: 0.6, with a deviation of sqrt(10
+    # / 9 x 0.24).
     spread = 100 * 1.96 * math.sqrt(10 / 9 * 0.24) / math.sqrt(10)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:7] == [

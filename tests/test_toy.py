@@ -1,5 +1,5 @@
-"""The toy scenes: same bytes from one seed, no shared scenes, balance, answers recomputed without toy.py's
-own logic.
+"""The toy scenes: same bytes from one seed, no shared scenes, balance, answers recomputed
+without toy.py's own logic.
 
 Right values: areas of the silhouettes and colours of pixels by geometry and arithmetic, places from where a
 thing was put, answers from a search of the scene for the shapes that the question names.
@@ -191,8 +191,8 @@ def test_scene_keeps_its_promises():
 
 
 def test_shapes_look_different_and_blur_makes_them_alike():
-    """Two silhouettes of one size differ far less after a blur of 5 pixels: the detail is what tells shapes
-    apart.
+    """Two silhouettes of one size differ far less after a blur of 5 pixels: the detail is
+    what tells shapes apart.
     """
 
     def canvas(shape, blur):
@@ -274,8 +274,8 @@ def box(thing):
 
 
 def test_answers_boxes_and_thoughts_are_the_scenes():
-    """From the scene itself: the things that a question names, by shape; their places, sizes, colours and
-    distances.
+    """From the scene itself: the things that a question names, by shape; their places,
+    sizes, colours and distances.
     """
     size = ("tiny", "small", "large", "huge")
     for i in range(400):
@@ -319,8 +319,8 @@ def test_answers_boxes_and_thoughts_are_the_scenes():
 
 
 def test_every_question_of_a_scene_can_be_drawn():
-    """By hand: a red star above and left of a blue ring that is nearer to the eye, a heart three cells off,
-    two crosses.
+    """By hand: a red star above and left of a blue ring that is nearer to the eye, a heart three
+    cells off, two crosses.
     """
     star, ring = toy.Thing("star", "red", 14, 14, 0, 9), toy.Thing("ring", "blue", 42, 44, 3, 18)
     heart = toy.Thing("heart", "white", 98, 20, 1, 12)
@@ -344,8 +344,8 @@ def test_every_question_of_a_scene_can_be_drawn():
         ("star", "ring", "behind"), ("ring", "star", "front"), ("star", "heart", "behind"),
         ("heart", "star", "front"), ("heart", "ring", "behind"), ("ring", "heart", "front"),
     }
-    # Distances: star to ring 41.0, star to heart 84.2, ring to heart 60.9; 60.9 is not one and a half times
-    # 41.0.
+    # Distances: star to ring 41.0, star to heart 84.2, ring to heart 60.9; 60.9 is not one and
+    # a half times 41.0.
     nearer = {(a.shape, b.shape, c.shape, said) for said, (a, b, c) in toy.nearer_choices(scene)}
     assert nearer == {("star", "ring", "heart", "ring"), ("star", "heart", "ring", "ring")}
     assert [(said, thing.shape) for said, (thing,) in toy.attribute_choices(scene)] == [
@@ -431,8 +431,8 @@ def test_sizes_follow_depth_hardness_and_zoom():
                 assert thing.width == round(
                     zoom * (1.05 - 0.25 * scene.hardness) * (9, 12, 15, 18)[thing.level]
                 )
-            # A pair that was pushed together lies 6 pixels, times the zoom, on either side of the border
-            # between its cells.
+            # A pair that was pushed together lies 6 pixels, times the zoom, on either side of the
+            # border between its cells.
             gap = round(6 * zoom)
             ends = [(thing.x % 28, thing.y % 28) for thing in scene.things]
             pushed += any(x in (gap, 28 - gap) or y in (gap, 28 - gap) for x, y in ends)
@@ -446,8 +446,8 @@ def test_sizes_follow_depth_hardness_and_zoom():
 
 
 def test_neighbours_are_pushed_together_by_hand():
-    """The first two cells that are neighbours, in columns or in rows, six pixels from their border, and level
-    with one another.
+    """The first two cells that are neighbours, in columns or in rows, six pixels from their border, and
+    level with one another.
     """
     centres = [[98, 98], [14, 12], [42, 17]]
     toy.push_together(centres, [(3, 3), (0, 0), (1, 0)], 6)

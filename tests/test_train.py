@@ -1,5 +1,5 @@
-"""The command: schedule, logs, trainable tokens, what is saved when, resume, overwriting, broken records,
-signals.
+"""The command: schedule, logs, trainable tokens, what is saved when, resume,
+overwriting, broken records, signals.
 
 The updates themselves are compared with a plain loop in test_loop.py. Right values here are counted or
 written out by hand: a validation that returns what the test says, a method whose loss is known, a checkpoint
@@ -115,8 +115,8 @@ def test_run_directory(flags, method, records_file, capsys):
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_other_vocabulary_row_moves(flags, tune, tied, model_dirs):
-    """After updates with weight decay every row but the new tokens' is identical to the bit, and all of those
-    have moved.
+    """After updates with weight decay every row but the new tokens' is identical to the bit, and all
+    of those have moved.
     """
     run = train.main(flags("rows", "--max_steps", "3", "--weight_decay", "0.5", "--tune", tune, tied=tied))
     from crystal import opening
@@ -239,8 +239,8 @@ class Method(sft.Method):
 
 
 def test_seed_fixes_a_run_and_each_thing_that_is_drawn_follows_it(flags, records_file, tmp_path):
-    """Order, corruption, dropout's stream, first adapters, first rows: each alone is the same for a seed, and
-    another for another."""
+    """Order, corruption, dropout's stream, first adapters, first rows: each alone is the same for a seed,
+    and another for another."""
     (tmp_path / "draws.py").write_text(DRAWS)
     one = records_file.parent / "one.jsonl"
     one.write_text(records_file.read_text().splitlines()[0] + "\n")
@@ -410,8 +410,8 @@ def test_tuning_a_file_of_ones_own(flags, tmp_path):
 
 
 def test_a_corruption_of_ones_own_is_trained_and_evaluated(flags, records_file, tmp_path):
-    """Black pictures in the corrupted path; the same name asks the run with black ones, and the built-in ones
-    chain with it.
+    """Black pictures in the corrupted path; the same name asks the run with black ones, and the built-in
+    ones chain with it.
     """
     (tmp_path / "mine.py").write_text(MINE)
     own = ("--method", str(tmp_path / "mine.py"))

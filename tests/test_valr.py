@@ -1,5 +1,5 @@
-"""VaLR: sequences of two stages, terms alive, encoders frozen and out of the way, controls, stages and
-resume.
+"""VaLR: sequences of two stages, terms alive, encoders frozen and out of the way,
+controls, stages and resume.
 """
 
 import json
@@ -64,8 +64,8 @@ def test_sequence_of_each_stage(made):
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_term_alone_moves_what_trains(made, tune, checkpointing):
-    """Through feedback the alignment at layer 1 moves the last layer too; with checkpointing the same, to the
-    last digits.
+    """Through feedback the alignment at layer 1 moves the last layer too; with checkpointing the same,
+    to the last digits.
     """
     grads = {}
     for flags in ([], ["--checkpointing"])[: 1 + checkpointing]:
@@ -113,8 +113,8 @@ def test_first_stage_is_fine_tuning_and_the_projections_wait(made):
 
 
 def test_alignment_equals_a_loop(made):
-    """Each record alone, position by position, with up-sampling written out; two images stand one after the
-    other.
+    """Each record alone, position by position, with up-sampling written out; two images stand
+    one after the other.
     """
     s = made("--encoders", "tiny,own", "--align_layer", "2")
     terms = step(s)
@@ -176,8 +176,8 @@ def test_controls_change_what_they_say_and_nothing_else(made):
 
 
 def test_the_papers_layers():
-    """12 of 28 by default, in proportion elsewhere; 4, 12 and 27 by flag; a layer that is not there is
-    refused.
+    """12 of 28 by default, in proportion elsewhere; 4, 12 and 27 by flag; a layer that is
+    not there is refused.
     """
 
     class Deep:
@@ -283,8 +283,8 @@ def test_what_looks_at_attention_sees_the_recurrence(made):
 
 
 def test_attention_is_drawn_of_fed_back_latents(made, tmp_path):
-    """Both paths' last states are the recurrence's; a bar for each latent of each segment; the picture is
-    drawn.
+    """Both paths' last states are the recurrence's; a bar for each latent of each segment;
+    the picture is drawn.
     """
     from crystal.evaluation import figures
 
@@ -339,8 +339,8 @@ def weights(path, n):
 
 
 def test_resume_across_the_stages_is_exact(run, tmp_path):
-    """Stopped in the first stage, at its end, and in the second: the same losses and weights as the unbroken
-    run.
+    """Stopped in the first stage, at its end, and in the second: the same losses and weights
+    as the unbroken run.
     """
     more = ("--max_steps", "4", "--save_every", "1", "--keep", "9")
     whole = run("whole", *more)
@@ -362,8 +362,8 @@ def test_resume_across_the_stages_is_exact(run, tmp_path):
 
 
 def test_encoders_are_frozen_and_stay_outside(run, monkeypatch):
-    """Nothing of an encoder in the checkpoint; its weights after training are those before; opening the run
-    loads none.
+    """Nothing of an encoder in the checkpoint; its weights after training are those before; opening
+    the run loads none.
     """
     kept, load = [], valr.encoders.load
     monkeypatch.setattr(valr.encoders, "load", lambda *a: kept.append(load(*a)) or kept[-1])
@@ -397,8 +397,8 @@ def test_precomputed_features_train_like_the_encoder(run, records_file, tmp_path
 
 
 def test_export_drops_the_encoders_and_stock_tools_answer_without_latents(run, records_file, capsys):
-    """Stock transformers loads the merged directory and says what we say with latents dropped; we decode it
-    with latents.
+    """Stock transformers loads the merged directory and says what we say with latents dropped; we
+    decode it with latents.
     """
     from PIL import Image
     from transformers import AutoModelForImageTextToText

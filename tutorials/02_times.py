@@ -1,5 +1,5 @@
-"""Which realisation of the copy is fastest here? One training step of each, in turns, so that a busy machine
-slows all alike.
+"""Which realisation of the copy is fastest here? One training step of each, in turns, so that a busy
+machine slows all alike.
 
     python tutorials/02_times.py                          the shipped model on its own images of 16 tokens
     python tutorials/02_times.py --min_pixels 200704      the same scenes at 448 x 448: 256 tokens an image

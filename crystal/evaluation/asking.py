@@ -72,10 +72,10 @@ def answers(
 
     latents: "keep"; "drop" leaves them out of the sequence; "mask" lets nothing but themselves see them;
     "free" lets the model write them, each result then says how many it wrote. corruption: a
-    corrupt.Corruption answers from corrupted images; grey answers from grey ones. biases: function (batch) ->
-    [attention_bias.AttentionBias], a mask at test time. Ranks share the records and all return the whole
-    list. done: results of an earlier run by index, which are not asked again; tell is called with each new
-    result.
+    corrupt.Corruption answers from corrupted images; grey answers from grey ones. biases: function
+    (batch) -> [attention_bias.AttentionBias], a mask at test time. Ranks share the records and all return
+    the whole list. done: results of an earlier run by index, which are not asked again; tell is called
+    with each new result.
     """
     procs = procs or distributed.Processes(device=model.device)
     if latents == "mask":
@@ -139,8 +139,8 @@ def judged(record, index, prediction):
 
 
 def hide_latents(fmt, biases=None):
-    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`: function
-    (batch) -> [attention_bias.AttentionBias].
+    """A mask under which no row but a latent sees a latent (LaViT, table 3), added to `biases`:
+    function (batch) -> [attention_bias.AttentionBias].
     """
     if not fmt.count or fmt.feeds_back or fmt.writes_own_latents:
         makes = " (the model makes them after it: --latents drop)" if fmt.count else ""
@@ -156,11 +156,11 @@ def hide_latents(fmt, biases=None):
 
 
 def diagnose(model, fmt, method, records, **how):
-    """LIVR's section 4.4.1 -> ({column: results of `answers`}, mean attention from answers to latents or
-    None).
+    """LIVR's section 4.4.1 -> ({column: results of `answers`}, mean attention from answers
+    to latents or None).
 
-    Columns: as trained; latents dropped; under the method's mask, if it has one; and both. how: as for
-    `answers`.
+    Columns: as trained; latents dropped; under the method's mask, if it has one; and both.
+    how: as for `answers`.
     """
 
     def mask(batch):
@@ -183,8 +183,8 @@ def diagnose(model, fmt, method, records, **how):
 
 @torch.no_grad()
 def attention_on_latents(model, fmt, method, records, batch_size=32, procs=None):
-    """Share of attention that the rows which predict the reference answers give to the K latents together, no
-    mask -> float.
+    """Share of attention that the rows which predict the reference answers give to the K latents together,
+    no mask -> float.
 
     Mean over all layers, heads and answer positions of a record, then over records.
     """

@@ -57,8 +57,8 @@ KEPT = ("category", "l2-category", "split", "source", "cycle_category", "questio
 
 @dataclass
 class Question(Record):
-    """A row of a benchmark. rule: choice, yes/no or exact. options: letter -> text. row: the cells that
-    scores group by.
+    """A row of a benchmark. rule: choice, yes/no or exact. options: letter -> text. row: the cells
+    that scores group by.
     """
 
     rule: str = "exact"
@@ -89,8 +89,8 @@ class Cell:
 
 
 def listed(cell):
-    """A cell -> its entries: a Python or JSON list of texts is many, anything else one. ValueError for half a
-    list.
+    """A cell -> its entries: a Python or JSON list of texts is many, anything else one. ValueError
+    for half a list.
     """
     if len(cell) > 1 and cell[0] == "[" and cell[-1] == "]":
         try:
@@ -101,8 +101,8 @@ def listed(cell):
 
 
 def rows(path):
-    """(line number, byte offset, cells) of every row of a TSV, its header first. UserError for what is not a
-    TSV in UTF-8.
+    """(line number, byte offset, cells) of every row of a TSV, its header first. UserError for what is not
+    a TSV in UTF-8.
     """
     csv.field_size_limit(2**31 - 1)  # the default of 128 kB is less than a photograph
     place = {"offset": 0, "line": 0}
@@ -277,9 +277,9 @@ REFUSALS = (
 def option(answer, options):
     """An answer and {letter: text} -> the one option it names, or None.
 
-    First the letters: exactly one stands as a word of its own, among the last four. Then a phrase such as
-    "answer is B". Then the texts: exactly one occurs in an answer that is at most twice as long as all of
-    them together.
+    First the letters: exactly one stands as a word of its own, among the last four. Then a phrase such
+    as "answer is B". Then the texts: exactly one occurs in an answer that is at most twice as long as
+    all of them together.
     """
     if any(refusal in answer for refusal in REFUSALS):
         return None
@@ -289,8 +289,8 @@ def option(answer, options):
         return named[0]
     if not named and "Z" in words:  # "none of them", as some prompts ask to say
         return None
-    # The kit's pattern has no word boundary: "the answer is black" names B. Kept, for the verdicts are to be
-    # the same.
+    # The kit's pattern has no word boundary: "the answer is black" names B. Kept, for the verdicts are
+    # to be the same.
     said = re.search(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer, re.IGNORECASE)
     if said and said[1].upper() in options:
         return said[1].upper()
@@ -351,8 +351,8 @@ def mean_over(column):
 
 
 def plain(results):
-    """Overall is the share right (of each split, if there are several); a line for each l2-category and
-    category.
+    """Overall is the share right (of each split, if there are several); a line for
+    each l2-category and category.
     """
     splits = groups(results, "split")
     lines = (
@@ -401,8 +401,8 @@ def pope(results):
 
 
 def mmvp(results):
-    """Overall is the share of pairs with both right, rows 2i and 2i + 1 by index being a pair; Average that
-    of the rows.
+    """Overall is the share of pairs with both right, rows 2i and 2i + 1 by index being a pair; Average
+    that of the rows.
     """
     rows = sorted(results, key=lambda r: int(r["id"]) if r["id"].isdigit() else math.inf)
     pairs = list(zip(rows[::2], rows[1::2]))
@@ -451,7 +451,7 @@ def known_as(path):
 
 
 def scores(name, results):
-    """Results of a whole benchmark -> {line: (share, n, (low, high) or None)}; "Overall" is what VLMEvalKit
-    calls so.
+    """Results of a whole benchmark -> {line: (share, n, (low, high) or None)}; "Overall" is
+    what VLMEvalKit calls so.
     """
     return SCORES.get(name, plain)(results)

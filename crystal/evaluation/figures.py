@@ -43,8 +43,8 @@ CARRIED = ("gain", "swap", "drop")  # what evaluation/carrying.py measures
 
 
 def figure(width, height):
-    """An Agg figure of width x height inches that pyplot does not know of: nothing to close, no display
-    needed.
+    """An Agg figure of width x height inches that pyplot does not know of: nothing to
+    close, no display needed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -107,8 +107,8 @@ def corruption_grid(image, path, seed=0):
 def read_metrics(run):
     """A run's metrics.jsonl -> (training, validation), each {name: [(step, value)]} in order of steps.
 
-    A step that a resumed run took again counts once, as it went last. UserError: no such file, a broken line,
-    no steps.
+    A step that a resumed run took again counts once, as it went last. UserError: no such file, a
+    broken line, no steps.
     """
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
@@ -132,8 +132,8 @@ def read_metrics(run):
 
 
 def smooth(values, window):
-    """Centred running mean over `window` (odd) values, fewer at the ends: sequence -> list of the same
-    length.
+    """Centred running mean over `window` (odd) values, fewer at the ends: sequence -> list
+    of the same length.
     """
     return [float(np.mean(values[max(0, i - window // 2) : i + window // 2 + 1])) for i in range(len(values))]
 
@@ -221,8 +221,8 @@ def draw_carried(ax, validation, names):
 
 @dataclass
 class AnswerAttention:
-    """Softmax weights of the row that predicts the answer's first token, mean over heads and layers; index 0
-    intact, 1 corrupted.
+    """Softmax weights of the row that predicts the answer's first token, mean over heads and layers; index
+    0 intact, 1 corrupted.
 
     image [2,h,w] on the first image's tokens, latents [2,K] (K = 0 without latents), rest [2] on every other
     key that the row sees: each path's three parts sum to 1. logits [2,V] are that row's. float32 on the CPU.
@@ -270,8 +270,8 @@ def answer_attention(model, batch, settings, layers, copied=None, fed=None):
 
 
 class Seen(data.RecordDataset):
-    """Examples that remember the first image of each call, so that the picture drawn is the one the model was
-    given.
+    """Examples that remember the first image of each call, so that the picture drawn is the one
+    the model was given.
     """
 
     def pixels(self, images):

@@ -1,5 +1,5 @@
-"""Interventions on a model that answers: its latents' states recorded or replaced, its image hidden from
-later positions.
+"""Interventions on a model that answers: its latents' states recorded or replaced, its image
+hidden from later positions.
 
 They reach every decoder layer by its pre-hook, in generation too, and leave the model as it was.
 
@@ -18,8 +18,8 @@ from crystal.runtime import data
 
 @contextmanager
 def before_layers(model, change):
-    """While it lasts, change(n, h [B,L,D], kwargs) -> (h, kwargs) runs before decoder layer n in every
-    forward, generation's too.
+    """While it lasts, change(n, h [B,L,D], kwargs) -> (h, kwargs) runs before decoder layer n in
+    every forward, generation's too.
     """
 
     def hook(n):
@@ -41,8 +41,8 @@ def before_layers(model, change):
 
 @contextmanager
 def recorded(model, where):
-    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each layer.
-    where: positions [B,K].
+    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each
+    layer. where: positions [B,K].
     """
     states = []
 
@@ -70,16 +70,16 @@ def replaced(model, where, states):
 
 
 def hidden_image(ask):
-    """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the prompt
-    and while decoding.
+    """The bottleneck of `generate`: rows that are neither image nor latent see no image column, in the
+    prompt and while decoding.
     """
     return lambda batch: [AttentionBias(~ask.image & ~ask.latents, ask.image)]
 
 
 @dataclass
 class Asked:
-    """A batch of prompts as `generate` pads them, to the left. ids: lists; where: latents [B,K]; image,
-    latents, mask: [B,L].
+    """A batch of prompts as `generate` pads them, to the left. ids: lists; where: latents [B,K];
+    image, latents, mask: [B,L].
     """
 
     prompts: list

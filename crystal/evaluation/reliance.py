@@ -6,9 +6,9 @@ rule is fixed beforehand.
 Dropping latents shortens the sequence to one that the model was never trained on, and attention mass says
 where a model looks, not what it takes. The causal question is another: does the answer change when the
 latents hold what they would hold for another image? So every condition below keeps weights, question and
-positions, and replaces the hidden states of the K latents at the input of every decoder layer. All later rows
-see a latent through its key and value alone, so replacing its states replaces all that the answer can know of
-it.
+positions, and replaces the hidden states of the K latents at the input of every decoder layer. All later
+rows see a latent through its key and value alone, so replacing its states replaces all that the answer
+can know of it.
 
     as trained                           everything as the model learned it
     latents dropped                      the sequence without them
@@ -19,8 +19,8 @@ it.
                                          bottleneck), and the floor without latents
     image corrupted, latents intact      what CrystaL trains; and corrupted latents with it
 
-THE RULE: the latents are used if the 95 % interval of (as trained - swapped), paired by question, lies above
-0.
+THE RULE: the latents are used if the 95 % interval of (as trained - swapped), paired by
+question, lies above 0.
 
 B questions, L prompt length, K latents, N image tokens, M answer positions, H heads, D hidden size.
 """
@@ -81,11 +81,11 @@ CONDITIONS = (
 
 
 def donors(records, seed=0):
-    """For each record the index of one with another image and another answer, to swap latents with:
-    [len(records)].
+    """For each record the index of one with another image and another answer, to
+    swap latents with: [len(records)].
 
-    If there is one, it was asked the same question; else it is of the same family; else any. UserError if all
-    answers are alike.
+    If there is one, it was asked the same question; else it is of the same family; else any. UserError if
+    all answers are alike.
     """
     g = torch.Generator().manual_seed(data.seed_of(seed, 1))
     keys: list[list[tuple]] = [
@@ -125,8 +125,8 @@ def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
     """Right or wrong [n] under two conditions -> (mean difference a - b, low, high): percentile interval of
     the paired bootstrap over questions.
 
-    A difference is -1, 0 or 1, so resampling n questions with replacement is one multinomial draw of how many
-    of each.
+    A difference is -1, 0 or 1, so resampling n questions with replacement is one multinomial draw of
+    how many of each.
     """
     d = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
     n = len(d)
@@ -138,8 +138,8 @@ def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
 
 
 def verdict(difference, low, high):
-    """The paired difference (as trained - swapped) and its 95 % interval, as shares -> (used, one line in
-    plain words).
+    """The paired difference (as trained - swapped) and its 95 % interval, as shares -> (used, one
+    line in plain words).
     """
     numbers = f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     if low > 0:
@@ -165,8 +165,8 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
     """Share of the answer positions' attention, by decoder layer, mean over heads, rows and questions ->
     {"latents": [..], "image": [..]}.
 
-    The rows are those that predict the reference answer's tokens, with the answer given; the weights are the
-    true softmax's.
+    The rows are those that predict the reference answer's tokens, with the answer given; the weights
+    are the true softmax's.
     """
     procs = procs or distributed.Processes(device=model.device)
     examples = questions(model, fmt, records)
@@ -331,8 +331,8 @@ def measure(
 
 
 def summarise(results, records, partner, seed=0):
-    """Predictions of every condition -> questions, conditions (shares with intervals), followed, rule, used,
-    verdict.
+    """Predictions of every condition -> questions, conditions (shares with intervals),
+    followed, rule, used, verdict.
 
     followed: share of the answers that became the other image's answer when its latents were put in, and how
     many were that as trained.

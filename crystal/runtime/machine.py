@@ -10,11 +10,11 @@ from crystal.runtime import ops
 
 
 def clock(f, device):
-    """Seconds that f takes -> (seconds, what f returned). On a GPU: from the first kernel to the last, caches
-    cold.
+    """Seconds that f takes -> (seconds, what f returned). On a GPU: from the first kernel to
+    the last, caches cold.
 
-    There the GPU is kept busy until f has been put into its queue: what Python takes for that would otherwise
-    be counted.
+    There the GPU is kept busy until f has been put into its queue: what Python takes for that
+    would otherwise be counted.
     """
     if device.type == "cpu":
         start = time.perf_counter()

@@ -1,8 +1,8 @@
 """Compiled twins of attention.py and losses.py, and the choice between them; callers import from here.
 
-Every operator has the signature of its plain reference and is documented there. The compiled ones (csrc/,
-built by `make setup`) are chosen once, at their first use or when training starts, and the choice is printed
-once:
+Every operator has the signature of its plain reference and is documented there. The compiled ones
+(csrc/, built by `make setup`) are chosen once, at their first use or when training starts, and the
+choice is printed once:
 
     CRYSTAL_OPS=auto       compiled where the extension is built and serves the tensors' device and dtype
                            (default)
@@ -60,8 +60,8 @@ def choice():
 
 @functools.cache
 def _load():
-    """Loads crystal/_C.so and, where torch knows CUDA, crystal/_C_cuda.so -> (devices served, what is wrong
-    or None).
+    """Loads crystal/_C.so and, where torch knows CUDA, crystal/_C_cuda.so -> (devices served, what
+    is wrong or None).
     """
     devices = []
     for device, file, wanted in (
@@ -109,8 +109,8 @@ _said = []
 
 
 def announce(write=None):
-    """Says which operators were chosen, once: on stderr, or by `write` where a program calls this before it
-    uses any.
+    """Says which operators were chosen, once: on stderr, or by `write` where a program calls this
+    before it uses any.
     """
     if not _said:
         _said.append(choice()[2])
@@ -265,8 +265,8 @@ def _vocab_backward(ctx, g_int, g_cor, g_kl, *_):
 
 
 def _graph_is_kept():
-    """Whether the backward pass that runs was asked to retain its graph; a torch that cannot say so is taken
-    to retain it.
+    """Whether the backward pass that runs was asked to retain its graph; a torch that cannot say so is
+    taken to retain it.
     """
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
@@ -295,13 +295,13 @@ def _vocab_backward_fake(
 
 # --- attn_slice, attn_scores: weights and scores of chosen rows and columns ---
 #
-# B sequences, H query heads, G key heads, L length, d head size, M rows, K columns. Forward and backward keep
-# [B,H,M,K] and [B,H,M].
+# B sequences, H query heads, G key heads, L length, d head size, M rows, K columns. Forward and backward
+# keep [B,H,M,K] and [B,H,M].
 
 
 def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding=None):
-    """attention.attn_slice without its M x L scores: tiles of them are computed where they are used, and
-    again in backward.
+    """attention.attn_slice without its M x L scores: tiles of them are computed where they are used,
+    and again in backward.
 
     A given lse spares the forward's pass over the L keys; backward, too, takes its softmax from it, so it
     must be the rows' own. A bias that wants a gradient takes plain PyTorch.
@@ -317,8 +317,8 @@ def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding
 
 
 def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
-    """attention.attn_scores, reading the chosen rows and columns alone. A bias that wants a gradient takes
-    plain PyTorch.
+    """attention.attn_scores, reading the chosen rows and columns alone. A bias that wants a
+    gradient takes plain PyTorch.
     """
     if _wants(bias) or not served("attn_scores", q):
         return attention.attn_scores(q, k, rows, cols, scale=scale, bias=bias, key_padding=key_padding)
@@ -532,8 +532,8 @@ class _AttentionWithSlice(torch.autograd.Function):
 
 
 def _dense(x):
-    """The numbers of a head side by side in memory, as PyTorch's attention for the CPU reads them whatever
-    x's strides are.
+    """The numbers of a head side by side in memory, as PyTorch's attention for the CPU reads them
+    whatever x's strides are.
     """
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -136,8 +136,8 @@ def parse(body):
 
 
 def turns_of(messages, limits):
-    """Messages -> (turns for layout.Format with texts between images as a list, the images' data URLs with
-    their place).
+    """Messages -> (turns for layout.Format with texts between images as a list, the images' data
+    URLs with their place).
     """
     turns, urls = [], []
     for i, message in enumerate(messages):

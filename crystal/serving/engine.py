@@ -17,8 +17,8 @@ log = logging.getLogger("crystal.serving.engine")
 
 @dataclass(eq=False)
 class Job:
-    """A prompt on its way to the model, and where its events go: ("text", new text), ("done", Answer) or
-    ("failed", line).
+    """A prompt on its way to the model, and where its events go: ("text", new text), ("done",
+    Answer) or ("failed", line).
     """
 
     stream: bool
@@ -51,8 +51,8 @@ class Abandoned(Exception):
 
 
 class Engine(threading.Thread):
-    """The one thread that runs the model: takes what waits, up to a batch of equal token limits, oldest
-    first.
+    """The one thread that runs the model: takes what waits, up to a batch of equal
+    token limits, oldest first.
     """
 
     def __init__(self, model, fmt, latents, batch, window=0.01):

@@ -1,5 +1,5 @@
-"""How soon is the parallel iteration of fed-back latents as good as the exact recurrence, and what does it
-save?
+"""How soon is the parallel iteration of fed-back latents as good as the exact recurrence, and
+what does it save?
 
     python data_prep/checks/feedback.py --run runs/valr --data runs/toy/val.jsonl
     python data_prep/checks/feedback.py                          # the shipped tiny model before any training

@@ -1,5 +1,5 @@
-"""Does `--reliance` tell used latents from unused ones? Models of both kinds, trained alike, and what it says
-of each.
+"""Does `--reliance` tell used latents from unused ones? Models of both kinds, trained alike, and what
+it says of each.
 
 `open` may read the image and pass its latents by (reliance_open.py); `bottleneck` may not
 (reliance_bottleneck.py). Both start from the tiny base with the same tokens, data, order, updates and rates;

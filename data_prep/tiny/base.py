@@ -81,8 +81,8 @@ class Pupil(torch.nn.Module):
             [layout.tokenizer(" " + word).input_ids[0] for word in (*toy.SHAPES, *toy.COLOURS)]
         )
         self.opening = torch.tensor(layout.opening)
-        # A still image fills both frames of the patch convolution with the same pixels, so half of its work
-        # is enough.
+        # A still image fills both frames of the patch convolution with the same pixels, so half of
+        # its work is enough.
         patch = self.model.model.visual.patch_embed
         patch.forward = lambda pixels: F.linear(pixels, patch.proj.weight.sum(2).flatten(1))
 
@@ -210,8 +210,8 @@ def average(parameters, world):
 
 
 def save(path, pupil, optimisers, step):
-    """All that a resumed run needs, as one flat file of tensors; the old file stays until the new one is
-    whole.
+    """All that a resumed run needs, as one flat file of tensors; the old file stays until the
+    new one is whole.
     """
     # Tied.
     state = {f"pupil.{k}": v for k, v in pupil.state_dict().items() if not k.endswith("lm_head.weight")}
@@ -325,8 +325,8 @@ def train(args, blind, rank, world):
 
 
 def install(model, blind, args):
-    """Put the weights, and for the base the files around them, in the assets; a reader never sees half a
-    file.
+    """Put the weights, and for the base the files around them, in the assets; a reader never
+    sees half a file.
     """
     work = args.work / "export"
     model.save_pretrained(work)  # with the names that the hub's checkpoints have

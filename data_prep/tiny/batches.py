@@ -1,5 +1,5 @@
-"""Scenes become training batches for the tiny model: many questions about one image, each as if it were asked
-alone.
+"""Scenes become training batches for the tiny model: many questions about one image, each as if
+it were asked alone.
 
 A row of the batch is the chat's opening with the image, P tokens, followed by S slots of T tokens. A slot
 holds one question with its answer and sees the opening and itself, nothing else; its positions continue the
@@ -27,8 +27,8 @@ WORDY_SLOT = SLOT + WORDS
 IGNORE = -100
 NORMALISE = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
-# Questions that no test asks. They teach the steps that the others are made of: find a thing, read its place
-# and its size.
+# Questions that no test asks. They teach the steps that the others are made of: find a thing, read its
+# place and its size.
 LESSONS = ("place", "size")
 KINDS = toy.FAMILIES + LESSONS
 # Share of each kind of question at the start and at the end of training.
@@ -78,8 +78,8 @@ class Layout:
         self.start = tokenizer(" Because the feature of the image is").input_ids
         self.cache = {}
 
-        # M-RoPE: text counts on in all three axes, the image's tokens share a time and have a row and a
-        # column.
+        # M-RoPE: text counts on in all three axes, the image's tokens share a time and have a
+        # row and a column.
         before = self.image.start
         grid = (
             before
@@ -97,8 +97,8 @@ class Layout:
         ]  # [1, 1, T, P + T], additive
 
     def encode(self, question, answer, words=((), ())):
-        """(tokens, labels) of one slot, two lists of T; the labels are the answer and the end of the turn, at
-        their own places.
+        """(tokens, labels) of one slot, two lists of T; the labels are the answer and the end of the turn,
+        at their own places.
 
         words: tokens that the assistant says before its answer, and their labels.
         """
@@ -116,9 +116,8 @@ class Layout:
 
     def words(self, rng, count=None):
         """Tokens and labels of what is said before an answer: in half of the cases nothing, else 1 to WORDS
-        ordinary tokens (`count`
-        if given) drawn at random, in half of these behind the beginning of a sentence, the only words that
-        are labels."""
+        ordinary tokens (`count` if given) drawn at random, in half of these behind the beginning of a
+        sentence, the only words that are labels."""
         if count is None:
             count = int(rng.integers(1, WORDS + 1)) * int(rng.integers(2))
         start = self.start[:count] if count and rng.integers(2) else []
@@ -141,16 +140,16 @@ class Batch:
 
 
 def patches_of(image):
-    """uint8 [112, 112, 3] to [64, 588]: 14 pixel patches, channels first, the four that merge to one token in
-    a row.
+    """uint8 [112, 112, 3] to [64, 588]: 14 pixel patches, channels first, the four that merge to one
+    token in a row.
     """
     k = toy.CELLS
     return image.reshape(k, 2, 14, k, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5).reshape(4 * N, 588)
 
 
 def cells_of(scene):
-    """[N, 3]: index of the shape, of the colour and of the size of the object with its centre in each cell;
-    -100 if none.
+    """[N, 3]: index of the shape, of the colour and of the size of the object with its centre in each
+    cell; -100 if none.
     """
     cells = np.full((N, 3), IGNORE)
     for thing in scene.things:
@@ -242,8 +241,8 @@ class Stream(torch.utils.data.Dataset):
 
 
 def pixels(patches, blind=False):
-    """uint8 [.., 588] to normalised float32, as the image processor does; a blind model gets uniform grey
-    instead.
+    """uint8 [.., 588] to normalised float32, as the image processor does; a blind model
+    gets uniform grey instead.
     """
     if blind:
         patches = torch.full_like(patches, 128)

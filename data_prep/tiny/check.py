@@ -40,8 +40,8 @@ BLUR = ImageFilter.GaussianBlur(5)
 
 @dataclass
 class Row:
-    """Shares right, 0 to 1, of n questions of one family; margin is base minus blind, spread half its 95 %
-    interval.
+    """Shares right, 0 to 1, of n questions of one family; margin is base minus blind, spread half
+    its 95 % interval.
     """
 
     family: str

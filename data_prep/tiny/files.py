@@ -44,8 +44,8 @@ VISIBLE = [
     "<|file_sep|>",
 ]
 
-# What separates words before any merge: contractions, letters with one leading character, single digits,
-# punctuation, white space.
+# What separates words before any merge: contractions, letters with one leading character, single
+# digits, punctuation, white space.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -87,8 +87,8 @@ CHAT_TEMPLATE = (
 
 
 def corpus():
-    """Yield the text that the merges are learned from: questions, answers, reasons, and the fixed text around
-    them.
+    """Yield the text that the merges are learned from: questions, answers, reasons, and the
+    fixed text around them.
     """
     fixed = [
         SYSTEM,
@@ -123,8 +123,8 @@ def corpus():
 
 
 def make_tokenizer(out):
-    """Learn the merges, write tokenizer.json, tokenizer_config.json and chat_template.jinja to `out`, return
-    the tokenizer.
+    """Learn the merges, write tokenizer.json, tokenizer_config.json and chat_template.jinja to
+    `out`, return the tokenizer.
     """
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
@@ -177,8 +177,8 @@ def make_config(tokenizer):
         "num_key_value_heads": 3,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
-        # With Qwen's range of 0.02 the vision path of a model this narrow stays almost silent and nothing is
-        # learned.
+        # With Qwen's range of 0.02 the vision path of a model this narrow stays almost silent
+        # and nothing is learned.
         "initializer_range": 0.07,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
         "bos_token_id": token("<|endoftext|>"),
