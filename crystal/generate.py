@@ -50,10 +50,39 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
     or opens its latents itself from doing so; other formats leave them out of the prompt. streamer: an object
     with put(tokens [B]) and end(), told each step's tokens as they come (first put: the prompts).
     """
-    prompts = [Query(*prompt) for prompt in prompts]
+    batch = padded(model, fmt, [Query(*prompt) for prompt in prompts])
+    B, L = batch["input_ids"].shape
+    kinds = (batch["input_ids"] == fmt.image).int()
+    if fmt.feeds_back:
+        whole = {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}
+        return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
+
+    # A method's mask is asked for with the row that answers: the prompt's last one.
+    blocked = []
+    if biases:
+        blocked = biases(batch | {"answer_positions": torch.full((B, 1), L - 1, device=model.device)})
+    masked = nullcontext()
+    if blocked:
+        masked = model.seeing(additive_mask(blocked, batch["attention_mask"]))
+
+    never = {"suppress_tokens": fmt.latents} if latents == "drop" and fmt.writes_own_latents else {}
+    with masked:
+        out = model.hf.generate(
+            **model.keywords(batch | {"mm_token_type_ids": kinds}),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=fmt.end,
+            pad_token_id=model.tokenizer.pad_token_id,
+            streamer=streamer,
+            **never,
+        )
+    return out[:, L:].tolist()
+
+
+def padded(model, fmt, prompts):
+    """A list of Query -> input_ids and attention_mask [B,L] on the model's device, and the images if any."""
     B, L = len(prompts), max(len(prompt.ids) for prompt in prompts)
-    pad = model.tokenizer.pad_token_id
-    input_ids = torch.full((B, L), pad, dtype=torch.long)
+    input_ids = torch.full((B, L), model.tokenizer.pad_token_id, dtype=torch.long)
     mask = torch.zeros(B, L, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         n = len(prompt.ids)
@@ -61,33 +90,14 @@ def write(model, prompts, fmt, max_new_tokens=64, biases=None, latents="keep", s
         input_ids[i, place] = torch.tensor(prompt.ids)
         mask[i, place] = 1
 
-    images = {}
+    batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     shown = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if shown:
         pixels = torch.cat([prompt.pixel_values for prompt in shown])
         grids = torch.cat([prompt.image_grid_thw for prompt in shown])
-        images["pixel_values"] = pixels.to(model.device, model.hf.dtype)
-        images["image_grid_thw"] = grids.to(model.device)
-    batch = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device), **images}
-    kinds = (batch["input_ids"] == fmt.image).int()
-    if fmt.feeds_back:
-        whole = {"pixel_values": None, "image_grid_thw": None, **batch, "mm_token_type_ids": kinds}
-        return decode_feedback(model, whole, fmt, max_new_tokens, latents, streamer)
-    blocked = (
-        biases(batch | {"answer_positions": torch.full((B, 1), L - 1, device=model.device)}) if biases else []
-    )
-    never = {"suppress_tokens": fmt.latents} if latents == "drop" and fmt.writes_own_latents else {}
-    with model.seeing(additive_mask(blocked, batch["attention_mask"])) if blocked else nullcontext():
-        out = model.hf.generate(
-            **model.keywords(batch | {"mm_token_type_ids": kinds}),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=fmt.end,
-            pad_token_id=pad,
-            streamer=streamer,
-            **never,
-        )
-    return out[:, L:].tolist()
+        batch["pixel_values"] = pixels.to(model.device, model.hf.dtype)
+        batch["image_grid_thw"] = grids.to(model.device)
+    return batch
 
 
 def ask(model, fmt, images, question, max_new_tokens=64, latents="keep"):
@@ -99,9 +109,11 @@ def ask(model, fmt, images, question, max_new_tokens=64, latents="keep"):
     """
     record = data.Record("--image", "", [("user", [""] * len(images) + [question])], "", images)
     how = "none" if latents == "free" else latents
-    asked = data.RecordDataset(
+    examples = data.RecordDataset(
         [record], lambda r, n: fmt.question(r.turns, n, how), model.image_processor, copies=fmt.copies
-    ).build(0, 0)
+    )
+    asked = examples.build(0, 0)
+
     room = thought_length(fmt, model.name) if latents == "free" else 0
     prompt = Query(asked["layout"].ids, asked["pixel_values"], asked["image_grid_thw"])
     return generate(model, [prompt], fmt, max_new_tokens + room, latents=latents)[0]
@@ -142,11 +154,10 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=
     """
     tell = streamer.put if streamer else lambda tokens: None
     tell(batch["input_ids"])
-    # What a row does next: choose a token, close the latents, or (1 and more) that many latents.
-    free, finish = (
-        -1,
-        0,
-    )
+    embedding = model.hf.get_input_embeddings()
+    pad = model.tokenizer.pad_token_id
+
+    # The prompts, up to the state before the first token that is chosen.
     stream, prompt = Stream(model), batch["attention_mask"].bool()
     positions = model.positions(batch)  # [3,B,L]
     h, _, piece = stream.run(
@@ -156,44 +167,54 @@ def decode_feedback(model, batch, fmt, max_new_tokens, latents="keep", streamer=
         pixel_values=batch["pixel_values"],
         image_grid_thw=batch["image_grid_thw"],
     )
-    last = h[torch.arange(len(h)), prompt.sum(1) - 1]  # [B,D]
-    at = (
-        positions.masked_fill(~prompt, 0).amax((0, 2)) + 1
-    )  # [B]: text counts on from the largest of the three axes
-    said, mode, budget, done = (
-        [[] for _ in last],
-        [free] * len(last),
-        [max_thought] * len(last),
-        [False] * len(last),
-    )
+    B = len(h)
+    last = h[torch.arange(B), prompt.sum(1) - 1]  # [B,D]
+
+    # Text counts on from the largest of the three axes.
+    at = positions.masked_fill(~prompt, 0).amax((0, 2)) + 1  # [B]
+
+    # What a row does next: choose a token, close the latents, or (1 and more) that many latents.
+    free, finish = -1, 0
+    mode = [free] * B
+    budget = [max_thought] * B
+    said = [[] for _ in range(B)]
+    done = [False] * B
     while True:
         stream.keep(piece)
         logits = model.logits(last)  # [B,V]
         if latents == "drop":
             logits[:, fmt.latent_start_id] = float("-inf")
-        tokens, fed = logits.argmax(-1).tolist(), [m > 0 and not d for m, d in zip(mode, done)]
-        for b in range(len(last)):
+        tokens = logits.argmax(-1).tolist()
+        fed = [m > 0 and not d for m, d in zip(mode, done)]
+
+        for b in range(B):
             if done[b] or fed[b]:
-                tokens[b] = model.tokenizer.pad_token_id
+                tokens[b] = pad
                 mode[b] -= fed[b]
             elif mode[b] == finish:
-                tokens[b], mode[b] = fmt.latent_end_id, free
+                tokens[b] = fmt.latent_end_id
+                mode[b] = free
             else:
                 mode[b] = fmt.count if tokens[b] == fmt.latent_start_id else free
                 budget[b] = max_new_tokens if tokens[b] == fmt.answer_start_id else budget[b] - 1
+
             if not done[b]:
                 said[b].append(tokens[b])
                 done[b] = tokens[b] == fmt.end or (budget[b] <= 0 and mode[b] == free)
+
         tell(torch.tensor(tokens))
         if all(done):
             if streamer:
                 streamer.end()
             return said
-        x = model.hf.get_input_embeddings()(torch.tensor(tokens, device=last.device))  # [B,D]
+
+        # The next input: a token's embedding, or the state before it where a latent stands.
+        x = embedding(torch.tensor(tokens, device=last.device))  # [B,D]
         x = torch.where(torch.tensor(fed, device=last.device)[:, None], last.to(x.dtype), x)
         going = ~torch.tensor(done, device=last.device)[:, None]  # [B,1]
         h, _, piece = stream.run(at[None, :, None].expand(3, -1, 1), going, inputs_embeds=x[:, None])
-        last, at = h[:, 0], at + 1
+        last = h[:, 0]
+        at = at + 1
 
 
 def main(argv=None):

@@ -147,58 +147,56 @@ def loss_curves(run, path):
     10. UserError: see read_metrics.
     """
     training, validation = read_metrics(run)
-    masses = [n for n in MASSES if n in training]
-    last = ["lr", "grad_norm"]
-    panels = (
-        [[n] for n in training if n not in masses + last]
-        + ([masses] if masses else [])
-        + [[n] for n in last if n in training]
-    )
+    masses = [name for name in MASSES if name in training]
+    last = [name for name in ("lr", "grad_norm") if name in training]
+    terms = [name for name in training if name not in masses + last]
     carried = [name for name in CARRIED if name in validation]
+
+    # A panel each; what belongs together shares one.
+    panels = [[name] for name in terms]
+    panels += [masses] if masses else []
+    panels += [[name] for name in last]
     panels += [carried] if carried else []
-    columns, rows = min(4, len(panels)), -(-len(panels) // 4)
+
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / 4)
     fig = figure(3.1 * columns, 2.5 * rows + 0.5)
     axes = fig.subplots(rows, columns, squeeze=False).flatten()
     window = 2 * (max(map(len, training.values())) // 40) + 1  # odd: about a 20th of the run
     for ax, names in zip(axes, panels):
         if names == carried:
             draw_carried(ax, validation, carried)
-            continue
-        seen = []
-        for name, colour in zip(names, COLOURS):
-            steps, values = zip(*training[name])
-            ax.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-            ax.plot(
-                steps,
-                values if name == "lr" else smooth(values, window),
-                color=colour,
-                linewidth=1.5,
-                label=MASSES.get(name),
-            )
-            held = validation.get(name, [])
-            ax.plot(
-                *zip(*held) if held else ((), ()),
-                "o",
-                color=colour,
-                markersize=4,
-                markeredgecolor="black",
-                zorder=3,
-            )
-            seen += [*values, *(v for _, v in held)]
-        if names != ["lr"] and min(seen) > 0 and max(seen) > 10 * min(seen):
-            ax.set_yscale("log")
-        ax.set_title("attention mass on latents" if names == masses else names[0], fontsize=10)
-        ax.tick_params(which="both", labelsize=7)
+        else:
+            draw_terms(ax, names, training, validation, window)
+            ax.set_title("attention mass on latents" if names == masses else names[0], fontsize=10)
         if names == masses:
             ax.legend(fontsize=7, frameon=False)
     for ax in axes[len(panels) :]:
         ax.remove()
-    fig.suptitle(
-        f"{Path(run).name}, by update; line: training (dark: mean of "
-        f"{window}){'; points: validation' * bool(validation)}",
-        fontsize=10,
-    )
+
+    points = "; points: validation" if validation else ""
+    title = f"{Path(run).name}, by update; line: training (dark: mean of {window}){points}"
+    fig.suptitle(title, fontsize=10)
     return save(fig, path)
+
+
+def draw_terms(ax, names, training, validation, window):
+    """Terms that share a panel: training as it was, its running mean over `window` updates, validation."""
+    seen = []
+    for name, colour in zip(names, COLOURS):
+        steps, values = zip(*training[name])
+        shown = values if name == "lr" else smooth(values, window)
+        ax.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        ax.plot(steps, shown, color=colour, linewidth=1.5, label=MASSES.get(name))
+
+        held = validation.get(name, [])
+        points = zip(*held) if held else ((), ())
+        ax.plot(*points, "o", color=colour, markersize=4, markeredgecolor="black", zorder=3)
+        seen += [*values, *(value for _, value in held)]
+
+    if names != ["lr"] and min(seen) > 0 and max(seen) > 10 * min(seen):
+        ax.set_yscale("log")
+    ax.tick_params(which="both", labelsize=7)
 
 
 def draw_carried(ax, validation, names):

@@ -130,10 +130,11 @@ def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
     """
     d = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
     n = len(d)
-    counts = np.random.default_rng(seed).multinomial(
-        n, [(d == v).mean() for v in (-1, 0, 1)], size=draws
-    )  # [draws,3]
-    low, high = np.quantile((counts[:, 2] - counts[:, 0]) / n, [(1 - level) / 2, (1 + level) / 2])
+    shares = [(d == value).mean() for value in (-1, 0, 1)]
+    counts = np.random.default_rng(seed).multinomial(n, shares, size=draws)  # [draws,3]
+
+    means = (counts[:, 2] - counts[:, 0]) / n
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(d.mean()), float(low), float(high)
 
 
@@ -143,21 +144,13 @@ def verdict(difference, low, high):
     """
     numbers = f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     if low > 0:
-        return (
-            True,
-            f"The latents are used: with another image's latents fewer answers are right ({numbers}).",
-        )
+        said = "The latents are used: with another image's latents fewer answers are right"
+        return True, f"{said} ({numbers})."
     if high < 0:
-        return (
-            False,
-            "The latents are not used to advantage: with another image's latents more answers are right "
-            f"({numbers}).",
-        )
-    return (
-        False,
-        f"No use of the latents is shown: another image's latents leave as many answers right ({numbers}, "
-        "which holds 0).",
-    )
+        said = "The latents are not used to advantage: with another image's latents more answers are right"
+        return False, f"{said} ({numbers})."
+    said = "No use of the latents is shown: another image's latents leave as many answers right"
+    return False, f"{said} ({numbers}, which holds 0)."
 
 
 @torch.no_grad()
@@ -175,39 +168,31 @@ def attention_mass(model, fmt, records, batch_size=16, procs=None, advance=lambd
     def layout(record, image_tokens):
         ids, image, latents = ask(record, image_tokens)
         whole = ids + fmt.text(record.answer)
-        return Layout(
-            whole,
-            [IGNORE] * len(whole),
-            image,
-            latents=latents,
-            answer_positions=list(range(len(ids) - 1, len(whole) - 1)),
-        )
+        rows = list(range(len(ids) - 1, len(whole) - 1))
+        return Layout(whole, [IGNORE] * len(whole), image, latents=latents, answer_positions=rows)
 
     examples.layout = layout
-    sums = {
-        "latents": torch.zeros(len(layers), dtype=torch.float64),
-        "image": torch.zeros(len(layers), dtype=torch.float64),
-    }
+    sums = {name: torch.zeros(len(layers), dtype=torch.float64) for name in ("latents", "image")}
     mine = list(range(procs.rank, len(records), procs.world))
     for at in range(0, len(mine), batch_size):
-        batch = data.collate(
-            [examples[0, i] for i in mine[at : at + batch_size]], model.tokenizer.pad_token_id
-        )
+        some = [examples[0, i] for i in mine[at : at + batch_size]]
+        batch = data.collate(some, model.tokenizer.pad_token_id)
         if "error" in batch:
             raise data.RecordError(batch["error"])
         batch = data.to_device(batch, model.device, model.hf.dtype)
-        recorders = {
-            name: AttentionRecorder(layers, batch["answer_positions"], batch[name], attn_slice)
-            for name in sums
-        }
+
+        # One forward, of which both slices are read.
+        answer = batch["answer_positions"]
+        recorders = {name: AttentionRecorder(layers, answer, batch[name], attn_slice) for name in sums}
         model.hidden(batch, recorder=in_turn(*recorders.values()))
-        rows = (batch["answer_positions"] >= 0).sum(1)  # [B]
+
+        rows = (answer >= 0).sum(1)  # [B]
         for name, recorder in recorders.items():
-            mass = torch.stack(
-                [x.sum(-1).mean(1).sum(1) / rows for x in recorder.slices.values()]
-            )  # [layers,B]; x [B,H,M,columns]
-            sums[name] += mass.double().sum(1).cpu()
+            # A slice is [B,H,M,columns]: summed over its columns, a mean over heads and rows.
+            masses = [A.sum(-1).mean(1).sum(1) / rows for A in recorder.slices.values()]
+            sums[name] += torch.stack(masses).double().sum(1).cpu()  # of [layers,B]
         advance(len(rows))
+
     return {name: (procs.sum(total) / len(records)).tolist() for name, total in sums.items()}
 
 
@@ -231,27 +216,12 @@ def measure(
     which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
     """
     procs = procs or distributed.Processes(device=model.device)
-    kept, dropped = (
-        questions(model, fmt, records, "keep", corruption, seed),
-        questions(model, fmt, records, "drop", corruption, seed),
-    )
+    kept = questions(model, fmt, records, "keep", corruption, seed)
+    dropped = questions(model, fmt, records, "drop", corruption, seed)
     if len(records) < max(2, procs.world):
         raise UserError(f"--reliance: {len(records)} questions for {procs.world} process(es) are too few")
-    counts = {len(kept.build(i, 0)["layout"].latents) for i in (0, len(records) - 1)}
-    if 0 in counts:
-        raise UserError(
-            f"{model.name}: "
-            + (
-                "it makes its latents while it answers (VaLR, --thought cot), and --reliance replaces "
-                "those of a prompt; --latents drop asks it without them"
-                if fmt.count
-                else "no latents stand in its prompts, so there is nothing to test"
-            )
-        )
-    if len(counts) > 1:
-        raise UserError(
-            f"{model.name}: --reliance needs the same number of latents in every prompt, not {sorted(counts)}"
-        )
+    count = latents_of_prompts(model, fmt, kept, len(records))
+
     partner = donors(records, seed)
     mine = list(range(procs.rank, len(records), procs.world))
     batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
@@ -262,21 +232,16 @@ def measure(
         disable=not (progress and procs.is_first and sys.stderr.isatty()),
         leave=False,
     )
-    results = []  # {"index", "condition", "prediction", "correct"}
 
+    results = []  # {"index", "condition", "prediction", "correct"}
     always = biases or (lambda batch: [])
 
     def answer(batch, prompts, condition, blind=lambda batch: []):
         both = (lambda batch: [*always(batch), *blind(batch)]) if condition.hidden or biases else None
         for i, prediction in zip(batch, generate(model, prompts, fmt, max_new_tokens, both)):
-            results.append(
-                {
-                    "index": i,
-                    "condition": condition.name,
-                    "prediction": prediction,
-                    "correct": score(records[i], prediction)[1],
-                }
-            )
+            correct = score(records[i], prediction)[1]
+            result = {"index": i, "condition": condition.name, "prediction": prediction, "correct": correct}
+            results.append(result)
 
     # As trained; on the way, mean and spread of the latents' states over all questions.
     moments = None  # [2,layers,K,D]: sums of states and of their squares
@@ -289,33 +254,31 @@ def measure(
         moments = sums if moments is None else moments + sums
         bar.update(len(batch))
     moments = procs.sum(moments) / len(records)
-    mean, spread = moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()  # [layers,K,D]
+    mean = moments[0]  # [layers,K,D]
+    spread = (moments[1] - moments[0].square()).clamp(min=0).sqrt()
 
+    # Under every intervention.
     for batch in batches:
         examples = {"keep": [kept.build(i, 0) for i in batch], "drop": [dropped.build(i, 0) for i in batch]}
         others = asked(model, [kept.build(partner[i], 0) for i in batch])
         intact = asked(model, examples["keep"])
-        sources = {"mean": mean[:, None].expand(-1, len(batch), -1, -1)}
-        noise = [
-            torch.randn(
-                mean.shape,
-                generator=torch.Generator().manual_seed(data.seed_of(seed, 2, i)),
-                dtype=mean.dtype,
-            )
-            for i in batch
-        ]
-        sources["noise"] = mean[:, None] + spread[:, None] * torch.stack(noise, 1).to(
-            mean.device
-        )  # [layers,B,K,D]
+
+        # The states that latents are given, [layers,B,K,D]: the mean, noise around it, and others' own.
+        noise = []
+        for i in batch:
+            g = torch.Generator().manual_seed(data.seed_of(seed, 2, i))
+            noise.append(torch.randn(mean.shape, generator=g, dtype=mean.dtype))
+        sources = {
+            "mean": mean[:, None].expand(-1, len(batch), -1, -1),
+            "noise": mean[:, None] + spread[:, None] * torch.stack(noise, 1).to(mean.device),
+        }
         for name, source in (("swapped", others), ("intact", intact)):
             with recorded(model, source.where) as sources[name]:
                 generate(model, source.prompts, fmt, 1, biases)
+
         for condition in CONDITIONS[1:]:
-            ask = asked(
-                model,
-                examples[condition.latents],
-                "pixel_values_cor" if condition.corrupted else "pixel_values",
-            )
+            pixels = "pixel_values_cor" if condition.corrupted else "pixel_values"
+            ask = asked(model, examples[condition.latents], pixels)
             if condition.hidden:
                 answer(batch, ask.prompts, condition, hidden_image(ask))
             elif condition.states != "own":
@@ -324,10 +287,28 @@ def measure(
             else:
                 answer(batch, ask.prompts, condition)
         bar.update(len(batch))
+
     mass = attention_mass(model, fmt, records, batch_size, procs, bar.update)
     bar.close()
     summary = summarise(procs.gather(results), records, partner, seed)
-    return summary | {"attention": mass, "corruption": str(corruption), "seed": seed, "latents": counts.pop()}
+    return summary | {"attention": mass, "corruption": str(corruption), "seed": seed, "latents": count}
+
+
+def latents_of_prompts(model, fmt, kept, n):
+    """How many latents stand in the prompts of n questions; UserError for none, or for different numbers."""
+    counts = {len(kept.build(i, 0)["layout"].latents) for i in (0, n - 1)}
+    if 0 in counts and fmt.count:
+        raise UserError(
+            f"{model.name}: it makes its latents while it answers (VaLR, --thought cot), and --reliance "
+            "replaces those of a prompt; --latents drop asks it without them"
+        )
+    if 0 in counts:
+        raise UserError(f"{model.name}: no latents stand in its prompts, so there is nothing to test")
+    if len(counts) > 1:
+        raise UserError(
+            f"{model.name}: --reliance needs the same number of latents in every prompt, not {sorted(counts)}"
+        )
+    return counts.pop()
 
 
 def summarise(results, records, partner, seed=0):
