@@ -8,10 +8,13 @@ is built is said in one line. Environment:
 
     CRYSTAL_CUDA   auto (default): the CUDA part where nvcc is found; 1: build it or fail; 0: leave it out
     CXX, NVCC      the compilers, where they are not on the path
+    MAX_JOBS       how many compilers run side by side; as many as ninja likes without it
+    TORCH_CUDA_ARCH_LIST   GPUs to build for, as torch's extensions read it: "8.6;9.0+PTX"
 """
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -54,7 +58,31 @@ def wants_cuda(nvcc):
         )
     if choice == "0" or not nvcc:
         return False, "CRYSTAL_CUDA=0" if choice == "0" else "no nvcc found"
-    return True, ", ".join(f"sm_{gpu}" for gpu in GPUS) + " and PTX"
+    built, ptx = gpus()
+    return True, ", ".join(f"sm_{gpu}" for gpu in built) + (" and PTX" if ptx else "")
+
+
+def gpus():
+    """TORCH_CUDA_ARCH_LIST, or the usual ones -> (GPUs to compile for, those whose PTX is kept too)."""
+    asked = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if asked == [""]:
+        return list(GPUS), [GPUS[-1]]
+    found = [re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", word) for word in asked]
+    said = f"TORCH_CUDA_ARCH_LIST={' '.join(asked)}"
+    if not all(found):
+        sys.exit(f"{said}: compute capabilities are wanted, as in 8.6;9.0+PTX")
+    numbers = ["".join(match.groups()[:3]) for match in found]
+    if any(int(match[1]) < 8 for match in found):
+        sys.exit(f"{said}: the kernels need compute capability 8.0 or more")
+    return numbers, [number for number, match in zip(numbers, found) if match[4]]
+
+
+def jobs():
+    """MAX_JOBS as ninja's flag; nothing where it is not set."""
+    most = os.environ.get("MAX_JOBS", "")
+    if most and not (most.isdigit() and int(most)):
+        sys.exit(f"MAX_JOBS={most}: a number of at least 1 is wanted")
+    return ["-j", most] if most else []
 
 
 def steps(out, nvcc):
@@ -105,10 +133,9 @@ def steps(out, nvcc):
 
 def rules(cxx, nvcc):
     """kind -> its command, with ninja's $in, $out, $flags and $libs."""
-    gencode = (
-        " ".join(f"-gencode arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS)
-        + f" -gencode arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"
-    )
+    built, ptx = gpus()
+    targets = [(gpu, f"sm_{gpu}") for gpu in built] + [(gpu, f"compute_{gpu}") for gpu in ptx]
+    gencode = " ".join(f"-gencode arch=compute_{gpu},code={code}" for gpu, code in targets)
     warn = "-Wall -Wextra -Wno-psabi -Wno-unused-parameter"
     return {
         "cxx": f"{cxx} -MMD -MF $out.d $flags {warn} -fPIC -fvisibility=hidden -c $in -o $out",
@@ -155,7 +182,7 @@ def build(out):
             )
         (ROOT / WORK / "build.ninja").write_text(text)
         ran = subprocess.run(
-            [ninja, "--quiet", "-f", f"{WORK}/build.ninja"],
+            [ninja, "--quiet", *jobs(), "-f", f"{WORK}/build.ninja"],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -173,7 +200,7 @@ def build(out):
                 command = command.replace(f"${name}", value)
             return subprocess.run(command, shell=True, cwd=ROOT).returncode
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             done = max(pool.map(run, [step for step in todo if "link" not in step[0]])) or max(
                 map(run, [step for step in todo if "link" in step[0]])
             )
@@ -201,4 +228,14 @@ class Build(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("crystal._C", sources=[])], cmdclass={"build_ext": Build})
+class Wheel(bdist_wheel):
+    """The operators use no Python ABI: one wheel of a platform serves every Python."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("crystal._C", sources=[])],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)
