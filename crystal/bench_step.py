@@ -16,6 +16,7 @@ the tokens are the shipped tiny model's. B pairs, L sequence length.
 import argparse
 import collections
 import gc
+import importlib.metadata
 import json
 import math
 import re
@@ -100,7 +101,8 @@ def main(argv=None):
         raise UserError("--lengths, --layers and --vision_layers are at least 0, --repeats at least 1")
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    machine = probe(device, dtype) | {"commit": commit(), "command": " ".join(sys.argv)}
+    versions = {"transformers": version("transformers"), "peft": version("peft")}
+    machine = probe(device, dtype) | versions | {"commit": commit(), "command": " ".join(sys.argv)}
     best = f"best product {machine['tflop_s']:.3f} TFLOP/s"
     print(f"machine: {machine['name']}, torch {machine['torch']}, {best}")
     columns = f"{'ms a step':>24} {'/ sft':>5} {'TFLOP':>7} {'of best':>8} {'peak GB':>8}  loss"
@@ -165,6 +167,7 @@ def measure(row, length, a, device, dtype):
             "tokens": int(batch["attention_mask"].sum()) * paths,
             "loss": loss,
             "ms": times,
+            "tokens_per_s": int(batch["attention_mask"].sum()) * paths / (statistics.median(times) / 1e3),
             "peak_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
             "flops": flops(step),
         }
@@ -271,7 +274,10 @@ def seconds(f, device):
 
 
 def attention_flops(products):
-    """A formula for FlopCounterMode, which fails on grouped heads: so many products of L x L x d, causal."""
+    """A formula for FlopCounterMode, which fails on grouped heads: so many products of L x L x d, causal.
+
+    The tower is not causal, and masked kernels compute hidden cells: both do more than is counted.
+    """
 
     def count(*shapes, **_):
         q, k = [shape for shape in shapes if isinstance(shape, (tuple, torch.Size)) and len(shape) == 4][:2]
@@ -296,10 +302,12 @@ def flops(step):
 def on_the_gpu(step):
     """How long the GPU worked in one update, in how many kernels, and where the host waited for it."""
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step()
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "synchroniz" in str(w.message)]
     sites = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
 
@@ -317,8 +325,22 @@ def on_the_gpu(step):
     }
 
 
+def version(package):
+    """The version of a package, or nothing where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def commit():
-    """The repository's commit, or nothing where there is none."""
+    """The repository's commit, with a + where files differ from it; nothing where there is no git or none."""
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip()
+    said = []
+    for question in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *question], cwd=root, capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
+        said.append(done.stdout.strip())
+    return said[0] + "+" * bool(said[1])

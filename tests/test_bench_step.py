@@ -1,6 +1,7 @@
 """bench step at small sizes: rows whose losses agree where they must, FLOPs by hand, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,3 +107,18 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         bench.main(["step", "--model", "tiny", "--out", str(tmp_path / "x.json"), *flags])
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(bench_step.subprocess, "run", missing)
+    assert bench_step.commit() == "" and bench_step.version("no-such-package") == ""
+
+
+def test_a_commit_says_whether_files_differ(monkeypatch):
+    answers = iter(["abc\n", " M setup.py\n", "abc\n", ""])
+    run = lambda *_, **__: SimpleNamespace(stdout=next(answers))
+    monkeypatch.setattr(bench_step.subprocess, "run", run)
+    assert bench_step.commit() == "abc+" and bench_step.commit() == "abc"
