@@ -1,7 +1,6 @@
 """What a run learned, in other tools' formats: a PEFT adapter, and a merged stock directory.
 
-    python -m crystal.export --run runs/crystal                 writes runs/crystal/merged and
-                                                                runs/crystal/adapter
+    python -m crystal.export --run runs/crystal     # writes merged/ and adapter/ below it
 
 The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it
 with no crystal code. Its chat template's generation prompt holds the latents where the method has them

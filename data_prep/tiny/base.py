@@ -1,9 +1,8 @@
 """Train the tiny base model and its blind twin on endless toy scenes, and write crystal/assets.
 
-    torchrun --nproc_per_node=2 data_prep/tiny/base.py        # one process a core; `python
-                                                              data_prep/tiny/base.py` is one process
-    python data_prep/tiny/base.py --only blind                # one of the two models, to train both side by
-                                                              side
+    torchrun --nproc_per_node=2 data_prep/tiny/base.py     # one process a core
+    python data_prep/tiny/base.py                          # one process
+    python data_prep/tiny/base.py --only blind             # one of the two models
 
 Both commands continue from the last checkpoint in --work. Two processes on two cores (AVX-512, AMX) need 0.1
 s a step for the dense lesson and 0.45 s after it, a minute more for compiling each stage: by that about 16

@@ -9,8 +9,7 @@ The bar: in at least four families, relation among them, the base is at least 15
 at the lower end of the 95 % interval and at most 85 % right; and in at least three, blur removes at least
 half of that margin.
 
-    python data_prep/tiny/check.py                      # 1,000 questions a family, 3 to 6 minutes on two
-                                                        cores
+    python data_prep/tiny/check.py     # 1,000 questions a family, 3 to 6 minutes on two cores
 """
 
 import sys
