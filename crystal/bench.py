@@ -22,7 +22,7 @@ from tqdm import tqdm
 from crystal.bench_cases import CASES
 from crystal.runtime import ops
 from crystal.runtime.config import OneLineParser, UserError, run_cli
-from crystal.runtime.machine import clock, probe
+from crystal.runtime.machine import clock, device_of, probe
 
 SLOW = 1.0  # a peer whose run takes n times so many seconds takes part in every n-th round alone
 
@@ -62,11 +62,7 @@ def main(argv=None):
     )
     parser.add_argument("--out", default="runs/bench.json", help="where the JSON goes")
     a = parser.parse_args(argv)
-    if a.device == "auto":
-        a.device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(a.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
+    device = device_of(a.device)
     try:
         sizes = [int(x) for x in a.slice.split(",")]
     except ValueError:

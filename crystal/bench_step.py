@@ -40,7 +40,7 @@ from crystal.backbone.widths import SIDE, build
 from crystal.layout import IGNORE
 from crystal.runtime import data, ops
 from crystal.runtime.config import OneLineParser, UserError
-from crystal.runtime.machine import probe
+from crystal.runtime.machine import device_of, probe
 
 
 class Row(NamedTuple):
@@ -85,11 +85,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU")
     parser.add_argument("--out", default="runs/bench_step.json", help="where the JSON goes")
     a = parser.parse_args(argv)
-    if a.device == "auto":
-        a.device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(a.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
+    device = device_of(a.device)
     if unknown := set(a.only.split(",")) - set(ROWS):
         names = ", ".join(sorted(unknown))
         raise UserError(f"--only {a.only}: no row {names}; choose among {', '.join(ROWS)}")

@@ -25,9 +25,9 @@ from crystal.runtime.config import UserError
 
 # Minutes each on two cores; the paper's own settings are train.py's defaults. A model this small forgets
 # how to see while it learns to recite a thought: so the answer alone is a label, and the new tokens' rows
-# learn faster than the rest. Latents begin to carry the answer between 250 and 500 updates, and only where
-# the corrupted image leaves no other way: a blur of 2 to 5 pixels leaves these scenes too much, one of 8
-# to 10 does not.
+# learn faster than the rest. Where the corrupted image leaves no other way, what latents carry leaves its
+# noise after a hundred updates and goes on growing: so with a blur of 8 to 10 pixels. One of 2 to 5 leaves
+# these scenes too much, and latents then begin to carry the answer between 250 and 500 updates.
 BATCH = 16
 UPDATES = 500
 UPDATES_OF = {"valr": 240}  # it reads its latents one after the other, and takes three times as long

@@ -3249,9 +3249,8 @@ COMMANDS = [
     ),
     Break(
         "ops-choice-not-restored", "crystal/runtime/ops.py",
-        """            os.environ |= {"CRYSTAL_OPS": before} if before is not None else {}
-""",
-        "",
+        """                os.environ["CRYSTAL_OPS"] = before""",
+        """                pass""",
         "After a benchmark of plain PyTorch, CRYSTAL_OPS=require is forgotten.",
         "tests/test_bench_step.py",
     ),
@@ -6268,8 +6267,8 @@ DATA = [
 MEASURES = [
     Break(
         "carrying-swap-gives-its-own-states", "crystal/evaluation/carrying.py",
-        """with replaced(model, where, L, theirs):""",
-        """with replaced(model, where, L, states):""",
+        """with replaced(model, where, theirs, L):""",
+        """with replaced(model, where, states, L):""",
         "Swap is 0 for every model, so that no latents ever seem used.",
         "tests/test_carrying.py",
     ),

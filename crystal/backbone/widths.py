@@ -24,7 +24,11 @@ WHOLE_IMAGE = (7, 15, 23, 31)  # blocks of the tower that see the image and not 
 
 
 def build(name, layers, vision_layers, device, dtype):
-    """A Model of the published widths with random weights, made on the device; the tiny one's tokens."""
+    """A Model of published widths with random weights, made on the device, with the tiny one's tokens.
+
+    name: "7b", "3b", or "tiny" for the tiny model's own sizes. layers, vision_layers: of the decoder and of
+    the tower; 0 means all of them on a GPU and 2 on a CPU.
+    """
     tiny = load("tiny", dtype, "cpu", SIDE * SIDE, SIDE * SIDE)
     config = AutoConfig.from_pretrained(str(TINY))
     if name != "tiny":

@@ -17,13 +17,12 @@ B records of a block, L sequence length, K latents, M answer positions, D hidden
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 
 from crystal.attention_bias import AttentionBias
 from crystal.evaluation.benchmarks import tidy
-from crystal.evaluation.interventions import before_layers
+from crystal.evaluation.interventions import recorded, replaced
 from crystal.layout import IGNORE
 from crystal.losses import mean_per_pair
 from crystal.run_directory import logged_lines
@@ -120,6 +119,7 @@ def of_block(model, method, batch, donor):
     where = batch["latents"]  # [B,K]
     if not where.shape[1]:
         return {}
+    # A whole sequence's forward; a method that feeds states back has shorter ones too.
     L = batch["input_ids"].shape[1]
 
     with recorded(model, where, L) as states:
@@ -129,7 +129,7 @@ def of_block(model, method, batch, donor):
     if method.corruption:
         corrupted = {**batch, "pixel_values": batch["pixel_values_cor"]}
         own = answer_ce(model, method.hidden(model, corrupted), batch)
-        with replaced(model, where, L, states):
+        with replaced(model, where, states, L):
             given = answer_ce(model, method.hidden(model, corrupted), batch)
         numbers["gain"] = own - given
     else:
@@ -140,7 +140,7 @@ def of_block(model, method, batch, donor):
     has_donor = [i for i, j in enumerate(donor) if j >= 0]
     if has_donor:
         theirs = [layer[[max(j, 0) for j in donor]] for layer in states]
-        with replaced(model, where, L, theirs):
+        with replaced(model, where, theirs, L):
             swapped = answer_ce(model, method.hidden(model, batch), batch)
         numbers["swap"] = (swapped - intact)[has_donor]
     return numbers
@@ -157,33 +157,3 @@ def answer_ce(model, h, batch):
     ce = ce_rows(model.logits(h[read]), targets[read])
     pair = read.nonzero()[:, 0]
     return mean_per_pair(ce, pair, len(at))
-
-
-# A forward of a whole sequence has L rows; those of a method that feeds states back in pieces have fewer.
-
-
-@contextmanager
-def recorded(model, where, L):
-    """Records the latents' states of whole forwards: a list that fills with [B,K,D] for each layer."""
-    states = []
-
-    def change(n, h, kwargs):
-        if h.shape[1] == L:
-            states.append(h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2])))
-        return h, kwargs
-
-    with before_layers(model, change):
-        yield states
-
-
-@contextmanager
-def replaced(model, where, L, states):
-    """In whole forwards the latents at `where` have the given states, [B,K,D] for each layer."""
-
-    def change(n, h, kwargs):
-        if h.shape[1] == L:
-            h = h.scatter(1, where[:, :, None].expand(-1, -1, h.shape[2]), states[n].to(h.dtype))
-        return h, kwargs
-
-    with before_layers(model, change):
-        yield

@@ -40,15 +40,16 @@ def before_layers(model, change):
 
 
 @contextmanager
-def recorded(model, where):
-    """Records the latents' states of the prompts' forward: a list that fills with [B,K,D] for each
-    layer. where: positions [B,K].
+def recorded(model, where, length=None):
+    """Records the latents' states: a list that fills with [B,K,D] for each layer.
+
+    where: positions [B,K]. length: only forwards of so many positions count; by default those of more
+    than one, which are prompts. A token being decoded reads the latents from the cache.
     """
     states = []
 
     def change(n, h, kwargs):
-        # The prompt; one row is a token being decoded, which reads the latents from the cache.
-        if h.shape[1] > 1:
+        if holds_latents(h, length):
             states.append(h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2])))
         return h, kwargs
 
@@ -57,16 +58,21 @@ def recorded(model, where):
 
 
 @contextmanager
-def replaced(model, where, states):
-    """The latents at positions where [B,K] have the given states: [B,K,D] for each layer."""
+def replaced(model, where, states, length=None):
+    """The latents at positions where [B,K] have the given states, [B,K,D] for each layer; length as above."""
 
     def change(n, h, kwargs):
-        if h.shape[1] > 1:
+        if holds_latents(h, length):
             h = h.scatter(1, where[:, :, None].expand(-1, -1, h.shape[2]), states[n].to(h.dtype))
         return h, kwargs
 
     with before_layers(model, change):
         yield
+
+
+def holds_latents(h, length):
+    """Whether a forward with states h [B,L,D] is one whose latents are meant."""
+    return h.shape[1] > 1 if length is None else h.shape[1] == length
 
 
 def hidden_image(ask):

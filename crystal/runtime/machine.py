@@ -7,6 +7,17 @@ import time
 import torch
 
 from crystal.runtime import ops
+from crystal.runtime.config import UserError
+
+
+def device_of(name):
+    """The torch device of `auto` (a GPU where there is one), `cpu` or `cuda`; UserError for a missing GPU."""
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise UserError("--device cuda: torch sees no GPU here")
+    if name == "auto":
+        name = "cuda" if gpu else "cpu"
+    return torch.device(name)
 
 
 def clock(f, device):

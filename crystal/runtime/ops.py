@@ -94,8 +94,10 @@ def chosen(mode):
         yield
     finally:
         if mode is not None:
-            os.environ.pop("CRYSTAL_OPS")
-            os.environ |= {"CRYSTAL_OPS": before} if before is not None else {}
+            if before is None:
+                os.environ.pop("CRYSTAL_OPS", None)
+            else:
+                os.environ["CRYSTAL_OPS"] = before
             _forget()
 
 
