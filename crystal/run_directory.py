@@ -137,10 +137,10 @@ def restore(directory, settings, objective, optimizer, named, procs):
 
     # The method comes before anything is done with it: what a run names is not run.
     before = state["settings"]["method"]
-    if before != settings.method:
+    if not methods.same_method(state, settings.method):
         raise UserError(checkpoint.made_with(directory, "method", before, settings.method))
     methods.of_run(state, directory, settings.method)  # tells where the file was edited since
 
-    saved = methods.saved_settings(state["settings"], directory)
+    saved = methods.saved_settings(state["settings"] | {"method": settings.method}, directory)
     checkpoint.check_same_run(directory, state, saved, settings, procs)
     return checkpoint.restore(directory, files, state, objective.model, optimizer, named)

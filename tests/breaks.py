@@ -826,8 +826,8 @@ METHODS = [
     ),
     Break(
         "methods-other-settings-pass", "crystal/methods/__init__.py",
-        """saved.keys() ^ {f.name""",
-        """{f.name for f in fields(kind)} - saved.keys() - {f.name""",
+        "sorted(saved.keys() - known.keys())",
+        "[]",
         "A run of another version would open with settings that it never had.",
         "tests/test_config.py::test_every_field_has_help_and_round_trips",
     ),
@@ -2357,10 +2357,10 @@ SETTINGS = [
     ),
     Break(
         "settings-init-lost-settings", "crystal/methods/__init__.py",
-        "wrong = saved.keys() ^ {",
-        "wrong = saved.keys() - {",
-        "A run of an older version opens with defaults that it was not trained with.",
-        "tests/test_config.py::test_every_field_has_help_and_round_trips",
+        "[name for name in known if name not in saved]",
+        "[]",
+        "A run of an older version opens with defaults that nobody is told.",
+        "tests/test_config.py::test_a_setting_that_a_run_was_saved_without_has_its_default_and_is_told",
     ),
     Break(
         "settings-init-init-is-a-method", "crystal/methods/__init__.py",
@@ -6882,6 +6882,20 @@ MEASURES = [
         "hashlib.sha256(Path(name).read_bytes()).hexdigest()",
         "A file edited while a run goes on is said to have made it.",
         "tests/test_methods.py",
+    ),
+    Break(
+        "methods-moved-file-refused", "crystal/methods/__init__.py",
+        "return saved == name or moved",
+        "return saved == name",
+        "A run whose method's file was moved cannot go on.",
+        "tests/test_methods.py::test_a_resume_takes_the_same_file_from_another_place",
+    ),
+    Break(
+        "methods-any-file-resumes", "crystal/methods/__init__.py",
+        'fingerprint(name).get("method_sha256") == digest',
+        'name.endswith(".py")',
+        "A run goes on by a file that is not the one that it was made by.",
+        "tests/test_methods.py::test_a_resume_runs_no_other_method",
     ),
     Break(
         "methods-no-copy-kept", "crystal/methods/__init__.py",

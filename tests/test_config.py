@@ -21,9 +21,19 @@ def test_every_field_has_help_and_round_trips(name):
     s = parse(["--method", name])
     assert s == kind(method=name) and str(s.run_dir) == f"runs/{name}"
     assert methods.saved_settings(asdict(s), "here") == s
-    with pytest.raises(UserError, match=f"here: saved by another version of {name}: .* latents, more"):
-        methods.saved_settings({n: v for n, v in asdict(s).items() if n != "latents"} | {"more": 1}, "here")
+    with pytest.raises(UserError, match=f"here: saved by another version of {name}: .* setting less, more$"):
+        methods.saved_settings(asdict(s) | {"more": 1, "less": 2}, "here")
     assert sum(stage.share for stage in s.stages) == pytest.approx(1)
+
+
+def test_a_setting_that_a_run_was_saved_without_has_its_default_and_is_told(capsys):
+    """LIVR's own default is another than the common one, and what was saved stays as it was."""
+    saved = {n: v for n, v in asdict(parse(["--method", "livr", "--lr", "3"])).items()}
+    del saved["lora_dropout"], saved["masked"]
+    found = methods.saved_settings(saved, "here")
+    assert (found.lora_dropout, found.masked, found.lr) == (0.05, 0.4, 3.0)
+    told = "note: here was saved before there were these settings: lora_dropout 0.05, masked 0.4\n"
+    assert capsys.readouterr() == ("", told)
 
 
 def test_a_method_has_its_own_settings(capsys):

@@ -133,16 +133,33 @@ def test_what_the_user_names_or_trusts_is_run(evil, chosen, capsys):
     assert capsys.readouterr().err == ""  # the user's file is the run's to the byte: nothing to tell
 
 
-def test_a_resume_runs_its_own_file_alone(evil, model_dirs, records_file):
-    run, good, trace, _ = evil
-    flags = [
-        "--model", str(model_dirs[True]), "--data", str(records_file), "--latents", "3", "--lora_r", "2",
-        "--max_steps", "2", "--eval_every", "0", "--output", str(run), "--resume",
+def resumed(run, method, model, records):
+    """train.main's flags for a resume of the original run by this method."""
+    return [
+        "--method", str(method), "--model", str(model), "--data", str(records), "--latents", "3",
+        "--lora_r", "2", "--max_steps", "2", "--save_every", "1", "--keep", "2", "--eval_every", "0",
+        "--output", str(run), "--resume",
     ]
-    for method in (str(good), "crystal"):
+
+
+def test_a_resume_runs_no_other_method(evil, model_dirs, records_file, tmp_path):
+    """Neither a built-in one nor a file elsewhere that differs, and never the one that the run names."""
+    run, _, trace, _ = evil
+    other = tmp_path / "other.py"
+    other.write_text(GOOD + "# another\n")
+    for method in (other, "crystal"):
         with pytest.raises(UserError, match=r"was made with --method .*mine\.py', not .*; a resume keeps it"):
-            train.main(["--method", method, *flags])
+            train.main(resumed(run, method, model_dirs[True], records_file))
     assert not trace.exists()
+
+
+def test_a_resume_takes_the_same_file_from_another_place(evil, model_dirs, records_file, capsys):
+    """The same to the byte: what the run was made by, wherever it lies now."""
+    run, good, trace, _ = evil
+    train.main(resumed(run, good, model_dirs[True], records_file))
+    state = json.loads((run / "checkpoints" / "step-2" / "state.json").read_text())
+    assert state["settings"]["method"] == str(good) and not trace.exists()
+    assert "note: " not in capsys.readouterr().err
 
 
 def test_a_run_keeps_the_file_and_its_digest(original):
@@ -178,13 +195,7 @@ def test_an_edited_file_is_told_and_a_resume_keeps_the_new_one(
     forget(file)
     capsys.readouterr()
     try:
-        train.main(
-            [
-                "--method", str(file), "--model", str(model_dirs[True]), "--data", str(records_file),
-                "--latents", "3", "--lora_r", "2", "--max_steps", "2", "--save_every", "1", "--keep", "2",
-                "--eval_every", "0", "--output", str(moved), "--resume",
-            ]
-        )
+        train.main(resumed(moved, file, model_dirs[True], records_file))
     finally:
         file.write_text(GOOD)
         forget(file)

@@ -100,6 +100,13 @@ def fingerprint(name):
     return {"method_sha256": hashlib.sha256(_sources[str(Path(name).resolve())]).hexdigest()}
 
 
+def same_method(state, name):
+    """Whether a method's name or file is what a checkpoint was made by: a file may have moved."""
+    saved, digest = state["settings"]["method"], state.get("method_sha256")
+    moved = digest is not None and fingerprint(name).get("method_sha256") == digest
+    return saved == name or moved
+
+
 def keep_copy(name, run):
     """Puts the file of a method that is not built in into the run directory, as it was run."""
     if name.endswith(".py"):
@@ -161,16 +168,24 @@ def of_run(state, directory, method="", trust=False):
 def saved_settings(saved, where):
     """A run's settings as they were saved (dict) -> Settings of its method.
 
-    UserError naming `where` if they do not fit.
+    A setting that came after the run has its default, which is said on stderr. UserError naming `where`
+    for one that the method does not know.
     """
     kind = get(saved["method"]).Settings
-    wrong = saved.keys() ^ {f.name for f in fields(kind)}
-    if wrong:
+    known = {f.name: f.default for f in fields(kind)}
+    if unknown := sorted(saved.keys() - known.keys()):
         raise UserError(
-            f"{where}: saved by another version of {saved['method']}: its settings differ in "
-            f"{', '.join(sorted(wrong))}"
+            f"{where}: saved by another version of {saved['method']}: it knows no setting "
+            f"{', '.join(unknown)}"
         )
-    return kind(**saved)
+
+    if since := [name for name in known if name not in saved]:
+        filled = ", ".join(f"{name} {known[name]!r}" for name in since)
+        print(f"note: {where} was saved before there were these settings: {filled}", file=sys.stderr)
+    try:
+        return kind(**saved)
+    except TypeError as error:
+        raise UserError(f"{where}: its settings are not what was saved: {error}") from None
 
 
 def attach(model, settings):
