@@ -1,6 +1,10 @@
 """Ask a model: prompts in, answers out, greedily. transformers generates; latents fed back by the model
 itself need a loop of ours.
 
+The rules are the same for both: each token is the likeliest by the model's logits alone, until the answer
+ends or has its length. What a directory's generation_config.json says (penalties, beams, least lengths,
+suppressed tokens) decides nothing here.
+
     python -m crystal.generate --model runs/crystal/merged --image photo.jpg --question "What colour
     is the small star?"
 

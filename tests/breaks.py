@@ -2774,6 +2774,13 @@ SETTINGS = [
 
 COMMANDS = [
     Break(
+        "model-decodes-by-the-directory", "crystal/backbone/model.py",
+        "hf.generation_config = GenerationConfig()",
+        "pass",
+        "A directory's penalties and beams would decide over accuracies.",
+        "tests/test_generate.py::test_what_a_directory_says_of_decoding_decides_nothing",
+    ),
+    Break(
         "generate-question-unsaid", "crystal/generate.py",
         '[""] * len(images) + [question])]',
         '[""] * len(images) + [""])]',

@@ -2,12 +2,17 @@
 or not; the command line.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
 from PIL import Image
 
 from crystal import feedback, generate
 from crystal.attention_bias import AttentionBias
+from crystal.backbone.model import TINY
+from crystal.opening import open_model
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 
@@ -344,3 +349,29 @@ def test_a_mask_is_asked_for_the_last_row(setup, monkeypatch):
         left = L - len(ids)
         row = masks[0][b, 0, L - 1].tolist()
         assert row == [float("-inf")] * left + [-2.5 if token == s.fmt.image else 0.0 for token in ids]
+
+
+def test_what_a_directory_says_of_decoding_decides_nothing(records_file, tmp_path):
+    """Penalties, beams and lengths of generation_config.json would change every answer of a model."""
+    directory = tmp_path / "own-rules"
+    shutil.copytree(TINY, directory)
+    rules = {
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 6,
+        "num_beams": 3,
+        "suppress_tokens": list(range(40, 90)),
+        "begin_suppress_tokens": list(range(300, 600)),
+        "do_sample": True,
+        "temperature": 9.0,
+    }
+    (directory / "generation_config.json").write_text(json.dumps(rules))
+
+    said = []
+    for name in ("tiny", str(directory)):
+        torch.manual_seed(0)
+        model, fmt, _ = open_model(name)
+        image = Image.new("RGB", (112, 112), "red")
+        said.append(generate.ask(model, fmt, [image], "What colour is the small star?", 12))
+    assert said[0] == said[1]
+    assert len(said[0]) < 12  # it ends by itself, long before the least length

@@ -23,6 +23,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging as transformers_logging
@@ -262,6 +263,10 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
                 hf = kind.from_config(config, trust_remote_code=False, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a model: {why(error)}") from error
+
+    # Answers follow generate.py's rules alone: a directory's own (penalties, beams, least lengths) would
+    # otherwise decide over what transformers decodes, and not over what our own loop does.
+    hf.generation_config = GenerationConfig()
 
     hf.requires_grad_(False).eval().to(device)
     return Model(hf, tokenizer, family.images(processor, hf.config), family, name)
