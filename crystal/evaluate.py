@@ -14,6 +14,7 @@ was killed goes on where it stood. --reliance is the causal test (reliance.py). 
 B questions, M answer positions, K latents, H heads.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -28,9 +29,9 @@ from crystal.evaluation import benchmarks, reliance
 from crystal.evaluation.asking import answers, diagnose
 from crystal.evaluation.benchmarks import wilson
 from crystal.evaluation.predictions import Predictions
-from crystal.generate import thought_length
+from crystal.generate import DECODING, thought_length
 from crystal.methods.sft import Method as SFT
-from crystal.opening import model_flags, open_model
+from crystal.opening import content_of, model_flags, open_model
 from crystal.runtime import config, data, distributed, ops
 from crystal.runtime.config import UserError
 
@@ -352,14 +353,20 @@ def run_questions(args, model, fmt, method, records, folder, how):
 
 
 def what_is_asked(args, model, fmt, method, records, corruption):
-    """Everything that an answer depends on, as JSON: predictions of another question are not gone on with."""
+    """Everything that an answer depends on, as JSON: predictions of another question are not gone on with.
+
+    A model and a file are known by what is in them: "best" may be another checkpoint tomorrow.
+    """
     first = records[0]
     latents = "none" if args.latents == "free" else args.latents
     prompt = fmt.question(first.turns, [1] * len(first.images), latents)
     asked = {
         "model": args.model,
         "checkpoint": args.checkpoint,
+        "model_sha256": content_of(args.model, args.checkpoint),
         "data": args.data,
+        "data_sha256": data_digest(args.data),
+        "decoding": DECODING,
         "latents": args.latents,
         "bottleneck": args.bottleneck,
         "corruption": str(corruption or ""),
@@ -374,6 +381,12 @@ def what_is_asked(args, model, fmt, method, records, corruption):
     if method.settings.method.endswith(".py"):
         asked["method"] = methods.fingerprint(method.settings.method)["method_sha256"]
     return asked
+
+
+def data_digest(path):
+    """SHA-256 of a data file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

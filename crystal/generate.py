@@ -28,6 +28,9 @@ from crystal.opening import model_flags, open_model
 from crystal.runtime import config, data, distributed
 from crystal.runtime.config import UserError
 
+# What evaluation writes beside its answers; the rules are those of this file's first paragraphs.
+DECODING = "greedy, by the logits alone"
+
 
 class Query(NamedTuple):
     """What a model is asked: the ids of a layout.Prompt, and its images as the processor made them."""

@@ -5,6 +5,7 @@ it. An export is an ordinary model directory, and crystal.json in it says what s
 know of its latents.
 """
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,22 @@ def exported_format(directory, tokenizer):
         return method(method.Settings(**saved)).format(tokenizer)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not what crystal.export wrote: {error}") from None
+
+
+def content_of(name, which="best"):
+    """A digest of what answers under this name: it changes when a run goes on or a directory is written anew.
+
+    Of a run it is its checkpoint's manifest, which holds every file's own digest. Of another directory it is
+    each file's name, size and time of writing: to read a large model's bytes again would take minutes.
+    """
+    if (Path(name) / "checkpoints").is_dir():
+        manifest = find(Path(name), which) / checkpoint.MANIFEST
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+    root = Path(crystal.backbone.model.resolve(name))
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    known = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def find(run, which):

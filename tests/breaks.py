@@ -6607,6 +6607,20 @@ MEASURES = [
         "tests/test_benchmarks_by_hand.py tests/test_benchmarks.py",
     ),
     Break(
+        "evaluate-known-by-its-name", "crystal/evaluate.py",
+        """hashlib.file_digest(file, "sha256").hexdigest()""",
+        """hashlib.sha256(path.encode()).hexdigest()""",
+        "Answers to the questions of a file's older version are given for the new ones.",
+        "tests/test_evaluate.py::test_answers_to_a_file_that_changed_are_not_reused",
+    ),
+    Break(
+        "opening-best-by-its-name", "crystal/opening.py",
+        """hashlib.sha256(manifest.read_bytes()).hexdigest()""",
+        """hashlib.sha256(f"{name} {which}".encode()).hexdigest()""",
+        "A run that has gone on answers with its older checkpoint's predictions.",
+        "tests/test_opening.py::test_a_name_is_known_by_what_is_in_it",
+    ),
+    Break(
         "predictions-asked-again", "crystal/evaluation/predictions.py",
         """self.done[result["index"]] = result""",
         "self.done[len(self.done)] = result",

@@ -220,3 +220,19 @@ def test_diagnose_asks_with_the_seed_and_keeps_what_a_tsv_was_answered(tmp_path,
         "wrote runs/tiny/evaluation/x.diagnose.jsonl" in capsys.readouterr().out
         and [(r["asked"], r["prediction"]) for r in told(out)] == [("as trained", "A")] * 2
     )
+
+
+def test_answers_to_a_file_that_changed_are_not_reused(tmp_path, monkeypatch):
+    """A row behind the first one is another question now: what was said to the old one is no answer."""
+    path, out = tsv(tmp_path / "x.tsv"), tmp_path / "p.jsonl"
+    monkeypatch.setattr(asking, "generate", lambda model, prompts, *_: ["A"] * len(prompts))
+    flags = ["--data", str(path), "--device", "cpu", "--out", str(out)]
+    evaluate.main(flags)
+    before = out.read_text()
+
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3].replace("?", " now?"), *lines[4:]]) + "\n")
+    assert path.read_text().splitlines() != lines
+    with pytest.raises(UserError, match=r"were made otherwise \(data_sha256\); --overwrite"):
+        evaluate.main(flags)
+    assert out.read_text() == before

@@ -347,7 +347,7 @@ def test_reliance_is_handed_what_was_asked(hand, monkeypatch, tmp_path):
         ("latents", ("--latents", "mask")),
         ("limit", ("--limit", "8")),
         ("max_new_tokens", ("--max_new_tokens", "31")),
-        ("model", ("--model", "other")),
+        ("model, model_sha256", ("--model", "other")),
         ("seed", ("--seed", "1")),
     ],
 )
@@ -376,7 +376,7 @@ def test_pixels_data_and_mask_make_answers_others(hand, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"made otherwise \(pixels\)"):
         run(hand, "--out", "p.jsonl")
     hand.file.write_text(hand.file.read_text().replace("see one", "see won", 1))
-    with pytest.raises(UserError, match=r"made otherwise \(pixels, prompt\)"):
+    with pytest.raises(UserError, match=r"made otherwise \(data_sha256, pixels, prompt\)"):
         run(hand, "--out", "p.jsonl")
 
 

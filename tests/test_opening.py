@@ -103,3 +103,28 @@ def test_without_a_validation_the_best_is_the_last(run, tmp_path):
         (tmp_path / "checkpoints" / step).parent.mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / step).symlink_to(run / "checkpoints" / step)
     assert opening.find(tmp_path, "best") == tmp_path / "checkpoints" / "step-3"
+
+
+def test_a_name_is_known_by_what_is_in_it(tmp_path):
+    """`best` is another checkpoint when the run has gone on, and a directory that is written anew another
+    model.
+    """
+    run = tmp_path / "run"
+    for step, value in ((7, 2.0), (24, 1.0)):
+        checkpoint.save(run, step, {"trainable.safetensors": {"w": torch.full((2,), value)}}, {"step": step})
+    checkpoint.mark_best(run, 7, 2.0, "val_loss")
+    at_seven = opening.content_of(run)
+    assert opening.content_of(run, "7") == at_seven
+    assert opening.content_of(run, "last") == opening.content_of(run, "24") != at_seven
+
+    checkpoint.mark_best(run, 24, 1.0, "val_loss")
+    assert opening.content_of(run) == opening.content_of(run, "24")
+
+    directory = tmp_path / "export"
+    (directory / "deep").mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "deep" / "weights").write_text("1")
+    first = opening.content_of(directory)
+    assert opening.content_of(directory) == first
+    (directory / "deep" / "weights").write_text("22")
+    assert opening.content_of(directory) != first

@@ -48,7 +48,7 @@ class Predictions:
             self.describe({})
         procs.barrier()
         if self.done:
-            procs.print(f"{self.path}: {len(self.done)} questions are answered already")
+            procs.print(f"{self.path}: {len(self.done)} questions are answered already and reused")
 
     def describe(self, outcome):
         """Writes PATH.json anew: the settings, and what came of them."""
