@@ -24,6 +24,13 @@ from crystal import methods
 from crystal.runtime import checkpoint
 from crystal.runtime.config import UserError
 
+# What crystal writes into a run: training, and the commands that open it later. --overwrite deletes these,
+# whose answers and exports would otherwise be an older run's, and nothing else.
+OWN = (
+    "config.json", methods.COPY, "metrics.jsonl", "bad_records.jsonl", "checkpoints", "tensorboard",
+    "pictures", "evaluation", "reliance", "merged", "adapter",
+)
+
 # --- before the first update ---
 
 def check_writable(run):
@@ -62,7 +69,7 @@ def begin(run, step, settings, procs):
         kept = [line for line in logged_lines(path) if line["step"] <= step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     elif not settings.resume and holds_a_run(run):
-        shutil.rmtree(run)
+        delete_run(run)
 
     run.mkdir(parents=True, exist_ok=True)
     made_by = methods.fingerprint(settings.method) | {"versions": versions(), "world": procs.world}
@@ -71,6 +78,15 @@ def begin(run, step, settings, procs):
 
     board = summary_writer()(run / "tensorboard") if settings.tensorboard else None
     return open(path, "a"), board
+
+
+def delete_run(run):
+    """Deletes what crystal wrote into a run directory; what somebody else put there stays."""
+    for path in (run / name for name in OWN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # --- while it runs ---

@@ -4915,9 +4915,23 @@ LOOP = [
     ),
     Break(
         "train-overwrite-keeps-the-old", "crystal/run_directory.py",
-        "        shutil.rmtree(run)\n",
+        "        delete_run(run)\n",
         "        pass\n",
         "Two runs share a log.",
+        IN_TRAIN + "overwrite_starts_anew",
+    ),
+    Break(
+        "train-overwrite-takes-a-strangers-file", "crystal/run_directory.py",
+        "        delete_run(run)\n",
+        "        shutil.rmtree(run)\n",
+        "Notes that somebody kept in a run directory are gone.",
+        IN_TRAIN + "overwrite_starts_anew",
+    ),
+    Break(
+        "train-overwrite-keeps-exports", "crystal/run_directory.py",
+        """"pictures", "evaluation", "reliance", "merged", "adapter",""",
+        """""",
+        "The old run's export and answers stand in the new run.",
         IN_TRAIN + "overwrite_starts_anew",
     ),
     Break(
@@ -5020,6 +5034,13 @@ LOOP = [
         "        if kept <= keep:",
         "The disk holds more than --keep says.",
         IN_CHECKPOINT + "prune_keeps_the_newest_and_the_best",
+    ),
+    Break(
+        "checkpoint-broken-by-a-hidden-file", "crystal/runtime/checkpoint.py",
+        """if not path.name.startswith(".")}""",
+        "}",
+        "A .DS_Store of a desktop makes a run's best checkpoint unusable.",
+        IN_CHECKPOINT + "a_hidden_file_is_no_damage",
     ),
     Break(
         "checkpoint-stray-files-pass", "crystal/runtime/checkpoint.py",

@@ -166,6 +166,17 @@ def test_every_damage_is_one_problem_that_names_the_file(tmp_path, damage, probl
         load(directory)
 
 
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000000012", "deep/.gitkeep"])
+def test_a_hidden_file_is_no_damage(tmp_path, name):
+    """Desktops and network file systems leave such files wherever they have been."""
+    directory = save(tmp_path, 1, tensors(), STATE)
+    (directory / "deep").mkdir()
+    (directory / name).write_text("x")
+    assert verify(directory) == []
+    assert newest(tmp_path) == directory
+    assert load(directory)[1].items() >= STATE.items()
+
+
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="step-4: there is no such directory"):
         load(step_dir(tmp_path, 4))

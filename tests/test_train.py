@@ -567,10 +567,13 @@ def test_a_crash_in_the_first_update_leaves_the_old_run_whole(flags, started, mo
 
 
 def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
-    """Of the old run nothing stays; the new one's broken records are listed."""
+    """Of the old run nothing stays, of a stranger's files all; the new one's broken records are listed."""
     with pytest.raises(UserError, match="kept: holds a run already"):
         train.main(flags("kept", "--max_steps", "1"))
-    (started / "old.txt").write_text("old")
+    (started / "notes.txt").write_text("a stranger's")
+    for made_later in ("merged/model.safetensors", "evaluation/test.jsonl", "pictures/losses.png"):
+        (started / made_later).parent.mkdir()
+        (started / made_later).write_text("of the old run")
     lines = records_file.read_text().splitlines()
     bad = records_file.parent / "one_bad.jsonl"
     bad.write_text("\n".join(lines * 40 + ["{oops"]))
@@ -579,7 +582,8 @@ def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
     )
     assert run == started
     names = {path.name for path in run.iterdir()}
-    assert names == {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl"}
+    assert names == {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl", "notes.txt"}
+    assert (run / "notes.txt").read_text() == "a stranger's"
     assert [x["step"] for x in metrics(run)] == [1]
     assert [directory.name for directory in (run / "checkpoints").iterdir()] == ["step-1"]
     assert json.loads((run / "config.json").read_text())["data"] == str(bad)

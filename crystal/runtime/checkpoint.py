@@ -106,6 +106,9 @@ def verify(directory):
         listed = _manifest(directory)["files"]
         found = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
         found.pop(MANIFEST, None)
+
+        # Files that desktops and network file systems leave (.DS_Store, .nfs0001) are nobody's damage.
+        found = {name: path for name, path in found.items() if not path.name.startswith(".")}
         problems = [f"{name} is missing" for name in sorted(listed.keys() - found.keys())]
         problems += [f"{name} is not in the manifest" for name in sorted(found.keys() - listed.keys())]
 
