@@ -1401,6 +1401,27 @@ METHODS = [
 
 SETTINGS = [
     Break(
+        "config-full-disk-is-a-traceback", "crystal/runtime/config.py",
+        "    if number not in USERS:",
+        "    if number != errno.ENOENT:",
+        "A full disk ends in a page of frames.",
+        "tests/test_config.py::test_what_the_system_refuses_is_one_line",
+    ),
+    Break(
+        "config-every-system-error-is-the-users", "crystal/runtime/config.py",
+        "    if number not in USERS:",
+        "    if False:",
+        "A fault of ours is told without its traceback.",
+        "tests/test_config.py::test_an_error_that_no_user_caused_keeps_its_traceback",
+    ),
+    Break(
+        "config-ctrl-c-ends-well", "crystal/runtime/config.py",
+        "        sys.exit(130)",
+        "        sys.exit(0)",
+        "A script goes on after what was interrupted.",
+        "tests/test_config.py::test_ctrl_c_is_one_line_and_130",
+    ),
+    Break(
         "config-default-lr", "crystal/runtime/config.py",
         "lr: float = setting(2e-4,",
         "lr: float = setting(2e-5,",
@@ -1587,7 +1608,7 @@ SETTINGS = [
     ),
     Break(
         "config-error-on-stdout", "crystal/runtime/config.py",
-        'print(f"error: {error}", file=sys.stderr)',
+        'print(f"error: {said}", file=sys.stderr)',
         'print(f"error: {error}")',
         "The message lands in the output that a program reads.",
         "tests/test_config.py::test_a_users_mistake_is_one_line_and_exit_code_2",

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from crystal import methods
 from crystal.methods import parse
@@ -211,6 +213,49 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(ZeroDivisionError):
         config.run_cli(lambda: 1 / 0)
     assert config.run_cli(lambda: 3) is None and capsys.readouterr() == ("", "")
+
+
+def full_disk():
+    """A real one: what is written to /dev/full does not fit."""
+    with open("/dev/full", "w") as file:
+        file.write("x")
+
+
+@pytest.mark.parametrize(
+    "fails, line",
+    [
+        (full_disk, "a file: No space left on device"),
+        (lambda: save_file({"x": torch.zeros(2)}, "/no/such/x"), "a file: No such file or directory"),
+        (lambda: open("/no/such/place"), "/no/such/place: No such file or directory"),
+        (lambda: open("n" * 300), "n" * 300 + ": File name too long"),
+        (lambda: open("/dev/null/x"), "/dev/null/x: Not a directory"),
+        (lambda: open("/"), "/: Is a directory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(fails, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.run_cli(fails)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert (out, err) == ("", f"error: {line}\n")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset"), OSError("no number")])
+def test_an_error_that_no_user_caused_keeps_its_traceback(error):
+    def fails():
+        raise error
+
+    with pytest.raises(type(error)):
+        config.run_cli(fails)
+
+
+def test_ctrl_c_is_one_line_and_130(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        config.run_cli(interrupted)
+    assert ended.value.code == 130 and capsys.readouterr() == ("", "stopped by Ctrl-C\n")
 
 
 def test_help_tells_every_flag_with_its_default(capsys):

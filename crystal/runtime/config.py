@@ -6,10 +6,15 @@ looked at first, then its class makes the command line, so `--help` lists what t
 another method's flag fails.
 """
 import argparse
+import errno
+import os
+import re
 import sys
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from crystal.corrupt import BUILT_IN, Corruption
 
@@ -293,10 +298,38 @@ def parse(argv=None, settings_of=lambda method: Settings):
     return kind(**vars(parser.parse_args(argv)))
 
 
+# What a user can cause and mend: no space, no permission, a wrong place or name. Others are faults of ours.
+USERS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
+
 def run_cli(main):
-    """Runs an entry point: a user's mistake is one line on stderr and exit code 2."""
+    """Runs an entry point: a user's mistake is one line on stderr and exit code 2, Ctrl-C one and 130."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, OSError, SafetensorError) as error:
+        said = str(error) if isinstance(error, UserError) else from_the_system(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
+
+
+def from_the_system(error):
+    """An error of reading or writing as one line that names the file, None if no user can have caused it.
+
+    safetensors writes its files itself, and tells the system's error by its number in its text.
+    """
+    if isinstance(error, OSError):
+        number, where = error.errno, error.filename
+    else:
+        told = re.search(r"os error (\d+)", str(error))
+        number, where = int(told[1]) if told else None, None
+    if number not in USERS:
+        return None
+    return f"{where if where is not None else 'a file'}: {os.strerror(number)}"
