@@ -545,6 +545,7 @@ def test_output_is_where_all_is_written_and_nothing_is_lost_unasked(run, tmp_pat
     assert sorted(p.name for p in seen.run.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
     trained = load_file(checkpoint.step_dir(seen.run, 2) / "trainable.safetensors")
     (seen.run / "mine.txt").write_text("kept")
+    (seen.run / "merged").mkdir()
     with pytest.raises(
         UserError, match="holds a run already; --resume goes on from it, --overwrite starts anew"
     ):
@@ -561,7 +562,8 @@ def test_output_is_where_all_is_written_and_nothing_is_lost_unasked(run, tmp_pat
     assert (
         [x["step"] for x in anew.lines] == [1, 2]
         and len(anew.batches) == 2
-        and not (seen.run / "mine.txt").exists()
+        and not (seen.run / "merged").exists()
+        and (seen.run / "mine.txt").exists()
     )
 
 
