@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import crystal.backbone.model
-from crystal import export, lora, opening, train
+from crystal import export, lora, methods, opening, train
 from crystal.generate import generate
 from crystal.runtime import data
 from crystal.runtime.config import UserError
@@ -338,6 +338,106 @@ def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_fi
         (run / "merged" / "crystal.json").write_text(text)
         with pytest.raises(UserError, match=message):
             opening.exported_format(run / "merged", model.tokenizer)
+
+
+WRITES = {  # method's flags, what a model writes after its prompt, then the answer and the thought in it
+    "crystal": (
+        ["--method", "crystal", "--latents", "2"],
+        "left of it</answer><|im_end|><|endoftext|>",
+        "left of it",
+        "Because the feature of the image is<|latent_0|><|latent_1|>.",
+    ),
+    "crystal, cut short": (
+        ["--method", "crystal", "--latents", "1", "--latent_kind", "identical"],
+        "left of",
+        "left of",
+        "Because the feature of the image is<|latent_0|>.",
+    ),
+    "crystal, its own thought": (
+        ["--method", "crystal", "--thought", "cot", "--latents", "2"],
+        " I count<|latent_0|><|latent_1|>. </think><answer>3</answer><|im_end|>",
+        "3",
+        "I count<|latent_0|><|latent_1|>.",
+    ),
+    "lavit": (["--method", "lavit", "--latents", "2"], "left<|im_end|><|endoftext|>", "left", None),
+    "valr": (
+        ["--method", "valr", "--encoders", "none"],
+        "I count.\n<answer>3</answer><|im_end|><|endoftext|>",
+        "3",
+        "I count.",
+    ),
+    "livr": (["--method", "livr"], "left<|im_end|>", None, None),
+    "sft": (["--method", "sft"], "left<|im_end|>", None, None),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_stock_transformers_finds_the_answer_in_what_is_written(name, tmp_path):
+    """By response_template, which `transformers serve` and pipelines read; a bare answer needs none."""
+    from transformers import AutoTokenizer
+
+    flags, written, answer, thought = WRITES[name]
+    model = crystal.backbone.model.load("tiny")
+    _, fmt = methods.attach(model, methods.parse(flags))
+    export.save_tokenizer(model, fmt, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    if answer is None:
+        assert tokenizer.response_template is None
+        return
+    asked = [{"role": "user", "content": "<answer>not this one</answer>"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    ids = tokenizer.encode(written, add_special_tokens=False)
+    found = tokenizer.parse_response(ids, prefix=prompt)
+    assert found.pop("reasoning_content", "").strip() == (thought or "")
+    assert found == {"role": "assistant", "content": answer}
+
+
+def test_older_transformers_are_told_the_special_tokens_by_the_name_that_they_know(runs, model_dirs):
+    """transformers 4.57 fails on extra_special_tokens as a list; the base's own come first."""
+    run = runs["crystal"]
+    export.export(run, merged=run / "merged", adapter=run / "adapter")
+    base = json.loads((model_dirs[True] / "tokenizer_config.json").read_text())
+    base = base.get("additional_special_tokens") or base["extra_special_tokens"]
+    for folder in ("merged", "adapter"):
+        saved = json.loads((run / folder / "tokenizer_config.json").read_text())
+        latents = ["<|latent_0|>", "<|latent_1|>", "<|latent_2|>"]
+        added = ["<think>", "</think>", "<answer>", "</answer>", *latents]
+        assert saved["additional_special_tokens"] == base + added
+        assert not saved.keys() & {"extra_special_tokens", "is_local", "local_files_only"}
+
+
+def test_older_transformers_are_told_the_rotary_embedding(tmp_path):
+    """transformers 4 reads rope_theta and rope_scaling, and would take 10000 and none without a word."""
+    file = tmp_path / "config.json"
+    file.write_text('{"text_config": {"rope_parameters": {"rope_theta": 5e6, "mrope_section": [1, 2]}}}')
+    export.say_rotation_twice(file)
+    said = json.loads(file.read_text())["text_config"]
+    assert (said["rope_theta"], said["rope_scaling"]) == (5e6, {"mrope_section": [1, 2]})
+    assert said["rope_parameters"]["rope_theta"] == 5e6
+
+    for older in ('{"rope_theta": 7, "rope_scaling": {"type": "mrope"}}', '{"text_config": {}}'):
+        file.write_text(older)
+        export.say_rotation_twice(file)
+        assert file.read_text() == older
+
+
+def test_an_adapter_brings_what_reads_images(family_dirs, records_file, tmp_path):
+    """The image processor's rules, and the processor's, as merged/ has them."""
+    for family in ("qwen3_vl", "llava_onevision"):
+        base = family_dirs(family, True)
+        run = train.main(
+            [
+                "--model", str(base), "--data", str(records_file), "--latents", "2", "--lora_r", "2",
+                "--max_steps", "1", "--eval_every", "0", "--output", str(tmp_path / family),
+            ]
+        )
+        export.main(["--run", str(run)])
+        merged, adapter = run / "merged", run / "adapter"
+        names = {p.name for p in merged.iterdir()} & {p.name for p in adapter.iterdir()}
+        assert "preprocessor_config.json" in names and "tokenizer.json" in names
+        assert ("processor_config.json" in names) == (base / "processor_config.json").exists()
+        for name in names:
+            assert (merged / name).read_bytes() == (adapter / name).read_bytes()
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

@@ -204,6 +204,8 @@ def resolve(name):
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise UserError(f"{path}: an adapter, which answers but is no base; merged/ is one")
             raise UserError(f"{path}: no config.json; --model wants a directory in Hugging Face layout")
         return str(path)
 
