@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 import crystal.backbone.model
-from crystal import lora
+from crystal import card, lora
 from crystal.opening import MARK, method_flags, open_run
 from crystal.runtime import config
 from crystal.runtime.config import UserError
@@ -52,11 +52,13 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
             if fmt.feeds_back:
                 suppress(fmt, out / "generation_config.json")
             save_readers(base, model, fmt, settings, out)
+            card.write(out, run, which, settings, fmt, "merged")
         written.append(Path(merged))
     if adapter and settings.tune == "lora":
         with fresh(adapter) as out:
             lora.save_adapter(out, model.hf, model.new_tokens, crystal.backbone.model.resolve(settings.model))
             save_readers(base, model, fmt, settings, out)
+            card.write(out, run, which, settings, fmt, "adapter")
         written.append(Path(adapter))
     return written
 

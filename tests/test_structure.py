@@ -28,7 +28,13 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
         ("evaluation", "benchmarks asking predictions figures interventions carrying reliance"),
         ("serving", "chat engine"),
     ],
-    [("", "run train evaluate export visualize serve compare demo bench_cases bench bench_step __main__")],
+    [
+        (
+            "",
+            "run train evaluate card export visualize serve compare demo "
+            "bench_cases bench bench_step __main__",
+        )
+    ],
 ]
 CRYSTAL = ROOT / "crystal"
 LAYERS = [
