@@ -1,6 +1,7 @@
 """What a run learned, in other tools' formats: a PEFT adapter, and a merged stock directory.
 
     python -m crystal.export --run runs/crystal     # writes merged/ and adapter/ below it
+    python -m crystal.export --verify runs/crystal  # says what of it is whole, and what is not
 
 The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it
 with no crystal code. Its chat template's generation prompt holds the latents where the method has them
@@ -25,9 +26,9 @@ import torch
 from safetensors import safe_open
 
 import crystal.backbone.model
-from crystal import card, lora
+from crystal import card, lora, verify
 from crystal.opening import MARK, method_flags, open_run
-from crystal.runtime import config
+from crystal.runtime import checkpoint, config
 from crystal.runtime.config import UserError
 
 
@@ -261,36 +262,72 @@ def write_json(file, what):
 
 
 class fresh:
-    """A directory that appears whole or not at all: filled under another name, then renamed
-    over an older one.
+    """A directory that appears whole or not at all, with a manifest of its files (checkpoint.seal).
+
+    It is filled under another name, flushed to the disk and renamed. An older one steps aside until then, and
+    stays if anything fails; a kill leaves it or the new one. UserError where what stands there is no export.
     """
 
     def __init__(self, path):
-        self.path, self.part = Path(path), Path(f"{path}.part")
+        self.path = Path(path)
+        self.part, self.old = Path(f"{path}.part"), Path(f"{path}.old")
 
     def __enter__(self):
+        # What a killed export left: its older one comes back if the kill fell between the two renames.
+        if self.old.exists() and not self.path.exists():
+            self.old.rename(self.path)
+        shutil.rmtree(self.old, ignore_errors=True)
         shutil.rmtree(self.part, ignore_errors=True)
+
+        if self.path.exists() and not may_be_replaced(self.path):
+            raise UserError(f"{self.path}: holds no export, so none replaces it; --out names another folder")
         self.part.mkdir(parents=True)
         return self.part
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.part.rename(self.path)
+        try:
+            if kind is None:
+                checkpoint.seal(self.part, {"tensors": []})
+                if self.path.exists():
+                    self.path.rename(self.old)
+                self.part.rename(self.path)
+        finally:
+            # After a success there is none; after a failure it may be what fills the disk.
+            shutil.rmtree(self.part, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
+
+
+def may_be_replaced(path):
+    """Whether what stands there is an export, whole or not, or an empty folder."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir()}
+    return not names or bool(names & {"config.json", lora.CONFIG, checkpoint.MANIFEST})
 
 
 def main(argv=None):
     parser = config.OneLineParser(
         prog="export.py", description="Export a run as a PEFT adapter and a merged directory."
     )
-    parser.add_argument("--run", required=True, help="run directory of train.py")
+    parser.add_argument("--run", default="", help="run directory of train.py")
+    parser.add_argument(
+        "--verify",
+        default="",
+        help="a run or an export: say what of it is whole and what is not, and write nothing",
+    )
     method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument(
         "--out", default="", help="folder to write merged/ and adapter/ into; empty: the run directory"
     )
     args = parser.parse_args(argv)
+    if bool(args.run) == bool(args.verify):
+        raise UserError("--run RUN exports a run, --verify DIR says what of a run or an export is whole")
+    if args.verify:
+        lines, whole = verify.report(Path(args.verify))
+        print("\n".join(lines))
+        sys.exit(0 if whole else 1)
+
     out = Path(args.out or args.run)
     written = export(
         args.run, args.checkpoint, out / "merged", out / "adapter", args.method, args.trust_method

@@ -62,6 +62,7 @@ TABLE = {
         "--run": "test_export_writes_the_checkpoint_that_was_named",
         "--checkpoint": "test_export_writes_the_checkpoint_that_was_named",
         "--out": "test_export_writes_the_checkpoint_that_was_named",
+        "--verify": "test_verify.py::test_the_command_ends_with_1_where_something_is_broken",
     },
     "crystal.visualize": TRUST
     | {

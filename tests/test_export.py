@@ -434,7 +434,7 @@ def test_an_adapter_brings_what_reads_images(family_dirs, records_file, tmp_path
         export.main(["--run", str(run)])
         merged, adapter = run / "merged", run / "adapter"
         names = {p.name for p in merged.iterdir()} & {p.name for p in adapter.iterdir()}
-        names.remove("README.md")
+        names -= {"README.md", "manifest.json"}
         assert "preprocessor_config.json" in names and "tokenizer.json" in names
         assert ("processor_config.json" in names) == (base / "processor_config.json").exists()
         for name in names:
@@ -443,14 +443,88 @@ def test_an_adapter_brings_what_reads_images(family_dirs, records_file, tmp_path
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "to").mkdir()
-    (tmp_path / "to" / "old").write_text("old")
+    (tmp_path / "to" / "config.json").write_text("old")
     (tmp_path / "to.part").mkdir()
     (tmp_path / "to.part" / "left").write_text("of a run that was killed")
     with pytest.raises(KeyboardInterrupt):
         with export.fresh(tmp_path / "to") as out:
             (out / "new").write_text("new")
             raise KeyboardInterrupt
-    assert [p.name for p in (tmp_path / "to").iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["to", "config.json"]
     with export.fresh(tmp_path / "to") as out:
         (out / "new").write_text("new")
-    assert [p.name for p in (tmp_path / "to").iterdir()] == ["new"] and not (tmp_path / "to.part").exists()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "new", "to"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from crystal import export
+def killed(self, to, rename=Path.rename, left=[int(sys.argv[3])]):
+    left[0] -= self.suffix in (".part", "") and self.name.startswith("merged")
+    if left[0] < 0:
+        os.kill(os.getpid(), 9)
+    return rename(self, to)
+Path.rename = killed
+export.export(sys.argv[1], merged=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_leaves_the_older_export_or_what_brings_it_back(runs, tmp_path, renames):
+    """Killed before its first rename, and between its two."""
+    merged = tmp_path / "merged"
+    export.export(runs["sft"], merged=merged)
+    before = {p.name: p.read_bytes() for p in merged.iterdir()}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(runs["crystal"]), str(merged), str(renames)])
+    assert done.returncode == -9
+    there = merged if renames == 0 else tmp_path / "merged.old"
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == before
+
+    # The next one, if it fails, has brought it back; if it does not, nothing else is left.
+    with pytest.raises(ZeroDivisionError):
+        with export.fresh(merged):
+            raise ZeroDivisionError
+    assert {p.name: p.read_bytes() for p in merged.iterdir()} == before
+    export.export(runs["crystal"], merged=merged)
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+    assert (merged / "README.md").read_bytes() != before["README.md"]
+
+
+FULL = """
+import resource, signal, sys
+from crystal import export
+from crystal.runtime import config
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+config.run_cli(lambda: export.main(["--run", sys.argv[1], "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_a_file_that_cannot_be_written_leaves_no_part(runs, tmp_path, kind):
+    """The system refuses to let a file grow, amid the weights of each of the two."""
+    run = runs["untied"]
+    export.main(["--run", str(run), "--out", str(tmp_path)])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    sizes = {"merged": "model.safetensors", "adapter": "adapter_model.safetensors"}
+    limit = (tmp_path / kind / sizes[kind]).stat().st_size - 1
+    if kind == "adapter":  # smaller than a merged one, which then has to be left out
+        shutil.rmtree(tmp_path / "merged")
+        before = {p: x for p, x in before.items() if kind in p.parts}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(run), str(tmp_path), str(limit)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_no_export_is_not_replaced(runs, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="merged: holds no export, so none replaces it"):
+        export.export(runs["sft"], merged=tmp_path / "merged")
+    assert [p.name for p in (tmp_path / "merged").iterdir()] == ["thesis.tex"]
+    (tmp_path / "merged" / "thesis.tex").unlink()
+    export.export(runs["sft"], merged=tmp_path / "merged")

@@ -31,7 +31,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "",
-            "run train evaluate card export visualize serve compare demo "
+            "run train evaluate card verify export visualize serve compare demo "
             "bench_cases bench bench_step __main__",
         )
     ],
