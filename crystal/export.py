@@ -201,6 +201,8 @@ def save_tokenizer(model, fmt, out):
     model.tokenizer.chat_template = fmt.chat_template()
     model.tokenizer.save_pretrained(out)
     model.tokenizer.chat_template = template
+    # A later stage trains with this one, and a method of its own.
+    (out / crystal.backbone.model.BASE_TEMPLATE).write_text(template, encoding="utf-8")
 
     file = out / "tokenizer_config.json"
     rules = json.loads(file.read_text())

@@ -1822,7 +1822,7 @@ SETTINGS = [
     ),
     Break(
         "model-rows-mean-of-spare-ones", "crystal/backbone/model.py",
-        "used = weight.detach()[: min(fresh, default=1)].float()",
+        "used = weight.detach()[: min(fresh)].float()",
         "used = weight.detach().float()",
         "The average takes in rows that no token has.",
         "tests/test_settings.py::test_first_rows_depend_on_the_seed",
@@ -3145,6 +3145,34 @@ COMMANDS = [
         '.split(b"\\n"), 1)',
         "What a kill leaves of a log's last line is called damage.",
         "tests/test_verify.py::test_a_last_line_that_a_kill_left_is_no_damage",
+    ),
+    Break(
+        "export-base-template-lost", "crystal/export.py",
+        'write_text(template, encoding="utf-8")',
+        'write_text(fmt.chat_template(), encoding="utf-8")',
+        "A second stage has the first one's latents in its prompt, too.",
+        "tests/test_export.py::test_a_second_stage_writes_its_own_latents_alone",
+    ),
+    Break(
+        "second-stage-own-template", "crystal/methods/__init__.py",
+        "    if model.base_template is not None:",
+        "    if False:",
+        "An export is trained by its own template, with the latents twice.",
+        "tests/test_export.py::test_a_second_stage_writes_its_own_latents_alone",
+    ),
+    Break(
+        "second-stage-twice-unsaid", "crystal/methods/__init__.py",
+        "    if twice:",
+        "    if False:",
+        "Thought, latents and <answer> stand twice, without a word.",
+        "tests/test_export.py::test_a_template_that_opens_the_answer_itself_is_refused",
+    ),
+    Break(
+        "second-stage-other-methods-unseen", "crystal/methods/__init__.py",
+        "[*tokens, *OPENERS]",
+        "tokens",
+        "sft trains on a prompt with another method's latents.",
+        "tests/test_export.py::test_a_template_that_opens_the_answer_itself_is_refused",
     ),
     Break(
         "visualize-out-ignored", "crystal/visualize.py",

@@ -528,3 +528,77 @@ def test_what_is_no_export_is_not_replaced(runs, tmp_path):
     assert [p.name for p in (tmp_path / "merged").iterdir()] == ["thesis.tex"]
     (tmp_path / "merged" / "thesis.tex").unlink()
     export.export(runs["sft"], merged=tmp_path / "merged")
+
+
+# --- a second stage, from a merged first one ---
+
+FIRST = {
+    "crystal": [], "livr": [], "released": [],
+    "lavit": ["--w_gaze", "0", "--w_semantics", "0", "--tune", "lora"],
+    "valr": ["--encoders", "none", "--tune", "lora"],
+    "sft": [],
+}  # fmt: skip
+
+
+STAGES = [
+    ("crystal", "livr"), ("livr", "crystal"), ("released", "released"), ("lavit", "crystal"),
+    ("valr", "lavit"), ("crystal", "valr"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("first, second", STAGES)
+def test_a_second_stage_writes_its_own_latents_alone(first, second, model_dirs, records_file, tmp_path):
+    """Its sequences are those that the same method makes of the base; in its export no tag stands twice."""
+
+    def trained(model, method, latents, name):
+        return train.main(
+            [
+                "--method", method, *FIRST[method], "--model", str(model), "--data", str(records_file),
+                "--latents", str(latents), "--lora_r", "2", "--max_steps", "2", "--eval_every", "0",
+                "--output", str(tmp_path / name),
+            ]
+        )  # fmt: skip
+
+    run = trained(model_dirs[True], first, 2, "first")
+    export.export(run, merged=run / "merged")
+    after = trained(run / "merged", second, 3, "second")
+    export.export(after, merged=after / "merged")
+
+    records, _ = data.read(records_file)
+    settings = methods.parse(["--method", second, *FIRST[second], "--latents", "3"])
+    written = []
+    for base in (model_dirs[True], run / "merged", after / "merged"):
+        model = crystal.backbone.model.load(str(base))
+        method, fmt = methods.attach(model, settings)
+        ids = [method.layout(fmt, r, [4] * len(r.images)).ids for r in records]
+        written.append([model.tokenizer.decode(x) for x in ids])
+    assert written[0] == written[1] == written[2]
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(after / "merged")
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    fmt.tokenizer.chat_template = model.base_template
+    question = fmt.question([("user", "Hello")], [])
+    assert prompt == fmt.tokenizer.decode(question.ids)
+    assert all(prompt.count(token) <= 1 for token in method.tokens)
+
+
+def test_a_template_that_opens_the_answer_itself_is_refused(runs, tmp_path):
+    """An export without its base's template, and a thinking model's."""
+    run = runs["crystal"]
+    export.export(run, merged=tmp_path / "merged")
+    (tmp_path / "merged" / "base_chat_template.jinja").unlink()
+    model = crystal.backbone.model.load(str(tmp_path / "merged"))
+    for method in ("crystal", "livr", "sft", "valr"):
+        flags = ["--method", method, *FIRST[method]]
+        with pytest.raises(UserError, match="its chat template writes <.*> before an answer, .* twice"):
+            methods.attach(model, methods.parse(flags))
+
+    model = crystal.backbone.model.load("tiny")
+    opened = "{%- if add_generation_prompt -%}{{- '<think>\\n' -}}{%- endif -%}"
+    model.tokenizer.chat_template += opened
+    with pytest.raises(UserError, match="tiny: its chat template writes <think> before an answer"):
+        methods.attach(model, methods.parse(["--method", "crystal"]))
+    methods.attach(model, methods.parse(["--method", "livr"]))
