@@ -3175,6 +3175,27 @@ COMMANDS = [
         "tests/test_export.py::test_a_template_that_opens_the_answer_itself_is_refused",
     ),
     Break(
+        "features-quiet-ignored", "data_prep/features.py",
+        "    if not args.quiet:",
+        "    if True:",
+        "--quiet talks.",
+        "tests/test_lavit_teacher.py::test_the_bar_counts_every_look_and_quiet_leaves_what_was_written",
+    ),
+    Break(
+        "features-quiet-bar", "data_prep/features.py",
+        '"" if args.quiet else name',
+        "name",
+        "--quiet shows a bar.",
+        "tests/test_encoder_features.py::test_the_bar_counts_records_and_quiet_leaves_what_was_written",
+    ),
+    Break(
+        "lavit_teacher-broken-uncounted", "data_prep/lavit_teacher.py",
+        "            tell(LOOKS)",
+        "            pass",
+        "The bar never comes to its end where a record is broken.",
+        "tests/test_lavit_teacher.py::test_the_bar_counts_every_look_and_quiet_leaves_what_was_written",
+    ),
+    Break(
         "visualize-out-ignored", "crystal/visualize.py",
         'args.out or Path(args.run) / "pictures"',
         'Path(args.run) / "pictures"',
