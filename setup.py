@@ -1,5 +1,6 @@
 """Installs crystal: `pip install --no-build-isolation -e .` (or `make setup`, which
-also makes the environment).
+also makes the environment). The distribution is called crystal-latents, the package crystal. Where torch or a
+compiler is missing, as torch is where pip builds in isolation, the operators are left out.
 
 `python setup.py build_ext --inplace` builds the compiled operators of csrc/ into crystal/_C.so, and into
 crystal/_C_cuda.so where nvcc is; neither a GPU nor the network is needed, torch may be a CPU build. Both use
@@ -90,11 +91,6 @@ def steps(out, nvcc):
     is linked from them.
     """
     spec = importlib.util.find_spec("torch")  # without the seconds that its import takes
-    if not spec:
-        sys.exit(
-            "crystal: no torch where the build runs; install it first, then: pip install "
-            "--no-build-isolation -e ."
-        )
     torch = Path(spec.submodule_search_locations[0])
     include = shlex.quote(str(torch / "include"))
     common = f"-std=c++17 -O3 -DNDEBUG -DTORCH_TARGET_VERSION={TORCH_TARGET} -Icsrc -I{include}"
@@ -157,10 +153,15 @@ def build(out):
         compiler("NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc")),
     )
     cuda, why = wants_cuda(nvcc)
+    lacks = None
     if not cxx:
+        lacks = "no C++ compiler (g++, or CXX)"
+    elif not importlib.util.find_spec("torch"):
+        lacks = "no torch (which pip install --no-build-isolation lets the build see)"
+    if lacks:
         if os.environ.get("CRYSTAL_CUDA") == "1":
-            sys.exit("CRYSTAL_CUDA=1, but there is no C++ compiler: install g++ or set CXX")
-        print("crystal: no C++ compiler found, compiled operators not built; plain PyTorch serves instead")
+            sys.exit(f"CRYSTAL_CUDA=1, but there is {lacks}")
+        print(f"crystal: {lacks} found, compiled operators not built; plain PyTorch serves instead")
         return
     if not cuda:
         nvcc = None

@@ -131,6 +131,8 @@ def main(argv=None):
     if args.questions < 1:
         raise UserError(f"--questions {args.questions}: must be at least 1")
     recipe(args.method)  # a wrong name is told before anything starts
+    if issubclass(methods.get(args.method), methods.get("lavit")) and not TEACHER.is_file():
+        raise UserError(f"--method {args.method}: needs {TEACHER.name}, which no wheel holds, of the sources")
     args.max_steps = args.max_steps or updates(args.method)
     distributed.launch(args.processes, "crystal.demo", sys.argv[1:] if argv is None else argv)
     procs, out, started = distributed.start(), Path(args.output), time.perf_counter()

@@ -1,16 +1,19 @@
 """What a run learned, in other tools' formats: a PEFT adapter, and a merged stock directory.
 
     python -m crystal.export --run runs/crystal     # writes merged/ and adapter/ below it
+    python -m crystal.export --verify runs/crystal  # says what of it is whole, and what is not
 
 The merged directory is an ordinary one of its family: transformers, vLLM, VLMEvalKit and lmms-eval load it
 with no crystal code. Its chat template's generation prompt holds the latents where the method has them
 (CrystaL's ends with `<think> ..latents. </think><answer>`), and all of that is special tokens or prompt, so
-what is decoded is the bare answer. Latents that a model feeds back to itself (VaLR) are beyond those tools:
-they answer without them, since generation_config.json suppresses the tag that opens them. crystal reads
-`crystal.json` in the directory and decodes with them.
+what is decoded is the bare answer; for tools that show special tokens, tokenizer_config.json says where the
+answer stands. Latents that a model feeds back to itself (VaLR) are beyond those tools: transformers answers
+without them, since generation_config.json suppresses the tag that opens them, and vLLM, which reads no such
+rule, has to be told. crystal reads `crystal.json` in the directory and decodes with them.
 """
 
 import json
+import re
 import shutil
 import sys
 from functools import partial
@@ -23,9 +26,9 @@ import torch
 from safetensors import safe_open
 
 import crystal.backbone.model
-from crystal import lora
+from crystal import card, lora, verify
 from crystal.opening import MARK, method_flags, open_run
-from crystal.runtime import config
+from crystal.runtime import checkpoint, config
 from crystal.runtime.config import UserError
 
 
@@ -38,38 +41,51 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
     that changes, the vocabulary.
     """
     model, fmt, settings = open_run(run, which, weights=False, method=method, trust_method=trust_method)
+    base = crystal.backbone.model.directory(settings.model)
     written = []
     if merged:
-        base = crystal.backbone.model.directory(settings.model)
         with fresh(merged) as out:
             merge(base, out, model, changes(model, settings))
-            for name in ("config.json", "generation_config.json", "video_preprocessor_config.json"):
+            for name in ("config.json", "generation_config.json"):
                 if (base / name).exists():
                     shutil.copyfile(base / name, out / name)
-            # Less the image processor's settings: they are written below, and twice they could disagree.
-            if (base / "processor_config.json").exists():
-                rules = json.loads((base / "processor_config.json").read_text())
-                (out / "processor_config.json").write_text(
-                    json.dumps({n: x for n, x in rules.items() if n != "image_processor"}, indent=2) + "\n"
-                )
+            say_rotation_twice(out / "config.json")
             if fmt.feeds_back:
-                (out / MARK).write_text(
-                    json.dumps({"method": settings.method, "latents": settings.latents}) + "\n"
-                )
-                file = out / "generation_config.json"
-                rules = json.loads(file.read_text()) if file.exists() else {}
-                file.write_text(
-                    json.dumps(rules | {"suppress_tokens": [fmt.latent_start_id]}, indent=2) + "\n"
-                )
-            save_tokenizer(model, fmt, out)
-            model.image_processor.save_pretrained(out)
+                suppress(fmt, out / "generation_config.json")
+            save_readers(base, model, fmt, settings, out)
+            card.write(out, run, which, settings, fmt, "merged")
         written.append(Path(merged))
     if adapter and settings.tune == "lora":
         with fresh(adapter) as out:
             lora.save_adapter(out, model.hf, model.new_tokens, crystal.backbone.model.resolve(settings.model))
-            save_tokenizer(model, fmt, out)
+            save_readers(base, model, fmt, settings, out)
+            card.write(out, run, which, settings, fmt, "adapter")
         written.append(Path(adapter))
     return written
+
+
+def say_rotation_twice(file):
+    """Says the rotary embedding's settings in transformers 4's words too, where a config.json has 5's alone.
+
+    transformers 4 finds no `rope_parameters`, and would take its defaults without a word.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    said = False
+    for part in (config, config.get("text_config", {})):
+        rotation = part.get("rope_parameters")
+        if rotation and "rope_theta" in rotation and "rope_scaling" not in part:
+            part["rope_theta"] = rotation["rope_theta"]
+            part["rope_scaling"] = {n: x for n, x in rotation.items() if n != "rope_theta"}
+            said = True
+    if said:
+        write_json(file, config)
+
+
+def suppress(fmt, file):
+    """Adds the tag that opens fed-back latents to the tokens that a generation_config.json forbids."""
+    rules = json.loads(file.read_text()) if file.exists() else {}
+    rules["suppress_tokens"] = [fmt.latent_start_id]
+    write_json(file, rules)
 
 
 def changes(model, settings):
@@ -156,47 +172,164 @@ def merge(base, out, model, changes):
         (out / index.name).write_text(json.dumps(shards, indent=2) + "\n")
 
 
+def save_readers(base, model, fmt, settings, out):
+    """Saves what turns a conversation into tensors, and tokens into an answer: tokenizer and processors.
+
+    Latents that the model feeds back to itself are told of in a file that crystal alone reads.
+    """
+    save_tokenizer(model, fmt, out)
+    model.image_processor.save_pretrained(out)
+
+    if (base / "video_preprocessor_config.json").exists():
+        shutil.copyfile(base / "video_preprocessor_config.json", out / "video_preprocessor_config.json")
+    # Less the image processor's settings: they are written above, and twice they could disagree.
+    if (base / "processor_config.json").exists():
+        rules = json.loads((base / "processor_config.json").read_text())
+        rules.pop("image_processor", None)
+        write_json(out / "processor_config.json", rules)
+
+    if fmt.feeds_back:
+        write_json(out / MARK, {"method": settings.method, "latents": settings.latents})
+
+
 def save_tokenizer(model, fmt, out):
     """Saves the tokenizer with a chat template that ends in the method's own prompt (see
-    Format.chat_template).
+    Format.chat_template), and with what separates the answer from the thought (see response_template).
     """
     template = model.tokenizer.chat_template
+    parts = response_template(fmt)
     model.tokenizer.chat_template = fmt.chat_template()
     model.tokenizer.save_pretrained(out)
     model.tokenizer.chat_template = template
+    # A later stage trains with this one, and a method of its own.
+    (out / crystal.backbone.model.BASE_TEMPLATE).write_text(template, encoding="utf-8")
+
+    file = out / "tokenizer_config.json"
+    rules = json.loads(file.read_text())
+    # transformers 4 knows a list of special tokens by this name alone, and 5 by both.
+    if isinstance(rules.get("extra_special_tokens"), list):
+        rules["additional_special_tokens"] = rules.pop("extra_special_tokens")
+    # How the base was found on this machine says nothing on another one.
+    for name in ("is_local", "local_files_only"):
+        rules.pop(name, None)
+    if parts:
+        rules["response_template"] = parts
+    write_json(file, rules)
+
+
+def response_template(fmt):
+    """How transformers (`serve`, pipelines, parse_response) finds the answer in what a model writes -> dict.
+
+    None for a format whose answers bear no tags: there all that is written is the answer.
+    """
+    if fmt.answer_start_id is None:
+        return None
+
+    def name(token):
+        return fmt.tokenizer.convert_ids_to_tokens(token)
+
+    # An answer ends at its tag where the format has one, at the turn's end, or where the model was cut.
+    end, pad = re.escape(name(fmt.end)), re.escape(fmt.tokenizer.pad_token)
+    turn = rf"(?:{end}|{pad})"
+    closes = rf"\s*{turn}+"
+    if fmt.answer_end_id is not None:
+        closes = rf"\s*(?:{re.escape(name(fmt.answer_end_id))}\s*{turn}*|{turn}+)"
+    answer = {"open": name(fmt.answer_start_id), "close_pattern": closes, "content": "text"}
+
+    fields = {"content": answer}
+    if fmt.think_start_id is not None:
+        opens, ends = name(fmt.think_start_id), name(fmt.think_end_id)
+        fields["reasoning_content"] = {"open": opens, "close": ends, "content": "text"}
+    elif fmt.feeds_back:  # its steps stand in no tags: they are all that comes before the answer
+        fields["reasoning_content"] = {"content": "text"}
+    return {
+        "version": 1,
+        "defaults": {"role": "assistant"},
+        "start_anchor": opening_words(fmt.tokenizer),
+        "fields": fields,
+    }
+
+
+def opening_words(tokenizer):
+    """What the chat template writes where the assistant is to speak, `<|im_start|>assistant` and a break."""
+    asked = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    closed = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=False)
+    opened = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    return opened.removeprefix(closed)
+
+
+def write_json(file, what):
+    """A dict as an indented JSON file."""
+    file.write_text(json.dumps(what, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class fresh:
-    """A directory that appears whole or not at all: filled under another name, then renamed
-    over an older one.
+    """A directory that appears whole or not at all, with a manifest of its files (checkpoint.seal).
+
+    It is filled under another name, flushed to the disk and renamed. An older one steps aside until then, and
+    stays if anything fails; a kill leaves it or the new one. UserError where what stands there is no export.
     """
 
     def __init__(self, path):
-        self.path, self.part = Path(path), Path(f"{path}.part")
+        self.path = Path(path)
+        self.part, self.old = Path(f"{path}.part"), Path(f"{path}.old")
 
     def __enter__(self):
+        # What a killed export left: its older one comes back if the kill fell between the two renames.
+        if self.old.exists() and not self.path.exists():
+            self.old.rename(self.path)
+        shutil.rmtree(self.old, ignore_errors=True)
         shutil.rmtree(self.part, ignore_errors=True)
+
+        if self.path.exists() and not may_be_replaced(self.path):
+            raise UserError(f"{self.path}: holds no export, so none replaces it; --out names another folder")
         self.part.mkdir(parents=True)
         return self.part
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.part.rename(self.path)
+        try:
+            if kind is None:
+                checkpoint.seal(self.part, {"tensors": []})
+                if self.path.exists():
+                    self.path.rename(self.old)
+                self.part.rename(self.path)
+        finally:
+            # After a success there is none; after a failure it may be what fills the disk.
+            shutil.rmtree(self.part, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
+
+
+def may_be_replaced(path):
+    """Whether what stands there is an export, whole or not, or an empty folder."""
+    if not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir()}
+    return not names or bool(names & {"config.json", lora.CONFIG, checkpoint.MANIFEST})
 
 
 def main(argv=None):
     parser = config.OneLineParser(
         prog="export.py", description="Export a run as a PEFT adapter and a merged directory."
     )
-    parser.add_argument("--run", required=True, help="run directory of train.py")
+    parser.add_argument("--run", default="", help="run directory of train.py")
+    parser.add_argument(
+        "--verify",
+        default="",
+        help="a run or an export: say what of it is whole and what is not, and write nothing",
+    )
     method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument(
         "--out", default="", help="folder to write merged/ and adapter/ into; empty: the run directory"
     )
     args = parser.parse_args(argv)
+    if bool(args.run) == bool(args.verify):
+        raise UserError("--run RUN exports a run, --verify DIR says what of a run or an export is whole")
+    if args.verify:
+        lines, whole = verify.report(Path(args.verify))
+        print("\n".join(lines))
+        sys.exit(0 if whole else 1)
+
     out = Path(args.out or args.run)
     written = export(
         args.run, args.checkpoint, out / "merged", out / "adapter", args.method, args.trust_method
@@ -206,8 +339,9 @@ def main(argv=None):
         print(
             "Its latents are states that the model feeds back to itself: crystal.generate and "
             "crystal.evaluate decode them; transformers, vLLM and other\n"
-            "tools load the directory, but cannot. There it answers without latents: "
-            "generation_config.json suppresses the tag that opens them."
+            "tools load the directory, but cannot. In transformers it answers without latents: "
+            "generation_config.json suppresses the tag that\n"
+            'opens them. vLLM reads no such rule: give its requests bad_words=["<latent>"].'
         )
 
 

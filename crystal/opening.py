@@ -1,8 +1,8 @@
 """What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, a hub name.
 
 A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into
-it. An export is an ordinary model directory, and crystal.json in it says what stock tools cannot
-know of its latents.
+it; an adapter's directory, ours or peft's, likewise. A merged export is an ordinary model directory, and
+crystal.json in either says what stock tools cannot know of its latents.
 """
 
 import hashlib
@@ -15,11 +15,12 @@ import torch.nn as nn
 
 import crystal.backbone.model
 from crystal import methods
+from crystal.backbone import adapter
 from crystal.layout import Format
 from crystal.runtime import checkpoint
 from crystal.runtime.config import UserError
 
-MARK = "crystal.json"  # in a merged directory that stock tools use in part
+MARK = "crystal.json"  # in an export that stock tools use in part
 
 
 def method_flags(parser):
@@ -82,6 +83,9 @@ def open_model(
 
         # As train.py's --dtype auto.
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+        if adapter.is_adapter(name):
+            model = adapter.load(name, dtype, device, min_pixels, max_pixels)
+            return model, exported_format(name, model.tokenizer), None
         model = crystal.backbone.model.load(name, dtype, device, min_pixels, max_pixels)
         fmt = exported_format(crystal.backbone.model.resolve(name), model.tokenizer)
         return model, fmt, None
@@ -152,15 +156,22 @@ def content_of(name, which="best"):
     """A digest of what answers under this name: it changes when a run goes on or a directory is written anew.
 
     Of a run it is its checkpoint's manifest, which holds every file's own digest. Of another directory it is
-    each file's name, size and time of writing: to read a large model's bytes again would take minutes.
+    each file's name, size and time of writing: to read a large model's bytes again would take minutes. An
+    adapter's base counts too.
     """
     if (Path(name) / "checkpoints").is_dir():
         manifest = find(Path(name), which) / checkpoint.MANIFEST
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
-    root = Path(crystal.backbone.model.resolve(name))
+    known = []
+    if adapter.is_adapter(name):
+        root = Path(name)
+        base = adapter.read_config(root)["base_model_name_or_path"]
+        known.append(content_of(base))
+    else:
+        root = Path(crystal.backbone.model.resolve(name))
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    known = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    known += [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from crystal.backbone import encoders
 from crystal.runtime import config, data, distributed
 from crystal.runtime.config import UserError
 from data_prep.broken import leave_out
-from data_prep.features import replace_file, usable, write_records
+from data_prep.features import progress, quiet_flag, replace_file, say, usable, write_records
 
 
 def hash_of(encoder):
@@ -67,6 +67,7 @@ def main(argv=None):
     )
     parser.add_argument("--shard", type=int, default=1000, help="records a file")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    quiet_flag(parser)
     args = parser.parse_args(argv)
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: must be at least 1")
@@ -94,10 +95,14 @@ def main(argv=None):
         if known.get("made_with") != made_with[file] or (known["broken"] and not skip):
             todo.append(file)
     procs.barrier()  # all ranks have seen the same ones missing
-    procs.print(f"{len(records)} records in {len(parts)} files, {len(parts) - len(todo)} there already")
-    for file in todo[procs.rank :: procs.world]:
+    there = len(parts) - len(todo)
+    say(args, procs, f"{len(records)} records in {len(parts)} files, {there} there already")
+    mine = todo[procs.rank :: procs.world]
+    bar = progress(args, "encoder_features", procs, sum(len(parts[file]) for file in mine), "record")
+    for file in mine:
         tensors, broken = {}, {}
         for r in parts[file]:
+            bar.update(1)
             try:
                 pixels = torch.stack([encoder.pixels(data.load_image(path, r.where)) for path in r.images])
             except data.RecordError as error:
@@ -109,7 +114,7 @@ def main(argv=None):
             }
         notes = json.dumps({"made_with": made_with[file], "broken": broken})
         replace_file(root / file, lambda path: save_file(tensors, path, {"crystal": notes}))
-        print(f"{file}: {len(parts[file]) - len(broken)} records", flush=True)
+    bar.close()
     procs.barrier()
     if procs.is_first:
         files = {}

@@ -6,9 +6,28 @@ import json
 import os
 from pathlib import Path
 
+from crystal.evaluation.asking import Bar
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 from data_prep.broken import leave_out
+
+
+def quiet_flag(parser):
+    """Adds --quiet, which `progress` and `say` heed."""
+    parser.add_argument(
+        "--quiet", action="store_true", help="say what was left out and what was written, and nothing else"
+    )
+
+
+def progress(args, name, procs, total, unit):
+    """A bar, or a line each half minute, with the time left: over what this rank does of `total` units."""
+    return Bar(total, "" if args.quiet else name, procs, unit)
+
+
+def say(args, procs, text):
+    """A line on the first rank, unless --quiet."""
+    if not args.quiet:
+        procs.print(text)
 
 
 def usable(source, root, skip, limit=0):

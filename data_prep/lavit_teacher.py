@@ -2,9 +2,8 @@
 of a data set.
 
     python data_prep/lavit_teacher.py --teacher Qwen/Qwen2.5-VL-32B-Instruct --data viscot.jsonl
-    --image_root images torchrun --nproc_per_node=4 data_prep/lavit_teacher.py --teacher runs/sft
-    --data runs/toy/train.jsonl python crystal/train.py --method lavit --data viscot.lavit.jsonl
-    --image_root images --semantics_dim 5120
+    torchrun --nproc_per_node=4 data_prep/lavit_teacher.py --teacher runs/sft --data runs/toy/train.jsonl
+    python crystal/train.py --method lavit --data viscot.lavit.jsonl --semantics_dim 5120
 
 Below the image root it writes lavit/NAME-00000.safetensors ... with the tensors
     ID/gaze [N]       A_traj, eq. 2 and 3, over all layers and heads, on the teacher's grid, one image after
@@ -27,7 +26,6 @@ import glob
 import hashlib
 import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,9 +45,10 @@ from crystal.runtime.checkpoint import MANIFEST
 from crystal.runtime.config import UserError
 from crystal.runtime.ops import attn_slice
 from data_prep.broken import leave_out
-from data_prep.features import replace_file, usable, write_records
+from data_prep.features import progress, quiet_flag, replace_file, say, usable, write_records
 
 TOP = 8  # section 4.1
+LOOKS = 3  # at each record: asked with its image, asked without, and where it looks
 
 
 class Looks:
@@ -141,9 +140,9 @@ def without_image(record):
     )
 
 
-def shard(model, fmt, method, records, args, leave):
+def shard(model, fmt, method, records, args, leave, tell=lambda looks: None):
     """Records -> (tensors to store, a dict to log for each record). leave: told the RecordError of one that
-    is broken, as its image may turn out to be.
+    is broken, as its image may turn out to be. tell: told how many looks were done, LOOKS a record.
     """
     examples, broken = (
         data.RecordDataset(records, lambda r, n: method.layout(fmt, r, n), model.image_processor),
@@ -154,16 +153,20 @@ def shard(model, fmt, method, records, args, leave):
             examples.build(i, 0)
         except data.RecordError as error:
             leave(error)
+            tell(LOOKS)
             broken[r.id] = {"id": r.id, "where": r.where, "broken": str(error)}
     records = [r for r in records if r.id not in broken]
     how = dict(batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     seeing = evaluate.answers(model, fmt, records, **how)
+    tell(len(records))
     blind = evaluate.answers(model, fmt, [without_image(r) for r in records], **how)
+    tell(len(records))
     tensors, lines = {}, []
     for r, a, b, (own, statistics) in zip(
         records, seeing, blind, look(model, fmt, method, records, args.batch_size)
     ):
         tensors |= {f"{r.id}/{name}": x.contiguous() for name, x in own.items()}
+        tell(1)
         lines.append(
             {
                 "id": r.id,
@@ -275,6 +278,7 @@ def main(argv=None):
         action="store_true",
         help="make shards anew that another teacher or other settings made",
     )
+    quiet_flag(parser)
     args = parser.parse_args(argv)
     for name in ("shard", "batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
@@ -318,11 +322,12 @@ def main(argv=None):
         if not lines or (not skip and any("broken" in line for line in lines))
     ]
     procs.barrier()  # all ranks have seen the same ones missing
-    procs.print(
+    say(
+        args,
+        procs,
         f"{len(records)} records in {len(parts)} shards, {len(parts) - len(todo)} there already"
-        + (f"; {dropped} later turns left out" if dropped else "")
+        + (f"; {dropped} later turns left out" if dropped else ""),
     )
-    started, done = time.perf_counter(), 0
     if todo:
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model, fmt, settings = open_model(
@@ -341,25 +346,25 @@ def main(argv=None):
                 f"{args.teacher}: shows itself each image {fmt.copies} times; a gaze needs a teacher that "
                 "sees it once"
             )
-        for i in todo[procs.rank :: procs.world]:
+        mine = todo[procs.rank :: procs.world]
+        held = {i: records[i * args.shard : (i + 1) * args.shard] for i in mine}
+        bar = progress(args, "lavit_teacher", procs, LOOKS * sum(map(len, held.values())), "look")
+        for i in mine:
             tensors, lines = shard(
                 model,
                 fmt,
                 method,
-                records[i * args.shard : (i + 1) * args.shard],
+                held[i],
                 args,
                 lambda error: leave_out(str(error), seen, skip, total, "records"),
+                bar.update,
             )
             replace_file(f"{parts[i]}.safetensors", lambda path: save_file(tensors, path))
             replace_file(
                 f"{parts[i]}.jsonl",
                 lambda path: Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines)),
             )
-            done += len(lines)
-            procs.print(
-                f"shard {i + 1}/{len(parts)}: {done * procs.world / (time.perf_counter() - started):.1f} "
-                "records/s"
-            )
+        bar.close()
     procs.barrier()
 
     if procs.is_first:
@@ -373,7 +378,7 @@ def main(argv=None):
                 if args.keep == "all" or all(passes(line, args.share)):
                     kept[line["id"]] = f"lavit/{part.name}.safetensors"
         if lines:
-            print(report(lines, args.share))
+            say(args, procs, report(lines, args.share))
             if not kept:
                 raise UserError(
                     f"{source}: no record passes all three filters; a better teacher, or --keep all"

@@ -62,6 +62,7 @@ TABLE = {
         "--run": "test_export_writes_the_checkpoint_that_was_named",
         "--checkpoint": "test_export_writes_the_checkpoint_that_was_named",
         "--out": "test_export_writes_the_checkpoint_that_was_named",
+        "--verify": "test_verify.py::test_the_command_ends_with_1_where_something_is_broken",
     },
     "crystal.visualize": TRUST
     | {
@@ -186,6 +187,7 @@ TABLE = {
         "--shard": "test_encoder_features.py::test_files_hold_what_the_flags_say",
         "--device": "test_encoder_features.py::test_files_hold_what_the_flags_say",
         "--on_bad_record": "test_encoders.py::test_a_broken_image_is_left_out_and_files_are_made_once",
+        "--quiet": "test_encoder_features.py::test_the_bar_counts_records_and_quiet_leaves_what_was_written",
     },
     "data_prep.lavit_teacher": MODEL
     | {
@@ -201,6 +203,7 @@ TABLE = {
         "--max_new_tokens": "test_lavit_teacher.py::test_the_command_passes_its_flags_on",
         "--dtype": "test_lavit_teacher.py::test_the_command_passes_its_flags_on",
         "--overwrite": "test_lavit_teacher.py::test_files_resume_and_the_student_learns_from_them",
+        "--quiet": "test_lavit_teacher.py::test_the_bar_counts_every_look_and_quiet_leaves_what_was_written",
     },
     "data_prep.checks.feedback": TRUST
     | {

@@ -178,3 +178,10 @@ def test_two_processes_print_once(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for once in ("== 1. Data", "2 process(es)", "count", "the answer is", "== Done"):
         assert done.stdout.count(once) == 1, once
+
+
+def test_a_teacher_that_no_wheel_holds_is_missed_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "TEACHER", tmp_path / "lavit_teacher.py")
+    monkeypatch.setattr(demo.distributed, "launch", lambda *_: pytest.fail("started"))
+    with pytest.raises(UserError, match="--method lavit: needs lavit_teacher.py, which no wheel holds"):
+        demo.main(["--method", "lavit"])

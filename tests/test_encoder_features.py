@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from crystal.backbone import encoders
-from data_prep import encoder_features
+from data_prep import encoder_features, features
 
 
 @pytest.fixture
@@ -131,3 +131,31 @@ def test_a_file_is_made_again_for_other_records_or_another_encoder(source, monke
     monkeypatch.setattr(encoders, "load", lambda *_: changed)
     encoder_features.main(flags)
     assert "2 files, 0 there already" in capsys.readouterr().out
+
+
+def test_the_bar_counts_records_and_quiet_leaves_what_was_written(source, monkeypatch, capsys):
+    counted = []
+
+    class Counting:
+        def __init__(self, total, name, procs, unit):
+            counted.append([total, name, unit, 0])
+
+        def update(self, n):
+            counted[-1][3] += n
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(features, "Bar", Counting)
+    flags = [
+        "--encoder", "tiny", "--data", str(source / "records" / "set.jsonl"), "--image_root",
+        str(source / "pictures"), "--device", "cpu", "--shard", "2",
+    ]  # fmt: skip
+    encoder_features.main([*flags, "--name", "told"])
+    assert counted == [[5, "encoder_features", "record", 5]]
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+    encoder_features.main([*flags, "--name", "mine", "--quiet"])
+    assert counted[1] == [5, "", "record", 5]  # a bar without a name shows nothing
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("wrote ") and "features:mine" in said

@@ -115,6 +115,10 @@ def test_progress_in_lines(monkeypatch, capsys):
         "asked: 10 of 50 questions, about 3 min left",
         "asked: 20 of 50 questions, about 2 min left",
     ]
+    bar = asking.Bar(50, "taught", SimpleNamespace(is_first=True), "look")
+    now[0] += 100
+    bar.update(25)
+    assert capsys.readouterr().out == "taught: 25 of 50 looks, about 2 min left\n"
     for procs, name in ((SimpleNamespace(is_first=False), "asked"), (SimpleNamespace(is_first=True), "")):
         bar = asking.Bar(50, name, procs)
         now[0] += 100

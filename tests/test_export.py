@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import crystal.backbone.model
-from crystal import export, lora, opening, train
+from crystal import export, lora, methods, opening, train
 from crystal.generate import generate
 from crystal.runtime import data
 from crystal.runtime.config import UserError
@@ -340,16 +340,265 @@ def test_a_model_that_feeds_itself_says_so_to_other_tools(model_dirs, records_fi
             opening.exported_format(run / "merged", model.tokenizer)
 
 
+WRITES = {  # method's flags, what a model writes after its prompt, then the answer and the thought in it
+    "crystal": (
+        ["--method", "crystal", "--latents", "2"],
+        "left of it</answer><|im_end|><|endoftext|>",
+        "left of it",
+        "Because the feature of the image is<|latent_0|><|latent_1|>.",
+    ),
+    "crystal, cut short": (
+        ["--method", "crystal", "--latents", "1", "--latent_kind", "identical"],
+        "left of",
+        "left of",
+        "Because the feature of the image is<|latent_0|>.",
+    ),
+    "crystal, its own thought": (
+        ["--method", "crystal", "--thought", "cot", "--latents", "2"],
+        " I count<|latent_0|><|latent_1|>. </think><answer>3</answer><|im_end|>",
+        "3",
+        "I count<|latent_0|><|latent_1|>.",
+    ),
+    "lavit": (["--method", "lavit", "--latents", "2"], "left<|im_end|><|endoftext|>", "left", None),
+    "valr": (
+        ["--method", "valr", "--encoders", "none"],
+        "I count.\n<answer>3</answer><|im_end|><|endoftext|>",
+        "3",
+        "I count.",
+    ),
+    "livr": (["--method", "livr"], "left<|im_end|>", None, None),
+    "sft": (["--method", "sft"], "left<|im_end|>", None, None),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_stock_transformers_finds_the_answer_in_what_is_written(name, tmp_path):
+    """By response_template, which `transformers serve` and pipelines read; a bare answer needs none."""
+    from transformers import AutoTokenizer
+
+    flags, written, answer, thought = WRITES[name]
+    model = crystal.backbone.model.load("tiny")
+    _, fmt = methods.attach(model, methods.parse(flags))
+    export.save_tokenizer(model, fmt, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    if answer is None:
+        assert tokenizer.response_template is None
+        return
+    asked = [{"role": "user", "content": "<answer>not this one</answer>"}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    ids = tokenizer.encode(written, add_special_tokens=False)
+    found = tokenizer.parse_response(ids, prefix=prompt)
+    assert found.pop("reasoning_content", "").strip() == (thought or "")
+    assert found == {"role": "assistant", "content": answer}
+
+
+def test_older_transformers_are_told_the_special_tokens_by_the_name_that_they_know(runs, model_dirs):
+    """transformers 4.57 fails on extra_special_tokens as a list; the base's own come first."""
+    run = runs["crystal"]
+    export.export(run, merged=run / "merged", adapter=run / "adapter")
+    base = json.loads((model_dirs[True] / "tokenizer_config.json").read_text())
+    base = base.get("additional_special_tokens") or base["extra_special_tokens"]
+    for folder in ("merged", "adapter"):
+        saved = json.loads((run / folder / "tokenizer_config.json").read_text())
+        latents = ["<|latent_0|>", "<|latent_1|>", "<|latent_2|>"]
+        added = ["<think>", "</think>", "<answer>", "</answer>", *latents]
+        assert saved["additional_special_tokens"] == base + added
+        assert not saved.keys() & {"extra_special_tokens", "is_local", "local_files_only"}
+
+
+def test_older_transformers_are_told_the_rotary_embedding(tmp_path):
+    """transformers 4 reads rope_theta and rope_scaling, and would take 10000 and none without a word."""
+    file = tmp_path / "config.json"
+    file.write_text('{"text_config": {"rope_parameters": {"rope_theta": 5e6, "mrope_section": [1, 2]}}}')
+    export.say_rotation_twice(file)
+    said = json.loads(file.read_text())["text_config"]
+    assert (said["rope_theta"], said["rope_scaling"]) == (5e6, {"mrope_section": [1, 2]})
+    assert said["rope_parameters"]["rope_theta"] == 5e6
+
+    for older in ('{"rope_theta": 7, "rope_scaling": {"type": "mrope"}}', '{"text_config": {}}'):
+        file.write_text(older)
+        export.say_rotation_twice(file)
+        assert file.read_text() == older
+
+
+def test_an_adapter_brings_what_reads_images(family_dirs, records_file, tmp_path):
+    """The image processor's rules, and the processor's, as merged/ has them."""
+    for family in ("qwen3_vl", "llava_onevision"):
+        base = family_dirs(family, True)
+        run = train.main(
+            [
+                "--model", str(base), "--data", str(records_file), "--latents", "2", "--lora_r", "2",
+                "--max_steps", "1", "--eval_every", "0", "--output", str(tmp_path / family),
+            ]
+        )
+        export.main(["--run", str(run)])
+        merged, adapter = run / "merged", run / "adapter"
+        names = {p.name for p in merged.iterdir()} & {p.name for p in adapter.iterdir()}
+        names -= {"README.md", "manifest.json"}
+        assert "preprocessor_config.json" in names and "tokenizer.json" in names
+        assert ("processor_config.json" in names) == (base / "processor_config.json").exists()
+        for name in names:
+            assert (merged / name).read_bytes() == (adapter / name).read_bytes()
+
+
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "to").mkdir()
-    (tmp_path / "to" / "old").write_text("old")
+    (tmp_path / "to" / "config.json").write_text("old")
     (tmp_path / "to.part").mkdir()
     (tmp_path / "to.part" / "left").write_text("of a run that was killed")
     with pytest.raises(KeyboardInterrupt):
         with export.fresh(tmp_path / "to") as out:
             (out / "new").write_text("new")
             raise KeyboardInterrupt
-    assert [p.name for p in (tmp_path / "to").iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["to", "config.json"]
     with export.fresh(tmp_path / "to") as out:
         (out / "new").write_text("new")
-    assert [p.name for p in (tmp_path / "to").iterdir()] == ["new"] and not (tmp_path / "to.part").exists()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "new", "to"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from crystal import export
+def killed(self, to, rename=Path.rename, left=[int(sys.argv[3])]):
+    left[0] -= self.suffix in (".part", "") and self.name.startswith("merged")
+    if left[0] < 0:
+        os.kill(os.getpid(), 9)
+    return rename(self, to)
+Path.rename = killed
+export.export(sys.argv[1], merged=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_leaves_the_older_export_or_what_brings_it_back(runs, tmp_path, renames):
+    """Killed before its first rename, and between its two."""
+    merged = tmp_path / "merged"
+    export.export(runs["sft"], merged=merged)
+    before = {p.name: p.read_bytes() for p in merged.iterdir()}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(runs["crystal"]), str(merged), str(renames)])
+    assert done.returncode == -9
+    there = merged if renames == 0 else tmp_path / "merged.old"
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == before
+
+    # The next one, if it fails, has brought it back; if it does not, nothing else is left.
+    with pytest.raises(ZeroDivisionError):
+        with export.fresh(merged):
+            raise ZeroDivisionError
+    assert {p.name: p.read_bytes() for p in merged.iterdir()} == before
+    export.export(runs["crystal"], merged=merged)
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+    assert (merged / "README.md").read_bytes() != before["README.md"]
+
+
+FULL = """
+import resource, signal, sys
+from crystal import export
+from crystal.runtime import config
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+config.run_cli(lambda: export.main(["--run", sys.argv[1], "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_a_file_that_cannot_be_written_leaves_no_part(runs, tmp_path, kind):
+    """The system refuses to let a file grow, amid the weights of each of the two."""
+    run = runs["untied"]
+    export.main(["--run", str(run), "--out", str(tmp_path)])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    sizes = {"merged": "model.safetensors", "adapter": "adapter_model.safetensors"}
+    limit = (tmp_path / kind / sizes[kind]).stat().st_size - 1
+    if kind == "adapter":  # smaller than a merged one, which then has to be left out
+        shutil.rmtree(tmp_path / "merged")
+        before = {p: x for p, x in before.items() if kind in p.parts}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(run), str(tmp_path), str(limit)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_no_export_is_not_replaced(runs, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="merged: holds no export, so none replaces it"):
+        export.export(runs["sft"], merged=tmp_path / "merged")
+    assert [p.name for p in (tmp_path / "merged").iterdir()] == ["thesis.tex"]
+    (tmp_path / "merged" / "thesis.tex").unlink()
+    export.export(runs["sft"], merged=tmp_path / "merged")
+
+
+# --- a second stage, from a merged first one ---
+
+FIRST = {
+    "crystal": [], "livr": [], "released": [],
+    "lavit": ["--w_gaze", "0", "--w_semantics", "0", "--tune", "lora"],
+    "valr": ["--encoders", "none", "--tune", "lora"],
+    "sft": [],
+}  # fmt: skip
+
+
+STAGES = [
+    ("crystal", "livr"), ("livr", "crystal"), ("released", "released"), ("lavit", "crystal"),
+    ("valr", "lavit"), ("crystal", "valr"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("first, second", STAGES)
+def test_a_second_stage_writes_its_own_latents_alone(first, second, model_dirs, records_file, tmp_path):
+    """Its sequences are those that the same method makes of the base; in its export no tag stands twice."""
+
+    def trained(model, method, latents, name):
+        return train.main(
+            [
+                "--method", method, *FIRST[method], "--model", str(model), "--data", str(records_file),
+                "--latents", str(latents), "--lora_r", "2", "--max_steps", "2", "--eval_every", "0",
+                "--output", str(tmp_path / name),
+            ]
+        )  # fmt: skip
+
+    run = trained(model_dirs[True], first, 2, "first")
+    export.export(run, merged=run / "merged")
+    after = trained(run / "merged", second, 3, "second")
+    export.export(after, merged=after / "merged")
+
+    records, _ = data.read(records_file)
+    settings = methods.parse(["--method", second, *FIRST[second], "--latents", "3"])
+    written = []
+    for base in (model_dirs[True], run / "merged", after / "merged"):
+        model = crystal.backbone.model.load(str(base))
+        method, fmt = methods.attach(model, settings)
+        ids = [method.layout(fmt, r, [4] * len(r.images)).ids for r in records]
+        written.append([model.tokenizer.decode(x) for x in ids])
+    assert written[0] == written[1] == written[2]
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(after / "merged")
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    fmt.tokenizer.chat_template = model.base_template
+    question = fmt.question([("user", "Hello")], [])
+    assert prompt == fmt.tokenizer.decode(question.ids)
+    assert all(prompt.count(token) <= 1 for token in method.tokens)
+
+
+def test_a_template_that_opens_the_answer_itself_is_refused(runs, tmp_path):
+    """An export without its base's template, and a thinking model's."""
+    run = runs["crystal"]
+    export.export(run, merged=tmp_path / "merged")
+    (tmp_path / "merged" / "base_chat_template.jinja").unlink()
+    model = crystal.backbone.model.load(str(tmp_path / "merged"))
+    for method in ("crystal", "livr", "sft", "valr"):
+        flags = ["--method", method, *FIRST[method]]
+        with pytest.raises(UserError, match="its chat template writes <.*> before an answer, .* twice"):
+            methods.attach(model, methods.parse(flags))
+
+    model = crystal.backbone.model.load("tiny")
+    opened = "{%- if add_generation_prompt -%}{{- '<think>\\n' -}}{%- endif -%}"
+    model.tokenizer.chat_template += opened
+    with pytest.raises(UserError, match="tiny: its chat template writes <think> before an answer"):
+        methods.attach(model, methods.parse(["--method", "crystal"]))
+    methods.attach(model, methods.parse(["--method", "livr"]))

@@ -14,7 +14,7 @@ from test_ddp import ROOT, run
 from crystal import train
 from crystal.runtime import data
 from crystal.runtime.config import UserError
-from data_prep import lavit_teacher
+from data_prep import features, lavit_teacher
 from data_prep.lavit_teacher import Looks, look, passes, report, text_rows
 
 
@@ -473,3 +473,31 @@ def test_bad_input(model_dirs, source, records_file):
         source.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change)]) + "\n")
         with pytest.raises(UserError, match=message):
             teach(model_dirs, source)
+
+
+def test_the_bar_counts_every_look_and_quiet_leaves_what_was_written(
+    model_dirs, source, tmp_path, monkeypatch, capsys
+):
+    """Three looks at each of three records, at a broken one too, whose image cannot be read."""
+    counted = []
+
+    class Counting:
+        def __init__(self, total, name, procs, unit):
+            counted.append([total, name, unit, 0])
+
+        def update(self, n):
+            counted[-1][3] += n
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(features, "Bar", Counting)
+    (tmp_path / "1_0.png").write_bytes(b"x")
+    monkeypatch.setattr(lavit_teacher, "leave_out", lambda *_: None)  # of three records one is above 1 %
+    teach(model_dirs, source, "--keep", "all", "--on_bad_record", "skip")
+    assert counted == [[9, "lavit_teacher", "look", 9]]
+    assert "3 records in" in capsys.readouterr().out
+
+    teach(model_dirs, source, "--keep", "all", "--on_bad_record", "skip", "--overwrite", "--quiet")
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("wrote 2 records")

@@ -1314,7 +1314,7 @@ def test_build_says_what_it_builds(tmp_path):
         (
             {"CRYSTAL_CUDA": "auto", "CXX": "no-such-compiler"},
             0,
-            "no C++ compiler found, compiled operators not built; plain PyTorch serves instead",
+            "no C++ compiler (g++, or CXX) found, compiled operators not built; plain PyTorch serves instead",
         ),
     ):
         done = build(tmp_path, **environment)

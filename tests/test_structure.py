@@ -21,14 +21,20 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
             "config renamed ops machine distributed images sampling records data toy named_state checkpoint",
         )
     ],
-    [("backbone", "families attention_functions model widths record encoders")],
+    [("backbone", "families attention_functions model adapter widths record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [
         ("evaluation", "benchmarks asking predictions figures interventions carrying reliance"),
         ("serving", "chat engine"),
     ],
-    [("", "run train evaluate export visualize serve compare demo bench_cases bench bench_step __main__")],
+    [
+        (
+            "",
+            "run train evaluate card verify export visualize serve compare demo "
+            "bench_cases bench bench_step __main__",
+        )
+    ],
 ]
 CRYSTAL = ROOT / "crystal"
 LAYERS = [

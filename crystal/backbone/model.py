@@ -26,6 +26,7 @@ from transformers import (
     GenerationConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from crystal.attention_bias import additive_mask
@@ -35,6 +36,8 @@ from crystal.latent_copy import copy_before_each
 from crystal.lora import TrainableTokens, add_lora
 from crystal.runtime.config import UserError
 
+# In an export: the chat template of the model that was trained, without what the method put into it.
+BASE_TEMPLATE = "base_chat_template.jinja"
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 
 # What wrappers put before (torch.compile also amid) the names of the weights that they
@@ -46,7 +49,8 @@ class Model(nn.Module):
     """A transformers model with its tokenizer and image processor, seen as crystal needs it.
 
     hf: the transformers model. image_processor: a families.Images. new_tokens: TrainableTokens of those that
-    were added, or None. dtype, device: of the weights.
+    were added, or None. base_template: of an export, the chat template that it is trained further with, else
+    None. dtype, device: of the weights.
     """
 
     def __init__(self, hf, tokenizer, image_processor, family, name):
@@ -57,6 +61,7 @@ class Model(nn.Module):
         self.family = family
         self.name = name
         self.new_tokens = None
+        self.base_template: str | None = None
         tokenizer.image_marks = family.marks  # the formats know a tokenizer, not its model
 
         hf.set_attn_implementation({"text_config": "crystal", "vision_config": family.vision_attention})
@@ -93,9 +98,10 @@ class Model(nn.Module):
 
         # An average row plus a little spread: harmless, and far enough apart to become different.
         fresh = [i for i, token in zip(ids, tokens) if token not in known]
+        weights = [embed.weight] if self.tied else [embed.weight, head.weight]
         g = torch.Generator().manual_seed(seed)
-        for weight in [embed.weight] if self.tied else [embed.weight, head.weight]:
-            used = weight.detach()[: min(fresh, default=1)].float()
+        for weight in weights if fresh else []:
+            used = weight.detach()[: min(fresh)].float()
             noise = torch.randn(len(fresh), used.shape[1], generator=g).to(used.device)
             rows = used.mean(0) + noise * used.std(0) * 0.5
             weight.data[fresh] = rows.to(weight.dtype)
@@ -204,6 +210,8 @@ def resolve(name):
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise UserError(f"{path}: an adapter, which answers but is no base; merged/ is one")
             raise UserError(f"{path}: no config.json; --model wants a directory in Hugging Face layout")
         return str(path)
 
@@ -254,6 +262,7 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
         processor = AutoImageProcessor.from_pretrained(
             source, trust_remote_code=False, backend="pil", **pixels
         )
+        template = cached_file(source, BASE_TEMPLATE, _raise_exceptions_for_missing_entries=False)
         kind = AutoModelForImageTextToText
         if weights:
             hf = load_weights(kind, source, dtype)
@@ -269,7 +278,10 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     hf.generation_config = GenerationConfig()
 
     hf.requires_grad_(False).eval().to(device)
-    return Model(hf, tokenizer, family.images(processor, hf.config), family, name)
+    model = Model(hf, tokenizer, family.images(processor, hf.config), family, name)
+    if template:
+        model.base_template = Path(template).read_text(encoding="utf-8")
+    return model
 
 
 def load_weights(kind, source, dtype, part=False):

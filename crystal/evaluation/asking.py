@@ -27,10 +27,11 @@ class Bar:
     Nothing without a name.
     """
 
-    def __init__(self, total, name, procs):
+    def __init__(self, total, name, procs, unit="question"):
         on = bool(name) and procs.is_first
         hidden = not (on and sys.stderr.isatty())
-        self.bar = tqdm(total=total, desc=name, unit="question", disable=hidden, leave=False)
+        self.bar = tqdm(total=total, desc=name, unit=unit, disable=hidden, leave=False)
+        self.unit = unit
         self.lines = on and self.bar.disable
         self.name = name
         self.total = total
@@ -46,7 +47,7 @@ class Bar:
             self.told = now
             left = (now - self.started) / self.done * (self.total - self.done)
             minutes = f"about {left / 60:.0f} min left"
-            print(f"{self.name}: {self.done} of {self.total} questions, {minutes}", flush=True)
+            print(f"{self.name}: {self.done} of {self.total} {self.unit}s, {minutes}", flush=True)
 
     def close(self):
         self.bar.close()

@@ -30,6 +30,7 @@ from crystal.backbone.model import prepare
 from crystal.runtime import config, renamed
 from crystal.runtime.config import UserError
 
+OPENERS = ("<answer>", "<latent>", "<|latent_0|>")  # what only a method can have put into a template
 COPY = "method.py"  # in a run directory: the file of a method that is not built in, as it was when it ran
 _sources = {}       # path of such a file -> its bytes as they were run
 
@@ -189,7 +190,30 @@ def saved_settings(saved, where):
 
 
 def attach(model, settings):
-    """Makes a loaded model trainable by the settings' method -> (Method, Format of its sequences)."""
+    """Makes a loaded model trainable by the settings' method -> (Method, Format of its sequences).
+
+    An export is trained by its base's chat template, since its own writes its method's latents already.
+    UserError for a template that writes what the method would write once more.
+    """
     method = get(settings.method)(settings)
+    if model.base_template is not None:
+        model.tokenizer.chat_template = model.base_template
+    check_template(model, method.tokens)
     prepare(model, settings, method.tokens)
     return method, method.format(model.tokenizer)
+
+
+def check_template(model, tokens):
+    """UserError if a chat template opens an answer with tags or latents, which would then stand twice.
+
+    tokens: those that the method adds. No method can be told from a template, so every method's are refused.
+    """
+    asked = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    prompt = model.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    twice = [token for token in dict.fromkeys([*tokens, *OPENERS]) if token in prompt]
+    if twice:
+        raise UserError(
+            f"{model.name}: its chat template writes {twice[0]} before an answer, which would stand there "
+            "twice; take the base that it was made from, export that run anew, or give its "
+            "chat_template.jinja a bare generation prompt"
+        )

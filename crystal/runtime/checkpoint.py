@@ -71,16 +71,7 @@ def save(run_dir, step, files, state, extra=None):
         if extra is not None:
             extra(temporary)
 
-        listed = {}
-        for path in _files(temporary):
-            name = path.relative_to(temporary).as_posix()
-            listed[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        manifest = {"step": int(step), "tensors": list(files), "files": listed}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-        # Contents before names: a rename must not reach the disk before what it names.
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+        seal(temporary, {"step": int(step), "tensors": list(files)})
 
         # A full directory cannot be renamed over. Until the second line `.old` is the checkpoint.
         if final.exists():
@@ -96,14 +87,27 @@ def save(run_dir, step, files, state, extra=None):
     return final
 
 
-def verify(directory):
-    """Reads every byte of a checkpoint -> what is wrong with it, one string a problem, [] if nothing.
+def seal(directory, about):
+    """Lists every file of a directory in its manifest, beside `about` (dict), and flushes all to the disk."""
+    listed = {}
+    for path in _files(directory):
+        name = path.relative_to(directory).as_posix()
+        listed[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    (directory / MANIFEST).write_text(json.dumps(about | {"files": listed}, indent=1))
 
-    It takes a second or so a gigabyte.
+    # Contents before names: a rename must not reach the disk before what it names.
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
+
+
+def verify(directory, needed=(STATE,)):
+    """Reads every byte of a directory that was sealed -> what is wrong with it, a string each, [] if nothing.
+
+    needed: files that it must list; a checkpoint's by default. It takes a second or so a gigabyte.
     """
     directory = Path(directory)
     try:
-        listed = _manifest(directory)["files"]
+        listed = _manifest(directory, needed)["files"]
         found = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
         found.pop(MANIFEST, None)
 
@@ -287,7 +291,7 @@ def _separate(tensors):
     return separate
 
 
-def _manifest(directory):
+def _manifest(directory, needed=(STATE,)):
     """The checked manifest; CheckpointError, without the directory's name, if it is missing or not one."""
     path = directory / MANIFEST
     if not path.exists():
@@ -298,7 +302,7 @@ def _manifest(directory):
         manifest = json.loads(path.read_bytes())
         for entry in manifest["files"].values():
             entry["sha256"], entry["bytes"]
-        if not set(manifest["tensors"]) | {STATE} <= manifest["files"].keys():
+        if not {*manifest["tensors"], *needed} <= manifest["files"].keys():
             raise KeyError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{MANIFEST} is damaged") from None
