@@ -3,10 +3,11 @@
     python -m crystal.serve --model runs/crystal/merged --port 8000
     curl http://127.0.0.1:8000/v1/models
 
-`/v1/models`, `/v1/chat/completions` (streamed or not) and `/health`, over starlette, uvicorn and pydantic.
-It takes what generate.py takes, a run, an exported directory or a hub name, and gives generate.py's
-answers: greedy, so a request for anything else (a temperature, tools, several choices) is refused and not
-quietly answered another way.
+`/v1/models`, `/v1/models/ID`, `/v1/chat/completions` (streamed or not) and `/health`, over starlette,
+uvicorn and pydantic. It takes what generate.py takes, a run, an exported directory or a hub name, and gives
+generate.py's answers: greedy, so a request for anything else (a temperature, tools, several choices) is
+refused and not quietly answered another way. Fields that clients send along and that change nothing are
+taken.
 
 What a request may say is chat.py's: images as data URLs alone, every size bounded, whatever is wrong with it
 a line of JSON with a 4xx. Requests that wait together are answered by one call of `generate`.
@@ -69,6 +70,7 @@ class Server:
         routes = [
             Route("/health", self.health),
             Route("/v1/models", self.guarded(self.models)),
+            Route("/v1/models/{model:path}", self.guarded(self.one_model)),
             Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
         ]
         self.app = Starlette(
@@ -111,15 +113,21 @@ class Server:
 
         return guard
 
+    def described(self):
+        """The model as OpenAI's format describes one."""
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "crystal"}
+
+    def named(self, model):
+        """Refusal unless the model that a client names is this server's."""
+        if model != self.name:
+            raise Refusal(404, f"model: no {model!r} here, this server has {self.name!r}", "model")
+
     async def models(self, request):
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": [
-                    {"id": self.name, "object": "model", "created": self.created, "owned_by": "crystal"}
-                ],
-            }
-        )
+        return JSONResponse({"object": "list", "data": [self.described()]})
+
+    async def one_model(self, request):
+        self.named(request.path_params["model"])
+        return JSONResponse(self.described())
 
     async def chat(self, request):
         if self.places >= self.limits.queue:
@@ -133,9 +141,8 @@ class Server:
                 # A web page may send others to any address unasked.
                 raise Refusal(415, "content-type must be application/json")
             asked = parse(await self.body(request))
-            if asked.model != self.name:
-                raise Refusal(404, f"model: no {asked.model!r} here, this server has {self.name!r}", "model")
-            job = Job(bool(asked.stream), asyncio.get_running_loop())
+            self.named(asked.model)
+            job = Job(bool(asked.stream), asyncio.get_running_loop(), stop=tuple(asked.stop or ()))
             await self.decoded.acquire()
             job.holds = True
             if await request.is_disconnected():

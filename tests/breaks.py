@@ -6955,10 +6955,8 @@ MEASURES = [
     Break(
         "engine-padding-counts",
         "crystal/serving/engine.py",
-        """            if fmt.end in job.said:
-                continue  # padding beside longer answers
-""",
-        "",
+        "if not job.ended and self.engine.fmt.end not in job.said:",
+        "if not job.ended:",
         "Padding beside a longer answer is counted as tokens.",
         "tests/test_engine.py tests/test_serve.py",
     ),
@@ -6971,8 +6969,10 @@ MEASURES = [
     ),
     Break(
         "engine-half-characters-sent", "crystal/serving/engine.py",
-        'text != job.sent and not text.endswith("\\ufffd"):',
-        "text != job.sent:",
+        """    if text.endswith("\\ufffd"):
+        return ""
+""",
+        "",
         "A client sees half a character.",
         "tests/test_engine.py::test_half_a_character_waits_for_its_other_half",
     ),
@@ -6986,11 +6986,52 @@ MEASURES = [
     Break(
         "engine-thought-streamed",
         "crystal/serving/engine.py",
-        "            if not job.stream or (\n                (fmt.feeds_back or fmt.writes_own_latents) "
-        "and fmt.answer_start_id not in job.said\n            ):\n",
-        "            if not job.stream or ((fmt.feeds_back or fmt.writes_own_latents) and False):\n",
+        "if own_thought or not (",
+        "if not (",
         "A thought of the model's own is streamed as its answer.",
         "tests/test_engine.py tests/test_serve.py",
+    ),
+    Break(
+        "engine-stop-strings-not-heard", "crystal/serving/engine.py",
+        "        if before is not None:\n            job.finish(",
+        "        if False:\n            job.finish(",
+        "An answer goes on past its stop string and takes the batch's time.",
+        "tests/test_engine.py",
+    ),
+    Break(
+        "engine-stop-string-begun-is-told", "crystal/serving/engine.py",
+        "max(begun, default=0)",
+        "0",
+        "A stream tells the beginning of a stop string.",
+        "tests/test_engine.py::test_no_part_of_a_stop_string_is_told",
+    ),
+    Break(
+        "engine-last-stop-string-counts", "crystal/serving/engine.py",
+        "min(places)",
+        "max(places)",
+        "Of two stop strings in one piece of text the later one ends the answer.",
+        "tests/test_engine.py tests/test_serve_limits.py",
+    ),
+    Break(
+        "chat-any-value-does-nothing", "crystal/serving/chat.py",
+        "type(value) is type(taken) and value == taken",
+        "True",
+        "A request for tools or a JSON schema gets a plain answer without a word.",
+        "tests/test_serve_limits.py",
+    ),
+    Break(
+        "chat-developer-stays", "crystal/serving/chat.py",
+        '"system" if message.role == "developer" else message.role',
+        "message.role",
+        "The template meets a role that it does not know.",
+        "tests/test_serve_limits.py tests/test_serve.py",
+    ),
+    Break(
+        "serve-stop-forgotten", "crystal/serve.py",
+        "stop=tuple(asked.stop or ())",
+        "stop=()",
+        "Stop strings are taken and do nothing.",
+        "tests/test_serve_limits.py tests/test_serve.py",
     ),
     Break(
         "chat-pixels-one-more", "crystal/serving/chat.py",
@@ -7109,8 +7150,8 @@ MEASURES = [
     ),
     Break(
         "serve-other-models-answered", "crystal/serve.py",
-        "if asked.model != self.name:",
-        "if False:",
+        "        if model != self.name:",
+        "        if False:",
         "A client that names another model gets this one's answer.",
         "tests/test_serve.py tests/test_serve_limits.py",
     ),

@@ -1,6 +1,7 @@
 """The thread that runs the model; test_serve.py has it behind the endpoint, with many clients."""
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,48 @@ def test_half_a_character_waits_for_its_other_half(opened):
     for token in tokens:
         steps.put(torch.tensor([token]))
     assert "".join(told) == "né 東" and not any("\ufffd" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "stop, told, ended",
+    [
+        ((), "red and blue", False),
+        (("and",), "red ", True),
+        (("blue and", "d b"), "red an", True),  # one that began and went on otherwise is told late
+        (("blue!",), "red and", False),  # what may become one is not told yet
+        (("e", "r"), "", True),
+    ],
+)
+def test_no_part_of_a_stop_string_is_told(opened, stop, told, ended):
+    model, fmt, _ = opened
+    said, job = [], Job(True, None, stop=stop, limit=50)
+    job.tell = lambda kind, value: said.append((kind, value))
+    steps = Steps(Engine(model, fmt, "keep", 1), [job])
+    steps.put(torch.tensor([[1, 2]]))
+    tokens = [token for letter in "red and blue" for token in fmt.text(letter)]
+    with contextlib.suppress(engine.Abandoned):
+        for token in tokens:
+            steps.put(torch.tensor([token]))
+    assert "".join(value for kind, value in said if kind == "text").rstrip() == told.rstrip()
+    assert job.ended == ended and [kind for kind, _ in said].count("done") == ended
+    if ended:
+        assert said[-1][1].text == told and said[-1][1].finish == "stop"
+
+
+def test_a_batch_whose_jobs_are_all_at_their_stop_strings_ends(opened):
+    """The others of it go on until they end."""
+    model, fmt, _ = opened
+    jobs = [Job(False, None, stop=(word,), limit=50) for word in ("red", "blue")]
+    for job in jobs:
+        job.tell = lambda *event: None
+    steps = Steps(Engine(model, fmt, "keep", 2), jobs)
+    steps.put(torch.tensor([[1, 2], [1, 2]]))
+    tokens = fmt.text("red and blue")
+    with pytest.raises(engine.Abandoned):
+        for n, token in enumerate(tokens):
+            assert not jobs[1].ended
+            steps.put(torch.tensor([token, token]))
+    assert n == len(tokens) - 1 and len(jobs[0].said) < len(jobs[1].said) == len(tokens)
 
 
 def test_a_batch_that_nobody_waits_for_is_dropped(opened):

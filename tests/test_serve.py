@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -246,6 +247,48 @@ def test_the_official_client(opened, served, records_file):
             client.chat.completions.create(model="large", messages=[{"role": "user", "content": "x"}])
 
 
+def test_what_the_official_client_sends_along_changes_nothing(served):
+    """Null and do-nothing fields, an answer that is sent back, and a model asked for by its name."""
+    openai = pytest.importorskip("openai")
+    talk = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    harmless = {
+        "n": 1, "stop": [], "tools": [], "tool_choice": "none", "logprobs": False, "logit_bias": {},
+        "response_format": {"type": "text"}, "parallel_tool_calls": True, "store": False, "seed": 3,
+        "metadata": {"a": "b"}, "user": "me", "frequency_penalty": 0, "presence_penalty": 0, "top_p": 1,
+        "stream_options": None, "extra_body": {"repetition_penalty": 1.0},
+    }
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{served[1]}/v1", api_key="none", max_retries=0, timeout=WAIT
+    ) as client:
+        assert client.models.retrieve("small").id == "small"
+        with pytest.raises(openai.NotFoundError, match="'large'"):
+            client.models.retrieve("large")
+        more = {"model": "small", "max_tokens": 6}
+        plain = client.chat.completions.create(messages=talk, **more).choices[0].message
+        said = client.chat.completions.create(messages=talk, **more, **harmless).choices[0].message
+        assert said.content == plain.content
+        back = [*talk, said.model_dump(), {"role": "user", "content": "Sure?"}]
+        client.chat.completions.create(messages=back, **more, stop=None)
+
+        # A stop string out of the answer itself.
+        cut = plain.content[2:4]
+        stream = client.chat.completions.create(messages=talk, **more, stop=cut, stream=True)
+        assert "".join(c.choices[0].delta.content or "" for c in stream) == plain.content.split(cut)[0]
+
+
+def test_a_penalty_of_one_is_none_whatever_the_directory_says(model_dirs, tmp_path):
+    """A directory with a penalty of its own answers what it answers without."""
+    answers = []
+    for penalty in (None, 9.0):
+        directory = tmp_path / str(penalty)
+        shutil.copytree(model_dirs[True], directory)
+        (directory / "generation_config.json").write_text(json.dumps({"repetition_penalty": penalty}))
+        with running(opening.open_model(str(directory)), tokens=30) as (_, port):
+            reply = post(port, ask("Hello", max_tokens=30, repetition_penalty=1.0))[1]
+        answers.append(reply["choices"][0]["message"]["content"])
+    assert answers[0] == answers[1]
+
+
 def test_what_a_user_types_stays_text(opened, served, monkeypatch):
     """Special tokens, `<image>` and the template's own marks are ordinary tokens, whoever of
     the conversation says them.
@@ -316,7 +359,7 @@ BAD = {  # name: (body, status, words of its line)
     "unknown role": (
         {"model": "small", "messages": [{"role": "tool", "content": "x"}]},
         400,
-        "messages.0.role: Input should be 'system', 'user' or 'assistant'",
+        "messages.0.role: Input should be 'system', 'developer', 'user' or 'assistant'",
     ),
     "no content": (
         {"model": "small", "messages": [{"role": "user"}]},
@@ -348,7 +391,8 @@ BAD = {  # name: (body, status, words of its line)
         "messages.0.content.0: an image may stand in a user's message alone",
     ),
     "another model": (ask("x", model="large"), 404, "no 'large' here, this server has 'small'"),
-    "tools": (ask("x", tools=[]), 400, "tools: not known to this server"),
+    "tools": (ask("x", tools=[{}]), 400, "tools: not supported by this server, which takes null, []"),
+    "unknown field": (ask("x", best_of=1), 400, "best_of: not known to this server"),
     "temperature": (
         ask("x", temperature=1),
         400,

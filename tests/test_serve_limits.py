@@ -318,14 +318,20 @@ def test_a_batch_waits_a_moment_for_others(opened, monkeypatch):
         ("seed", [7, None], ["x"]),
         ("user", ["me", None], [3]),
         ("stream", [False, None], ["x"]),
-        ("stream_options", [None, {}, {"include_usage": True}], [{"include": True}]),
+        (
+            "stream_options",
+            [None, {}, {"include_usage": True}, {"include_usage": None}, {"include_obfuscation": False}],
+            [{"include": True}, {"include_obfuscation": True}],
+        ),
+        ("stop", [None, [], ["\n", "END"], ["x" * 200], ["x"] * 16], [["x" * 201], [""], ["x"] * 17, [1], 1]),
         ("max_tokens", [1, None], [0, -1, 1.5]),
     ],
 )
 def test_values_of_a_field(field, good, bad):
     for value in good:
         taken = parse(json.dumps(ask(**{field: value})).encode()).model_dump()[field]
-        assert taken == ({"include_usage": False} | value if isinstance(value, dict) else value)
+        filled = {"include_usage": False, "include_obfuscation": None}
+        assert taken == (filled | value if isinstance(value, dict) else value)
     for value in bad:
         with pytest.raises(Refusal) as error:
             parse(json.dumps(ask(**{field: value})).encode())
@@ -335,13 +341,77 @@ def test_values_of_a_field(field, good, bad):
 
 
 @pytest.mark.parametrize(
-    "field",
-    ["stop", "tools", "logprobs", "top_logprobs", "response_format", "logit_bias", "functions", "best_of"],
+    "field, harmless, others",
+    [
+        ("audio", [], [{"voice": "x", "format": "mp3"}]),
+        ("function_call", ["none", "auto"], [{"name": "f"}]),
+        ("functions", [[]], [[{"name": "f"}]]),
+        ("logit_bias", [{}], [{"7": 100}, []]),
+        ("logprobs", [False], [True, 0]),
+        ("modalities", [["text"]], [["text", "audio"], []]),
+        ("moderation", [], [{"model": "m"}]),
+        ("prediction", [], [{"type": "content", "content": "x"}]),
+        ("reasoning_effort", [], ["high"]),
+        ("response_format", [{"type": "text"}], [{"type": "json_object"}, "text"]),
+        ("store", [False], [True]),
+        ("tool_choice", ["none", "auto"], ["required"]),
+        ("tools", [[]], [[{"type": "function", "function": {"name": "f"}}]]),
+        ("top_logprobs", [0], [3, False]),
+        ("verbosity", ["medium"], ["low"]),
+        ("web_search_options", [], [{}]),
+    ],
 )
-def test_fields_that_are_not_honoured_are_refused(field):
-    with pytest.raises(Refusal, match=f"^{field}: not known to this server$") as error:
-        parse(json.dumps(ask(**{field: 1})).encode())
-    assert error.value.param == field
+def test_a_field_that_would_change_the_answer_is_taken_only_where_it_does_not(field, harmless, others):
+    for value in (None, *harmless):
+        parse(json.dumps(ask(**{field: value})).encode())
+    for value in others:
+        with pytest.raises(Refusal, match=f"^{field}: not supported by this server, which takes nu") as error:
+            parse(json.dumps(ask(**{field: value})).encode())
+        assert error.value.param == field and error.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("metadata", {"a": "b"}), ("parallel_tool_calls", True), ("prompt_cache_key", "k"),
+        ("prompt_cache_options", {"a": 1}), ("prompt_cache_retention", "24h"), ("safety_identifier", "s"),
+        ("service_tier", "auto"),
+    ],
+)
+def test_a_field_that_changes_no_answer_is_taken(field, value):
+    for given in (value, None):
+        parse(json.dumps(ask(**{field: given})).encode())
+
+
+def test_every_field_of_the_official_client_is_known():
+    """As null and in its type hints; what it lacks (top_k, repetition_penalty) is what other servers take."""
+    params = pytest.importorskip("openai").types.chat.completion_create_params
+    fields = [*params.CompletionCreateParamsBase.__annotations__, "stream"]
+    assert len(fields) > 30 and not set(fields) - set(chat.ChatRequest.model_fields)
+    parse(json.dumps(dict.fromkeys(fields) | ask()).encode())
+
+
+def test_a_field_that_nobody_knows_is_refused():
+    for field in ("best_of", "min_p"):
+        with pytest.raises(Refusal, match=f"^{field}: not known to this server$") as error:
+            parse(json.dumps(ask(**{field: None})).encode())
+        assert error.value.param == field
+
+
+def test_an_answer_may_be_sent_back_as_it_came():
+    """With the empty fields that the client's own objects have; one that holds something is named."""
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    talk = lambda **more: [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", **empty, **more},
+        {"role": "user", "content": "c"},
+    ]
+    turns, _ = turns_of(parse(json.dumps(ask() | {"messages": talk()}).encode()).messages, Limits())
+    assert turns == [("system", ["be brief"]), ("user", ["a"]), ("assistant", ["b"]), ("user", ["c"])]
+    for field, value in (("refusal", "no"), ("tool_calls", [{"id": "1"}]), ("audio", {"id": "1"})):
+        with pytest.raises(Refusal, match=f"^messages.2.{field}: not supported by this server"):
+            parse(json.dumps(ask() | {"messages": talk(**{field: value})}).encode())
 
 
 def test_fields_of_a_message():
@@ -595,6 +665,40 @@ def test_content_types(opened, answered, kind, fine):
     status, reply, _ = call(server(opened), ask(), headers=JSON | {"content-type": kind})
     assert status == (200 if fine else 415)
     assert fine or reply["error"]["message"] == "content-type must be application/json"
+
+
+def test_one_model_by_its_name(opened, monkeypatch):
+    monkeypatch.setattr(serve.time, "time", lambda: 77.7)
+    made = serve.Server(*opened, "a/b", Limits())
+    described = {"id": "a/b", "object": "model", "created": 77, "owned_by": "crystal"}
+    assert call(made, b"", "/v1/models/a/b", "GET")[:2] == (200, described)
+    status, reply, _ = call(made, b"", "/v1/models/b", "GET")
+    assert status == 404 and reply["error"]["message"] == "model: no 'b' here, this server has 'a/b'"
+    guarded = serve.Server(*opened, "small", Limits(), key="secret")
+    assert call(guarded, b"", "/v1/models/small", "GET")[0] == 401
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_answer(opened, answered, stream):
+    """Given alone or in a list; what stands before it is the answer, and its tokens are counted to it."""
+    words = opened[1].text("red and blue")
+    answered.tokens, answered.text = words, "red and blue"
+    upto = next(n for n in range(len(words)) if " and" in opened[0].tokenizer.decode(words[:n]))
+    for stop in (" and", ["zebra", " and", "blue"]):
+        options = {"stream": stream, "stream_options": {"include_usage": True}} if stream else {}
+        _, reply, _ = call(server(opened), ask(stop=stop, max_tokens=50, **options))
+        if stream:
+            chunks = [json.loads(line.removeprefix("data: ")) for line in reply.split("\n\n")[:-2]]
+            deltas = [choice["delta"].get("content", "") for c in chunks for choice in c["choices"]]
+            assert "".join(deltas) == "red"
+            assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+            assert chunks[-1]["usage"]["completion_tokens"] == upto
+        else:
+            choice = reply["choices"][0]
+            assert choice["message"]["content"] == "red" and choice["finish_reason"] == "stop"
+            assert reply["usage"]["completion_tokens"] == upto
+    whole = call(server(opened), ask(stop=["zebra"], max_tokens=50))[1]
+    assert whole["choices"][0]["message"]["content"] == "red and blue"
 
 
 def test_another_model_is_not_here(opened, answered):

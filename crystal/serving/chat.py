@@ -6,11 +6,12 @@ that cannot be honoured is refused, and every refusal is one line that names the
 
 import base64
 import io
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.responses import JSONResponse
 
 from crystal.runtime.images import rgb
@@ -65,9 +66,22 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def only(*values):
+    """Of a field that clients send along though it does nothing: null and `values` are taken, no other."""
+
+    def check(value):
+        if any(type(value) is type(taken) and value == taken for taken in (None, *values)):
+            return value
+        taken = ", ".join(json.dumps(value) for value in (None, *values))
+        raise ValueError(f"not supported by this server, which takes {taken}")
+
+    return AfterValidator(check)
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None  # where a cache may begin: no answer changes with it
 
 
 class ImageURL(Strict):
@@ -78,14 +92,21 @@ class ImageURL(Strict):
 class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageURL
+    prompt_cache_breakpoint: Any = None
 
 
 class Message(Strict):
     """One turn; plain text counts as one text part."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = None
+    # What the official client's answers hold beside their text, when they are sent back.
+    refusal: Annotated[Any, only()] = None
+    annotations: Annotated[Any, only([])] = None
+    audio: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only()] = None
+    tool_calls: Annotated[Any, only([])] = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -94,7 +115,8 @@ class Message(Strict):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Annotated[Any, only(False)] = None
 
 
 class ChatRequest(Strict):
@@ -106,6 +128,7 @@ class ChatRequest(Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    stop: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(None, max_length=16)
     # Only these values leave an answer greedy.
     temperature: float | None = Field(None, ge=0, le=0)
     n: int | None = Field(None, ge=1, le=1)
@@ -117,6 +140,35 @@ class ChatRequest(Strict):
     top_k: int | None = None
     seed: int | None = None
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    # Would change the answer, or promise what is not done: only the values that do neither.
+    audio: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    functions: Annotated[Any, only([])] = None
+    logit_bias: Annotated[Any, only({})] = None
+    logprobs: Annotated[Any, only(False)] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    moderation: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    reasoning_effort: Annotated[Any, only()] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    store: Annotated[Any, only(False)] = None
+    tool_choice: Annotated[Any, only("none", "auto")] = None
+    tools: Annotated[Any, only([])] = None
+    top_logprobs: Annotated[Any, only(0)] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    web_search_options: Annotated[Any, only()] = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def strings(cls, stop):
+        return [stop] if isinstance(stop, str) else stop
 
 
 def parse(body):
@@ -126,7 +178,9 @@ def parse(body):
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(x) for x in first["loc"])
-        what = "not known to this server" if first["type"] == "extra_forbidden" else first["msg"]
+        what = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            what = "not known to this server"
         hint = (
             "; this server answers greedily"
             if where in ("temperature", "n") or where.endswith("_penalty")
@@ -150,7 +204,8 @@ def turns_of(messages, limits):
                 raise Refusal(400, f"messages.{i}.content.{j}: an image may stand in a user's message alone")
             urls.append((part.image_url.url, f"messages.{i}.content.{j}.image_url.url"))
             texts.append("")
-        turns.append((message.role, texts))
+        # The client's newer name for the same role.
+        turns.append(("system" if message.role == "developer" else message.role, texts))
     if messages[-1].role != "user":
         raise Refusal(400, "messages: the last one must be the user's", "messages")
     if len(urls) > limits.images:

@@ -26,8 +26,10 @@ class Job:
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     prompt: tuple = ()  # ids, pixel_values, image_grid_thw
     limit: int = 0  # new tokens
+    stop: tuple = ()  # strings that end the answer, and are no part of it
     said: list = field(default_factory=list)  # ids as they come
     sent: str = ""  # text told so far
+    ended: bool = False  # its answer is told
     holds: bool = False  # one of the places for decoded pictures
     gone: bool = False  # the client hung up
 
@@ -35,6 +37,18 @@ class Job:
         """From the model's thread to the request's loop, unless the client is gone."""
         if not self.gone:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def say(self, text):
+        """Tells what of its text so far is new; a text that took back what was told tells nothing."""
+        if text.startswith(self.sent) and text != self.sent:
+            self.tell("text", text[len(self.sent) :])
+            self.sent = text
+
+    def finish(self, text, tokens, why):
+        """Tells the whole answer's rest, and that it ended."""
+        self.say(text)
+        self.ended = True
+        self.tell("done", Answer(text, tokens, why))
 
 
 @dataclass
@@ -47,7 +61,7 @@ class Answer:
 
 
 class Abandoned(Exception):
-    """Nobody waits for this batch any more."""
+    """Nobody waits for this batch any more: all have their answers, or are gone."""
 
 
 class Engine(threading.Thread):
@@ -126,12 +140,28 @@ class Engine(threading.Thread):
                 self.answer([job])
             return
         for job, text in zip(batch, texts):
-            if text.startswith(job.sent) and text != job.sent:
-                job.tell("text", text[len(job.sent) :])
+            if job.ended:
+                continue
+
             # A method that generates in its own way may not tell its steps.
             tokens = len(job.said) or len(self.fmt.text(text))
-            cut = tokens >= job.limit and self.fmt.end not in job.said
-            job.tell("done", Answer(text, tokens, "length" if cut else "stop"))
+            before = before_stop(text, job.stop)
+            cut = tokens >= job.limit and self.fmt.end not in job.said and before is None
+            job.finish(text if before is None else before, tokens, "length" if cut else "stop")
+
+
+def before_stop(text, stop):
+    """The text up to the first of the strings that stands in it; None where none does."""
+    places = [text.index(string) for string in stop if string in text]
+    return text[: min(places)] if places else None
+
+
+def certain(text, stop):
+    """The text less what may become one of the strings, or is half a character."""
+    if text.endswith("\ufffd"):
+        return ""
+    begun = [n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])]
+    return text[: len(text) - max(begun, default=0)]
 
 
 class Steps:
@@ -146,22 +176,27 @@ class Steps:
         if not self.begun:  # the prompts come first
             self.begun = True
             return
-        model, fmt = self.engine.model, self.engine.fmt
+
         for job, token in zip(self.batch, tokens.tolist()):
-            if fmt.end in job.said:
-                continue  # padding beside longer answers
-            job.said.append(token)
-            if not job.stream or (
-                (fmt.feeds_back or fmt.writes_own_latents) and fmt.answer_start_id not in job.said
-            ):
-                continue  # a thought of its own is no answer yet
-            text = generate.answer_text(model, fmt, job.said)
-            # Half a character waits.
-            if text.startswith(job.sent) and text != job.sent and not text.endswith("\ufffd"):
-                job.tell("text", text[len(job.sent) :])
-                job.sent = text
-        if all(job.gone for job in self.batch):
+            if not job.ended and self.engine.fmt.end not in job.said:  # else padding beside longer answers
+                job.said.append(token)
+                self.read(job)
+        if all(job.gone or job.ended for job in self.batch):
             raise Abandoned
+
+    def read(self, job):
+        """Tells what a job's new token adds to its text, and ends the job at a stop string."""
+        model, fmt = self.engine.model, self.engine.fmt
+        own_thought = (fmt.feeds_back or fmt.writes_own_latents) and fmt.answer_start_id not in job.said
+        if own_thought or not (job.stream or job.stop):
+            return  # a thought of its own is no answer yet
+
+        text = generate.answer_text(model, fmt, job.said)
+        before = before_stop(text, job.stop)
+        if before is not None:
+            job.finish(before, len(job.said), "stop")
+        elif job.stream:
+            job.say(certain(text, job.stop))
 
     def end(self):
         pass
