@@ -41,20 +41,16 @@ def write(out, run, which, settings, fmt, kind):
         head["base_model"] = settings.model
 
     method = settings.method if settings.method in PAPERS else Path(settings.method).name
-    parts = [
-        "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items()) + "---",
-        f"# {Path(settings.output or run).name}: {method} on {Path(settings.model).name}",
-        f"This directory is {KINDS[kind]}.",
-        about(run, settings, fmt, step),
-        "## Measured",
-        *measured(run, which, step),
-        "## Do its latents carry the answer?",
-        carries(run, which, settings, fmt),
-        "## How to load it",
-        *loading(settings, fmt, kind),
-        "## Licence",
-        licence(settings),
-    ]
+    front = [f"{name}: {json.dumps(value)}" for name, value in head.items()]
+    name, base = Path(settings.output or run).name, Path(settings.model).name
+    parts = ["\n".join(["---", *front, "---"])]
+    parts.append(f"# {cell(name)}: {cell(method)} on {cell(base)}")
+    parts.append(f"This directory is {KINDS[kind]}.")
+    parts.append(about(run, settings, fmt, step))
+    parts += ["## Measured", *measured(run, which, step)]
+    parts += ["## Do its latents carry the answer?", carries(run, which, settings, fmt)]
+    parts += ["## How to load it", *loading(settings, fmt, kind)]
+    parts += ["## Licence", licence(settings)]
     (out / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -78,15 +74,13 @@ def about(run, settings, fmt, step):
         method = f"a method of its own, {Path(settings.method).name}"
     tuned = f"adapters of rank {settings.lora_r}" if settings.tune == "lora" else settings.tune
     pairs = settings.batch_size * settings.accumulation * made.get("world", 1)
-    rows = {
-        "base": f"`{cell(settings.model)}`",
-        "method": method,
-        "latents": places(fmt),
-        "trained": f"{tuned}; {step} updates of {pairs} pairs",
-        "data": ", ".join(f"`{cell(name)}`" for name in dict.fromkeys(data)),
-        "seed": settings.seed,
-        "made with": ", ".join(f"{name} {cell(value)}" for name, value in made.get("versions", {}).items()),
-    }
+    files = [f"`{cell(name)}`" for name in dict.fromkeys(data)]
+    versions = [f"{name} {cell(value)}" for name, value in made.get("versions", {}).items()]
+    rows = {"base": f"`{cell(settings.model)}`", "method": cell(method), "latents": places(fmt)}
+    rows["trained"] = f"{tuned}; {step} updates of {pairs} pairs"
+    rows["data"] = ", ".join(files)
+    rows["seed"] = settings.seed
+    rows["made with"] = ", ".join(versions)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"| | |\n| --- | --- |\n{table}\n\n```bash\n{command}\n```"
 
@@ -138,6 +132,7 @@ def evaluation(said):
     if asked["limit"]:
         more.append(f"--limit {asked['limit']}")
 
+    # Accuracies by family, or a benchmark's scores.
     lines = ["| | questions | right, % | 95 % interval |", "| --- | --- | --- | --- |"]
     scores = said.get("families") or said.get("scores") or {}
     for name, score in scores.items():
@@ -150,8 +145,9 @@ def evaluation(said):
 
 def asking(said, *more):
     """The command of an evaluation, from what it says of itself."""
-    named = ["--model", said["model"], "--checkpoint", said["checkpoint"], "--data", said["data"]]
-    return shlex.join(["python", "-m", "crystal.evaluate", *map(str, named)]) + "".join(f" {x}" for x in more)
+    flags = ["--model", said["model"], "--checkpoint", said["checkpoint"], "--data", said["data"]]
+    command = shlex.join(["python", "-m", "crystal.evaluate", *map(str, flags)])
+    return " ".join([command, *more])
 
 
 def reliances(run, which):

@@ -3029,7 +3029,7 @@ COMMANDS = [
     ),
     Break(
         "adapter-rows-left-out", "crystal/backbone/adapter.py",
-        "W[ids] = tensor.to(W.dtype)",
+        "W[ids] = rows.to(W.dtype)",
         "pass",
         "The rows of an adapter's new tokens stay random.",
         "tests/test_adapter.py::test_our_adapter_answers_as_its_run_does",

@@ -81,7 +81,8 @@ def read_config(directory):
     if not isinstance(base, str) or not base:
         raise UserError(f"{file}: base_model_name_or_path is {base!r}; a model is wanted")
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
+    is_rank = isinstance(r, int) and r > 0
+    if not is_rank or not isinstance(alpha, (int, float)):
         raise UserError(f"{file}: r is {r!r} and lora_alpha {alpha!r}; a rank and a number are wanted")
     return config
 
@@ -99,49 +100,33 @@ def base_of(config, directory, dtype, min_pixels, max_pixels):
 def merge(model, state, config, directory):
     """Puts an adapter's tensors {peft's key: tensor} into the model's weights; UserError names what is left.
 
-    Matrices act by alpha / r, or by alpha / sqrt r where the adapter is rank-stabilised. The sum is taken
-    in float32 and rounded once.
+    Matrices act by alpha / r, or by alpha / sqrt r where the adapter is rank-stabilised.
     """
     weights = dict(model.hf.named_parameters())
+    if model.tied:
+        weights["lm_head.weight"] = model.hf.lm_head.weight
     r = config["r"]
     scale = config["lora_alpha"] / (r**0.5 if config.get("use_rslora") else r)
-    wrong = f"{directory / WEIGHTS}: key"
+    file = directory / WEIGHTS
+
     left = set(state)
     for key, tensor in state.items():
         name = key.removeprefix(PREFIX)
-
-        if name.endswith(".lora_A.weight"):
-            stem = name.removesuffix(".lora_A.weight")
-            other = f"{key.removesuffix('.lora_A.weight')}.lora_B.weight"
+        stem, _, kind = name.partition(".lora_")
+        if kind == "A.weight":
+            other = f"{PREFIX}{stem}.lora_B.weight"
             W = weights.get(f"{stem}.weight")
-            if W is None or other not in state:
-                continue
-            B = state[other]
-            if (B.shape[:1] + tensor.shape[1:], B.shape[1:], tensor.shape[:1]) != (W.shape, (r,), (r,)):
-                raise UserError(
-                    f"{wrong} {key} has shape {list(tensor.shape)} beside {list(B.shape)}; with r {r} the "
-                    f"base's weight {list(W.shape)} wants [{r}, {W.shape[1]}] beside [{W.shape[0]}, {r}]"
-                )
-            wide = torch.promote_types(W.dtype, torch.float32)
-            BA = B.to(wide) @ tensor.to(wide)
-            W.copy_(W.to(wide) + scale * BA)
-            left -= {key, other}
+            if W is not None and other in state:
+                add_product(W, tensor, state[other], r, scale, f"{file}: key {key}")
+                left -= {key, other}
 
         elif name.endswith(ROWS):
             stem = name.removesuffix(ROWS)
-            W, ids = weights.get(f"{stem}.weight"), token_ids(config, stem)
-            if stem == "lm_head" and model.tied:
-                W = model.hf.lm_head.weight
-            if W is None or ids is None:
-                continue
-            fits = tensor.shape == (len(ids), W.shape[1]) and all(0 <= i < len(W) for i in ids)
-            if not fits:
-                raise UserError(
-                    f"{wrong} {key} has shape {list(tensor.shape)}, for {len(ids)} tokens of a vocabulary "
-                    f"{list(W.shape)} up to token {max(ids)}"
-                )
-            W[ids] = tensor.to(W.dtype)
-            left.discard(key)
+            W = weights.get(f"{stem}.weight")
+            ids = token_ids(config, stem)
+            if W is not None and ids is not None:
+                put_rows(W, ids, tensor, f"{file}: key {key}")
+                left.discard(key)
 
         elif name in weights and weights[name].shape == tensor.shape:  # a module that was trained whole
             weights[name].copy_(tensor)
@@ -149,9 +134,33 @@ def merge(model, state, config, directory):
 
     if left:
         raise UserError(
-            f"{wrong} {min(left)} has no place in {config['base_model_name_or_path']}; if another base was "
-            "trained, name it there, and what is no low-rank matrix is merged by peft (merge_and_unload)"
+            f"{file}: key {min(left)} has no place in {config['base_model_name_or_path']}; if another base "
+            "was trained, name it there, and what is no low-rank matrix is merged by peft (merge_and_unload)"
         )
+
+
+def add_product(W, A, B, r, scale, where):
+    """W + scale B A in W's place, summed in float32 (float64 if W is) and rounded once; W [out,in]."""
+    wanted = [r, W.shape[1]], [W.shape[0], r]
+    found = list(A.shape), list(B.shape)
+    if found != wanted:
+        base = f"with r {r} the base's weight {list(W.shape)} wants"
+        said = f"{where} has shape {found[0]} beside {found[1]}"
+        raise UserError(f"{said}; {base} {wanted[0]} beside {wanted[1]}")
+    wide = torch.promote_types(W.dtype, torch.float32)
+    BA = B.to(wide) @ A.to(wide)
+    W.copy_(W.to(wide) + scale * BA)
+
+
+def put_rows(W, ids, rows, where):
+    """Rows [n,D] in the place of W's rows `ids`; W [V,D]."""
+    inside = all(0 <= i < len(W) for i in ids)
+    if not inside or rows.shape != (len(ids), W.shape[1]):
+        raise UserError(
+            f"{where} has shape {list(rows.shape)}, for {len(ids)} tokens of a vocabulary {list(W.shape)} "
+            f"up to token {max(ids)}"
+        )
+    W[ids] = rows.to(W.dtype)
 
 
 def token_ids(config, stem):
@@ -162,9 +171,11 @@ def token_ids(config, stem):
     said = config.get("trainable_token_indices")
     if isinstance(said, dict):
         # A module is named in full or by its end.
-        said = next((ids for name, ids in said.items() if stem == name or stem.endswith("." + name)), None)
-    whole = isinstance(said, list) and said and all(isinstance(i, int) for i in said)
-    return said if whole else None
+        named = [ids for name, ids in said.items() if f".{stem}".endswith(f".{name}")]
+        said = named[0] if named else None
+    if not isinstance(said, list) or not said:
+        return None
+    return said if all(isinstance(i, int) for i in said) else None
 
 
 def take_tokenizer(model, directory):
