@@ -10,19 +10,15 @@ refused and not quietly answered another way. Fields that clients send along and
 taken.
 
 What a request may say is chat.py's: images as data URLs alone, every size bounded, whatever is wrong with it
-a line of JSON with a 4xx. Requests that wait together are answered by one call of `generate`.
+a line of JSON with a 4xx. Requests that wait together are answered by one call of `generate`: the server
+itself is endpoint.py.
 """
 
-import asyncio
-import hmac
 import ipaddress
-import json
 import os
 import signal
 import socket
 import sys
-import time
-import uuid
 from pathlib import Path
 
 if not __package__:
@@ -30,13 +26,9 @@ if not __package__:
 
 try:
     import uvicorn
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import JSONResponse, StreamingResponse
-    from starlette.routing import Route
 
-    from crystal.serving.chat import Limits, Refusal, image_of, parse, turns_of
+    from crystal.serving.chat import Limits
+    from crystal.serving.endpoint import Server
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -49,251 +41,8 @@ except ImportError as error:
 from crystal.opening import model_flags, open_model
 from crystal.runtime import config, distributed
 from crystal.runtime.config import UserError
-from crystal.serving.engine import Engine, Job
 
 KEY = "CRYSTAL_API_KEY"  # of the environment: a flag would stand in the list of processes
-
-
-# --- the server ---
-
-
-class Server:
-    """The endpoints of one model. `app` is an ASGI application; start the engine before it takes requests."""
-
-    def __init__(self, model, fmt, name, limits, latents="keep", key=None, hosts=()):
-        self.name, self.limits, self.key, self.hosts, self.places = name, limits, key, hosts, 0
-        self.engine = Engine(model, fmt, latents, limits.batch)
-        # Pictures become large when they are decoded: of the rest only the bodies wait.
-        self.decoded = asyncio.Semaphore(2 * limits.batch)
-        self.context = model.hf.config.get_text_config().max_position_embeddings
-        self.created = int(time.time())
-        routes = [
-            Route("/health", self.health),
-            Route("/v1/models", self.guarded(self.models)),
-            Route("/v1/models/{model:path}", self.guarded(self.one_model)),
-            Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
-        ]
-        self.app = Starlette(
-            routes=routes,
-            exception_handlers={
-                Refusal: lambda request, error: error.response(),
-                HTTPException: lambda request, error: Refusal(
-                    error.status_code, f"{request.method} {request.url.path}: {error.detail}"
-                ).response(),
-                Exception: lambda request, error: Refusal(
-                    500, f"internal error: {type(error).__name__}"
-                ).response(),
-            },
-        )
-
-    async def health(self, request):
-        alive = self.engine.is_alive()
-        return JSONResponse(
-            {
-                "status": "ok" if alive else "the model's thread has ended",
-                "model": self.name,
-                "places_taken": self.places,
-                "places": self.limits.queue,
-            },
-            200 if alive else 500,
-        )
-
-    def guarded(self, endpoint):
-        """The endpoint, for those who may ask: the right host name and, where there is a key, the key."""
-
-        async def guard(request):
-            host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-            # A web page whose name was pointed at this machine must not ask.
-            if self.hosts and host not in self.hosts:
-                raise Refusal(403, f"host {host!r}: this server answers to {', '.join(self.hosts)}")
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
-                raise Refusal(401, "wrong or missing API key (Authorization: Bearer ...)")
-            return await endpoint(request)
-
-        return guard
-
-    def described(self):
-        """The model as OpenAI's format describes one."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "crystal"}
-
-    def named(self, model):
-        """Refusal unless the model that a client names is this server's."""
-        if model != self.name:
-            raise Refusal(404, f"model: no {model!r} here, this server has {self.name!r}", "model")
-
-    async def models(self, request):
-        return JSONResponse({"object": "list", "data": [self.described()]})
-
-    async def one_model(self, request):
-        self.named(request.path_params["model"])
-        return JSONResponse(self.described())
-
-    async def chat(self, request):
-        if self.places >= self.limits.queue:
-            await self.body(request, keep=False)
-            raise Refusal(503, f"all {self.limits.queue} places are taken; try again")
-        self.places += 1
-        job = response = None
-        try:
-            if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-                await self.body(request, keep=False)
-                # A web page may send others to any address unasked.
-                raise Refusal(415, "content-type must be application/json")
-            asked = parse(await self.body(request))
-            self.named(asked.model)
-            job = Job(bool(asked.stream), asyncio.get_running_loop(), stop=tuple(asked.stop or ()))
-            await self.decoded.acquire()
-            job.holds = True
-            if await request.is_disconnected():
-                raise Refusal(499, "the client hung up")
-            # Decoding a picture must not stop the others.
-            job.prompt, job.limit = await asyncio.to_thread(self.prepare, asked)
-            self.engine.submit(job)
-            head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
-            if job.stream:
-                usage = bool(asked.stream_options and asked.stream_options.include_usage)
-                response = Stream(self.chunks(job, head, usage), lambda: self.leave(job))
-                return response
-            async for kind, value in self.events(job, request):
-                if kind == "failed":
-                    raise Refusal(500, value)
-                if kind == "done":
-                    choice = {
-                        "index": 0,
-                        "message": {"role": "assistant", "content": value.text},
-                        "logprobs": None,
-                        "finish_reason": value.finish,
-                    }
-                    return JSONResponse(
-                        {
-                            **head,
-                            "object": "chat.completion",
-                            "choices": [choice],
-                            "usage": usage_of(job, value),
-                        }
-                    )
-            raise Refusal(499, "the client hung up")
-        finally:
-            if response is None:  # a stream leaves when it ends
-                self.leave(job)
-
-    def leave(self, job):
-        """Gives a request's place back, however it ended."""
-        self.places -= 1
-        if job is not None:
-            job.gone = True
-            if job.holds:
-                self.decoded.release()
-
-    async def body(self, request, keep=True):
-        """A request's body, bounded in bytes and time. What is too much is read and dropped, so that the
-        client gets to read why.
-        """
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                async for part in request.stream():
-                    size += len(part)
-                    if keep and size <= self.limits.body:
-                        parts.append(part)
-                    else:
-                        parts.clear()
-                    if size > 4 * self.limits.body:
-                        break
-        except ClientDisconnect:
-            raise Refusal(499, "the client hung up") from None
-        except TimeoutError:
-            raise Refusal(408, f"the body took more than {self.limits.body_seconds:g} s to arrive") from None
-        if size > self.limits.body:
-            raise Refusal(413, f"the body is larger than {self.limits.body} bytes")
-        return b"".join(parts)
-
-    def prepare(self, asked):
-        """A parsed request -> (prompt for generate, limit of new tokens); runs in a thread of its own."""
-        turns, urls = turns_of(asked.messages, self.limits)
-        limit = asked.max_completion_tokens or asked.max_tokens or self.limits.default_tokens
-        if limit > self.limits.tokens:
-            raise Refusal(400, f"max_tokens: {limit}, at most {self.limits.tokens} are allowed", "max_tokens")
-        images = [image_of(url, where, self.limits) for url, where in urls]
-        try:
-            prompt = self.engine.prepare(turns, images)
-        except ValueError as error:  # an image whose sides differ two hundredfold, for one
-            raise Refusal(400, f"messages: {error}", "messages") from None
-        if len(prompt[0]) + limit > self.context:
-            raise Refusal(
-                400,
-                f"messages: {len(prompt[0])} tokens and {limit} new ones, the model's context is "
-                f"{self.context}",
-                "messages",
-            )
-        return prompt, limit
-
-    async def events(self, job, request=None):
-        """A job's events up to its last; ends early when the client hangs up."""
-        while True:
-            try:
-                event = await asyncio.wait_for(job.events.get(), 1.0)
-            except TimeoutError:
-                if request is not None and await request.is_disconnected():
-                    return
-                continue
-            yield event
-            if event[0] != "text":
-                return
-
-    async def chunks(self, job, head, usage):
-        """Server-sent events: the role, the text as it comes, why it ended, the tokens if asked for, [DONE].
-        """
-
-        def chunk(delta=None, finish=None, **more):
-            choices = []
-            if delta is not None:
-                choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-                choices.append(choice)
-            said = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
-            return f"data: {json.dumps(said)}\n\n"
-
-        yield chunk({"role": "assistant", "content": ""})
-        async for kind, value in self.events(job):
-            if kind == "text":
-                yield chunk({"content": value})
-            elif kind == "failed":
-                error = {"message": value, "type": "server_error", "param": None, "code": 500}
-                yield f"data: {json.dumps({'error': error})}\n\n"
-                return
-            else:
-                yield chunk({}, value.finish)
-                if usage:
-                    yield chunk(usage=usage_of(job, value))
-        yield "data: [DONE]\n\n"
-
-
-class Stream(StreamingResponse):
-    """Server-sent events that call `after` when they end, also when the client hangs up before the first."""
-
-    def __init__(self, content, after):
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.after = after
-
-    async def __call__(self, scope, receive, send):
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.after()
-
-
-def usage_of(job, answer):
-    """The `usage` object of an answer: tokens of prompt and answer."""
-    prompt = len(job.prompt[0])
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer.tokens,
-        "total_tokens": prompt + answer.tokens,
-    }
-
-
-# --- the command ---
 
 
 def listen(host, port):
@@ -336,8 +85,9 @@ def main(argv=None):
     )
     for name, help in (
         ("body", "largest request in bytes"),
+        ("characters", "most characters of a request's texts"),
         ("images", "most images of a request"),
-        ("pixels", "largest image in pixels"),
+        ("pixels", "most pixels of a request's images together"),
         ("tokens", "most new tokens that a request may ask for"),
         ("default_tokens", "new tokens of a request that names no number"),
         ("queue", "most requests that wait or are being answered; beyond it 503"),
@@ -348,7 +98,9 @@ def main(argv=None):
     limits = Limits(
         **{
             name: getattr(args, name)
-            for name in ("body", "images", "pixels", "tokens", "default_tokens", "queue", "batch")
+            for name in (
+                "body", "characters", "images", "pixels", "tokens", "default_tokens", "queue", "batch",
+            )
         }
     )
     if low := [name for name, value in vars(limits).items() if value < 1 and name != "images"]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("pydantic", reason="needs the extra `serve`")
 
-from crystal.serving.chat import Limits, Refusal, image_of, parse, turns_of
+from crystal.serving.chat import Limits, Refusal, file_of, image_of, parse, pixels_of, turns_of
 
 
 def url(image, kind="PNG"):
@@ -98,14 +98,19 @@ def test_turns_keep_texts_around_their_images():
     ],
 )
 def test_an_image_that_is_not_taken(text, message):
-    refused(lambda: image_of(text, "messages.0", Limits(pixels=80)), 400, f"^messages.0: .*{message}")
+    def taken():
+        raw = file_of(text, "messages.0")
+        pixels_of([(raw, "messages.0")], Limits(pixels=80))
+        image_of(raw, "messages.0")
+
+    refused(taken, 400, f"^messages.0: .*{message}")
 
 
 def test_an_image_is_rgb_and_upright():
-    assert image_of(STAR, "here", Limits()).getpixel((0, 0)) == (1, 2, 3)
+    assert image_of(file_of(STAR, "here"), "here").getpixel((0, 0)) == (1, 2, 3)
     exif = Image.Exif()
     exif[274] = 6  # to be turned by a quarter
     file = io.BytesIO()
     Image.new("L", (4, 2)).save(file, "JPEG", exif=exif)
-    image = image_of(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}", "here", Limits())
+    image = image_of(file.getvalue(), "here")
     assert image.mode == "RGB" and image.size == (2, 4)

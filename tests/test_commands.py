@@ -104,6 +104,7 @@ TABLE = {
         "--port": "test_serve_is_told_what_was_asked",
         "--latents": "test_serve_is_told_what_was_asked",
         "--body": "test_serve_is_told_what_was_asked",
+        "--characters": "test_serve_is_told_what_was_asked",
         "--images": "test_serve_is_told_what_was_asked",
         "--pixels": "test_serve_is_told_what_was_asked",
         "--tokens": "test_serve_is_told_what_was_asked",
@@ -886,6 +887,7 @@ def test_serve_is_told_what_was_asked(served, monkeypatch, capsys):
         port = free.getsockname()[1]
     limits = {
         "body": 1001,
+        "characters": 1002,
         "images": 2,
         "pixels": 3003,
         "tokens": 404,
@@ -895,8 +897,8 @@ def test_serve_is_told_what_was_asked(served, monkeypatch, capsys):
     }
     flags = [word for name, value in limits.items() for word in (f"--{name}", str(value))]
     assert flags == [
-        "--body", "1001", "--images", "2", "--pixels", "3003", "--tokens", "404", "--default_tokens", "55",
-        "--queue", "6", "--batch", "7",
+        "--body", "1001", "--characters", "1002", "--images", "2", "--pixels", "3003", "--tokens", "404",
+        "--default_tokens", "55", "--queue", "6", "--batch", "7",
     ]
     made = served(
         "--model", "runs/some/merged", "--name", "mine", "--host", "localhost", "--port", str(port),

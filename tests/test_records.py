@@ -1,6 +1,5 @@
 """Files become records; whatever is wrong names file, line and field."""
 
-import base64
 import json
 
 import numpy as np
@@ -196,7 +195,7 @@ def test_oversized_image_is_refused(folder, monkeypatch):
 def test_the_server_sees_what_training_sees():
     """A picture in a request, of every kind that may be sent."""
     pytest.importorskip("pydantic", reason="needs the extra `serve`")
-    from crystal.serving.chat import FORMATS, Limits, image_of
+    from crystal.serving.chat import FORMATS, image_of
 
     exif = Image.Exif()
     exif[274] = 6
@@ -204,8 +203,7 @@ def test_the_server_sees_what_training_sees():
     cases.append((RGBA, "PNG", {"exif": exif}, on_white(COLOURS, ALPHA).reshape(6, 3)[np.array(UPRIGHT[6])]))
     assert {kind for _, kind, _, _ in cases} == {"PNG", "WEBP", "GIF"} and len(cases) > 9
     for image, kind, how, want in cases:
-        url = f"data:image/x;base64,{base64.b64encode(file_of(image, kind, **how).getvalue()).decode()}"
-        found = image_of(url, "here", Limits())
+        found = image_of(file_of(image, kind, **how).getvalue(), "here")
         assert found.mode == "RGB" and np.abs(np.asarray(found, float) - want).max() <= 0.51
 
 

@@ -26,7 +26,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("", "opening run_directory generate")],
     [
         ("evaluation", "benchmarks asking predictions figures interventions carrying reliance"),
-        ("serving", "chat engine"),
+        ("serving", "chat engine rooms endpoint"),
     ],
     [
         (

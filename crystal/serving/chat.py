@@ -7,6 +7,7 @@ that cannot be honoured is refused, and every refusal is one line that names the
 import base64
 import io
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -32,8 +33,9 @@ class Limits:
 
     body: int = 32 * 2**20  # bytes of a request
     body_seconds: float = 60.0  # for a request's body to arrive
+    characters: int = 200_000  # of a request's texts; the model's context may allow fewer
     images: int = 16  # of one request
-    pixels: int = 50_000_000  # of one image as sent; the model's own bounds come after it
+    pixels: int = 50_000_000  # of all its images as sent; the model's own bounds come after it
     tokens: int = 4096  # new tokens that a request may ask for
     default_tokens: int = 512  # new tokens of a request that names no number
     queue: int = 64  # requests that wait or are being answered
@@ -171,8 +173,13 @@ class ChatRequest(Strict):
         return [stop] if isinstance(stop, str) else stop
 
 
-def parse(body):
+def parse(body, limits=Limits()):
     """bytes -> ChatRequest; Refusal names the field."""
+    # Each part of the JSON becomes an object, or an error, of many times its size. Pictures hold none.
+    parts = sum(body.count(sign) for sign in (b"{", b"[", b","))
+    most = limits.characters + 10_000
+    if parts > most:
+        raise Refusal(400, f"{parts} brackets and commas, at most {most} are allowed")
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -193,6 +200,12 @@ def turns_of(messages, limits):
     """Messages -> (turns for layout.Format with texts between images as a list, the images' data
     URLs with their place).
     """
+    written = sum(len(part.text) for m in messages for part in m.content if isinstance(part, TextPart))
+    if written > limits.characters:
+        raise Refusal(
+            400, f"messages: {written} characters, at most {limits.characters} are allowed", "messages"
+        )
+
     turns, urls = [], []
     for i, message in enumerate(messages):
         texts = [""]
@@ -213,8 +226,8 @@ def turns_of(messages, limits):
     return turns, urls
 
 
-def image_of(url, where, limits):
-    """A data URL -> RGB PIL image. Nothing is decoded before its size is known."""
+def file_of(url, where):
+    """A data URL -> the bytes of an image's file."""
     head, comma, data = url.partition(",")
     if not head.startswith("data:"):
         raise Refusal(
@@ -226,23 +239,41 @@ def image_of(url, where, limits):
     if not comma or not head.endswith(";base64"):
         raise Refusal(400, f"{where}: a data URL must be base64 (data:image/png;base64,...)", where)
     try:
-        raw = base64.b64decode(data, validate=True)
+        return base64.b64decode(data, validate=True)
     except ValueError as error:
         raise Refusal(400, f"{where}: bad base64: {error}", where) from None
+
+
+@contextmanager
+def readable(where):
+    """Whatever Pillow raises at a broken file (a dozen kinds) is a fault of the request's."""
     try:
-        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-            if image.width * image.height > limits.pixels:
-                raise Refusal(
-                    400,
-                    f"{where}: {image.width} x {image.height} pixels, at most {limits.pixels} are allowed",
-                    where,
-                )
-            image.load()
-            return rgb(image)
-    except Refusal:
-        raise
-    except (
-        Exception
-    ) as error:  # Pillow raises a dozen kinds for broken files, all of them the request's fault
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split()).split(" <_io")[0] or type(error).__name__
         raise Refusal(400, f"{where}: not a readable image ({', '.join(FORMATS)}): {reason}", where) from None
+
+
+def pixels_of(files, limits):
+    """[(bytes of a file, its place)] -> pixels of all images together; Refusal where they are too many.
+
+    Of each file the head alone is read: nothing is decoded before the size of all is known.
+    """
+    total = 0
+    for raw, where in files:
+        with readable(where), Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            width, height = image.size
+
+        before, total = total, total + width * height
+        if total > limits.pixels:
+            together = f", {total} with those before it" if before else ""
+            size = f"{width} x {height} pixels{together}"
+            raise Refusal(400, f"{where}: {size}, at most {limits.pixels} are allowed", where)
+    return total
+
+
+def image_of(raw, where):
+    """The bytes of an image's file -> RGB PIL image. What it may cost was asked before: `pixels_of`."""
+    with readable(where), Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+        image.load()
+        return rgb(image)

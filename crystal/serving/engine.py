@@ -10,6 +10,8 @@ import logging
 import threading
 from dataclasses import dataclass, field
 
+import torch
+
 from crystal import generate
 
 log = logging.getLogger("crystal.serving.engine")
@@ -30,7 +32,9 @@ class Job:
     said: list = field(default_factory=list)  # ids as they come
     sent: str = ""  # text told so far
     ended: bool = False  # its answer is told
-    holds: bool = False  # one of the places for decoded pictures
+    placed: bool = False  # holds one of the server's places
+    bytes: int = 0  # held of those that large bodies may take
+    pixels: int = 0  # held of those that large pictures may take
     gone: bool = False  # the client hung up
 
     def tell(self, *event):
@@ -74,17 +78,40 @@ class Engine(threading.Thread):
         self.model, self.fmt, self.latents, self.batch, self.window = model, fmt, latents, batch, window
         self.jobs, self.ready, self.stopping = [], threading.Condition(), False
         # A tokenizer keeps state while it encodes (are special tokens split?), so the one that reads prompts
-        # is not the one that writes answers.
-        self.reader, self.reading = copy.deepcopy(fmt), threading.Lock()
+        # is not the one that writes answers; and one for long prompts, which short ones do not wait for.
+        self.readers = [(copy.deepcopy(fmt), threading.Lock()) for _ in range(2)]
 
-    def prepare(self, turns, images):
-        """Turns and PIL images -> generate.Query."""
-        images = [image for image in images for _ in range(self.fmt.copies)]
-        out = self.model.image_processor(images=images, return_tensors="pt") if images else {}
-        counts = self.model.image_tokens(out["image_grid_thw"]) if images else []
-        with self.reading:
-            prompt = self.reader.question(turns, counts, self.latents)
-        return generate.Query(prompt.ids, out.get("pixel_values"), out.get("image_grid_thw"))
+    def prepare(self, turns, images, room=None, large=False):
+        """Turns and PIL images -> generate.Query. ValueError where the images do not fit.
+
+        images: any iterable, each taken when the one before is done with. room: the most tokens that they may
+        take together. large: among long prompts.
+        """
+        pixels, grids = self.pixels(images, room)
+        counts = self.model.image_tokens(grids) if grids is not None else []
+        reader, reading = self.readers[large]
+        with reading:
+            prompt = reader.question(turns, counts, self.latents)
+        return generate.Query(prompt.ids, pixels, grids)
+
+    def pixels(self, images, room=None):
+        """PIL images -> (pixel_values [P,..], image_grid_thw [I,3]) of all copies; two None without any."""
+        processor = self.model.image_processor
+        # A family that cuts images into tiles does so by how many there are; else each is made ready alone,
+        # and what it was decoded to is dropped before the next.
+        groups = ([image] for image in images) if processor.bounded else [list(images)]
+        made, taken = [], 0
+        for group in groups:
+            if not group:
+                break
+            shown = [image for image in group for _ in range(self.fmt.copies)]
+            made.append(processor(images=shown, return_tensors="pt"))
+            taken += sum(self.model.image_tokens(made[-1]["image_grid_thw"]))
+            if room is not None and taken > room:
+                raise ValueError(f"the images take {taken} tokens and more, {room} fit the context")
+        if not made:
+            return None, None
+        return tuple(torch.cat([one[name] for one in made]) for name in ("pixel_values", "image_grid_thw"))
 
     def submit(self, job):
         """Puts a prepared job in line."""

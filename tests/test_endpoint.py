@@ -14,15 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from crystal import generate, opening, serve
 from crystal.layout import Format
 from crystal.runtime.config import UserError
-from crystal.serving import chat, engine
-from crystal.serving.chat import Limits, Refusal, image_of, parse, turns_of
+from crystal.serving import chat, endpoint, engine
+from crystal.serving.chat import Limits, Refusal, image_of, parse, pixels_of, turns_of
 
 JSON = {"content-type": "application/json", "host": "127.0.0.1:8000"}
 
@@ -131,6 +131,7 @@ def test_what_the_limits_are():
     assert vars(Limits()) == {
         "body": 33_554_432,
         "body_seconds": 60.0,
+        "characters": 200_000,
         "images": 16,
         "pixels": 50_000_000,
         "tokens": 4096,
@@ -168,7 +169,7 @@ def test_four_times_the_bytes_are_read_and_dropped_and_no_more(opened, count, le
 
 def test_seconds(opened, answered, monkeypatch):
     kept, real = [], asyncio.timeout
-    monkeypatch.setattr(serve.asyncio, "timeout", lambda seconds: kept.append(seconds) or real(seconds))
+    monkeypatch.setattr(endpoint.asyncio, "timeout", lambda seconds: kept.append(seconds) or real(seconds))
     call(server(opened), ask())
     call(server(opened, body_seconds=7.5), ask())
     assert 60.0 in kept and 7.5 in kept
@@ -197,9 +198,18 @@ def test_pixels(opened, answered):
         made,
         ask(picture(link(56, 84), link(5, 941))),
         400,
-        "messages.0.content.1.image_url.url: 5 x 941 pixels, at most 4704 are allowed",
+        "messages.0.content.1.image_url.url: 5 x 941 pixels, 9409 with those before it, at most 4704 are "
+        "allowed",
         "messages.0.content.1.image_url.url",
     )
+    refused(
+        made,
+        ask(picture(link(5, 941))),
+        400,
+        "messages.0.content.0.image_url.url: 5 x 941 pixels, at most 4704 are allowed",
+        "messages.0.content.0.image_url.url",
+    )
+    assert call(made, ask(picture(link(28, 84), link(28, 84))))[0] == 200
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
@@ -239,6 +249,18 @@ def test_context(opened, answered):
     )
 
 
+def test_a_body_takes_no_place_before_it_is_here(opened, answered):
+    made, seen = server(opened), []
+    real = made.body
+
+    async def body(request, job, keep=True):
+        seen.append(made.places)
+        return await real(request, job, keep)
+
+    made.body = body
+    assert call(made, ask())[0] == 200 and seen == [0] and made.places == 0
+
+
 def test_places(opened, answered):
     made = server(opened, queue=3)
     made.places = 2
@@ -254,13 +276,133 @@ def test_places(opened, answered):
     }
 
 
-def test_decoded_pictures_are_of_two_batches_at_most(opened, answered):
-    made = server(opened, batch=3)
-    assert made.decoded._value == 6 and made.engine.batch == 3
-    call(made, ask(stream=True))
-    call(made, ask())
-    call(made, ask(n=2))
-    assert made.decoded._value == 6 and made.places == 0
+def test_what_large_pictures_take_is_held_until_they_are_answered(opened, answered):
+    """A large one waits for its share of twice --pixels; a small one, below a 32nd, takes none."""
+    made, held = server(opened, pixels=32 * 56 * 56), []
+    made.engine.submit = lambda job: (held.append((job.pixels, made.decoded.held)), made.engine.answer([job]))
+    for stream in (False, True):
+        call(made, ask(picture(link(56, 56)), stream=stream))
+        call(made, ask(picture(link(56, 57)), stream=stream))
+        call(made, ask(picture(link(56, 57)), n=2))
+        assert made.decoded.held == 0 and made.places == 0
+    assert held == [(0, 0), (3192, 3192)] * 2 and made.decoded.total == 2 * 32 * 3136
+    # What the model's own bound on pixels scales away is given back before.
+    made.limits.pixels = 10**6
+    call(made, ask(picture(link(400, 400))))
+    assert 0 < held[-1][0] < 160_000 and held[-1][0] == held[-1][1]
+
+
+def test_characters(opened, answered, monkeypatch):
+    """Of all texts together, asked for before the tokenizer sees any of them."""
+    talk = [
+        {"role": "system", "content": "x" * 30},
+        {"role": "user", "content": [{"type": "text", "text": "é" * 20}] * 2},
+    ]
+    assert call(server(opened, characters=70), ask() | {"messages": talk})[0] == 200
+    made = server(opened, characters=69)
+    monkeypatch.setattr(made.engine, "prepare", None)
+    line = "messages: 70 characters, at most 69 are allowed"
+    refused(made, ask() | {"messages": talk}, 400, line, "messages")
+
+
+def test_characters_are_no_more_than_the_context_holds(opened, answered):
+    """Fewer tokens than one for each length of the longest token there cannot be."""
+    longest = max(len(token) for token in opened[0].tokenizer.get_vocab())
+    made = server(opened)
+    assert made.bounds.characters == longest * made.context < 200_000
+    assert server(opened, characters=50).bounds.characters == 50
+    most = longest * made.context
+    line = f"messages: {most + 1} characters, at most {most} are allowed"
+    refused(made, ask("x" * (most + 1)), 400, line, "messages")
+
+
+def test_messages_and_images_are_no_more_than_the_context_holds(opened, answered):
+    made = server(opened)
+    made.context = 40
+    talk = lambda n: ask() | {"messages": [{"role": "user", "content": ""}] * n}
+    assert call(made, talk(40))[1]["error"]["message"].startswith("messages: ") and not answered.calls
+    refused(made, talk(41), 400, "messages: 41 messages and images, the model's context is 40", "messages")
+
+
+def test_brackets_and_commas_are_counted_before_the_json_is_read(opened, monkeypatch):
+    """Each empty object would be a dozen errors; what stands in a text counts too."""
+    body = json.dumps(ask("{," * 3000)).encode()
+    assert sum(body.count(sign) for sign in (b"{", b"[", b",")) == 6005
+    parse(body, Limits(characters=6005 - 10_000))
+    monkeypatch.setattr(chat.ChatRequest, "model_validate_json", None)
+    with pytest.raises(Refusal, match="^6005 brackets and commas, at most 6004 are allowed$"):
+        parse(body, Limits(characters=6004 - 10_000))
+    with pytest.raises(Refusal, match="^50000 brackets and commas, at most 10001 are allowed$"):
+        parse(b"{}" * 50_000, Limits(characters=1))
+
+
+def test_no_image_is_decoded_where_their_sum_is_too_large(opened, monkeypatch):
+    """Sixteen of 49 million pixels in a few bytes: their heads alone are read."""
+    file = io.BytesIO()
+    Image.new("1", (700, 70)).save(file, "PNG")
+    for kind in (Image.Image, ImageFile.ImageFile):
+        monkeypatch.setattr(kind, "load", None)
+    monkeypatch.setattr(chat, "rgb", None)
+    files = [(file.getvalue(), f"at {n}") for n in range(16)]
+    assert pixels_of(files[:10], Limits(pixels=490_000)) == 490_000
+    with pytest.raises(Refusal, match="^at 10: 700 x 70 pixels, 539000 with those before it, at most 490000"):
+        pixels_of(files, Limits(pixels=490_000))
+
+
+def test_an_image_is_decoded_when_the_one_before_is_done_with(opened):
+    """The same tensors as from all at once; and where their tokens do not fit, the rest is not decoded."""
+    model, fmt = opened
+    made, order, sizes = engine.Engine(model, fmt, "keep", 1), [], [(56, 56), (84, 56), (56, 140)]
+    real = model.image_processor.processor
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+
+    def decoded():
+        for n, image in enumerate(pictures):
+            order.append(f"decoded {n}")
+            yield image
+
+    counted = lambda images, **how: order.append(f"made {len(images)}") or real(images=images, **how)
+    model.image_processor.processor = counted
+    counted.merge_size, counted.size = real.merge_size, real.size
+    try:
+        asked = made.prepare([("user", ["", "", "", "?"])], decoded())
+        assert order == ["decoded 0", "made 1", "decoded 1", "made 1", "decoded 2", "made 1"]
+        together = real(images=pictures, return_tensors="pt")
+        assert torch.equal(asked.pixel_values, together["pixel_values"])
+        assert torch.equal(asked.image_grid_thw, together["image_grid_thw"])
+        order.clear()
+        with pytest.raises(ValueError, match="the images take 10 tokens and more, 9 fit the context"):
+            made.prepare([("user", ["", "", "", "?"])], decoded(), 9)
+        assert order == ["decoded 0", "made 1", "decoded 1", "made 1"]
+    finally:
+        model.image_processor.processor = real
+
+
+def test_what_is_large_is_made_ready_by_a_thread_of_its_own(opened, answered):
+    """Long texts, large pictures and large bodies, each above a 32nd of what is allowed."""
+    made, rooms = server(opened, characters=3200, pixels=32 * 56 * 56, body=320_000), []
+    real = made.rooms.run
+
+    async def run(large, work, *args):
+        rooms.append((work.__name__, large))
+        return await real(large, work, *args)
+
+    made.rooms.run = run
+    for content in ("x" * 100, "x" * 101, picture(link(56, 56)), picture(link(56, 57))):
+        assert call(made, ask(content))[0] == 200
+    assert call(made, json.dumps(ask()).encode() + b" " * 10_000)[0] == 200
+    assert [large for work, large in rooms if work == "prepare"] == [False, True, False, True, False]
+    assert [large for work, large in rooms if work == "read"] == [False] * 4 + [True]
+    assert made.bodies.held == 0 and made.bodies.total == 4 * 320_000
+
+
+def test_long_prompts_have_a_reader_of_their_own(opened):
+    """A short one does not wait for its lock."""
+    made = engine.Engine(*opened, "keep", 1)
+    with made.readers[True][1]:
+        made.prepare([("user", ["?"])], [])
+    with made.readers[False][1]:
+        made.prepare([("user", ["?"])], [], large=True)
 
 
 def jobs_of(*limits):
@@ -489,7 +631,7 @@ def test_each_copy_of_an_image_is_prepared(opened):
 
 
 def test_an_answer_in_full(opened, answered, monkeypatch):
-    monkeypatch.setattr(serve.time, "time", lambda: 1234.5)
+    monkeypatch.setattr(endpoint.time, "time", lambda: 1234.5)
     status, reply, _ = call(server(opened), ask(max_tokens=3))
     prompt = len(answered.calls[0][0][0][0])
     assert reply.pop("id").startswith("chatcmpl-") and status == 200
@@ -534,7 +676,7 @@ def test_a_stream_in_full(opened, answered, monkeypatch, usage):
     model, fmt = opened
     words = fmt.text("red and blue")
     answered.tokens, answered.text = [*words, fmt.end], "red and blue"
-    monkeypatch.setattr(serve.time, "time", lambda: 99.9)
+    monkeypatch.setattr(endpoint.time, "time", lambda: 99.9)
     options = {} if usage is None else {"stream_options": {"include_usage": usage}}
     status, text, headers = call(server(opened), ask(stream=True, max_tokens=50, **options))
     assert (
@@ -588,7 +730,7 @@ def test_a_stream_holds_back_half_a_character(opened, answered):
 
 
 def test_models_and_health_in_full(opened, monkeypatch):
-    monkeypatch.setattr(serve.time, "time", lambda: 77.7)
+    monkeypatch.setattr(endpoint.time, "time", lambda: 77.7)
     made = server(opened, queue=5)
     made.places = 2
     assert call(made, b"", "/v1/models", "GET")[:2] == (
@@ -668,7 +810,7 @@ def test_content_types(opened, answered, kind, fine):
 
 
 def test_one_model_by_its_name(opened, monkeypatch):
-    monkeypatch.setattr(serve.time, "time", lambda: 77.7)
+    monkeypatch.setattr(endpoint.time, "time", lambda: 77.7)
     made = serve.Server(*opened, "a/b", Limits())
     described = {"id": "a/b", "object": "model", "created": 77, "owned_by": "crystal"}
     assert call(made, b"", "/v1/models/a/b", "GET")[:2] == (200, described)
@@ -737,7 +879,7 @@ def test_a_refusal_on_the_wire(status, kind, headers):
 def test_formats_that_are_taken(kind):
     file = io.BytesIO()
     Image.new("RGB", (6, 4), (200, 40, 90)).save(file, kind)
-    image = image_of(f"data:image/x;base64,{base64.b64encode(file.getvalue()).decode()}", "here", Limits())
+    image = image_of(file.getvalue(), "here")
     assert image.size == (6, 4) and image.mode == "RGB"
     assert max(abs(a - b) for a, b in zip(image.getpixel((3, 2)), (200, 40, 90))) < 12
 
@@ -746,9 +888,7 @@ def test_of_an_animation_the_first_picture_counts():
     file = io.BytesIO()
     frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    assert image_of(
-        f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}", "here", Limits()
-    ).getpixel((1, 1)) == (255, 0, 0)
+    assert image_of(file.getvalue(), "here").getpixel((1, 1)) == (255, 0, 0)
 
 
 # --- the command ---
@@ -820,8 +960,8 @@ def test_each_flag_of_the_command(started, monkeypatch, capsys):
         [
             "--model", "some/where", "--checkpoint", "3", "--device", "cpu", "--min_pixels", "11",
             "--max_pixels", "12", "--method", "m.py", "--trust_method", "--host", "0.0.0.0", "--port", "0",
-            "--latents", "drop", "--body", "101", "--images", "0", "--pixels", "103", "--tokens", "104",
-            "--default_tokens", "105", "--queue", "106", "--batch", "107",
+            "--latents", "drop", "--body", "101", "--characters", "102", "--images", "0", "--pixels", "103",
+            "--tokens", "104", "--default_tokens", "105", "--queue", "106", "--batch", "107",
         ]
     )
     name, limits, latents, key, hosts = started["server"]
@@ -829,7 +969,7 @@ def test_each_flag_of_the_command(started, monkeypatch, capsys):
     assert (name, latents, key, hosts) == ("where", "drop", "secret", ())
     # What a request gets that names no number is no more than it may name.
     assert limits == Limits(
-        body=101, images=0, pixels=103, tokens=104, default_tokens=104, queue=106, batch=107
+        body=101, characters=102, images=0, pixels=103, tokens=104, default_tokens=104, queue=106, batch=107
     )
     assert started["opened"] == (
         "some/where",
@@ -842,7 +982,9 @@ def test_each_flag_of_the_command(started, monkeypatch, capsys):
     assert "serving mine at" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["body", "pixels", "tokens", "default_tokens", "queue", "batch", "images"])
+@pytest.mark.parametrize(
+    "name", ["body", "characters", "pixels", "tokens", "default_tokens", "queue", "batch", "images"]
+)
 def test_limits_of_the_command_begin_at_one(started, name):
     """A server without pictures is one of limit 0; every other limit of 0 would refuse all."""
     if name == "images":
