@@ -29,6 +29,7 @@ from crystal.runtime.config import UserError
 OWN = (
     "config.json", methods.COPY, "metrics.jsonl", "bad_records.jsonl", "checkpoints", "tensorboard",
     "pictures", "evaluation", "reliance", "merged", "adapter",
+    *(f"{name}.{half}" for name in ("merged", "adapter") for half in ("part", "old")),  # a killed export's
 )
 
 # --- before the first update ---
