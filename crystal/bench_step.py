@@ -64,6 +64,8 @@ ROWS = {
     "plain": Row(CRYSTAL, reference=True),
     "released": Row(("--method", "released", "--corruption", "blur=3")),
     "checkpointing": Row((*CRYSTAL, "--checkpointing")),
+    "sft_compile": Row(("--method", "sft", "--compile")),
+    "kv_compile": Row((*CRYSTAL, "--compile")),
     "sft_x4": Row(("--method", "sft"), batch=4),
     "kv_x4": Row(CRYSTAL, batch=4),
 }

@@ -105,7 +105,7 @@ def open_model(
         max_pixels or settings.max_pixels,
         weights,
     )
-    settings = replace(settings, checkpointing=False)
+    settings = replace(settings, checkpointing=False, compile=False)
     _, fmt = methods.attach(model, settings)
 
     # A method's heads, and the encoders behind them, serve its losses alone: they stay in the checkpoint.

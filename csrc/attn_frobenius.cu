@@ -2,7 +2,8 @@
 // and keys are computed where they are compared, so nothing of size M x K or M x L is ever written, however
 // many columns there are: a key counts as often as it is a column (times [B,L], counted once), 0 times if it
 // is none. Per path 2 R L d operations forward, as attn_slice; backward a block needs both paths' scores for
-// the one path whose gradient it computes: 10 R L d where attn_slice has 6.
+// the one path whose gradient it computes: 10 R L d where attn_slice has 6. As there, the kernels of dQ and
+// dK each make the scores anew.
 #include "attn_cuda.h"
 #include "attn_device_tiles.h"
 

@@ -3,6 +3,8 @@
 // 2048, R 448, d 128 that is 1.9 and 5.6 GFLOP: 13 and 38 us at the 150 TFLOP/s of an A40's tensor cores,
 // which bfloat16 uses, 50 and 150 us at the 37 TFLOP/s of its float32 units, which other types use. Where
 // attention has computed lse, and for scores, only R K d is left, and bytes bound it: some 2 MB, 3 us.
+// That is what has to be done. The backward kernels do more: dQ's and dK's each make the scores anew
+// (8 R L d), and on tensor cores a gradient is two bfloat16, each multiplied (12 R L d).
 //
 //   1  a block per row; backward, for dK, a block per key: every product reads query and key from memory
 //   2  tiles of scores in registers (attn_device_tiles.h); several blocks share a row's keys, so that a few

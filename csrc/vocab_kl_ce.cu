@@ -1,7 +1,7 @@
 // vocab_kl_ce on the GPU. vocab_kl_ce.h says what it computes, why one pass suffices, and what it must move:
-// forward reads the logits of both paths once, backward reads them once and writes as much. Two exponentials
-// a cell (2-byte types: 6 instructions a logit forward, 10 backward), so memory is the bound: 64 rows of
-// 152064 bf16 logits are 19.5 MB, 28 us forward and 56 us backward at an A40's 696 GB/s.
+// forward reads the logits of both paths once, backward reads them once and writes as much. Memory is the
+// bound: 64 rows of 152064 bf16 logits are 19.5 MB, 28 us forward and 56 us backward at an A40's 696 GB/s.
+// A cell of both paths takes two exponentials and some 16 other instructions in either pass (2-byte types).
 //
 //   1  a block per row, one logit a load, three sweeps forward: maximum, sum of exponentials, expectation
 //   2  one sweep: each thread keeps running maxima and rescales what it has when they grow; 16-byte loads
@@ -107,21 +107,31 @@ __device__ Running<C> of_block(Running<C> r) {
   return r;
 }
 
-// What one block sums up of [from, to) of one row; z2 null: of one path alone. W logits a load.
+// Adds W cells that were loaded together.
+template <class T, int W, class C>
+__device__ inline void add_pack(Running<C>& r, const Pack<T, W>& x, const Pack<T, W>& x2, bool pair) {
+  C top = widen(x.v[0]), top2 = widen(x2.v[0]);
+#pragma unroll
+  for (int j = 1; j < W; ++j) top = fmax(top, widen(x.v[j])), top2 = fmax(top2, widen(x2.v[j]));
+  if (top > r.m || top2 > r.m2) raise<T>(r, fmax(top, r.m), fmax(top2, r.m2));
+#pragma unroll
+  for (int j = 0; j < W; ++j) add<T>(r, widen(x.v[j]), widen(x2.v[j]), pair);
+}
+
+// What one block sums up of [from, to) of one row; z2 null: of one path alone. W logits a load, and two loads
+// of each path under way before the first is used: the branch for a larger maximum would hold up the second.
 template <class T, int W>
 __device__ Sums sweep(const T* z, const T* z2, int64_t from, int64_t to) {
   typedef typename computed<T>::type C;
+  typedef Pack<T, W> P;
   Running<C> r = {lowest<C>(), 0, lowest<C>(), 0, 0};
-  const int64_t end = from + (to - from) / W * W;
-#pragma unroll(sizeof(T) == 8 ? 1 : 2)
-  for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
-    const Pack<T, W> x = *(const Pack<T, W>*)(z + i), x2 = z2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
-    C top = widen(x.v[0]), top2 = widen(x2.v[0]);
-#pragma unroll
-    for (int j = 1; j < W; ++j) top = fmax(top, widen(x.v[j])), top2 = fmax(top2, widen(x2.v[j]));
-    if (top > r.m || top2 > r.m2) raise<T>(r, fmax(top, r.m), fmax(top2, r.m2));
-#pragma unroll
-    for (int j = 0; j < W; ++j) add<T>(r, widen(x.v[j]), widen(x2.v[j]), z2 != nullptr);
+  const int64_t end = from + (to - from) / W * W, stride = int64_t(blockDim.x) * W;
+  for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += 2 * stride) {
+    const int64_t next = i + stride < end ? i + stride : i;
+    const P x = *(const P*)(z + i), x2 = z2 ? *(const P*)(z2 + i) : P{};
+    const P y = *(const P*)(z + next), y2 = z2 ? *(const P*)(z2 + next) : P{};
+    add_pack<T, W>(r, x, x2, z2 != nullptr);
+    if (next != i) add_pack<T, W>(r, y, y2, z2 != nullptr);
   }
   for (int64_t i = end + threadIdx.x; i < to; i += blockDim.x) {  // fewer than W are left
     const C x = widen(z[i]), x2 = z2 ? widen(z2[i]) : C(0);
@@ -212,11 +222,80 @@ __global__ void __launch_bounds__(THREADS) values_of_rows(VocabArgs a, const Sum
 
 // ---- backward ---------------------------------------------------------------------------------------------
 
-// What the cells of one row's gradient have in common.
+// What the cells of one row's gradient have in common: u = x - m, and p = e^u / s, of each path.
 template <class C>
 struct Row {
-  C m, m2, e, over_s, over_s2, g_int, g_cor, g_kl, g_kl_int;
+  C m, m2, norm, norm2, e, g_int, g_cor, g_kl, g_kl_int;
 };
+
+// A row's sum of exponentials as probability() wants it. Two-byte types take its logarithm to base 2 into
+// the exponent: one instruction less a cell, with an error of |log2 p| * 6e-8.
+template <class T, class C>
+__device__ inline C norm_of(C s) {
+  return sizeof(T) == 2 ? C(log2f(float(s))) : 1 / s;
+}
+template <class T>
+__device__ inline float probability(float u, float norm) {
+  return sizeof(T) == 2 ? exp2_fast(fmaf(u, 1.44269504f, -norm)) : times(expf(u), norm);
+}
+template <class T>
+__device__ inline double probability(double u, double norm) {
+  return times(exp(u), norm);
+}
+
+// One cell of both paths' gradients but for the labels, whose cells have -g more (see own_cell).
+template <class T, bool TEACHER, class C>
+__device__ inline void cells(const Row<C>& r, C x, C x2, C& y, C& y2) {
+  const C u = x - r.m, v = x2 - r.m2, p = probability<T>(u, r.norm), q = probability<T>(v, r.norm2);
+  y = times(r.g_int, p);
+  if (TEACHER) y += r.g_kl_int * (p * ((u - v) - r.e));
+  y2 = times(r.g_cor, q) + r.g_kl * (q - p);
+}
+
+// The columns [from, to) of both paths' gradients in an answer row; d or d2 null: that one is not wanted.
+template <class T, int W, bool TEACHER, class C>
+__device__ inline void both_paths(const Row<C>& r, const T* z, const T* z2, T* d, T* d2, int64_t from,
+                                  int64_t to) {
+  const int64_t end = from + (to - from) / W * W;
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
+  for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
+    const Pack<T, W> x = *(const Pack<T, W>*)(z + i), x2 = *(const Pack<T, W>*)(z2 + i);
+    Pack<T, W> y, y2;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      C c, c2;
+      cells<T, TEACHER>(r, widen(x.v[j]), widen(x2.v[j]), c, c2);
+      y.v[j] = narrow<T>(c), y2.v[j] = narrow<T>(c2);
+    }
+    if (d) *(Pack<T, W>*)(d + i) = y;
+    if (d2) *(Pack<T, W>*)(d2 + i) = y2;
+  }
+  for (int64_t i = end + threadIdx.x; i < to; i += blockDim.x) {  // fewer than W are left
+    C c, c2;
+    cells<T, TEACHER>(r, widen(z[i]), widen(z2[i]), c, c2);
+    if (d) d[i] = narrow<T>(c);
+    if (d2) d2[i] = narrow<T>(c2);
+  }
+}
+
+// The same where a path's cross entropy is all: g (p - label). With g 0 its logits are not read: 0 times
+// what stands there might not be 0.
+template <class T, int W, class C>
+__device__ inline void one_path(C m, C norm, C g, const T* z, T* d, int64_t from, int64_t to) {
+  const int64_t end = from + (to - from) / W * W;
+  const bool read = g != 0;
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
+  for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
+    const Pack<T, W> x = read ? *(const Pack<T, W>*)(z + i) : Pack<T, W>{};
+    Pack<T, W> y;
+#pragma unroll
+    for (int j = 0; j < W; ++j)
+      y.v[j] = narrow<T>(read ? times(g, probability<T>(widen(x.v[j]) - m, norm)) : C(0));
+    *(Pack<T, W>*)(d + i) = y;
+  }
+  for (int64_t i = end + threadIdx.x; i < to; i += blockDim.x)
+    d[i] = narrow<T>(read ? times(g, probability<T>(widen(z[i]) - m, norm)) : C(0));
+}
 
 template <class T, int W>
 __global__ void __launch_bounds__(THREADS) gradients_of_parts(VocabArgs a, int parts, int64_t step) {
@@ -230,43 +309,41 @@ __global__ void __launch_bounds__(THREADS) gradients_of_parts(VocabArgs a, int p
   const Sums s = a.sums[n];
   const C g_kl = a.answer[n] ? ((const C*)a.g_kl)[n] : C(0), g_int = t < 0 ? C(0) : ((const C*)a.g_int)[n],
           g_cor = t2 < 0 ? C(0) : ((const C*)a.g_cor)[n];
-  const Row<C> r = {
-      C(s.m), C(s.m2), C(s.e), C(1 / s.s), C(1 / s.s2), g_int, g_cor, g_kl, a.teacher_grad ? g_kl : C(0)};
-  const bool pair = g_kl != 0 && (d2 || (d && a.teacher_grad));
-  // A path's logits are not read for a gradient that nothing asks for: 0 times what stands there
-  // might not be 0.
-  const bool read = pair || (d && g_int != 0), read2 = pair || (d2 && g_cor != 0);
-  auto cell = [&](C x, C x2, bool own, bool own2, C& y, C& y2) {
-    const C u = x - r.m, v = x2 - r.m2, p = read ? times(exp_of<T>(u), r.over_s) : C(0),
-            q = read2 ? times(exp_of<T>(v), r.over_s2) : C(0);
-    y = g_int != 0 ? r.g_int * (p - C(own)) : C(0);
-    y2 = g_cor != 0 ? r.g_cor * (q - C(own2)) : C(0);
-    if (pair) {
-      y += r.g_kl_int * (p * ((u - v) - r.e));
-      y2 += r.g_kl * (q - p);
-    }
-  };
-  const int64_t from = cut(a.V, part, step), to = cut(a.V, part + 1, step), end = from + (to - from) / W * W;
-#pragma unroll(sizeof(T) == 8 ? 1 : 2)
-  for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
-    const Pack<T, W> x = read ? *(const Pack<T, W>*)(z + i) : Pack<T, W>{},
-                     x2 = read2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
-    Pack<T, W> y, y2;
-#pragma unroll
-    for (int j = 0; j < W; ++j) {
-      C c, c2;
-      cell(widen(x.v[j]), widen(x2.v[j]), i + j == t, i + j == t2, c, c2);
-      y.v[j] = narrow<T>(c), y2.v[j] = narrow<T>(c2);
-    }
-    if (d) *(Pack<T, W>*)(d + i) = y;
-    if (d2) *(Pack<T, W>*)(d2 + i) = y2;
+  const bool teacher = d && a.teacher_grad, pair = g_kl != 0 && (d2 || teacher);
+  // From here on in what the cells are computed in: an A40 has one double unit where it has 64 for floats.
+  const Row<C> r = {C(s.m), C(s.m2), norm_of<T>(C(s.s)),   norm_of<T>(C(s.s2)), C(s.e), g_int,
+                    g_cor,  g_kl,    teacher ? g_kl : C(0)};
+  const int64_t from = cut(a.V, part, step), to = cut(a.V, part + 1, step);
+
+  // The labels' own cells, read before any is written: in place, the gradient lies where the logits lay.
+  const bool own = d && t >= from && t < to && g_int != 0 && threadIdx.x == 0,
+             own2 = d2 && t2 >= from && t2 < to && g_cor != 0 && threadIdx.x == 0;
+  C label = 0, label2 = 0, other;
+  if (own && pair && teacher) {
+    cells<T, true>(r, widen(z[t]), widen(z2[t]), label, other);
+  } else if (own) {
+    label = times(g_int, probability<T>(widen(z[t]) - r.m, r.norm));
   }
-  for (int64_t i = end + threadIdx.x; i < to; i += blockDim.x) {
-    C c, c2;
-    cell(read ? widen(z[i]) : C(0), read2 ? widen(z2[i]) : C(0), i == t, i == t2, c, c2);
-    if (d) d[i] = narrow<T>(c);
-    if (d2) d2[i] = narrow<T>(c2);
+  if (own2 && pair) {
+    cells<T, false>(r, widen(z[t2]), widen(z2[t2]), other, label2);
+  } else if (own2) {
+    label2 = times(g_cor, probability<T>(widen(z2[t2]) - r.m2, r.norm2));
   }
+  __syncthreads();
+
+  if (pair && teacher) {
+    both_paths<T, W, true>(r, z, z2, d, d2, from, to);
+  } else if (pair) {
+    both_paths<T, W, false>(r, z, z2, g_int != 0 ? d : nullptr, d2, from, to);
+    if (d && g_int == 0) one_path<T, W>(r.m, r.norm, g_int, z, d, from, to);  // zeros
+  } else {
+    if (d) one_path<T, W>(r.m, r.norm, g_int, z, d, from, to);
+    if (d2) one_path<T, W>(r.m2, r.norm2, g_cor, z2, d2, from, to);
+  }
+
+  __syncthreads();
+  if (own) d[t] = narrow<T>(label - g_int);
+  if (own2) d2[t2] = narrow<T>(label2 - g_cor);
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@
 // exactly 0 and, p and q being equal to the bit, a gradient of exactly 0.
 //
 // Bytes: forward reads both logits once, backward reads them once and writes as much: 3 x 2 N V
-// bytes-per-logit, the least there is. Operations: 2 exponentials a cell and pass, about 50 flops. At 10
-// flop/byte a GPU and a CPU with wide vectors are bound by memory.
+// bytes-per-logit, the least with gradients that follow what comes from above. (To write them in the forward
+// would take 2 x 2 N V, and fix those weights there.) Operations: 2 exponentials a cell and pass, about 50
+// flops. At 10 flop/byte a GPU and a CPU with wide vectors are bound by memory.
 #pragma once
 #include <math.h>
 

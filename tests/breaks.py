@@ -1878,6 +1878,34 @@ SETTINGS = [
         "tests/test_settings.py::test_tune_names_exactly_what_trains",
     ),
     Break(
+        "model-compile-ignored", "crystal/backbone/model.py",
+        "if settings.compile:",
+        "if False and settings.compile:",
+        "--compile does nothing, and a minute's patience is asked for.",
+        "tests/test_settings.py::test_compiled_layers_change_nothing",
+    ),
+    Break(
+        "model-compile-over-hooks", "crystal/backbone/model.py",
+        "layer.forward = torch.compile(layer.forward, dynamic=True)",
+        "layer._compiled_call_impl = torch.compile(layer._call_impl, dynamic=True)",
+        "Interventions on a compiled model do nothing, without a word.",
+        "tests/test_model.py::test_a_hook_that_comes_after_compilation",
+    ),
+    Break(
+        "attention-compiled", "crystal/backbone/attention_functions.py",
+        "@torch.compiler.disable  # model",
+        "# model",
+        "Each layer and each step's recorder is compiled anew, until torch gives up.",
+        "tests/test_settings.py::test_compiled_layers_change_nothing",
+    ),
+    Break(
+        "opening-compiles", "crystal/opening.py",
+        "checkpointing=False, compile=False",
+        "checkpointing=False",
+        "A run that was trained with --compile waits for the compiler at each opening.",
+        "tests/test_opening.py::test_opening_compiles_nothing",
+    ),
+    Break(
         "model-checkpointing-ignored", "crystal/backbone/model.py",
         "if settings.checkpointing:",
         "if False and settings.checkpointing:",
@@ -5082,15 +5110,15 @@ LOOP = [
     ),
     Break(
         "train-resume-with-another-seed", "crystal/runtime/checkpoint.py",
-        '"workers", "on_bad_record"',
-        '"workers", "seed", "on_bad_record"',
+        '    "on_bad_record", "eval_every",',
+        '    "seed", "on_bad_record", "eval_every",',
         "A resume may see records twice and others never.",
         IN_DIRECTORY + "each_setting_is_kept_by_a_resume_or_may_change[seed]",
     ),
     Break(
         "train-resume-on-as-many-workers", "crystal/runtime/checkpoint.py",
-        '"checkpointing", "workers", "on_bad_record"',
-        '"checkpointing", "on_bad_record"',
+        '"compile", "workers",',
+        '"compile",',
         "A resume on another machine is refused.",
         IN_DIRECTORY + "each_setting_is_kept_by_a_resume_or_may_change[workers]",
     ),
@@ -7342,20 +7370,45 @@ OPERATORS = [
     ),
     Break(
         "ops-require-falls-back", "crystal/runtime/ops.py",
-        """if problem and mode == "require":""",
-        """if problem and mode == "never":""",
+        """if problem and mode == "require":
+        raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+    if problem:
+        return""",
+        """if problem and mode == "never":
+        raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+    if problem:
+        return""",
         "A missing build is used as plain PyTorch although compiled operators are required.",
         "tests/test_ops.py::test_choice_without_the_extension",
     ),
     Break(
         "ops-require-serves-anything",
         "crystal/runtime/ops.py",
-        """        if mode == "require":
-            raise""",
-        """        if mode == "never":
-            raise""",
+        """    if problem and mode == "require":
+        raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+    if problem:
+        print(""",
+        """    if problem and mode == "never":
+        raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+    if problem:
+        print(""",
         "Required operators fall back to plain PyTorch for a type that is not compiled.",
         "tests/test_ops.py::test_what_is_not_served",
+    ),
+    Break(
+        "ops-misfit-unseen", "crystal/runtime/ops.py",
+        """return f"the compiled operators do not run on this GPU ({said})\"""",
+        """return "\"""",
+        "On a GPU older than the build the first loss ends in a traceback.",
+        "tests/test_ops.py::test_a_gpu_that_the_build_does_not_fit",
+    ),
+    Break(
+        "ops-choice-traced", "crystal/runtime/ops.py",
+        """@torch.compiler.assume_constant_result
+""",
+        "",
+        "torch.compile breaks its graph three times at every operator.",
+        "tests/test_ops.py::test_torch_compile_breaks_no_graph",
     ),
     Break(
         "ops-bf16-not-served", "crystal/runtime/ops.py",

@@ -41,7 +41,7 @@ PARTS="packages card scenes build cpu_train tests gpu_train bench kernels memche
 # Seconds that each part may take. All of them together would be too much: the budget for the whole binds too.
 declare -A LIMIT=(
     [packages]=60 [card]=60 [scenes]=120 [build]=180 [cpu_train]=240 [tests]=130 [gpu_train]=90
-    [bench]=80 [kernels]=30 [memcheck]=75 [racecheck]=75 [curves]=20 [step]=130 [peers]=120
+    [bench]=80 [kernels]=30 [memcheck]=75 [racecheck]=75 [curves]=20 [step]=190 [peers]=120
 )
 BUDGET=470
 

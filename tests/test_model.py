@@ -342,6 +342,32 @@ def test_every_layer_copies_its_own_input(setup):
     assert torch.allclose(got[1], got[0] + 6)
 
 
+def test_a_hook_that_comes_after_compilation(setup, monkeypatch):
+    """Interventions hook themselves before layers that have been compiled and called: they act there too."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend="eager", **how))
+    torch._dynamo.reset()
+
+    def silence(layer, args):
+        return args[0] * 0, *args[1:]
+
+    found = []
+    for flags in ([], ["--compile"]):
+        s = setup("--method", "sft", *flags, which=[0])
+        with torch.no_grad():
+            plain = s.model.hidden(s.batch)
+            hooks = [layer.register_forward_pre_hook(silence) for layer in s.model.layers]
+            silenced = s.model.hidden(s.batch)
+            for hook in hooks:
+                hook.remove()
+            assert torch.equal(s.model.hidden(s.batch), plain)
+        found.append((plain, silenced))
+    (plain, silenced), (compiled, compiled_silenced) = found
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(compiled_silenced, silenced)
+    assert (plain - silenced).abs().max() > 0.1
+
+
 def test_positions_are_m_rope_by_hand(setup):
     """Text counts on; an image's tokens have one time, and rows and columns of their own; what follows
     begins behind the largest.

@@ -87,6 +87,17 @@ def test_a_model_is_opened_as_asked(run, model_dirs):
     assert opening.open_model(str(model_dirs[True]))[0].hf.dtype == torch.float32
 
 
+def test_opening_compiles_nothing(run, monkeypatch):
+    """A run that was trained with --compile is opened without it: a few questions would not pay for it."""
+    directory = run / "checkpoints" / "step-2"
+    files, state = checkpoint.load(directory)
+    state["settings"] |= {"compile": True, "checkpointing": True}
+    monkeypatch.setattr(checkpoint, "load", lambda _: (files, state))
+    model, _, settings = opening.open_model(run)
+    assert not settings.compile and not settings.checkpointing
+    assert not any("forward" in vars(layer) or layer.gradient_checkpointing for layer in model.layers)
+
+
 def test_checkpoints_are_found_or_named(run):
     folder = run / "checkpoints"
     found = {which: opening.find(run, which) for which in ("best", "last", "1")}

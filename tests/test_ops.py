@@ -1276,6 +1276,52 @@ def test_what_is_not_served(compiled, fresh, capsys):
         ops.ce_rows(z, t)
 
 
+def test_a_gpu_that_the_build_does_not_fit(fresh, capsys, monkeypatch):
+    """A first launch that fails, as on a GPU older than the build: plain PyTorch, said once; or an error."""
+    launched = []
+
+    def launch(device):
+        launched.append(device)
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
+
+    monkeypatch.setattr(ops, "_launch", launch)
+    monkeypatch.setattr(ops, "choice", cached(("auto", ("cpu", "cuda"), "operators: compiled")))
+    fresh("auto")
+    assert not ops._served("vocab_kl_ce", "cuda", f32) and not ops._served("attn_slice", "cuda", bf16)
+    assert launched == ["cuda"]
+    said = capsys.readouterr().err
+    assert said.count("do not run on this GPU (CUDA error: no kernel image is available") == 2
+    assert "and more" not in said and said.count(": plain PyTorch") == 2
+
+    monkeypatch.setattr(ops, "choice", cached(("require", ("cpu", "cuda"), "operators: compiled")))
+    fresh("require")
+    with pytest.raises(UserError, match="CRYSTAL_OPS=require, but the compiled operators do not run on"):
+        ops._served("vocab_kl_ce", "cuda", f32)
+
+
+def cached(value):
+    """A function of no arguments that returns `value`, with functools.cache's own methods."""
+    return functools.cache(lambda: value)
+
+
+def test_torch_compile_breaks_no_graph(compiled):
+    """Each operator within one graph, with the values that it has outside."""
+    t = torch.tensor([0, 1, 2])
+    rows, cols = torch.tensor([[4, 6]]), torch.tensor([[1, 2, 3]])
+    z, z2, q, q2 = normal(3, 7), normal(3, 7), normal(1, 4, 7, 8), normal(2, 4, 7, 8)
+    k, k2 = normal(1, 2, 7, 8), normal(2, 2, 7, 8)
+    calls = (
+        lambda: sum(x.sum() for x in ops.vocab_kl_ce(z, z2, t, t, t >= 1)),
+        lambda: ops.attn_slice(q, k, rows, cols).sum(),
+        lambda: ops.attn_scores(q, k, rows, cols).sum(),
+        lambda: ops.attn_align("kl", "keep", q2, k2, rows, cols).sum(),
+    )
+    for call in calls:
+        torch._dynamo.reset()
+        inside = torch.compile(call, backend="eager", fullgraph=True)()
+        torch.testing.assert_close(inside, call())
+
+
 def test_served_types(compiled):
     """On a CPU everything but half precision, on a GPU that too; on other devices nothing."""
     for name in ("vocab_kl_ce", "attn_slice", "attn_scores", "attn_align"):
@@ -1447,7 +1493,8 @@ def test_cuda_kernels_compile_and_nothing_spills(tmp_path, request):
         )
     ):
         skip_or_fail(request, "no nvcc here")
-    done = build(tmp_path, CRYSTAL_CUDA="1")
+    # Whatever GPUs this machine is told to build for: every GPU's report is wanted.
+    done = build(tmp_path, CRYSTAL_CUDA="1", TORCH_CUDA_ARCH_LIST="")
     assert done.returncode == 0 and "and CUDA (sm_80, sm_86, sm_90 and PTX)" in done.stdout, (
         done.stdout + done.stderr
     )

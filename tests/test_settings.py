@@ -186,7 +186,8 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(train, "Objective", Watched)
             patch.setattr(torch.optim, "AdamW", Optimizer)
-            patch.setattr(train.gc, "collect", list)  # for process groups alone, of which there are none here
+            # For process groups alone, of which there are none here.
+            patch.setattr(train.gc, "collect", lambda *_: None)
             seen.run = train.main(
                 [
                     "--model", str(model_dirs[tied]), "--data", str(twelve), "--output", str(tmp_path / name),
@@ -211,7 +212,8 @@ SHARED = dict(
     model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8, latent_kind="diverse",
     turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
     max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
-    decay="cosine", clip=1.0, device="auto", dtype="auto", checkpointing=False, workers=0, min_pixels=None,
+    decay="cosine", clip=1.0, device="auto", dtype="auto",
+    checkpointing=False, compile=False, workers=0, min_pixels=None,
     max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500, keep=2,
     log_every=10, resume=False, overwrite=False, tensorboard=False,
 )
@@ -1175,6 +1177,48 @@ def test_checkpointing_recomputes_and_changes_nothing(run, monkeypatch, method):
     tolerance = 1e-6 if method == "valr" else 0.0  # its cache sums a key's gradients in another order
     for name, (_, g, _) in plain.updates[0].items():
         assert (g - again.updates[0][name][1]).abs().max() <= tolerance, name
+
+
+@holds("compile")
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_layers_change_nothing(run, monkeypatch, method):
+    """Every decoder layer's pieces run as torch.compile traced them, and losses and gradients are equal.
+
+    Nothing is traced a second time for another layer, batch or recorder. The back end that runs the traced
+    operations as they are stands for torch's own, which takes half a minute.
+    """
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiler(f, backend=backend, **how))
+    torch._dynamo.reset()
+    more = [
+        "--method", method, "--lora_dropout", "0", "--max_steps", "3",
+        *{"valr": ["--encoders", "own", "--first_share", "0"]}.get(method, []),
+        *{"crystal": ["--latent_copy", "hidden"]}.get(method, []),
+    ]  # fmt: skip
+    plain = run("plain", *more)
+    assert not graphs
+    traced = run("compiled", *more, "--compile")
+    assert len(traced.objective.model.layers) == 3 and 2 <= len(graphs) <= 24
+    losses = [line["loss"] for line in plain.lines]
+    assert [line["loss"] for line in traced.lines] == pytest.approx(losses, rel=1e-6)
+    for name, (_, g, _) in plain.updates[-1].items():
+        torch.testing.assert_close(traced.updates[-1][name][1], g, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_by_torch(run):
+    """The whole way, with the compiler that users get."""
+    torch._dynamo.reset()
+    more = ["--method", "crystal", "--lora_dropout", "0", "--max_steps", "2", "--attn_layers", "all"]
+    plain, compiled = run("plain", *more), run("compiled", *more, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    losses = [line["loss"] for line in plain.lines]
+    assert [line["loss"] for line in compiled.lines] == pytest.approx(losses, rel=1e-5)
 
 
 @holds("workers")

@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from crystal.attention import attend
 
 
+@torch.compiler.disable  # model.compile_layers compiles what stands around it
 def attention(
     module,
     query,

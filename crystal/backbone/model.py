@@ -393,4 +393,20 @@ def prepare(model, settings, tokens=()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        compile_layers(model.layers)
     return model
+
+
+def compile_layers(layers):
+    """torch.compile for the forward of each decoder layer, in two pieces, before attention and after it.
+
+    Attention itself stays as it is (attention_functions.py): there latents are copied and slices read. A
+    layer's own hooks stay outside too, because torch.compile would not notice one that comes later: the copy
+    of `hidden`, interventions, feedback. Layers of one kind share their pieces.
+    """
+    # A piece is compiled for inputs with and without gradient, for one sequence and more, with a mask and
+    # without one, in training and in validation. Beyond torch's limit of 8 it would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -223,8 +223,9 @@ def prune(run_dir, keep):
 # split. A run that stopped at a broken image goes on with --on_bad_record skip: which records there are, and
 # their order, is the same.
 MAY_CHANGE = {
-    "output", "batch_size", "accumulation", "device", "checkpointing", "workers", "on_bad_record",
-    "eval_every", "eval_records", "save_every", "keep", "log_every", "resume", "overwrite", "tensorboard",
+    "output", "batch_size", "accumulation", "device", "checkpointing", "compile", "workers",
+    "on_bad_record", "eval_every", "eval_records", "save_every", "keep",
+    "log_every", "resume", "overwrite", "tensorboard",
 }
 
 

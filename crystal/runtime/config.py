@@ -145,6 +145,10 @@ class Settings:
         False,
         "recompute activations in the backward pass (non-reentrant)",
     )
+    compile: bool = setting(
+        False,
+        "torch.compile for the decoder layers: fewer kernels and less memory, after a minute at the start",
+    )
     workers: int = setting(0, "processes that prepare batches")
     min_pixels: int = setting(
         None,

@@ -105,6 +105,7 @@ def _forget():
     """The next use of an operator chooses anew."""
     choice.cache_clear()
     _served.cache_clear()
+    _misfit.cache_clear()
 
 
 _said = []
@@ -124,19 +125,55 @@ def _served(name, device, dtype):
     """Whether the compiled operator takes such tensors; says why not, once (require: raises)."""
     announce()
     mode, devices, _ = choice()
+    if not devices:
+        return False
+
     if device in devices and dtype in SERVED[name].get(device, ()):
-        return True
-    if devices:
+        problem = _misfit(device)
+    else:
         problem = f"{name} is not compiled for {str(dtype).removeprefix('torch.')} on {device}"
-        if mode == "require":
-            raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+    if problem and mode == "require":
+        raise UserError(f"CRYSTAL_OPS=require, but {problem}")
+    if problem:
         print(f"operators: {problem}: plain PyTorch", file=sys.stderr)
-    return False
+    return not problem
+
+
+@functools.cache
+def _misfit(device):
+    """Why the compiled operators do not run on this machine's GPU, as one small launch shows; else "".
+
+    A GPU older than those that csrc was compiled for, or a driver older than the toolkit, shows at the first
+    launch and not before.
+    """
+    if device != "cuda":
+        return ""
+    try:
+        _launch(device)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        return f"the compiled operators do not run on this GPU ({said})"
+    return ""
+
+
+def _launch(device):
+    """One call of a compiled operator on `device`, and its end."""
+    logits = torch.zeros(1, 8, device=device)
+    target = torch.zeros(1, dtype=torch.long, device=device)
+    answer = torch.zeros(1, dtype=torch.bool, device=device)
+    values = torch.ops.crystal.vocab_kl_ce(logits, None, target, target - 1, answer, True, False)
+    values[0].tolist()
 
 
 def served(name, x):
     """Whether operator `name` runs compiled for tensors like x."""
-    return _served(name, x.device.type, x.dtype)
+    return _decided(name, x.device.type, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _decided(name, device, dtype):
+    """_served, which torch.compile asks once and takes for a constant: to choose reads files, and prints."""
+    return _served(name, device, dtype)
 
 
 # --- registration, once the library is loaded ---
