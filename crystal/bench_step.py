@@ -151,6 +151,8 @@ def tell(row, rows, machine):
 def measure(row, length, a, device, dtype):
     """What a row of the table holds: sizes, first loss, times, FLOPs, memory; and what a GPU did."""
     gpu = device.type == "cuda"
+    torch._dynamo.reset()  # torch.compile gives up for good on what it has met under FlopCounterMode
+    torch._dynamo.utils.counters.clear()
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -167,9 +169,11 @@ def measure(row, length, a, device, dtype):
             "ms": times,
             "tokens_per_s": int(batch["attention_mask"].sum()) * paths / (statistics.median(times) / 1e3),
             "peak_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
-            "flops": flops(step),
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         }
-        return found | (on_the_gpu(step) if gpu else {})
+        if gpu:
+            found |= on_the_gpu(step)
+        return found | {"flops": flops(step)}
 
 
 def ingredients(row, length, a, device, dtype):

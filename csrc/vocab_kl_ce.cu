@@ -107,31 +107,21 @@ __device__ Running<C> of_block(Running<C> r) {
   return r;
 }
 
-// Adds W cells that were loaded together.
-template <class T, int W, class C>
-__device__ inline void add_pack(Running<C>& r, const Pack<T, W>& x, const Pack<T, W>& x2, bool pair) {
-  C top = widen(x.v[0]), top2 = widen(x2.v[0]);
-#pragma unroll
-  for (int j = 1; j < W; ++j) top = fmax(top, widen(x.v[j])), top2 = fmax(top2, widen(x2.v[j]));
-  if (top > r.m || top2 > r.m2) raise<T>(r, fmax(top, r.m), fmax(top2, r.m2));
-#pragma unroll
-  for (int j = 0; j < W; ++j) add<T>(r, widen(x.v[j]), widen(x2.v[j]), pair);
-}
-
-// What one block sums up of [from, to) of one row; z2 null: of one path alone. W logits a load, and two loads
-// of each path under way before the first is used: the branch for a larger maximum would hold up the second.
+// What one block sums up of [from, to) of one row; z2 null: of one path alone. W logits a load.
 template <class T, int W>
 __device__ Sums sweep(const T* z, const T* z2, int64_t from, int64_t to) {
   typedef typename computed<T>::type C;
-  typedef Pack<T, W> P;
   Running<C> r = {lowest<C>(), 0, lowest<C>(), 0, 0};
-  const int64_t end = from + (to - from) / W * W, stride = int64_t(blockDim.x) * W;
-  for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += 2 * stride) {
-    const int64_t next = i + stride < end ? i + stride : i;
-    const P x = *(const P*)(z + i), x2 = z2 ? *(const P*)(z2 + i) : P{};
-    const P y = *(const P*)(z + next), y2 = z2 ? *(const P*)(z2 + next) : P{};
-    add_pack<T, W>(r, x, x2, z2 != nullptr);
-    if (next != i) add_pack<T, W>(r, y, y2, z2 != nullptr);
+  const int64_t end = from + (to - from) / W * W;
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
+  for (int64_t i = from + int64_t(threadIdx.x) * W; i < end; i += int64_t(blockDim.x) * W) {
+    const Pack<T, W> x = *(const Pack<T, W>*)(z + i), x2 = z2 ? *(const Pack<T, W>*)(z2 + i) : Pack<T, W>{};
+    C top = widen(x.v[0]), top2 = widen(x2.v[0]);
+#pragma unroll
+    for (int j = 1; j < W; ++j) top = fmax(top, widen(x.v[j])), top2 = fmax(top2, widen(x2.v[j]));
+    if (top > r.m || top2 > r.m2) raise<T>(r, fmax(top, r.m), fmax(top2, r.m2));
+#pragma unroll
+    for (int j = 0; j < W; ++j) add<T>(r, widen(x.v[j]), widen(x2.v[j]), z2 != nullptr);
   }
   for (int64_t i = end + threadIdx.x; i < to; i += blockDim.x) {  // fewer than W are left
     const C x = widen(z[i]), x2 = z2 ? widen(z2[i]) : C(0);

@@ -3507,6 +3507,13 @@ COMMANDS = [
         "tests/test_bench_step.py",
     ),
     Break(
+        "bench-step-compiles-nothing", "crystal/bench_step.py",
+        "    torch._dynamo.reset()  # torch",
+        "    # torch",
+        "The rows of --compile time what is not compiled.",
+        "tests/test_bench_step.py",
+    ),
+    Break(
         "ops-choice-not-restored", "crystal/runtime/ops.py",
         """                os.environ["CRYSTAL_OPS"] = before""",
         """                pass""",

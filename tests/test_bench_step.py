@@ -26,8 +26,10 @@ def test_every_row_of_a_small_model(tmp_path, capsys):
 
     loss = {name: rows[name, 0]["loss"] for name in bench_step.ROWS}
     assert loss["peft"] == pytest.approx(loss["sft"], rel=1e-5)
-    for name in ("hidden", "packed", "plain", "checkpointing", "kv_x4"):
+    for name in ("hidden", "packed", "plain", "checkpointing", "kv_compile", "kv_x4"):
         assert loss[name] == pytest.approx(loss["kv"], rel=1e-4), name
+    # Compiled is what asks for it, after rows whose operations were counted too.
+    assert {name for name in rows if rows[name]["graphs"]} == {("sft_compile", 0), ("kv_compile", 0)}
     # The same losses in other operations: packed is one sequence, checkpointing goes forward twice.
     flops = {name: rows[name, 0]["flops"] for name in bench_step.ROWS}
     assert flops["packed"] != flops["kv"] and flops["checkpointing"] > 1.2 * flops["kv"]

@@ -147,7 +147,7 @@ class Settings:
     )
     compile: bool = setting(
         False,
-        "torch.compile for the decoder layers: fewer kernels and less memory, after a minute at the start",
+        "torch.compile for the decoder layers: less memory, but slower where launches take the time",
     )
     workers: int = setting(0, "processes that prepare batches")
     min_pixels: int = setting(
