@@ -1,0 +1,399 @@
+"""A study: a paper's table asked again on small models, with a verdict for each ordering that it claims.
+
+A study is a TOML file beside the pages, tutorials/studies/NAME.toml:
+
+    title = "CrystaL, figure 5: direct fine-tuning against CrystaL"
+    about = "A paragraph for the page."
+    seeds = 5                      runs of each row
+    max_steps = 500                updates of each run
+    questions = 2000               first so many of the test set
+    interventions = 300            of them asked under reliance.py's interventions too; 0: none
+    corruption = "blur=8:10"       of the pictures that these corrupt, the same for every row
+    flags = "--eval_every 100"     train.py's, for every row
+    against = ["sft"]              rows that the latents have to beat; the first is every row's difference
+
+    [[rows]]
+    name = "crystal"
+    method = "crystal"             a name, or a file beside the study; "" asks the model as it is
+    flags = "--latents 4"          this row's own
+    times = 2                      its updates, in multiples of the study's
+
+    [[claims]]
+    paper = "figure 5"
+    says = "CrystaL is above direct fine-tuning"
+    more = "crystal"
+    less = "sft"
+    measure = "accuracy"           or a family of questions, or another of MEASURES
+
+THE RULE: an ordering holds if the 95 % interval of its difference, taken seed by seed, lies above 0; it is
+reversed if the interval lies below 0, and else not resolved. One seed resolves nothing.
+
+This file reads a study and says what came out; run_study.py makes the runs.
+"""
+
+import math
+import shlex
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import mean, stdev
+
+from crystal.runtime import config
+from crystal.runtime.config import UserError
+
+# 97.5 % quantiles of Student's t for 1, 2, .. degrees of freedom.
+T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
+)  # fmt: skip
+
+# What a claim may be about beside accuracy and families: points between two of reliance.py's conditions.
+CONDITIONS = {
+    "swap": ("as trained", "latents: swapped"),
+    "drop": ("as trained", "latents dropped"),
+    "hidden": ("image hidden, latents kept", "image hidden, latents dropped"),
+    "intact": ("image corrupted, latents intact", "image corrupted, latents corrupted"),
+}
+MEASURES = {
+    "accuracy": "right answers, percent",
+    "swap": "what another image's latents cost",
+    "drop": "what leaving the latents out costs",
+    "hidden": "what latents give where the image is hidden",
+    "intact": "what the intact image's latents give on a corrupted one",
+    "attention": "attention of the answer on the latents, percent",
+}
+
+
+def interval(values):
+    """Numbers, one a seed -> (mean, half width of the 95 % interval of their mean, by Student's t; infinite
+    for a single one).
+    """
+    n = len(values)
+    return mean(values), (T[min(n - 2, len(T) - 1)] * stdev(values) / math.sqrt(n) if n > 1 else math.inf)
+
+
+# --- the file ---
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a study's table: a method with flags of its own."""
+
+    name: str
+    method: str
+    flags: str = ""
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An ordering that a paper, or a control, is about: row `more` above row `less` in a measure."""
+
+    paper: str
+    says: str
+    more: str
+    less: str
+    measure: str = "accuracy"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file says."""
+
+    file: Path
+    title: str
+    about: str
+    rows: list
+    claims: list = field(default_factory=list)
+    against: list = field(default_factory=list)
+    flags: str = ""
+    corruption: str = "blur=8:10"
+    seeds: int = 5
+    max_steps: int = 500
+    questions: int = 2000
+    interventions: int = 300
+
+    @property
+    def name(self):
+        return self.file.stem
+
+    def row(self, name):
+        return next(row for row in self.rows if row.name == name)
+
+
+def read(name, folder):
+    """A study's name in `folder`, or the path of a TOML file -> Study. UserError naming file and field."""
+    file = Path(name) if name.endswith(".toml") else Path(folder) / f"{name}.toml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in Path(folder).glob("*.toml")))
+        raise UserError(f"--study {name}: there is no {file}; {known or 'none'} are there")
+    try:
+        said = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: is not TOML: {error}") from None
+
+    if "file" in said:
+        raise UserError(f"{file}: field 'file' is none of a study's")
+    rows = [made(Row, row, f"{file}: row {n}") for n, row in enumerate(tables(said, "rows", file), 1)]
+    claims = [made(Claim, one, f"{file}: claim {n}") for n, one in enumerate(tables(said, "claims", file), 1)]
+    study = made(Study, said | {"file": file, "rows": rows, "claims": claims}, f"{file}")
+    check(study)
+    return study
+
+
+def tables(said, name, file):
+    """The [[tables]] of a name in a file's contents, [] where there are none."""
+    found = said.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+        raise UserError(f"{file}: field {name!r}: write each as a table of its own, [[{name}]]")
+    return found
+
+
+def made(kind, said, where):
+    """A table of a file -> one of `kind`. UserError for a field that it lacks, does not know, or misreads."""
+    known = {f.name: f for f in fields(kind)}
+    if unknown := sorted(said.keys() - known.keys()):
+        raise UserError(f"{where}: field {unknown[0]!r} is none of {', '.join(known)}")
+
+    for name, value in said.items():
+        wanted = known[name].type
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise UserError(f"{where}: field {name!r}: {wanted.__name__} is needed, not {value!r}")
+        if wanted is int and value < (name != "interventions"):
+            raise UserError(f"{where}: field {name!r}: {value} is too small")
+    try:
+        return kind(**said)
+    except TypeError as error:
+        raise UserError(f"{where}: {str(error).partition(') ')[2] or error}") from None
+
+
+def check(study):
+    """UserError for rows of one name, flags that no shell would read, and claims about rows that are not there.
+    """
+    names = [row.name for row in study.rows]
+    if not names:
+        raise UserError(f"{study.file}: has no [[rows]]")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{study.file}: two rows are named {twice[0]!r}")
+
+    for owner in (study, *study.rows):
+        try:
+            shlex.split(owner.flags)
+        except ValueError as error:
+            raise UserError(f"{study.file}: field 'flags': {owner.flags!r}: {error}") from None
+    config.corruption_of(study.corruption)
+
+    meant = [(f"claim {n}", name) for n, one in enumerate(study.claims, 1) for name in (one.more, one.less)]
+    for where, name in [*meant, *(("field 'against'", name) for name in study.against)]:
+        if name not in names:
+            raise UserError(f"{study.file}: {where}: no row is named {name!r}")
+
+
+# --- what came out ---
+
+
+def value(outcome, measure):
+    """A run's outcome -> a number in percent, or None where it has none.
+
+    outcome: {"families": {family: [right, asked]}, "right": a digit a question}; where latents stand in its
+    prompt also "conditions", {reliance.py's name: percent right}, and "attention".
+    """
+    if measure == "accuracy":
+        measure = "all"
+    if measure in outcome["families"]:
+        right, asked = outcome["families"][measure]
+        return 100 * right / asked
+    if measure in CONDITIONS and "conditions" in outcome:
+        with_it, without = CONDITIONS[measure]
+        return outcome["conditions"][with_it] - outcome["conditions"][without]
+    return outcome.get(measure)
+
+
+def values(results, row, measure):
+    """{row: {seed: outcome}} -> {seed: number} of a row, without seeds that have none."""
+    found = {seed: value(outcome, measure) for seed, outcome in results.get(row, {}).items()}
+    return {seed: number for seed, number in found.items() if number is not None}
+
+
+def differences(results, more, less, measure="accuracy"):
+    """Row `more` minus row `less`, seed by seed -> list of numbers, over the seeds that both have."""
+    a, b = values(results, more, measure), values(results, less, measure)
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def verdict(numbers):
+    """Differences, one a seed -> holds, reversed, not resolved, or not run. See the rule at the top."""
+    if not numbers:
+        return "not run"
+    center, half = interval(numbers)
+    if center - half > 0:
+        return "holds"
+    return "reversed" if center + half < 0 else "not resolved"
+
+
+def over_questions(results, more, less):
+    """Half width of the 95 % interval of row `more` - row `less` that the questions leave, the runs given.
+
+    It is of the mean over the seeds that both have, paired by question; None where they have none. It says
+    what one seed can: how much of a difference is the luck of the questions, not what another seed would do.
+    """
+    a, b = results.get(more, {}), results.get(less, {})
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return None
+
+    # d [n]: a question's difference, mean over the seeds.
+    pairs = [zip(a[seed]["right"], b[seed]["right"]) for seed in seeds]
+    each = [[int(x) - int(y) for x, y in pair] for pair in pairs]
+    d = [mean(column) for column in zip(*each)]
+    return 100 * 1.96 * stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+
+
+def wins(study, results, less):
+    """Where a row with latents and the study's updates is above row `less` -> (list of words, count).
+
+    count: how many comparisons were made; a row needs two seeds in common with `less`.
+    """
+    found, count = [], 0
+    for row in study.rows:
+        runs = results.get(row.name, {})
+        if row.times > 1 or not any(outcome["latents"] for outcome in runs.values()):
+            continue
+        for family in next(iter(runs.values()))["families"]:
+            numbers = differences(results, row.name, less, family)
+            if len(numbers) < 2:
+                continue
+            count += 1
+            center, half = interval(numbers)
+            if center - half > 0:
+                found.append(f"`{row.name}` in {family} ({signed(center)} ±{half:.1f})")
+    return found, count
+
+
+# --- the page ---
+
+
+def cell(numbers, sign=False):
+    """Numbers, one a seed -> their mean and half width as they stand in a table; "" for none."""
+    if not numbers:
+        return ""
+    center, half = interval(numbers)
+    said = signed(center) if sign else f"{center:.1f}"
+    return said if half == math.inf else f"{said} ±{half:.1f}"
+
+
+def signed(number):
+    """A difference with its sign, and no minus before a 0."""
+    return f"{round(number, 1) + 0.0:+.1f}"
+
+
+def markdown(titles, lines):
+    """Titles and lines of cells -> a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *lines])
+
+
+def rows_table(study, results, seeds):
+    """A line for each row: how many of its runs are there, accuracy, difference to the first of `against`, and
+    what the interventions say.
+    """
+    first = study.against[0] if study.against else ""
+    told = [name for name in MEASURES if any(values(results, row.name, name) for row in study.rows)]
+    told = [name for name in told if name != "accuracy"]
+    titles = ["row", "runs", "accuracy, %"] + ([f"minus {first}"] if first else []) + told
+    lines = []
+    for row in study.rows:
+        runs = len(results.get(row.name, {}))
+        line = [row.name, f"{runs} of {seeds}" if runs else "not run"]
+        if runs and not row.method:
+            line = [row.name, "as it is"]
+        line.append(cell(list(values(results, row.name, "accuracy").values())))
+        if first:
+            line.append(cell(differences(results, row.name, first), sign=True) if row.name != first else "")
+        line += [cell(list(values(results, row.name, name).values())) for name in told]
+        lines.append(line)
+
+    text = markdown(titles, lines)
+    if told:
+        text += "\n\n" + "; ".join(f"*{name}*: {MEASURES[name]}" for name in told) + "."
+    return text
+
+
+def claims_table(study, results):
+    """A line for each claim: the difference, its intervals over seeds and over questions, and the verdict."""
+    lines = []
+    for one in study.claims:
+        numbers = differences(results, one.more, one.less, one.measure)
+        luck = over_questions(results, one.more, one.less) if one.measure == "accuracy" else None
+        line = [one.paper, one.says, f"{one.more} > {one.less}", one.measure, str(len(numbers))]
+        line.append(cell(numbers, sign=True))
+        line.append("" if luck is None else f"±{luck:.1f}")
+        lines.append([*line, f"**{verdict(numbers)}**"])
+    titles = ["source", "claim", "ordering", "measure", "seeds", "difference", "questions alone", "verdict"]
+    return markdown(titles, lines)
+
+
+def families_table(study, results):
+    """Accuracy of each row by family of questions."""
+    families = {}
+    for row in study.rows:
+        for outcome in results.get(row.name, {}).values():
+            families |= dict.fromkeys(outcome["families"])
+    lines = []
+    for row in study.rows:
+        cells = [cell(list(values(results, row.name, family).values())) for family in families]
+        lines.append([row.name, *cells] if any(cells) else [row.name, "not run", *cells[1:]])
+    return markdown(["row", *families], lines)
+
+
+def plainly(study, results):
+    """Whether any row with latents is above those of `against`: a sentence each."""
+    sentences = []
+    for name in study.against:
+        times = study.row(name).times
+        found, count = wins(study, results, name)
+        at = "at equal updates" if times == 1 else f"which is given {times} times the updates"
+        if not count:
+            sentences.append(f"Nothing can be said yet about `{name}`: no row with latents has two seeds beside it.")
+        elif found:
+            sentences.append(
+                f"Above `{name}`, {at}: {'; '.join(found)}. That is {len(found)} of {count} comparisons, of "
+                "which one in forty would come out so by chance."
+            )
+        else:
+            sentences.append(
+                f"**No row with latents beats `{name}`, {at}**: in none of {count} comparisons, over all "
+                "questions and family by family, does the interval lie above 0."
+            )
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+RULE = (
+    "The rule: an ordering *holds* if the 95 % interval over seeds (Student's t) of its difference, taken seed by "
+    "seed, lies above 0, is *reversed* if it lies below 0, and is else *not resolved*. One seed resolves nothing. "
+    "*Questions alone* is the half width that the choice of questions leaves with these runs given."
+)
+
+
+def page(study, results, seeds, budget, command):
+    """A study and {row: {seed: outcome}} -> its page, Markdown. budget, command: what was run, in words."""
+    parts = [
+        f"# {study.title}",
+        study.about.strip(),
+        budget,
+        f"```bash\n{command}\n```",
+        "## Plainly",
+        plainly(study, results) if study.against else "",
+        "## Rows",
+        "Mean over seeds, and half width of its 95 % interval.",
+        rows_table(study, results, seeds),
+        "## Orderings",
+        claims_table(study, results),
+        RULE,
+        "## By family, percent",
+        families_table(study, results),
+    ]
+    if not study.against:
+        parts = [part for part in parts if part != "## Plainly"]
+    if not study.claims:
+        parts = [part for part in parts if part not in ("## Orderings", RULE, claims_table(study, results))]
+    return "\n\n".join(part for part in parts if part) + "\n"
