@@ -2,7 +2,7 @@
 
     python -m crystal.compare --methods sft,crystal,livr --seeds 3 --max_steps 200
     torchrun --nproc_per_node=2 crystal/compare.py --methods sft,crystal,livr --seeds 3 --max_steps 200
-    python -m crystal.compare --methods "sft,livr,livr: --masked 0" --seeds 5 --model M --data TRAIN --test TEST
+    python -m crystal.compare --methods "sft,livr,livr: --masked 0" --model M --data TRAIN --test TEST
     python -m crystal.compare --study crystal_table4
 
 A method may carry flags of its own after a colon, as a control does. What compare does not know itself goes
@@ -101,7 +101,7 @@ def main(argv=None):
     parser.add_argument(
         "--study",
         default="",
-        help="instead of --methods: a study of tutorials/studies/, or its TOML file, run and written as a page",
+        help="instead of --methods: a study of tutorials/studies/, or a TOML file of your own",
     )
     parser.add_argument(
         "--page", action="store_true", help="with --study: its page of the runs that are there, and no run"

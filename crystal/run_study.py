@@ -44,31 +44,40 @@ def defaults(chosen):
 
 
 def make(chosen, args, more, records, procs):
-    """Every run of a study that is not there yet, then its page. records: the questions, all that are asked."""
+    """Every run of a study that is not there yet, then its page. records: the questions."""
+    plans = {row.name: Plan(chosen, row, args, more) for row in chosen.rows}
+    # What is asked as it is has no seed.
     runs = [(row, seed) for seed in range(args.seeds) for row in chosen.rows if row.method or not seed]
-    rows = {row.name: Plan(chosen, row, args, more) for row in chosen.rows}
     for count, (row, seed) in enumerate(runs, 1):
-        plan = rows[row.name]
+        plan = plans[row.name]
         run = plan.run(seed)
         procs.print(f"[{count}/{len(runs)}] {row.name}, seed {seed}: {run}")
         with held(run, procs) as mine:
-            if not mine:
+            if mine:
+                finish(plan, seed, records, procs)
+            else:
                 procs.print("another process is making it")
-                continue
-            found = outcome_of(run)
-            procs.barrier()  # all ranks have looked
-            if found is None or found["asked"] != asked_of(chosen, args):
-                started = time.perf_counter()
-                if row.method:
-                    trained(run, [*plan.flags(seed, procs.world), *plan.data(procs)], plan.updates)
-                found = ask(plan, run, records, procs) | {"key": plan.key, "asked": asked_of(chosen, args)}
-                found["minutes"] = round((time.perf_counter() - started) / 60, 1)
-                if procs.is_first:
-                    write(run / NOTE, json.dumps(found) + "\n")
         if procs.is_first:
             write_page(chosen, args, more)
     if procs.is_first:
         print(write_page(chosen, args, more))
+
+
+def finish(plan, seed, records, procs):
+    """Trains and asks a seed's run, as far as that is not done, and notes its outcome in its directory."""
+    run = plan.run(seed)
+    found = outcome_of(run)
+    procs.barrier()  # all ranks have looked
+    if found and plan.made(found):
+        return
+
+    started = time.perf_counter()
+    if plan.method:
+        trained(run, [*plan.flags(seed, procs.world), *plan.data(procs)], plan.updates)
+    outcome = {"key": plan.key, "asked": plan.asked, **ask(plan, run, records, procs)}
+    outcome["minutes"] = round((time.perf_counter() - started) / 60, 1)
+    if procs.is_first:
+        write(run / NOTE, json.dumps(outcome) + "\n")
 
 
 class Plan:
@@ -89,6 +98,14 @@ class Plan:
         if self.method:
             methods.parse(self.flags(0))
         self.key = self.digest()
+        # What an outcome depends on beside its run.
+        self.asked = {
+            "test": args.test,
+            "questions": args.questions,
+            "max_new_tokens": args.max_new_tokens,
+            "interventions": chosen.interventions,
+            "corruption": chosen.corruption,
+        }
 
     def flags(self, seed, world=1):
         """train.py's flags of a seed's run, without its data. A row's own win over those for all.
@@ -104,8 +121,9 @@ class Plan:
     def digest(self):
         """What makes a row's runs, as twelve hexadecimal digits.
 
-        It is flags, data, the bytes of a method's file, and those of the tiny base, which may come to be another.
-        Neither the seed nor the number of processes, which share a batch; nor where a method's file lies.
+        It is flags, data, the bytes of a method's file, those of the tiny base, which may come to be
+        another, and LaViT's teacher. Neither the seed nor the number of processes, which share a batch; nor
+        where a method's file lies.
         """
         flags = self.flags("") if self.method else []
         named = [Path(flag).name if flag == self.method else flag for flag in flags]
@@ -113,19 +131,39 @@ class Plan:
         if self.args.model == "tiny":
             weights = (TINY / "model.safetensors").read_bytes()
             what.append(hashlib.sha256(weights).hexdigest())
+        if self.taught:
+            what.append(self.teacher.key)
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+    def made(self, outcome):
+        """Whether an outcome is of these settings."""
+        return outcome.get("key") == self.key and outcome.get("asked") == self.asked
 
     def run(self, seed):
         """The directory of a seed's run."""
         name = Path(self.method or self.args.model).stem
         return Path(self.args.output) / f"{re.sub('[^A-Za-z0-9]+', '_', name)}-{self.key}-{seed}"
 
+    @property
+    def taught(self):
+        """Whether the row needs what a teacher saw in the scenes: LaViT."""
+        on_scenes = self.method and not self.args.data
+        return bool(on_scenes) and issubclass(methods.get(self.method), methods.get("lavit"))
+
+    @property
+    def teacher(self):
+        """The plan of LaViT's teacher: the first row of `against`, which has to be run before."""
+        first = self.chosen.against[0] if self.chosen.against else self.row.name
+        if first == self.row.name:
+            where = f"{self.chosen.file}: row {first!r}"
+            raise UserError(f"{where}: another row, its teacher, has to be the first of 'against'")
+        return Plan(self.chosen, self.chosen.row(first), self.args, self.more)
+
     def data(self, procs):
-        """Flags that name the data. On the scenes, LaViT's teacher is the first row to beat, of seed 0."""
+        """Flags that name the data: the scenes, or what LaViT's teacher, of seed 0, saw in them."""
         if self.args.data:
             return ["--data", self.args.data]
-        first = self.chosen.row(self.chosen.against[0]) if self.chosen.against else self.row
-        teacher = Plan(self.chosen, first, self.args, self.more).run(0)
+        teacher = self.teacher.run(0) if self.taught else None
         return demo.data_of(self.method, Path(self.args.output) / "toy", teacher, procs)
 
 
@@ -144,22 +182,11 @@ def held(run, procs):
 
 
 def trained(run, flags, updates):
-    """Trains a run to its end, from its newest checkpoint if there is one. UserError where it stopped before."""
+    """Trains a run to its end, from its newest checkpoint if there is one. UserError if it stopped."""
     going = "--resume" if checkpoint.newest(run) else "--overwrite"
     train.main([*flags, "--output", str(run), going])
     if not checkpoint.step_dir(run, updates).is_dir():
         raise UserError(f"{run}: stopped before its end; the same command goes on from there")
-
-
-def asked_of(chosen, args):
-    """What a row's outcome depends on beside its run."""
-    return {
-        "test": args.test,
-        "questions": args.questions,
-        "max_new_tokens": args.max_new_tokens,
-        "interventions": chosen.interventions,
-        "corruption": chosen.corruption,
-    }
 
 
 def ask(plan, run, records, procs):
@@ -198,8 +225,20 @@ def carried(run):
 
 def outcome_of(run):
     """What a run's directory says came out, or None."""
-    note = run / NOTE
-    return json.loads(note.read_text()) if note.is_file() else None
+    return load(run / NOTE) or None
+
+
+def load(file):
+    """A JSON object of a file, {} where there is none. UserError for what is not one."""
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: is not JSON ({error}); delete it, and the same command goes on") from None
+    if not isinstance(said, dict):
+        raise UserError(f"{file}: is no JSON object; delete it, and the same command goes on")
+    return said
 
 
 def write(path, text):
@@ -215,24 +254,13 @@ def write_page(chosen, args, more):
 
     A result that other settings made stays in NAME.json, is left out of the page, and is told.
     """
-    out = Path(args.output)
-    file = out / f"{chosen.name}.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    results, kept, stale = {}, {}, 0
-    for row in chosen.rows:
-        plan = Plan(chosen, row, args, more)
-        known = {int(seed): outcome for seed, outcome in before.get(row.name, {}).items()}
-        for seed in range(max([args.seeds, *(seed + 1 for seed in known)])):
-            found = [outcome for outcome in (outcome_of(plan.run(seed)), known.get(seed)) if outcome]
-            fit = [o for o in found if (o["key"], o["asked"]) == (plan.key, asked_of(chosen, args))]
-            if found:
-                kept.setdefault(row.name, {})[seed] = [*fit, *found][0]
-            if fit:
-                results.setdefault(row.name, {})[seed] = fit[0]
-            stale += bool(found) and not fit
+    file = Path(args.output) / f"{chosen.name}.json"
+    kept, results = gathered(chosen, args, more, load(file))
+    study.check_measures(chosen, results)
+    write(file, json.dumps(kept, indent=1) + "\n")
+    stale = sum(map(len, kept.values())) - sum(map(len, results.values()))
     if stale:
         print(f"{file}: {stale} result(s) of other settings are kept there, and left out of the page")
-    write(file, json.dumps(kept, indent=1) + "\n")
 
     # What is asked as it is has no seed: it stands beside each.
     seeds = max([args.seeds, *(seed + 1 for runs in results.values() for seed in runs)])
@@ -241,20 +269,49 @@ def write_page(chosen, args, more):
         if not row.method and row.name in results:
             results[row.name] = dict.fromkeys(range(seeds), results[row.name][0])
 
-    command = ["python", "-m", "crystal.compare", "--study", chosen.name, "--seeds", str(args.seeds), *more]
-    text = study.page(chosen, results, seeds, said, shlex.join(command))
-    write(out / f"{chosen.name}.md", text)
+    text = study.page(chosen, results, seeds, said, command(chosen, args, more))
+    write(file.with_suffix(".md"), text)
     return text
+
+
+def gathered(chosen, args, more, before):
+    """Outcomes of runs and of an earlier NAME.json -> all of them, and those of these settings.
+
+    Both are {row: {seed: outcome}}.
+    """
+    kept, results = {}, {}
+    for row in chosen.rows:
+        plan = Plan(chosen, row, args, more)
+        known = {int(seed): outcome for seed, outcome in before.get(row.name, {}).items()}
+        for seed in range(max([args.seeds, *(seed + 1 for seed in known)])):
+            both = [outcome_of(plan.run(seed)), known.get(seed)]
+            found = [outcome for outcome in both if outcome]
+            fit = [outcome for outcome in found if plan.made(outcome)]
+            if found:
+                kept.setdefault(row.name, {})[seed] = [*fit, *found][0]
+            if fit:
+                results.setdefault(row.name, {})[seed] = fit[0]
+    return kept, results
+
+
+def command(chosen, args, more):
+    """What to type for the page's runs: of the flags that are not train.py's, those that differ."""
+    usual = defaults(chosen) | {"model": "tiny", "data": "", "test": "", "output": args.output}
+    words = ["python", "-m", "crystal.compare", "--study", chosen.name]
+    for name, value in usual.items():
+        if name == "seeds" or getattr(args, name) != value:
+            words += [f"--{name}", str(getattr(args, name))]
+    return shlex.join([*words, *more])
 
 
 def budget(chosen, args, results, seeds):
     """What was run, in a sentence or two."""
     runs = [outcome for row in results.values() for outcome in row.values()]
     minutes = sum(outcome["minutes"] for outcome in runs)
-    asked = f"{args.questions} questions"
-    if chosen.interventions:
-        asked += f", {chosen.interventions} of them under interventions on the latents (pictures {chosen.corruption})"
-    return (
-        f"Budget: {args.max_steps} updates a run from `{args.model}`, {seeds} seeds a row; {asked}. "
-        f"{len(runs)} runs are there, {minutes:.0f} minutes of this machine in all; what is missing is marked."
-    )
+    said = f"Budget: {args.max_steps} updates a run from `{args.model}`; seeds a row: {seeds}; "
+    said += f"{args.questions} questions"
+    interventions = min(chosen.interventions, args.questions)
+    if interventions:
+        said += f", {interventions} of them under interventions on the latents"
+        said += f" (corrupted pictures: {chosen.corruption})"
+    return f"{said}. {len(runs)} runs are there, of {minutes:.0f} minutes in all; what is missing is marked."

@@ -22,7 +22,7 @@ A study is a TOML file beside the pages, tutorials/studies/NAME.toml:
     paper = "figure 5"
     says = "CrystaL is above direct fine-tuning"
     more = "crystal"
-    less = "sft"
+    less = "sft"                   without it the ordering is against 0
     measure = "accuracy"           or a family of questions, or another of MEASURES
 
 THE RULE: an ordering holds if the 95 % interval of its difference, taken seed by seed, lies above 0; it is
@@ -34,7 +34,8 @@ This file reads a study and says what came out; run_study.py makes the runs.
 import math
 import shlex
 import tomllib
-from dataclasses import dataclass, field, fields
+import typing
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -87,13 +88,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """An ordering that a paper, or a control, is about: row `more` above row `less` in a measure."""
+    """An ordering that a paper, or a control, is about: row `more` above row `less`, or 0, in a measure."""
 
     paper: str
     says: str
     more: str
-    less: str
+    less: str = ""
     measure: str = "accuracy"
+
+    @property
+    def ordering(self):
+        return f"{self.more} > {self.less or 0}"
 
 
 @dataclass(frozen=True)
@@ -126,27 +131,27 @@ def read(name, folder):
     file = Path(name) if name.endswith(".toml") else Path(folder) / f"{name}.toml"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in Path(folder).glob("*.toml")))
-        raise UserError(f"--study {name}: there is no {file}; {known or 'none'} are there")
+        raise UserError(f"--study {name}: there is no {file}; in {folder} there are {known or 'none'}")
     try:
         said = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: is not TOML: {error}") from None
 
+    rows = [made(Row, row, f"{file}: row {n}") for n, row in tables(said, "rows", file)]
+    claims = [made(Claim, claim, f"{file}: claim {n}") for n, claim in tables(said, "claims", file)]
     if "file" in said:
-        raise UserError(f"{file}: field 'file' is none of a study's")
-    rows = [made(Row, row, f"{file}: row {n}") for n, row in enumerate(tables(said, "rows", file), 1)]
-    claims = [made(Claim, one, f"{file}: claim {n}") for n, one in enumerate(tables(said, "claims", file), 1)]
+        raise UserError(f"{file}: a study has no field 'file'")
     study = made(Study, said | {"file": file, "rows": rows, "claims": claims}, f"{file}")
     check(study)
     return study
 
 
 def tables(said, name, file):
-    """The [[tables]] of a name in a file's contents, [] where there are none."""
+    """The [[tables]] of a name in a file's contents -> [(number from 1, table)]."""
     found = said.get(name, [])
     if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
         raise UserError(f"{file}: field {name!r}: write each as a table of its own, [[{name}]]")
-    return found
+    return list(enumerate(found, 1))
 
 
 def made(kind, said, where):
@@ -154,39 +159,55 @@ def made(kind, said, where):
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(said.keys() - known.keys()):
         raise UserError(f"{where}: field {unknown[0]!r} is none of {', '.join(known)}")
+    needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in said]:
+        raise UserError(f"{where}: field {missing[0]!r} is missing")
 
+    types = typing.get_type_hints(kind)
     for name, value in said.items():
-        wanted = known[name].type
+        wanted = types[name]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise UserError(f"{where}: field {name!r}: {wanted.__name__} is needed, not {value!r}")
-        if wanted is int and value < (name != "interventions"):
-            raise UserError(f"{where}: field {name!r}: {value} is too small")
-    try:
-        return kind(**said)
-    except TypeError as error:
-        raise UserError(f"{where}: {str(error).partition(') ')[2] or error}") from None
+        least = 0 if name == "interventions" else 1
+        if wanted is int and value < least:
+            raise UserError(f"{where}: field {name!r}: {value} is below {least}")
+    return kind(**said)
 
 
 def check(study):
-    """UserError for rows of one name, flags that no shell would read, and claims about rows that are not there.
-    """
+    """UserError for rows of one name, flags that no shell would read, or a row that is not there."""
     names = [row.name for row in study.rows]
     if not names:
         raise UserError(f"{study.file}: has no [[rows]]")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{study.file}: two rows are named {twice[0]!r}")
 
-    for owner in (study, *study.rows):
+    for flags in (study.flags, *(row.flags for row in study.rows)):
         try:
-            shlex.split(owner.flags)
+            shlex.split(flags)
         except ValueError as error:
-            raise UserError(f"{study.file}: field 'flags': {owner.flags!r}: {error}") from None
-    config.corruption_of(study.corruption)
+            raise UserError(f"{study.file}: field 'flags': {flags!r}: {error}") from None
+    try:
+        config.corruption_of(study.corruption)
+    except UserError as error:
+        raise UserError(f"{study.file}: field 'corruption': {error}") from None
 
-    meant = [(f"claim {n}", name) for n, one in enumerate(study.claims, 1) for name in (one.more, one.less)]
-    for where, name in [*meant, *(("field 'against'", name) for name in study.against)]:
+    meant = [("field 'against'", name) for name in study.against]
+    for n, claim in enumerate(study.claims, 1):
+        meant += [(f"claim {n}", name) for name in (claim.more, claim.less or claim.more)]
+    for where, name in meant:
         if name not in names:
             raise UserError(f"{study.file}: {where}: no row is named {name!r}")
+
+
+def check_measures(study, results):
+    """UserError for a claim about what no run's outcome has."""
+    outcomes = [outcome for runs in results.values() for outcome in runs.values()]
+    families = {family for outcome in outcomes for family in outcome["families"]}
+    for n, claim in enumerate(study.claims, 1):
+        if families and claim.measure not in families | MEASURES.keys():
+            known = ", ".join([*MEASURES, *sorted(families - {"all"})])
+            raise UserError(f"{study.file}: claim {n}: field 'measure': {claim.measure!r} is none of {known}")
 
 
 # --- what came out ---
@@ -216,8 +237,14 @@ def values(results, row, measure):
 
 
 def differences(results, more, less, measure="accuracy"):
-    """Row `more` minus row `less`, seed by seed -> list of numbers, over the seeds that both have."""
-    a, b = values(results, more, measure), values(results, less, measure)
+    """Row `more` minus row `less`, seed by seed -> list of numbers, over the seeds that both have.
+
+    Without a `less` it is the measure of row `more` itself.
+    """
+    a = values(results, more, measure)
+    if not less:
+        return list(a.values())
+    b = values(results, less, measure)
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
@@ -272,6 +299,112 @@ def wins(study, results, less):
 
 # --- the page ---
 
+RULE = """The rule: an ordering *holds* if the 95 % interval over seeds (Student's t) of its difference, taken
+seed by seed, lies above 0, is *reversed* if it lies below 0, and is else *not resolved*. One seed resolves
+nothing. *Questions alone* is the half width that the choice of questions leaves, with these runs given."""
+
+
+def page(study, results, seeds, budget, command):
+    """A study and {row: {seed: outcome}} -> its page, Markdown. budget, command: what was run, in words."""
+    parts = [f"# {study.title}", study.about.strip(), budget, f"```bash\n{command}\n```"]
+    if study.against:
+        parts += ["## Plainly", plainly(study, results)]
+
+    mean_of = "Mean over seeds, and half width of its 95 % interval; without one, a single seed."
+    parts += ["## Rows", mean_of, rows_table(study, results, seeds)]
+    if study.claims:
+        parts += ["## Orderings", claims_table(study, results), RULE]
+    parts += ["## By family, percent", families_table(study, results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plainly(study, results):
+    """Whether any row with latents is above those of `against`: a sentence each."""
+    sentences = []
+    for name in study.against:
+        times = study.row(name).times
+        at = "at equal updates" if times == 1 else f"which has {times} times their updates"
+        found, count = wins(study, results, name)
+        chance = f"That is {len(found)} of {count} comparisons; one in forty would come out so by chance."
+        if not count:
+            said = f"Nothing can be said yet about `{name}`: no row with latents has two seeds beside it."
+        elif found:
+            said = f"Above `{name}`, {at}: {'; '.join(found)}. {chance}"
+        else:
+            said = (
+                f"**No row with latents beats `{name}`, {at}**: in none of {count} comparisons, over all "
+                "questions and family by family, does the interval lie above 0."
+            )
+        sentences.append(f"- {said}")
+    return "\n".join(sentences)
+
+
+def rows_table(study, results, seeds):
+    """A line a row: how many of its runs are there, accuracy, and what the interventions say.
+
+    Beside them its difference to the first row of `against`.
+    """
+    first = study.against[0] if study.against else ""
+    others = [name for name in MEASURES if name != "accuracy"]
+    told = [name for name in others if any(values(results, row.name, name) for row in study.rows)]
+    lines = []
+    for row in study.rows:
+        line = [row.name, there(row, results, seeds), cell(of_row(results, row.name, "accuracy"))]
+        if first:
+            numbers = differences(results, row.name, first) if row.name != first else []
+            line.append(cell(numbers, sign=True))
+        line += [cell(of_row(results, row.name, name)) for name in told]
+        lines.append(line)
+
+    titles = ["row", "runs", "accuracy, %", *([f"minus {first}"] if first else []), *told]
+    text = markdown(titles, lines)
+    if told:
+        text += "\n\n" + "; ".join(f"*{name}*: {MEASURES[name]}" for name in told) + "."
+    return text
+
+
+def there(row, results, seeds):
+    """How many of a row's runs are there, in words."""
+    count = len(results.get(row.name, {}))
+    if not count:
+        return "**not run**"
+    return f"{count} of {seeds}" if row.method else "as it is"
+
+
+def claims_table(study, results):
+    """A line a claim: the difference, its intervals over seeds and over questions, and the verdict."""
+    lines = []
+    for claim in study.claims:
+        numbers = differences(results, claim.more, claim.less, claim.measure)
+        luck = None
+        if claim.measure == "accuracy" and claim.less:
+            luck = over_questions(results, claim.more, claim.less)
+        line = [claim.paper, claim.says, claim.ordering, claim.measure, str(len(numbers))]
+        line += [cell(numbers, sign=True), "" if luck is None else f"±{luck:.1f}"]
+        lines.append([*line, f"**{verdict(numbers)}**"])
+
+    titles = ["source", "claim", "ordering", "measure", "seeds", "difference", "questions alone", "verdict"]
+    return markdown(titles, lines)
+
+
+def families_table(study, results):
+    """Accuracy of each row by family of questions."""
+    families = {}
+    for row in study.rows:
+        for outcome in results.get(row.name, {}).values():
+            families |= dict.fromkeys(outcome["families"])
+
+    lines = []
+    for row in study.rows:
+        cells = [cell(of_row(results, row.name, family)) for family in families]
+        lines.append([row.name, *cells])
+    return markdown(["row", *families], lines)
+
+
+def of_row(results, row, measure):
+    """A row's numbers, one a seed, as a list."""
+    return list(values(results, row, measure).values())
+
 
 def cell(numbers, sign=False):
     """Numbers, one a seed -> their mean and half width as they stand in a table; "" for none."""
@@ -283,117 +416,10 @@ def cell(numbers, sign=False):
 
 
 def signed(number):
-    """A difference with its sign, and no minus before a 0."""
+    """A difference with its sign; what rounds to 0 is +0.0."""
     return f"{round(number, 1) + 0.0:+.1f}"
 
 
 def markdown(titles, lines):
     """Titles and lines of cells -> a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *lines])
-
-
-def rows_table(study, results, seeds):
-    """A line for each row: how many of its runs are there, accuracy, difference to the first of `against`, and
-    what the interventions say.
-    """
-    first = study.against[0] if study.against else ""
-    told = [name for name in MEASURES if any(values(results, row.name, name) for row in study.rows)]
-    told = [name for name in told if name != "accuracy"]
-    titles = ["row", "runs", "accuracy, %"] + ([f"minus {first}"] if first else []) + told
-    lines = []
-    for row in study.rows:
-        runs = len(results.get(row.name, {}))
-        line = [row.name, f"{runs} of {seeds}" if runs else "not run"]
-        if runs and not row.method:
-            line = [row.name, "as it is"]
-        line.append(cell(list(values(results, row.name, "accuracy").values())))
-        if first:
-            line.append(cell(differences(results, row.name, first), sign=True) if row.name != first else "")
-        line += [cell(list(values(results, row.name, name).values())) for name in told]
-        lines.append(line)
-
-    text = markdown(titles, lines)
-    if told:
-        text += "\n\n" + "; ".join(f"*{name}*: {MEASURES[name]}" for name in told) + "."
-    return text
-
-
-def claims_table(study, results):
-    """A line for each claim: the difference, its intervals over seeds and over questions, and the verdict."""
-    lines = []
-    for one in study.claims:
-        numbers = differences(results, one.more, one.less, one.measure)
-        luck = over_questions(results, one.more, one.less) if one.measure == "accuracy" else None
-        line = [one.paper, one.says, f"{one.more} > {one.less}", one.measure, str(len(numbers))]
-        line.append(cell(numbers, sign=True))
-        line.append("" if luck is None else f"±{luck:.1f}")
-        lines.append([*line, f"**{verdict(numbers)}**"])
-    titles = ["source", "claim", "ordering", "measure", "seeds", "difference", "questions alone", "verdict"]
-    return markdown(titles, lines)
-
-
-def families_table(study, results):
-    """Accuracy of each row by family of questions."""
-    families = {}
-    for row in study.rows:
-        for outcome in results.get(row.name, {}).values():
-            families |= dict.fromkeys(outcome["families"])
-    lines = []
-    for row in study.rows:
-        cells = [cell(list(values(results, row.name, family).values())) for family in families]
-        lines.append([row.name, *cells] if any(cells) else [row.name, "not run", *cells[1:]])
-    return markdown(["row", *families], lines)
-
-
-def plainly(study, results):
-    """Whether any row with latents is above those of `against`: a sentence each."""
-    sentences = []
-    for name in study.against:
-        times = study.row(name).times
-        found, count = wins(study, results, name)
-        at = "at equal updates" if times == 1 else f"which is given {times} times the updates"
-        if not count:
-            sentences.append(f"Nothing can be said yet about `{name}`: no row with latents has two seeds beside it.")
-        elif found:
-            sentences.append(
-                f"Above `{name}`, {at}: {'; '.join(found)}. That is {len(found)} of {count} comparisons, of "
-                "which one in forty would come out so by chance."
-            )
-        else:
-            sentences.append(
-                f"**No row with latents beats `{name}`, {at}**: in none of {count} comparisons, over all "
-                "questions and family by family, does the interval lie above 0."
-            )
-    return "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-RULE = (
-    "The rule: an ordering *holds* if the 95 % interval over seeds (Student's t) of its difference, taken seed by "
-    "seed, lies above 0, is *reversed* if it lies below 0, and is else *not resolved*. One seed resolves nothing. "
-    "*Questions alone* is the half width that the choice of questions leaves with these runs given."
-)
-
-
-def page(study, results, seeds, budget, command):
-    """A study and {row: {seed: outcome}} -> its page, Markdown. budget, command: what was run, in words."""
-    parts = [
-        f"# {study.title}",
-        study.about.strip(),
-        budget,
-        f"```bash\n{command}\n```",
-        "## Plainly",
-        plainly(study, results) if study.against else "",
-        "## Rows",
-        "Mean over seeds, and half width of its 95 % interval.",
-        rows_table(study, results, seeds),
-        "## Orderings",
-        claims_table(study, results),
-        RULE,
-        "## By family, percent",
-        families_table(study, results),
-    ]
-    if not study.against:
-        parts = [part for part in parts if part != "## Plainly"]
-    if not study.claims:
-        parts = [part for part in parts if part not in ("## Orderings", RULE, claims_table(study, results))]
-    return "\n\n".join(part for part in parts if part) + "\n"
