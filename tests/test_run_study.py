@@ -367,8 +367,9 @@ def test_every_shipped_study_can_be_run(file):
     assert (first.method, first.flags, first.times) == ("sft", "", 1)
 
 
-def test_every_shipped_page_is_of_its_results(tmp_path):
-    """NAME.md is what NAME.json gives, and the index says which are there."""
+def test_every_shipped_page_is_of_its_results(tmp_path, monkeypatch):
+    """NAME.md is what NAME.json gives, whatever the base is today, and the index says which are there."""
+    monkeypatch.setattr(run_study.Plan, "made", lambda plan, outcome: True)
     index = (run_study.FOLDER / "README.md").read_text()
     for file in STUDIES:
         results, page = file.with_suffix(".json"), file.with_suffix(".md")

@@ -109,6 +109,8 @@ def test_tables_are_tables_and_there_are_rows(tmp_path):
             written(tmp_path, text)
     with pytest.raises(UserError, match="--study mine.: there is no .*mine..toml; in .* there are mine"):
         study.read("mine2", tmp_path)
+    with pytest.raises(UserError, match="the sources hold studies, a wheel does not; or give the path of"):
+        study.read("mine2", tmp_path / "nowhere")
 
 
 def test_interval_is_students():

@@ -131,7 +131,8 @@ def read(name, folder):
     file = Path(name) if name.endswith(".toml") else Path(folder) / f"{name}.toml"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in Path(folder).glob("*.toml")))
-        raise UserError(f"--study {name}: there is no {file}; in {folder} there are {known or 'none'}")
+        there = f"in {folder} there are {known}" if known else "the sources hold studies, a wheel does not"
+        raise UserError(f"--study {name}: there is no {file}; {there}; or give the path of a TOML file")
     try:
         said = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
