@@ -3396,8 +3396,8 @@ COMMANDS = [
     ),
     Break(
         "study-unequal-updates", "crystal/evaluation/study.py",
-        "if row.times > 1 or not any(",
-        "if not any(",
+        "if row.times == 1 and any(",
+        "if any(",
         "A row with twice the updates counts as latents that win at equal updates.",
         "tests/test_study.py::test_whether_latents_win_is_said_plainly",
     ),

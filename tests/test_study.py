@@ -209,13 +209,18 @@ def test_whether_latents_win_is_said_plainly(tmp_path):
     ]
 
     results["ours"] = {0: better}
-    assert "Nothing can be said yet about `plain`" in study.plainly(mine, results)
+    first, second = study.plainly(mine, results).splitlines()
+    overall = "Over all questions: `ours` +25.0 (1 seed)."
+    assert first.endswith(f"no row with latents has two seeds beside it. {overall}")
+    assert second.endswith("beside it. Over all questions: `ours` -25.0 (1 seed).")
     results["ours"][1] = better
     assert study.plainly(mine, results).splitlines() == [
         "- Above `plain`, at equal updates: `ours` in a (+50.0 ±0.0); `ours` in all (+25.0 ±0.0). That is 2 "
-        "of 3 comparisons; one in forty would come out so by chance.",
+        "of 3 comparisons; one in forty would come out so by chance. "
+        "Over all questions: `ours` +25.0 ±0.0 (2 seeds).",
         "- **No row with latents beats `plain twice`, which has 2 times their updates**: in none of 3 "
-        "comparisons, over all questions and family by family, does the interval lie above 0.",
+        "comparisons, over all questions and family by family, does the interval lie above 0. "
+        "Over all questions: `ours` -25.0 ±0.0 (2 seeds).",
     ]
 
 

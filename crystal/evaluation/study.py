@@ -277,24 +277,31 @@ def over_questions(results, more, less):
     return 100 * 1.96 * stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.inf
 
 
+def latent_rows(study, results):
+    """Names of the rows with latents and the study's own updates that have been run."""
+    found = []
+    for row in study.rows:
+        outcomes = results.get(row.name, {}).values()
+        if row.times == 1 and any(outcome["latents"] for outcome in outcomes):
+            found.append(row.name)
+    return found
+
+
 def wins(study, results, less):
-    """Where a row with latents and the study's updates is above row `less` -> (list of words, count).
+    """Where a row of latent_rows is above row `less` -> (list of words, count).
 
     count: how many comparisons were made; a row needs two seeds in common with `less`.
     """
     found, count = [], 0
-    for row in study.rows:
-        runs = results.get(row.name, {})
-        if row.times > 1 or not any(outcome["latents"] for outcome in runs.values()):
-            continue
-        for family in next(iter(runs.values()))["families"]:
-            numbers = differences(results, row.name, less, family)
+    for row in latent_rows(study, results):
+        for family in next(iter(results[row].values()))["families"]:
+            numbers = differences(results, row, less, family)
             if len(numbers) < 2:
                 continue
             count += 1
             center, half = interval(numbers)
             if center - half > 0:
-                found.append(f"`{row.name}` in {family} ({signed(center)} ±{half:.1f})")
+                found.append(f"`{row}` in {family} ({signed(center)} ±{half:.1f})")
     return found, count
 
 
@@ -336,8 +343,19 @@ def plainly(study, results):
                 f"**No row with latents beats `{name}`, {at}**: in none of {count} comparisons, over all "
                 "questions and family by family, does the interval lie above 0."
             )
-        sentences.append(f"- {said}")
+        sentences.append(f"- {said}{overall(study, results, name)}")
     return "\n".join(sentences)
+
+
+def overall(study, results, less):
+    """Each of latent_rows minus row `less`, over all questions, as words; "" where none has a seed."""
+    told = []
+    for row in latent_rows(study, results):
+        numbers = differences(results, row, less)
+        if numbers:
+            seeds = f"{len(numbers)} seed" + "s" * (len(numbers) > 1)
+            told.append(f"`{row}` {cell(numbers, sign=True)} ({seeds})")
+    return f" Over all questions: {'; '.join(told)}." if told else ""
 
 
 def rows_table(study, results, seeds):
