@@ -46,6 +46,8 @@ def defaults(chosen):
 def make(chosen, args, more, records, procs):
     """Every run of a study that is not there yet, then its page. records: the questions."""
     plans = {row.name: Plan(chosen, row, args, more) for row in chosen.rows}
+    where = {}  # a method's data, found once: LaViT's teacher looks at all of it
+
     # What is asked as it is has no seed.
     runs = [(row, seed) for seed in range(args.seeds) for row in chosen.rows if row.method or not seed]
     for count, (row, seed) in enumerate(runs, 1):
@@ -54,7 +56,7 @@ def make(chosen, args, more, records, procs):
         procs.print(f"[{count}/{len(runs)}] {row.name}, seed {seed}: {run}")
         with held(run, procs) as mine:
             if mine:
-                finish(plan, seed, records, procs)
+                finish(plan, seed, records, where, procs)
             else:
                 procs.print("another process is making it")
         if procs.is_first:
@@ -63,8 +65,11 @@ def make(chosen, args, more, records, procs):
         print(write_page(chosen, args, more))
 
 
-def finish(plan, seed, records, procs):
-    """Trains and asks a seed's run, as far as that is not done, and notes its outcome in its directory."""
+def finish(plan, seed, records, where, procs):
+    """Trains and asks a seed's run, as far as that is not done, and notes its outcome in its directory.
+
+    where: {method: flags that name its data}, filled here.
+    """
     run = plan.run(seed)
     found = outcome_of(run)
     procs.barrier()  # all ranks have looked
@@ -73,7 +78,9 @@ def finish(plan, seed, records, procs):
 
     started = time.perf_counter()
     if plan.method:
-        trained(run, [*plan.flags(seed, procs.world), *plan.data(procs)], plan.updates)
+        if plan.method not in where:
+            where[plan.method] = plan.data(procs)
+        trained(run, [*plan.flags(seed, procs.world), *where[plan.method]], plan.updates)
     outcome = {"key": plan.key, "asked": plan.asked, **ask(plan, run, records, procs)}
     outcome["minutes"] = round((time.perf_counter() - started) / 60, 1)
     if procs.is_first:

@@ -253,6 +253,14 @@ def test_lavits_teacher_is_the_first_row_to_beat(tmp_path, monkeypatch):
         run_study.Plan(alone, alone.row("mine"), args, [])
 
 
+def test_a_methods_data_is_found_once(world, monkeypatch):
+    """LaViT's teacher would look at all records again for every row and seed."""
+    found, data = [], run_study.Plan.data
+    monkeypatch.setattr(run_study.Plan, "data", lambda *of: found.append(of[0].method) or data(*of))
+    world.run()
+    assert len(world.trained) == 6 and found == ["sft", "mine.py"]
+
+
 def test_two_processes_make_no_run_twice(world, capsys):
     world.run("--seeds", "1")
     shutil.rmtree(world.folder / "out")
