@@ -49,7 +49,9 @@ def make(chosen, args, more, records, procs):
     where = {}  # a method's data, found once: LaViT's teacher looks at all of it
 
     # What is asked as it is has no seed.
-    runs = [(row, seed) for seed in range(args.seeds) for row in chosen.rows if row.method or not seed]
+    trains = [row for row in chosen.rows if row.method]
+    runs = [(row, 0) for row in chosen.rows]
+    runs += [(row, seed) for seed in range(1, args.seeds) for row in trains]
     for count, (row, seed) in enumerate(runs, 1):
         plan = plans[row.name]
         run = plan.run(seed)
@@ -122,8 +124,8 @@ class Plan:
         start = ["--method", self.method, "--model", self.args.model]
         recipe = demo.recipe(self.method, world) if self.args.model == "tiny" else []
         updates = ["--max_steps", str(self.updates)]
-        own = [*shlex.split(self.chosen.flags), *self.more, *shlex.split(self.row.flags)]
-        return [*start, *recipe, *updates, *own, "--seed", str(seed)]
+        for_all, own = shlex.split(self.chosen.flags), shlex.split(self.row.flags)
+        return [*start, *recipe, *updates, *for_all, *self.more, *own, "--seed", str(seed)]
 
     def digest(self):
         """What makes a row's runs, as twelve hexadecimal digits.
@@ -148,8 +150,9 @@ class Plan:
 
     def run(self, seed):
         """The directory of a seed's run."""
-        name = Path(self.method or self.args.model).stem
-        return Path(self.args.output) / f"{re.sub('[^A-Za-z0-9]+', '_', name)}-{self.key}-{seed}"
+        stem = Path(self.method or self.args.model).stem
+        name = re.sub("[^A-Za-z0-9]+", "_", stem)
+        return Path(self.args.output) / f"{name}-{self.key}-{seed}"
 
     @property
     def taught(self):
@@ -202,12 +205,10 @@ def ask(plan, run, records, procs):
     model, fmt, _ = opening.open_model(source, device=procs.device, method=plan.method)
     how = dict(batch_size=BATCH, max_new_tokens=plan.args.max_new_tokens, procs=procs)
     results = evaluate.answers(model, fmt, records, progress=plan.row.name, **how)
-    outcome = {
-        "families": {family: list(counts) for family, counts in evaluate.by_family(results).items()},
-        "right": "".join(str(int(result["correct"])) for result in results),
-        "latents": fmt.count,
-        "carried": carried(run),
-    }
+    families = evaluate.by_family(results)
+    right = [str(int(result["correct"])) for result in results]
+    outcome = {"latents": fmt.count, "carried": carried(run), "right": "".join(right)}
+    outcome["families"] = {family: list(counts) for family, counts in families.items()}
 
     # The interventions replace states of latents that stand in the prompt.
     in_prompt = fmt.count > 0 and not (fmt.writes_own_latents or fmt.feeds_back)
@@ -265,12 +266,12 @@ def write_page(chosen, args, more):
     kept, results = gathered(chosen, args, more, load(file))
     study.check_measures(chosen, results)
     write(file, json.dumps(kept, indent=1) + "\n")
-    stale = sum(map(len, kept.values())) - sum(map(len, results.values()))
+    stale = count(kept) - count(results)
     if stale:
         print(f"{file}: {stale} result(s) of other settings are kept there, and left out of the page")
 
     # What is asked as it is has no seed: it stands beside each.
-    seeds = max([args.seeds, *(seed + 1 for runs in results.values() for seed in runs)])
+    seeds = seeds_of(args, {seed for runs in results.values() for seed in runs})
     said = budget(chosen, args, results, seeds)
     for row in chosen.rows:
         if not row.method and row.name in results:
@@ -290,7 +291,7 @@ def gathered(chosen, args, more, before):
     for row in chosen.rows:
         plan = Plan(chosen, row, args, more)
         known = {int(seed): outcome for seed, outcome in before.get(row.name, {}).items()}
-        for seed in range(max([args.seeds, *(seed + 1 for seed in known)])):
+        for seed in range(seeds_of(args, known)):
             both = [outcome_of(plan.run(seed)), known.get(seed)]
             found = [outcome for outcome in both if outcome]
             fit = [outcome for outcome in found if plan.made(outcome)]
@@ -299,6 +300,16 @@ def gathered(chosen, args, more, before):
             if fit:
                 results.setdefault(row.name, {})[seed] = fit[0]
     return kept, results
+
+
+def count(results):
+    """How many outcomes there are in {row: {seed: outcome}}."""
+    return sum(len(seeds) for seeds in results.values())
+
+
+def seeds_of(args, known):
+    """How many seeds a table has: those that are asked for, and those beyond that are known."""
+    return max([args.seeds, *(seed + 1 for seed in known)])
 
 
 def command(chosen, args, more):

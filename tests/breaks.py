@@ -3417,10 +3417,17 @@ COMMANDS = [
     ),
     Break(
         "run_study-row-flags-lost", "crystal/run_study.py",
-        ", *self.more, *shlex.split(self.row.flags)]",
-        ", *self.more]",
+        "*self.more, *own, ",
+        "*self.more, ",
         "Every row of a table is the same run.",
         "tests/test_run_study.py::test_it_trains_and_asks_what_the_study_says",
+    ),
+    Break(
+        "run_study-data-again", "crystal/run_study.py",
+        "if plan.method not in where:",
+        "if True:",
+        "LaViT's teacher looks at all records again for every row and seed.",
+        "tests/test_run_study.py::test_a_methods_data_is_found_once",
     ),
     Break(
         "run_study-times-ignored", "crystal/run_study.py",
