@@ -120,6 +120,8 @@ def main(argv=None):
         raise UserError(
             "--seeds, --questions and --max_new_tokens must be at least 1, and --data goes with --test"
         )
+    if study:
+        run_study.plans_of(study, args, more)  # a row's wrong flag is told before anything starts
     if study and args.page:
         print(run_study.write_page(study, args, more))
         return

@@ -43,9 +43,14 @@ def defaults(chosen):
     return numbers | {"max_new_tokens": 8, "output": "runs/studies"}
 
 
+def plans_of(chosen, args, more):
+    """{row's name: Plan}. UserError for flags that train.py refuses."""
+    return {row.name: Plan(chosen, row, args, more) for row in chosen.rows}
+
+
 def make(chosen, args, more, records, procs):
     """Every run of a study that is not there yet, then its page. records: the questions."""
-    plans = {row.name: Plan(chosen, row, args, more) for row in chosen.rows}
+    plans = plans_of(chosen, args, more)
     where = {}  # a method's data, found once: LaViT's teacher looks at all of it
 
     # What is asked as it is has no seed.
@@ -105,7 +110,7 @@ class Plan:
         if row.method.endswith(".py"):
             self.method = str(chosen.file.parent / row.method)
         if self.method:
-            methods.parse(self.flags(0))
+            self.check()
         self.key = self.digest()
         # What an outcome depends on beside its run.
         self.asked = {
@@ -115,6 +120,13 @@ class Plan:
             "interventions": chosen.interventions,
             "corruption": chosen.corruption,
         }
+
+    def check(self):
+        """UserError, naming file and row, for flags that train.py refuses."""
+        try:
+            methods.parse(self.flags(0))
+        except UserError as error:
+            raise UserError(f"{self.chosen.file}: row {self.row.name!r}: {error}") from None
 
     def flags(self, seed, world=1):
         """train.py's flags of a seed's run, without its data. A row's own win over those for all.

@@ -300,10 +300,11 @@ def test_broken_notes_are_told(world, name, text, message):
         world.run("--page", "--seeds", "1")
 
 
-def test_a_rows_wrong_flag_is_told_before_anything_starts(world):
+def test_a_rows_wrong_flag_is_told_before_anything_starts(world, monkeypatch):
     file = world.folder / "mine.toml"
     file.write_text(FILE.replace('"--lr 2"', '"--no_such 2"'))
-    with pytest.raises(UserError, match="--no_such"):
+    monkeypatch.setattr(compare.distributed, "start", lambda: pytest.fail("something was started"))
+    with pytest.raises(UserError, match="mine.toml: row 'longer': .*--no_such"):
         world.run()
     file.write_text(FILE.replace('"mine.py"', '"other.py"'))
     with pytest.raises(UserError, match="other.py: no such file"):

@@ -89,7 +89,7 @@ def test_a_file_is_read_whole(tmp_path):
         ('less = "plain"', 'less = "plane"', "claim 1: no row is named 'plane'"),
         ('more = "ours"\nmeasure', 'more = "us"\nmeasure', "claim 2: no row is named 'us'"),
         ('paper = "table 2"\n', "", "claim 2: field 'paper' is missing"),
-        ('title = "A', 'file = "x"\ntitle = "A', "no field 'file'"),
+        ('title = "A', 'file = "x"\ntitle = "A', "field 'file' is none of title, about, rows"),
     ],
 )
 def test_a_mistake_names_file_and_field(tmp_path, right, wrong, message):

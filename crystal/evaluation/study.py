@@ -140,9 +140,7 @@ def read(name, folder):
 
     rows = [made(Row, row, f"{file}: row {n}") for n, row in tables(said, "rows", file)]
     claims = [made(Claim, claim, f"{file}: claim {n}") for n, claim in tables(said, "claims", file)]
-    if "file" in said:
-        raise UserError(f"{file}: a study has no field 'file'")
-    study = made(Study, said | {"file": file, "rows": rows, "claims": claims}, f"{file}")
+    study = made(Study, said | {"rows": rows, "claims": claims}, f"{file}", file=file)
     check(study)
     return study
 
@@ -155,9 +153,12 @@ def tables(said, name, file):
     return list(enumerate(found, 1))
 
 
-def made(kind, said, where):
-    """A table of a file -> one of `kind`. UserError for a field that it lacks, does not know, or misreads."""
-    known = {f.name: f for f in fields(kind)}
+def made(kind, said, where, **own):
+    """A table of a file -> one of `kind`. UserError for a field that it lacks, does not know, or misreads.
+
+    own: fields that no file says.
+    """
+    known = {f.name: f for f in fields(kind) if f.name not in own}
     if unknown := sorted(said.keys() - known.keys()):
         raise UserError(f"{where}: field {unknown[0]!r} is none of {', '.join(known)}")
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
@@ -172,7 +173,7 @@ def made(kind, said, where):
         least = 0 if name == "interventions" else 1
         if wanted is int and value < least:
             raise UserError(f"{where}: field {name!r}: {value} is below {least}")
-    return kind(**said)
+    return kind(**said, **own)
 
 
 def check(study):
