@@ -114,7 +114,7 @@ class Plan:
         self.key = self.digest()
         # What an outcome depends on beside its run.
         self.asked = {
-            "test": args.test,
+            "test": args.test and evaluate.data_digest(args.test),
             "questions": args.questions,
             "max_new_tokens": args.max_new_tokens,
             "interventions": chosen.interventions,
@@ -142,13 +142,14 @@ class Plan:
     def digest(self):
         """What makes a row's runs, as twelve hexadecimal digits.
 
-        It is flags, data, the bytes of a method's file, those of the tiny base, which may come to be
+        It is flags, the bytes of --data and of a method's file, those of the tiny base, which may come to be
         another, and LaViT's teacher. Neither the seed nor the number of processes, which share a batch; nor
-        where a method's file lies.
+        where a file lies.
         """
         flags = self.flags("") if self.method else []
         named = [Path(flag).name if flag == self.method else flag for flag in flags]
-        what = [named, methods.fingerprint(self.method), self.args.model, self.args.data]
+        data = self.args.data and evaluate.data_digest(self.args.data)
+        what = [named, methods.fingerprint(self.method), self.args.model, data]
         if self.args.model == "tiny":
             weights = (TINY / "model.safetensors").read_bytes()
             what.append(hashlib.sha256(weights).hexdigest())

@@ -3438,9 +3438,16 @@ COMMANDS = [
     ),
     Break(
         "run_study-file-not-in-key", "crystal/run_study.py",
-        "what = [named, methods.fingerprint(self.method), ",
-        "what = [named, ",
+        "named, methods.fingerprint(self.method), ",
+        "named, ",
         "A method's file that was edited keeps its old results.",
+        "tests/test_run_study.py::test_the_key_is_of_all_that_makes_a_run",
+    ),
+    Break(
+        "run_study-data-by-name", "crystal/run_study.py",
+        "data = self.args.data and evaluate.data_digest(self.args.data)",
+        "data = self.args.data",
+        "A data file that was written anew keeps its old results.",
         "tests/test_run_study.py::test_the_key_is_of_all_that_makes_a_run",
     ),
     Break(

@@ -158,7 +158,17 @@ def test_runs_are_made_once_and_shared(world):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "main", again)
         world.run("--max_new_tokens", "5", "--seeds", "1")
-    assert world.asked[7:] == [(model, ["0", "1"], 5) for model in ("some", "sft-7", "sft-14", "mine-7")]
+        models = ("some", "sft-7", "sft-14", "mine-7")
+        assert world.asked[7:] == [(model, ["0", "1"], 5) for model in models]
+
+        # The same questions elsewhere are the same; others are asked.
+        lines = (world.folder / "d" / "train.jsonl").read_text().splitlines()
+        (world.folder / "d" / "test.jsonl").write_text("\n".join(lines) + "\n")
+        world.run("--max_new_tokens", "5", "--seeds", "1", "--test", "d/test.jsonl")
+        assert len(world.asked) == 11
+        (world.folder / "d" / "test.jsonl").write_text("\n".join(lines[:2]) + "\n")
+        world.run("--max_new_tokens", "5", "--seeds", "1", "--test", "d/test.jsonl")
+        assert len(world.asked) == 15
 
 
 def test_what_was_asked_is_done(world, capsys):
@@ -181,9 +191,11 @@ def test_what_was_asked_is_done(world, capsys):
 
 
 def test_the_key_is_of_all_that_makes_a_run(tmp_path, monkeypatch):
-    """Flags, updates, data, the bytes of a method's file and of the tiny base; not where the file is, nor
+    """Flags, updates, the bytes of data, of a method's file and of the tiny base; not where files are, nor
     seeds.
     """
+    for name, text in (("x", "{}\n"), ("y", "[]\n"), ("z", "{}\n")):
+        (tmp_path / name).write_text(text)
     (tmp_path / "mine.toml").write_text(FILE)
     (tmp_path / "mine.py").write_text("from crystal.methods.livr import Method\n")
     chosen = study.read("mine", tmp_path)
@@ -194,8 +206,10 @@ def test_the_key_is_of_all_that_makes_a_run(tmp_path, monkeypatch):
 
     keys = [
         key(), key("longer"), key("mine"), key("base"), key("plain", "--lr", "3"), key(max_steps=8),
-        key(data="x"), key(model="some"), key("base", model="some"),
+        key(data=str(tmp_path / "x")), key(data=str(tmp_path / "y")), key(model="some"),
+        key("base", model="some"),
     ]  # fmt: skip
+    assert key(data=str(tmp_path / "z")) == keys[6]
     assert len(set(keys)) == len(keys) and all(len(k) == 12 for k in keys)
     assert key(seeds=9, questions=5) == keys[0]
 
@@ -208,7 +222,7 @@ def test_the_key_is_of_all_that_makes_a_run(tmp_path, monkeypatch):
 
     (tmp_path / "model.safetensors").write_bytes(b"another base")
     monkeypatch.setattr(run_study, "TINY", tmp_path)
-    assert key() != keys[0] and key(model="some") == keys[7]
+    assert key() != keys[0] and key(model="some") == keys[8]
 
 
 def test_the_tiny_base_is_trained_by_the_demos_flags_in_any_number_of_processes(tmp_path):
