@@ -1,60 +1,30 @@
 """Methods side by side: the same data, updates and records seen, several seeds each, a table with intervals.
 
-    python -m crystal.compare --methods sft,crystal,livr --seeds 3 --max_steps 200 torchrun --nproc_per_node=2
-    crystal/compare.py --methods sft,crystal,livr --seeds 3 --max_steps 200 python -m crystal.compare
-    --methods "sft,livr,livr: --masked 0" --seeds 5 --model MODEL --data train.jsonl --test test.jsonl
+    python -m crystal.compare --methods sft,crystal,livr --seeds 3 --max_steps 200
+    torchrun --nproc_per_node=2 crystal/compare.py --methods sft,crystal,livr --seeds 3 --max_steps 200
+    python -m crystal.compare --methods "sft,livr,livr: --masked 0" --model M --data TRAIN --test TEST
+    python -m crystal.compare --study crystal_table4
 
 A method may carry flags of its own after a colon, as a control does. What compare does not know itself goes
 to train.py, for every method alike. Each run has a directory below --output; one that is finished is not
 repeated, one that was interrupted goes on. With the tiny base, flags that demo.py gives a method come first.
+--study runs a table of a paper instead (run_study.py).
 """
 
 import json
-import math
 import re
 import shlex
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from statistics import mean, stdev
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crystal import demo, evaluate, opening, train
-from crystal.runtime import checkpoint, config, data, distributed
+from crystal import demo, evaluate, opening, run_study
+from crystal.evaluation.study import interval
+from crystal.runtime import config, data, distributed
 from crystal.runtime.config import UserError
-
-# 97.5 % quantiles of Student's t for 1, 2, .. degrees of freedom.
-T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-)
-
-
-def interval(values):
-    """Numbers, one a seed -> (mean, half width of the 95 % interval of their mean, by Student's t; infinite
-    for a single one).
-    """
-    n = len(values)
-    return mean(values), (T[min(n - 2, len(T) - 1)] * stdev(values) / math.sqrt(n) if n > 1 else math.inf)
 
 
 def table(scores):
@@ -128,11 +98,33 @@ def main(argv=None):
     parser.add_argument("--questions", type=int, default=1000, help="first so many of them")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--output", default="runs/compare")
+    parser.add_argument(
+        "--study",
+        default="",
+        help="instead of --methods: a study of tutorials/studies/, or a TOML file of your own",
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="with --study: its page of the runs that are there, and no run"
+    )
     args, more = parser.parse_known_args(argv)
+    study = run_study.read(args.study) if args.study else None
+    if study:
+        # What a study says is the default, and the command line wins.
+        if args.methods != parser.get_default("methods"):
+            raise UserError("--methods changes nothing with --study, whose file names them; leave it out")
+        parser.set_defaults(**run_study.defaults(study))
+        args, more = parser.parse_known_args(argv)
+    elif args.page:
+        raise UserError("--page goes with --study")
     if min(args.seeds, args.questions, args.max_new_tokens) < 1 or bool(args.data) != bool(args.test):
         raise UserError(
             "--seeds, --questions and --max_new_tokens must be at least 1, and --data goes with --test"
         )
+    if study:
+        run_study.plans_of(study, args, more)  # a row's wrong flag is told before anything starts
+    if study and args.page:
+        print(run_study.write_page(study, args, more))
+        return
     procs, out = distributed.start(), Path(args.output)
     if not args.data:
         from crystal.runtime import toy
@@ -143,6 +135,10 @@ def main(argv=None):
     if broken := [r for r in records if isinstance(r, data.RecordError)]:
         raise broken[0]
     records = records[: args.questions]
+    if study:
+        run_study.make(study, args, more, records, procs)
+        procs.stop()
+        return
 
     scores, count, where = {}, 0, {}
     specs = [(spec.strip(), *spec.strip().partition(":")[::2]) for spec in args.methods.split(",")]
@@ -173,10 +169,7 @@ def main(argv=None):
                         if args.data
                         else demo.data_of(method, out / "toy", out / "sft-0", procs)
                     )
-                going = "--resume" if checkpoint.newest(run) else "--overwrite"
-                train.main([*flags, *where[method], "--output", str(run), going])
-                if not checkpoint.step_dir(run, args.max_steps).is_dir():
-                    raise UserError(f"{run}: stopped before its end; the same command goes on from there")
+                run_study.trained(run, [*flags, *where[method]], args.max_steps)
                 model, fmt, _ = opening.open_model(run, device=procs.device, method=method)
                 results = evaluate.answers(
                     model, fmt, records, max_new_tokens=args.max_new_tokens, progress=spec, procs=procs

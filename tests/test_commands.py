@@ -113,6 +113,8 @@ TABLE = {
         "--batch": "test_serve_is_told_what_was_asked",
     },
     "crystal.compare": {
+        "--study": "test_run_study.py::test_what_was_asked_is_done",
+        "--page": "test_run_study.py::test_what_was_asked_is_done",
         "--methods": "test_compare_trains_and_asks_what_was_asked",
         "--seeds": "test_compare_trains_and_asks_what_was_asked",
         "--max_steps": "test_compare_trains_and_asks_what_was_asked",

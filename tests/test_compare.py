@@ -1,7 +1,6 @@
 """Comparisons: intervals over seeds, paired differences, and runs that are made once."""
 
 import json
-import math
 import os
 import signal
 
@@ -12,18 +11,6 @@ from crystal.methods import livr
 from crystal.runtime import checkpoint
 from crystal.runtime.config import UserError
 from crystal.runtime.distributed import Processes
-
-
-def test_interval_is_students():
-    from scipy import stats
-
-    for values in ([50.0, 60.0], [50.0, 60.0, 55.0], list(range(10))):
-        center, half = compare.interval(values)
-        low, high = stats.t.interval(
-            0.95, len(values) - 1, loc=sum(values) / len(values), scale=stats.sem(values)
-        )
-        assert (center - half, center + half) == pytest.approx((low, high), rel=1e-3)
-    assert compare.interval([50.0]) == (50.0, math.inf)  # one seed says nothing about the next
 
 
 def test_table_pairs_seeds():

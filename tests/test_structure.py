@@ -25,13 +25,13 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [
-        ("evaluation", "benchmarks asking predictions figures interventions carrying reliance"),
+        ("evaluation", "benchmarks asking predictions figures interventions carrying reliance study"),
         ("serving", "chat engine rooms endpoint"),
     ],
     [
         (
             "",
-            "run train evaluate card verify export visualize serve compare demo "
+            "run train evaluate card verify export visualize serve demo run_study compare "
             "bench_cases bench bench_step __main__",
         )
     ],
