@@ -18,7 +18,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "runtime",
-            "config renamed ops machine distributed images sampling records data toy named_state checkpoint",
+            "config renamed plan ops machine distributed images sampling records data toy named_state "
+            "checkpoint",
         )
     ],
     [("backbone", "families attention_functions model adapter widths record encoders")],
@@ -31,8 +32,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "",
-            "run train evaluate card verify export visualize serve compare demo "
-            "bench_cases bench bench_step __main__",
+            "run planning train evaluate card verify export visualize serve compare demo "
+            "bench_cases bench bench_measures bench_step __main__",
         )
     ],
 ]

@@ -286,6 +286,8 @@ def parse(argv=None, settings_of=lambda method: Settings):
     parser = OneLineParser(
         prog="train.py",
         description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
+        epilog="--plan says what the run would need, and runs nothing; --plan --help lists what it takes: "
+        "--gpus, --gpu, --memory, --tflop_s, --image, --length.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
