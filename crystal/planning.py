@@ -47,9 +47,6 @@ def main(argv=None):
     )
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, one process on each")
     parser.add_argument("--gpu", default="a40", choices=sorted(CARDS), help="kind of GPU")
-    parser.add_argument(
-        "--shard", default="none", choices=("none", "full"), help="each GPU has the model whole, or its shard"
-    )
     parser.add_argument("--memory", type=float, default=0.0, help="GB of one GPU; 0: the kind's")
     parser.add_argument(
         "--tflop_s", type=float, default=0.0, help="TFLOP/s that a GPU reaches; 0: a fifth of its peak"
@@ -63,7 +60,7 @@ def main(argv=None):
     if min(own.gpus - 1, own.memory, own.tflop_s, own.length) < 0:
         raise UserError("--gpus must be at least 1, --memory, --tflop_s and --length at least 0")
 
-    run = of_settings(settings, own.gpus, own.shard, size_of(own.image), own.length)
+    run = of_settings(settings, own.gpus, size_of(own.image), own.length)
     card = CARDS[own.gpu]
     name = f"{own.memory:g} GB" if own.memory else own.gpu
     speed = own.tflop_s or SHARE * card.peak
@@ -115,12 +112,12 @@ def lower(run, memory):
 # --- what the sums are of ---
 
 
-def of_settings(settings, gpus=1, shard="none", image=(448, 448), length=0):
+def of_settings(settings, gpus=1, image=(448, 448), length=0):
     """A run's settings on so many GPUs -> plan.Run. image: (width, height). UserError as train.py's own.
 
     length: tokens of a sequence, 0 for as many as a question of one word makes.
     """
-    if shard == "full" and gpus == 1:
+    if settings.shard == "full" and gpus == 1:
         raise UserError("--shard full: shards lie on several GPUs; --gpus says how many")
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     model = widths.outline(settings.model, dtype, settings.min_pixels, settings.max_pixels)
@@ -144,7 +141,7 @@ def of_settings(settings, gpus=1, shard="none", image=(448, 448), length=0):
         dropout=settings.lora_dropout,
         on_vision="vision" in settings.lora_on,
         gpus=gpus,
-        shard=shard,
+        shard=settings.shard,
     )
     return replace(
         asked,

@@ -155,7 +155,6 @@ TABLE = {
     "crystal.planning": {
         "--gpus": "test_planning.py::test_the_flags_change_the_plan",
         "--gpu": "test_planning.py::test_the_flags_change_the_plan",
-        "--shard": "test_planning.py::test_the_flags_change_the_plan",
         "--memory": "test_planning.py::test_the_flags_change_the_plan",
         "--tflop_s": "test_planning.py::test_the_flags_change_the_plan",
         "--image": "test_planning.py::test_the_flags_change_the_plan",

@@ -48,8 +48,8 @@ def table():
 
 def line(name, model, flags, length, gpus, shard):
     """One run's line: GB of a GPU by part, and where it fits."""
-    settings = methods.parse(["--model", model, *flags.split()])
-    run = planning.of_settings(settings, gpus, shard, length=length)
+    settings = methods.parse(["--model", model, "--shard", shard, *flags.split()])
+    run = planning.of_settings(settings, gpus, length=length)
     parts = {part: size / 1e9 for part, size in plan.memory(run).items()}
     needed = sum(parts.values())
     static = parts["weights"] + parts["gradients"] + parts["optimiser"]

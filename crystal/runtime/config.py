@@ -149,6 +149,11 @@ class Settings:
         False,
         "torch.compile for the decoder layers: fewer kernels and less memory, after a minute at the start",
     )
+    shard: str = setting(
+        "none",
+        "of several processes each has the whole model, or its part of every layer (FSDP2)",
+        ("none", "full"),
+    )
     workers: int = setting(0, "processes that prepare batches")
     min_pixels: int = setting(
         None,
