@@ -4949,8 +4949,8 @@ LOOP = [
     ),
     Break(
         "train-gradients-of-one-rank", "crystal/train.py",
-        "part < settings.accumulation - 1)",
-        "part < settings.accumulation)",
+        "last_part = part == settings.accumulation - 1",
+        "last_part = False",
         "Processes never exchange gradients and drift apart.",
         TWO,
     ),
