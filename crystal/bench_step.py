@@ -14,18 +14,14 @@ the tokens are the shipped tiny model's. B pairs, L sequence length.
 """
 
 import argparse
-import collections
 import gc
 import importlib.metadata
 import json
-import math
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +29,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from crystal import methods, train
 from crystal.backbone.widths import SIDE, build
+from crystal.bench_measures import flops, on_the_gpu, seconds
 from crystal.layout import IGNORE
 from crystal.runtime import data, ops
 from crystal.runtime.config import OneLineParser, UserError
@@ -142,7 +138,7 @@ def tell(row, rows, machine):
     )
     if "busy_ms" in row:
         busy = f"busy {row['busy_ms']:.1f} ms in {row['kernels']} kernels"
-        print(f"{'':14} {busy}; host waits {row['waits']}", flush=True)
+        print(f"{'':14} {busy}; host waits {row['waited']}", flush=True)
 
 
 # --- a row ---
@@ -261,70 +257,7 @@ def write_record(folder, length):
     return path
 
 
-# --- what is measured ---
-
-
-def seconds(f, device):
-    """What f takes, the GPU's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def attention_flops(products):
-    """A formula for FlopCounterMode, which fails on grouped heads: so many products of L x L x d, causal.
-
-    The tower is not causal, and masked kernels compute hidden cells: both do more than is counted.
-    """
-
-    def count(*shapes, **_):
-        q, k = [shape for shape in shapes if isinstance(shape, (tuple, torch.Size)) and len(shape) == 4][:2]
-        return products * math.prod(q) * k[2]  # 2 operations, half of the L x L cells
-
-    return count
-
-
-def flops(step):
-    """Operations of one update."""
-    aten = torch.ops.aten
-    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    formulas = {}
-    for kind in kinds:
-        formulas[getattr(aten, f"_scaled_dot_product_{kind}")] = attention_flops(2)
-        formulas[getattr(aten, f"_scaled_dot_product_{kind}_backward")] = attention_flops(5)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def on_the_gpu(step):
-    """How long the GPU worked in one update, in how many kernels, and where the host waited for it."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    waits = [w for w in caught if "synchroniz" in str(w.message)]
-    sites = collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    events = [event for event in profile.key_averages() if event.device_time_total > 0]
-    events.sort(key=lambda event: -event.device_time_total)
-    return {
-        "waits": len(waits),
-        "waits_at": sites.most_common(),
-        "busy_ms": sum(event.device_time_total for event in events) / 1e3,
-        "kernels": sum(event.count for event in events),
-        "longest": [(event.key[:120], event.count, event.device_time_total / 1e3) for event in events[:30]],
-    }
+# --- where it ran ---
 
 
 def version(package):

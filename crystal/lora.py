@@ -199,6 +199,8 @@ class TrainableTokens(nn.Module):
                 raise RuntimeError(
                     "the vocabulary's weight must be frozen (requires_grad False) while its rows train"
                 )
+            if hasattr(P, "full_tensor"):  # one that lies in shards
+                P = P.full_tensor()
             module.weight.index_copy_(0, self.index, P.to(module.weight.dtype))
 
     def remove(self):

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from crystal import methods
-from crystal.runtime import checkpoint
+from crystal.runtime import checkpoint, shard
 from crystal.runtime.config import UserError
 
 # What crystal writes into a run: training, and the commands that open it later. --overwrite deletes these,
@@ -140,9 +140,15 @@ def versions():
 # --- checkpoints: what is in one, and what makes a resume exact, runtime/checkpoint.py tells ---
 
 def store(run, step, settings, optimizer, named, procs, best):
-    """Writes checkpoints/step-N, which a resume goes on from; the older ones beyond --keep go."""
+    """Writes checkpoints/step-N, which a resume goes on from; the older ones beyond --keep go.
+
+    The first process writes; all call it, because each may have a shard of what is written.
+    """
     files, state = checkpoint.contents(step, settings, optimizer, named, procs)
-    checkpoint.save(run, step, files, state | methods.fingerprint(settings.method))
+    with shard.collected(files, procs) as files:
+        if not procs.is_first:
+            return
+        checkpoint.save(run, step, files, state | methods.fingerprint(settings.method))
     if best:
         checkpoint.mark_best(run, **best)
     checkpoint.prune(run, settings.keep)

@@ -25,7 +25,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import crystal.backbone.model
-from crystal import methods
+from crystal import methods, planning
 from crystal.evaluation import carrying
 from crystal.losses import total
 from crystal.run_directory import (
@@ -39,7 +39,7 @@ from crystal.run_directory import (
     summary_writer,
     write,
 )
-from crystal.runtime import checkpoint, config, data, distributed, ops, sampling
+from crystal.runtime import checkpoint, config, data, distributed, ops, sampling, shard
 from crystal.runtime.config import UserError
 
 
@@ -78,6 +78,10 @@ def learning_rate(step, settings):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--plan" in argv:  # what the run would need, instead of the run
+        return planning.main([flag for flag in argv if flag != "--plan"])
+
     # --- settings ---
     settings = methods.parse(argv)
     run = settings.run_dir
@@ -95,7 +99,10 @@ def main(argv=None):
 
     # Full fine-tuning keeps its weights in float32 and computes in the smaller type; adapters are float32
     # on frozen small weights.
-    mixed = settings.tune == "full" and dtype == torch.bfloat16
+    sharded = settings.shard == "full"
+    if sharded and procs.world == 1:
+        raise UserError("--shard full: shards lie in several processes; torchrun --nproc_per_node=N ..")
+    mixed = settings.tune == "full" and dtype == torch.bfloat16 and not sharded
     weights_dtype = torch.float32 if mixed else dtype
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
 
@@ -107,6 +114,7 @@ def main(argv=None):
         )
     method, fmt = methods.attach(model, settings)
     objective = Objective(model, method, autocast).to(device).train()
+    whole = shard.cut(objective, procs, dtype, method.repeats) if sharded else None
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
     if not named:
         raise UserError(f"--tune {settings.tune}: with --method {settings.method} nothing is left to train")
@@ -143,7 +151,7 @@ def main(argv=None):
         check_overwrite(run, settings)
 
     # --- loop ---
-    wrapped = procs.wrap(objective)
+    wrapped = whole or procs.wrap(objective)
     stages = [stage_batches(i, examples, step, settings, pad, procs) for i, examples in enumerate(train_sets)]
     batches = itertools.chain.from_iterable(stages)
     hide_bar = not (procs.is_first and sys.stderr.isatty())
@@ -174,7 +182,8 @@ def main(argv=None):
             # Dropout is seeded by update, part and rank, so a resumed run draws what the
             # unbroken one would have.
             torch.manual_seed(data.seed_of(settings.seed, step, part, procs.rank))
-            with procs.no_sync(wrapped, part < settings.accumulation - 1):
+            last_part = part == settings.accumulation - 1
+            with shard.in_step(whole, last_part) if sharded else procs.no_sync(wrapped, not last_part):
                 terms = wrapped(batch, settings.progress(step))
                 loss = weighted(terms, method, settings)  # eq. 6
                 (loss / settings.accumulation).backward()
@@ -185,7 +194,7 @@ def main(argv=None):
             tokens += int(batch["attention_mask"].sum()) * paths
 
         # Ranks share gradients but not losses: either may be the first to break, and all must stop together.
-        norm = nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
+        norm = shard.clip([p for _, p in named], settings.clip)
         finite = math.isfinite(float(logged["loss"])) and math.isfinite(float(norm))
         if procs.any(not finite):
             good = checkpoint.newest(run, procs.print) if last_saved is not None else None
@@ -231,7 +240,8 @@ def main(argv=None):
 
         # Validation, and a checkpoint of the best.
         if val_set and settings.eval_every and (step % settings.eval_every == 0 or last):
-            measured = validate(objective, val_set, settings, method, pad, procs, weights_dtype)
+            with shard.gathered(whole) if sharded else nullcontext():
+                measured = validate(objective, val_set, settings, method, pad, procs, weights_dtype)
             if method.metric not in measured:
                 raise UserError(
                     f"--method {settings.method}: its metric {method.metric!r} is none of what it measures, "
@@ -240,8 +250,7 @@ def main(argv=None):
             value = measured[method.metric]
             if best is None or value < best["value"]:
                 best = {"step": step, "value": value, "metric": f"val_{method.metric}"}
-                if procs.is_first:
-                    store(run, step, settings, optimizer, named, procs, best)
+                store(run, step, settings, optimizer, named, procs, best)
                 last_saved = step
             if procs.is_first:
                 write(log, board, {"step": step, **{f"val_{n}": v for n, v in measured.items()}})
@@ -251,8 +260,7 @@ def main(argv=None):
 
         # A checkpoint every so often, and of the last update.
         if (step % settings.save_every == 0 or last) and last_saved != step:
-            if procs.is_first:
-                store(run, step, settings, optimizer, named, procs, None)
+            store(run, step, settings, optimizer, named, procs, None)
             last_saved = step
 
     # --- end ---
@@ -266,7 +274,7 @@ def main(argv=None):
     procs.barrier()
 
     # Drop references to DDP before destroying the process group; otherwise its end occasionally hangs.
-    del wrapped, terms, loss
+    del wrapped, whole, terms, loss
     gc.collect()
     procs.stop()
     return run

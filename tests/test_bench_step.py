@@ -69,14 +69,6 @@ def test_flops_are_those_of_the_products(tmp_path):
     assert decoder < found["flops"] < 1.7 * (decoder + tower)
 
 
-def test_attention_counts_half_of_its_cells():
-    """q [2,6,10,32] against k [2,3,10,32]: 2 products of L x L x d a head, half of their cells seen."""
-    count = bench_step.attention_flops(2)
-    q, k = (2, 6, 10, 32), (2, 3, 10, 32)
-    assert count(q, k, k, out_shape=None) == 2 * 2 * 6 * 10 * 10 * 32 * 2 / 2
-    assert bench_step.attention_flops(5)((2, 6, 10, 32), (2, 6, 10, 32)) == 5 * 2 * 6 * 10 * 10 * 32
-
-
 def test_a_row_that_fails_is_a_line(tmp_path, monkeypatch, capsys):
     """The others go on, and the JSON says why; what was chosen of the operators is chosen again."""
 

@@ -95,6 +95,46 @@ def test_swap_one_record_at_a_time(setup, method):
 
 
 @torch.no_grad()
+def test_records_with_fewer_latents(setup):
+    """A thought of one step and one of two: what one lacks stays the other's own, in a batch as by itself."""
+    s = setup("--method", "valr", "--encoders", "none", which=[0, 1])
+    s.objective.eval()
+    for record, steps in zip(s.records, (["red"], ["red", "blue"])):
+        record.cot = steps
+    examples = [s.examples[0, i] for i in range(2)]
+    pad = s.model.tokenizer.pad_token_id
+    to = lambda *given: data.to_device(data.collate(list(given), pad), torch.device("cpu"), torch.float64)
+    batch, alone = to(*examples), [to(example) for example in examples]
+    assert [len(one["latents"][0]) for one in alone] == [3, 6] and (batch["latents"][0, 3:] == -1).all()
+    numbers = carrying.of_block(s.model, s.method, batch, [1, 0])
+
+    def forward(one, give=None):
+        where, L, seen = one["latents"][0], one["input_ids"].shape[1], []
+
+        def before(layer, args, kwargs):
+            h = args[0] if args else kwargs["hidden_states"]
+            if h.shape[1] != L:
+                return None
+            if give is not None:
+                h = h.clone()
+                h[0, where[:3]] = give[len(seen)][:3]
+            seen.append(h[0, where].clone())
+            return ((h, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": h})
+
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in s.model.layers]
+        h = s.method.hidden(s.model, one)
+        for hook in hooks:
+            hook.remove()
+        return float(mean_ce(s.model, h, one, 0)), seen
+
+    plain = [forward(one) for one in alone]
+    for i in range(2):
+        expected = forward(alone[i], plain[1 - i][1])[0] - plain[i][0]
+        assert abs(expected) > 1e-7
+        assert float(numbers["swap"][i]) == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
 def test_drop_hides_the_latents_from_all_that_follow(setup):
     s = setup("--method", "livr")
     numbers = measured(s)

@@ -154,6 +154,14 @@ TABLE = {
         "--device": "test_bench_step.py::test_every_row_of_a_small_model",
         "--out": "test_bench_step.py::test_every_row_of_a_small_model",
     },
+    "crystal.planning": {
+        "--gpus": "test_planning.py::test_the_flags_change_the_plan",
+        "--gpu": "test_planning.py::test_the_flags_change_the_plan",
+        "--memory": "test_planning.py::test_the_flags_change_the_plan",
+        "--tflop_s": "test_planning.py::test_the_flags_change_the_plan",
+        "--image": "test_planning.py::test_the_flags_change_the_plan",
+        "--length": "test_planning.py::test_the_flags_change_the_plan",
+    },
     "data_prep.ade20k_depth": {
         "--images": "test_ade20k_depth.py::test_maps_may_lie_in_one_folder_and_names_end_in_capitals",
         "--depth": "test_ade20k_depth.py::test_maps_may_lie_in_one_folder_and_names_end_in_capitals",

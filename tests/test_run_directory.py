@@ -42,7 +42,7 @@ def test_versions_and_memory_are_those_of_this_process():
 
 # A resume may set these anew, and nothing else.
 MAY_CHANGE = {
-    "output", "batch_size", "accumulation", "device", "checkpointing", "compile", "workers",
+    "output", "batch_size", "accumulation", "device", "checkpointing", "compile", "shard", "workers",
     "on_bad_record",
     "eval_every", "eval_records", "save_every", "keep", "log_every", "resume", "overwrite", "tensorboard",
 }

@@ -1221,6 +1221,14 @@ def test_compiled_by_torch(run):
     assert [line["loss"] for line in compiled.lines] == pytest.approx(losses, rel=1e-5)
 
 
+@holds("shard")
+def test_shards_lie_in_several_processes(tmp_path):
+    """tests/test_shard.py has them; one process says what is needed, and begins no run."""
+    with pytest.raises(UserError, match="--shard full: shards lie in several processes"):
+        train.main(["--shard", "full", "--output", str(tmp_path / "run"), "--device", "cpu"])
+    assert not (tmp_path / "run").exists()
+
+
 @holds("workers")
 def test_workers_prepare_the_same_batches_in_their_processes(built, monkeypatch):
     found, collate = {}, data.collate

@@ -393,6 +393,10 @@ def prepare(model, settings, tokens=()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+        # It lets every input need a gradient, as its reentrant way wants: a frozen vision tower would then be
+        # run again, and gone through backward, for nothing.
+        model.hf.disable_input_require_grads()
     if settings.compile:
         compile_layers(model.layers)
     return model

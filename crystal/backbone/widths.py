@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 from crystal.backbone.model import TINY, Model, load
+from crystal.runtime.plan import Blocks
 
 SIDE = 448  # pixels: 1024 patches, 256 tokens
 
@@ -21,6 +22,8 @@ TEXT = {
 }  # fmt: skip
 VISION = {"hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "depth": 32}
 WHOLE_IMAGE = (7, 15, 23, 31)  # blocks of the tower that see the image and not a window
+PUBLISHED = {"Qwen/Qwen2.5-VL-7B-Instruct": "7b", "Qwen/Qwen2.5-VL-3B-Instruct": "3b"}
+AREA = (3136, 12845056)  # pixels of an image after resizing, as both models' own rules bound it
 
 
 def build(name, layers, vision_layers, device, dtype):
@@ -52,6 +55,7 @@ def build(name, layers, vision_layers, device, dtype):
     finally:
         torch.set_default_dtype(before)
     hf = hf.to(device, dtype).eval().requires_grad_(False)
+    hf.tie_weights()  # on the meta device nothing has
     with torch.no_grad():
         for key, parameter in hf.named_parameters():
             if parameter.ndim > 1:
@@ -59,3 +63,45 @@ def build(name, layers, vision_layers, device, dtype):
             else:
                 parameter.fill_(1.0 if key.endswith("weight") else 0.0)
     return Model(hf, tiny.tokenizer, tiny.image_processor, tiny.family, name)
+
+
+def outline(name, dtype, min_pixels=None, max_pixels=None):
+    """A Model without weights, on torch's meta device: of a directory, a hub name, or published widths.
+
+    For names of PUBLISHED nothing is asked of a hub: the tokens are the tiny model's, the pixel rules Qwen's.
+    """
+    if name not in PUBLISHED:
+        return load(name, dtype, min_pixels=min_pixels, max_pixels=max_pixels, weights=False)
+
+    known = PUBLISHED[name]
+    depth = TEXT[known]["num_hidden_layers"]
+    model = build(known, depth, VISION["depth"], torch.device("meta"), dtype)
+    images = load("tiny", dtype, "cpu", min_pixels or AREA[0], max_pixels or AREA[1]).image_processor
+    model.image_processor = images
+    return model
+
+
+def blocks(model, patches):
+    """A Model -> (plan.Blocks of its decoder, of its vision tower), as its configuration says.
+
+    patches: of one image, which the tower's blocks see as a whole, or in windows.
+    """
+    text, vision = model.hf.config.get_text_config(), model.hf.config.vision_config
+    heads = text.num_attention_heads
+    d = getattr(text, "head_dim", None) or text.hidden_size // heads
+    decoder = Blocks(
+        text.num_hidden_layers, text.hidden_size, text.intermediate_size, heads, text.num_key_value_heads, d
+    )
+
+    # Towers have other names for the same numbers.
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
+    width = vision.hidden_size
+
+    # Qwen2.5's alone has windows.
+    whole, side = range(depth), 0
+    if model.hf.config.model_type == "qwen2_5_vl":
+        whole, side = vision.fullatt_block_indexes, vision.window_size // vision.patch_size
+    in_window = min(side * side, patches)
+    seen = len(whole) * patches + (depth - len(whole)) * in_window
+    return decoder, Blocks(depth, width, vision.intermediate_size, heads, heads, width // heads, seen)

@@ -133,14 +133,17 @@ def of_block(model, method, batch, donor):
             given = answer_ce(model, method.hidden(model, corrupted), batch)
         numbers["gain"] = own - given
     else:
-        latents = torch.zeros_like(batch["attention_mask"], dtype=torch.bool).scatter(1, where, True)
+        latents = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
+        latents.scatter_(1, where.clamp(min=0), where >= 0)
         unseen = [AttentionBias(~latents, latents)]
         numbers["drop"] = answer_ce(model, method.hidden(model, batch, biases=unseen), batch) - intact
 
     has_donor = [i for i, j in enumerate(donor) if j >= 0]
     if has_donor:
-        theirs = [layer[[max(j, 0) for j in donor]] for layer in states]
-        with replaced(model, where, theirs, L):
+        at = [max(j, 0) for j in donor]
+        theirs = [layer[at] for layer in states]
+        shared = where.masked_fill(where[at] < 0, -1)  # a donor with fewer latents has nothing for the others
+        with replaced(model, shared, theirs, L):
             swapped = answer_ce(model, method.hidden(model, batch), batch)
         numbers["swap"] = (swapped - intact)[has_donor]
     return numbers

@@ -43,14 +43,15 @@ def before_layers(model, change):
 def recorded(model, where, length=None):
     """Records the latents' states: a list that fills with [B,K,D] for each layer.
 
-    where: positions [B,K]. length: only forwards of so many positions count; by default those of more
-    than one, which are prompts. A token being decoded reads the latents from the cache.
+    where: positions [B,K], -1 for none, whose states mean nothing. length: only forwards of so many positions
+    count; by default those of more than one, which are prompts. A token being decoded reads the latents from
+    the cache.
     """
     states = []
 
     def change(n, h, kwargs):
         if holds_latents(h, length):
-            states.append(h.gather(1, where[:, :, None].expand(-1, -1, h.shape[2])))
+            states.append(h.gather(1, places(where, h)))
         return h, kwargs
 
     with before_layers(model, change):
@@ -63,11 +64,19 @@ def replaced(model, where, states, length=None):
 
     def change(n, h, kwargs):
         if holds_latents(h, length):
-            h = h.scatter(1, where[:, :, None].expand(-1, -1, h.shape[2]), states[n].to(h.dtype))
+            # Where there is none, the first position gets its own state.
+            own = h.gather(1, places(where, h))
+            given = torch.where(where[:, :, None] >= 0, states[n].to(h.dtype), own)
+            h = h.scatter(1, places(where, h), given)
         return h, kwargs
 
     with before_layers(model, change):
         yield
+
+
+def places(where, h):
+    """Positions [B,K] as an index of states h [B,L,D]; -1, for none, is the first."""
+    return where.clamp(min=0)[:, :, None].expand(-1, -1, h.shape[2])
 
 
 def holds_latents(h, length):

@@ -16,6 +16,7 @@ which inherits from sft's (or another's) what it does not change:
     biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
     losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; a config.Progress
     monitored         names among them that are logged and not trained
+    repeats           whether `losses` runs the decoder more than once, as fed-back latents do (--shard full)
     metric            the name of the loss, or "loss" for their sum, whose least value at a validation
                       makes the best checkpoint
 """

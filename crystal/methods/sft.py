@@ -25,6 +25,7 @@ class Method:
 
     Settings = config.Settings
     monitored: tuple[str, ...] = ()
+    repeats = False
 
     def __init__(self, settings: Any):
         self.settings = settings

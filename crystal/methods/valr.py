@@ -169,6 +169,7 @@ class Method(SFT):
     """Cross-entropy over the steps, and alignment of the fed-back latents to encoders."""
 
     Settings = Settings
+    repeats = True
 
     @property
     def tokens(self):

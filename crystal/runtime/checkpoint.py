@@ -44,7 +44,8 @@ def step_dir(run_dir, step):
 def save(run_dir, step, files, state, extra=None):
     """Write checkpoint `step`; returns its directory.
 
-    files: {"name.safetensors": {tensor name: tensor of any shape, dtype and device}}. state: JSON
+    files: {"name.safetensors": {tensor name: tensor of any shape, dtype and device}}, or in a dict's place
+    a function that writes that file to the path that it is given (shard.py). state: JSON
     values (lists for tuples, strings for keys). extra: called with the directory to write more into,
     such as an adapter and a tokenizer. An older directory of the same step is replaced. CheckpointError
     before anything is written, for a bad name or a state that is not JSON. OSError with the path when a
@@ -66,7 +67,10 @@ def save(run_dir, step, files, state, extra=None):
         _clean(final.parent)
         temporary.mkdir()
         for name, tensors in files.items():
-            save_file(_separate(tensors), temporary / name)
+            if callable(tensors):
+                tensors(temporary / name)
+            else:
+                save_file(_separate(tensors), temporary / name)
         (temporary / STATE).write_text(state)
         if extra is not None:
             extra(temporary)
@@ -223,8 +227,8 @@ def prune(run_dir, keep):
 # split. A run that stopped at a broken image goes on with --on_bad_record skip: which records there are, and
 # their order, is the same.
 MAY_CHANGE = {
-    "output", "batch_size", "accumulation", "device", "checkpointing", "compile", "workers",
-    "on_bad_record", "eval_every", "eval_records", "save_every", "keep",
+    "output", "batch_size", "accumulation", "device", "checkpointing", "compile", "shard",
+    "workers", "on_bad_record", "eval_every", "eval_records", "save_every", "keep",
     "log_every", "resume", "overwrite", "tensorboard",
 }
 

@@ -149,6 +149,11 @@ class Settings:
         False,
         "torch.compile for the decoder layers: less memory, but slower where launches take the time",
     )
+    shard: str = setting(
+        "none",
+        "of several processes each has the whole model, or its part of every layer (FSDP2)",
+        ("none", "full"),
+    )
     workers: int = setting(0, "processes that prepare batches")
     min_pixels: int = setting(
         None,
@@ -286,6 +291,8 @@ def parse(argv=None, settings_of=lambda method: Settings):
     parser = OneLineParser(
         prog="train.py",
         description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
+        epilog="--plan says what the run would need, and runs nothing; --plan --help lists what it takes: "
+        "--gpus, --gpu, --memory, --tflop_s, --image, --length.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -1,9 +1,9 @@
 """Ranks, reductions, printing on one rank, and the signals that end a run.
 
-This is the only file that knows torch.distributed's calls. One process and many take the same path. Without
-torchrun no process group is made and every method is the identity; under torchrun (RANK, WORLD_SIZE,
-LOCAL_RANK) the group is nccl on CUDA and gloo on a CPU. Left out on purpose: sharding of any kind. A model
-that fits one device is replicated, and gradients are averaged by DistributedDataParallel.
+Beside shard.py this is the only file that knows torch.distributed's calls. One process and many take the
+same path. Without torchrun no process group is made and every method is the identity; under torchrun (RANK,
+WORLD_SIZE, LOCAL_RANK) the group is nccl on CUDA and gloo on a CPU. A model that fits one device is
+replicated, and gradients are averaged by DistributedDataParallel; shard.py cuts one that does not.
 """
 
 import inspect

@@ -6,6 +6,7 @@ matter to what is on the disk. torch's own load_state_dict would cast moments to
 
 import torch
 
+from crystal.runtime import shard
 from crystal.runtime.config import UserError
 
 
@@ -32,7 +33,7 @@ def load_parameters(named_params, tensors, source):
                 f"{tuple(param.shape)}"
             )
     for name, param in named.items():
-        param.copy_(tensors[name])
+        param.copy_(shard.like(param, tensors[name]))
 
 
 def optimizer_tensors(optimizer, named_params):
@@ -121,8 +122,10 @@ def load_optimizer(optimizer, named_params, tensors, hyper=None):
                 continue
             own = {}
             for key, value in state.items():
-                device = param.device if beside or key != "step" else "cpu"
-                own[key] = value.to(device, copy=True)
+                if key == "step":
+                    own[key] = value.to(param.device if beside else "cpu", copy=True)
+                else:
+                    own[key] = shard.like(param, value).clone()
             optimizer.state[param] = own
 
     for group, saved in zip(groups, hyper or []):
