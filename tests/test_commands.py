@@ -248,6 +248,7 @@ TABLE = {
         "--train": "test_toy.py::test_the_command_draws_what_was_asked",
         "--val": "test_toy.py::test_the_command_draws_what_was_asked",
         "--test": "test_toy.py::test_the_command_draws_what_was_asked",
+        "--families": "test_toy_steps.py::test_the_command_asks_the_families_that_were_named",
     },
 }
 
