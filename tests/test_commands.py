@@ -180,6 +180,12 @@ TABLE = {
         "--prompt": "test_tallyqa.py::test_records_that_training_takes",
         "--on_bad_record": "test_tallyqa.py::test_a_broken_question_is_one_line",
     },
+    "data_prep.easy_vqa": {
+        "--out": "test_easy_vqa.py::test_the_command_writes_what_training_takes",
+        "--val": "test_easy_vqa.py::test_the_command_writes_what_training_takes",
+        "--seed": "test_easy_vqa.py::test_the_seed_holds_pictures_out",
+        "--package": "test_easy_vqa.py::test_the_command_writes_what_training_takes",
+    },
     "data_prep.encoder_features": {
         "--encoder": "test_encoder_features.py::test_files_hold_what_the_flags_say",
         "--data": "test_encoder_features.py::test_files_hold_what_the_flags_say",
