@@ -39,7 +39,7 @@ from crystal.run_directory import (
     summary_writer,
     write,
 )
-from crystal.runtime import checkpoint, config, data, distributed, ops, sampling
+from crystal.runtime import checkpoint, config, data, distributed, ops, sampling, sight
 from crystal.runtime.config import UserError
 
 
@@ -122,6 +122,8 @@ def main(argv=None):
     # One set to train on for each stage; what was broken is listed once the directory is this run's.
     train_sets, val_set, unlisted = open_data(settings, method, model, fmt, procs)
     pad = model.tokenizer.pad_token_id
+    if procs.is_first:
+        print(*sight.told(train_sets[0]), sep="\n", flush=True)
 
     # --- optimiser ---
     optimizer = optimizer_of(named, model, settings)
@@ -339,6 +341,7 @@ def open_data(settings, method, model, fmt, procs):
             skip=settings.on_bad_record == "skip" and split == "train",
             copies=fmt.copies,
             extras=method.extras,
+            grey=settings.blind,
         )
 
     train_sets = [examples("train", path, i) for i, path in enumerate(train)]

@@ -87,6 +87,7 @@ TABLE = {
         "--latents": "test_evaluate_asks_with_and_without_latents",
         "--corruption": "test_evaluate_shows_corrupted_or_grey_images",
         "--grey": "test_evaluate_shows_corrupted_or_grey_images",
+        "--blind": "test_evaluate_shows_corrupted_or_grey_images",
         "--scores": "test_evaluate_scores_a_benchmark_as_told",
         "--suffix": "test_evaluate_scores_a_benchmark_as_told",
         "--batch_size": "test_evaluate_reads_asks_and_writes",
@@ -691,6 +692,7 @@ def test_evaluate_shows_corrupted_or_grey_images(attached, fed, records_file, ca
         return shown(fed[-1].prompts[0][1])
 
     plain, grey = look(), look("--grey")
+    assert (look("--blind") == grey).all()
     assert (in_order(plain) - colours(records_file.parent / "0_0.png")).abs().max() < 1e-5
     assert (grey - 128 / 255).abs().max() < 1e-5
 
@@ -716,6 +718,16 @@ def test_evaluate_shows_corrupted_or_grey_images(attached, fed, records_file, ca
         for seed in "123"
     ]
     assert all(0.18 < share < 0.82 for share in drawn) and max(drawn) - min(drawn) > 0.02
+
+
+def test_a_run_that_was_trained_blind_is_asked_blind(attached, fed, records_file):
+    """Its pictures are grey without a flag; another image's latents would tell it nothing."""
+    attached(evaluate, "--blind")
+    flags = ["--data", str(records_file), "--limit", "1", "--device", "cpu", "--model", "some/where"]
+    evaluate.main(flags)
+    assert (shown(fed[-1].prompts[0][1]) - 128 / 255).abs().max() < 1e-5
+    with pytest.raises(config.UserError, match="--reliance: some/where was trained blind"):
+        evaluate.main([*flags, "--reliance"])
 
 
 def test_evaluate_asks_under_the_methods_mask(attached, fed, records_file):

@@ -210,7 +210,7 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
 # steps, batches of one pair a process, weight decay 0.1, warm-up 5 %, cosine. Table 3: 8 latents, diverse.
 SHARED = dict(
     model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8, latent_kind="diverse",
-    turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
+    turns="first", blind=False, tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
     max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
     decay="cosine", clip=1.0, device="auto", dtype="auto",
     checkpointing=False, compile=False, workers=0, min_pixels=None,
@@ -484,6 +484,26 @@ def test_records_come_from_the_files_that_are_named(built, twelve, tmp_path):
     assert built("--method", "sft").val_set is None
     with pytest.raises(UserError, match="a.json.*deep/0.png"):
         built("--method", "sft", *flags[:2])
+
+
+@holds("blind")
+def test_a_blind_run_sees_grey_pictures_in_training_and_validation(built, twelve, tmp_path, monkeypatch):
+    """128 of 255 in every pixel of both paths; the prompt, with its number of image tokens, stays."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[None, :, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[None, :, None]
+    for method, names in (("sft", ["pixel_values"]), ("crystal", ["pixel_values", "pixel_values_cor"])):
+        flags = ["--method", method, "--val_data", str(twelve)]
+        seeing, blind = built(*flags, "--no-blind"), built(*flags, "--blind")
+        for split in ("train_sets", "val_set"):
+            plain, grey = (getattr(s, split) for s in (seeing, blind))
+            plain, grey = (x[0][0, 3] if split == "train_sets" else x[0, 3] for x in (plain, grey))
+            for name in names:
+                colours = grey[name].view(-1, 3, 2 * 14 * 14) * std + mean
+                assert (colours - 128 / 255).abs().max() < 1e-5 and not torch.equal(grey[name], plain[name])
+            assert grey["layout"].ids == plain["layout"].ids
+
+    assert methods.parse(["--blind"]).run_dir.as_posix() == "runs/crystal-blind"
+    assert methods.parse(["--blind", "--output", "there"]).run_dir.as_posix() == "there"
 
 
 def test_without_data_the_toy_scenes_of_the_seed_are_made(built, twelve, tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "runtime",
-            "config renamed ops machine distributed images sampling records data silhouettes toy toy_steps "
-            "named_state checkpoint",
+            "config renamed ops machine distributed images sampling records data sight silhouettes toy "
+            "toy_steps named_state checkpoint",
         )
     ],
     [("backbone", "families attention_functions model adapter widths record encoders")],
