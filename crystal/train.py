@@ -25,7 +25,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import crystal.backbone.model
-from crystal import methods
+from crystal import calibrate, methods
 from crystal.evaluation import carrying
 from crystal.losses import total
 from crystal.run_directory import (
@@ -78,6 +78,10 @@ def learning_rate(step, settings):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--calibrate" in argv:  # what corruptions leave of a picture, instead of the run
+        return calibrate.main([flag for flag in argv if flag != "--calibrate"], main)
+
     # --- settings ---
     settings = methods.parse(argv)
     run = settings.run_dir

@@ -97,6 +97,10 @@ TABLE = {
         "--out": "test_evaluate_reads_asks_and_writes",
         "--overwrite": "test_evaluate.py::test_a_killed_run_goes_on",
     },
+    "crystal.calibrate": {
+        "--candidates": "test_calibrate.py::test_the_command_probes_each_level_with_the_runs_flags",
+        "--updates": "test_calibrate.py::test_the_command_probes_each_level_with_the_runs_flags",
+    },
     "crystal.serve": MODEL
     | {
         "--model": OPENS,

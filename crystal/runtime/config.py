@@ -292,6 +292,8 @@ def parse(argv=None, settings_of=lambda method: Settings):
     parser = OneLineParser(
         prog="train.py",
         description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
+        epilog="--calibrate measures what corruptions leave of a picture, and trains nothing else; "
+        "--calibrate --help lists what it takes: --candidates, --updates.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

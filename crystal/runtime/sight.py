@@ -41,7 +41,7 @@ def look(examples, count=LOOKED):
     """
     # Their pictures alone: no method is asked for a layout, and nobody's features are read.
     pictures = copy.copy(examples)
-    pictures.layout = lambda record, image_tokens: None
+    pictures.layout = no_layout
     pictures.extras, pictures.skip = None, False
 
     stride = max(1, len(examples) // count)
@@ -59,6 +59,10 @@ def look(examples, count=LOOKED):
     if not tokens:
         return None
     return Sight(tokens, statistics.fmean(moved) if moved else None, statistics.fmean(contrasts))
+
+
+def no_layout(record, image_tokens):
+    """In the place of a method's layout."""
 
 
 def told(examples):
