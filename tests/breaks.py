@@ -4004,6 +4004,27 @@ COMMANDS = [
         "tests/test_calibrate.py::test_two_updates_from_end_to_end",
     ),
     Break(
+        "claims-chance-happened", "crystal/claims.py",
+        "verdict(low > 0)",
+        "verdict(mean > 0)",
+        "One answer more by chance confirms LIVR's paper.",
+        "tests/test_claims.py::test_livr_is_asked_under_its_mask",
+    ),
+    Break(
+        "claims-best-counts", "crystal/claims.py",
+        "first, last = measured[0], measured[-1]",
+        "first, last = measured[0], min(measured, key=lambda line: line[name])",
+        "The best validation is told as the last.",
+        "tests/test_claims.py::test_lavit_is_read_off_its_validations",
+    ),
+    Break(
+        "claims-rise-is-a-fall", "crystal/claims.py",
+        "last[name] < first[name]",
+        "last[name] != first[name]",
+        "Whatever changes has happened as the paper says.",
+        "tests/test_claims.py::test_lavit_is_read_off_its_validations",
+    ),
+    Break(
         "covt-seed-ignored", "data_prep/covt.py",
         'f"{seed}\\n{id}\\n{relpath}"',
         'f"0\\n{id}\\n{relpath}"',

@@ -32,7 +32,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "",
-            "run calibrate train evaluate card verify export visualize serve compare demo "
+            "run calibrate train evaluate card verify export visualize serve compare claims demo "
             "bench_cases bench bench_step __main__",
         )
     ],
