@@ -43,10 +43,11 @@ def test_the_table_is_typed_out():
 @pytest.mark.parametrize(
     "nats, taken",
     [
-        ((0.6, 1.7, 1.9), 1),  # leave 93, 20 and 7 %: the most of those below a quarter
-        ((0.6, 0.8, 1.5), 2),  # 93, 80, 33 %: none is below, so the least
-        ((1.95, 2.6, 1.7), 2),  # 3, -40, 20 %
-        ((2.2, 2.9), 0),  # -13, -60 %
+        ((0.6, 1.9, 1.7, 1.8), 1),  # leave 93, 7, 20 and 13 %: the least of those within 15
+        ((0.6, 0.8, 1.5), 2),  # 93, 80, 33 %: the nearest to nothing
+        ((1.0, 2.4), 1),  # 67, -27 %
+        ((2.9, 2.2, 2.05), 1),  # -60, -13, -3 %
+        ((2.4, 2.1, 0.7), 1),  # -27, -7, 87 %
     ],
 )
 def test_the_level_to_take_by_hand(nats, taken):
@@ -151,9 +152,9 @@ def test_the_command_probes_each_level_with_the_runs_flags(trained, records_file
 
     said = capsys.readouterr().out
     # Of 1.5 nats 13, 7 and 73 % are left.
-    assert "take --corruption blur=8:10: it leaves 13 % of what a picture is worth in CE" in said
+    assert "take --corruption mask=0.5: it leaves 7 % of what a picture is worth in CE" in said
     note = json.loads((out / "calibration.json").read_text())
-    assert note["take"] == "blur=8:10" and [probe["name"] for probe in note["probes"]] == [
+    assert note["take"] == "mask=0.5" and [probe["name"] for probe in note["probes"]] == [
         "intact", "grey", "blur=8:10", "mask=0.5", "blur=2:5",
     ]
     assert note["probes"][3] == {"name": "mask=0.5", "ce": 1.9, "right": 0.45}
