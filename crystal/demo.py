@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import crystal.backbone.model
-from crystal import evaluate, export, generate, methods, opening, train, visualize
+from crystal import claims, evaluate, export, generate, methods, opening, train, visualize
 from crystal.layout import Format
 from crystal.runtime import checkpoint, config, data, distributed, toy
 from crystal.runtime.config import UserError
@@ -221,6 +221,13 @@ def main(argv=None):
     if in_prompt:
         say(f"{n}. Do the latents carry the answer? {ASKED} questions under interventions")
         evaluate.main(reliance_flags(run, args.method, scenes))
+        n += 1
+
+    # CrystaL's own claim is the table above; each relative's paper has another.
+    claims_met = claims.told(args.method, run, asked) if procs.is_first else []
+    if claims_met:
+        say(f"{n}. What its paper says happens")
+        procs.print("\n".join(claims_met))
         n += 1
 
     if procs.is_first:

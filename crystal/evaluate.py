@@ -162,7 +162,14 @@ def make_parser():
         help="answer from corrupted images, made as train.py's --corruption says: blur, blur=5, blur=2:8, "
         "or blur=3,noise=30",
     )
-    parser.add_argument("--grey", action="store_true", help="answer from grey images")
+    parser.add_argument(
+        "--blind",
+        "--grey",
+        dest="grey",
+        action="store_true",
+        help="answer from grey images: what the questions alone give away; a run that was trained so is "
+        "asked so",
+    )
     parser.add_argument(
         "--scores",
         default="",
@@ -249,6 +256,10 @@ def main(argv=None):
         method=args.method, trust_method=args.trust_method,
     )
     method = methods.get(settings.method)(settings) if settings else SFT(config.Settings(method="sft"))
+    if settings and settings.blind:
+        if args.reliance:
+            raise UserError(f"--reliance: {args.model} was trained blind, and there is nothing to take away")
+        args.grey = True
     corruption = None
     if args.corruption:
         corruption = config.corruption_of(args.corruption, method.settings.corruptions)

@@ -13,7 +13,7 @@ import itertools
 import math
 import sys
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import crystal.backbone.model
-from crystal import methods, planning
+from crystal import calibrate, methods, planning
 from crystal.evaluation import carrying
 from crystal.losses import total
 from crystal.run_directory import (
@@ -39,8 +39,9 @@ from crystal.run_directory import (
     summary_writer,
     write,
 )
-from crystal.runtime import checkpoint, config, data, distributed, ops, sampling, shard
+from crystal.runtime import checkpoint, config, data, distributed, ops, shard, sight
 from crystal.runtime.config import UserError
+from crystal.training_data import open_data, stage_batches
 
 
 class Objective(nn.Module):
@@ -81,6 +82,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv:  # what the run would need, instead of the run
         return planning.main([flag for flag in argv if flag != "--plan"])
+    if "--calibrate" in argv:  # what corruptions leave of a picture, instead of the run
+        return calibrate.main([flag for flag in argv if flag != "--calibrate"], main)
 
     # --- settings ---
     settings = methods.parse(argv)
@@ -130,6 +133,8 @@ def main(argv=None):
     # One set to train on for each stage; what was broken is listed once the directory is this run's.
     train_sets, val_set, unlisted = open_data(settings, method, model, fmt, procs)
     pad = model.tokenizer.pad_token_id
+    if procs.is_first:
+        print(*sight.told(train_sets[0]), sep="\n", flush=True)
 
     # --- optimiser ---
     optimizer = optimizer_of(named, model, settings)
@@ -304,92 +309,6 @@ def optimizer_of(named, model, settings):
         {"params": tokens, "weight_decay": 0.0, "lr_scale": settings.lr_tokens},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
-
-
-def open_data(settings, method, model, fmt, procs):
-    """Settings -> (training RecordDataset of each stage, validation's or None, messages of broken records).
-
-    What was dropped is printed.
-    """
-    root, val = settings.image_root, settings.val_data
-    train = [stage.data or settings.data for stage in settings.stages]
-    if not all(train):
-        root = toy_scenes(settings, procs)
-        train = [path or f"{root}/train.jsonl" for path in train]
-        val = val or f"{root}/val.jsonl"
-
-    # Stages may share a file, which is read once.
-    sources = [("train", path) for path in dict.fromkeys(train)]
-    if val:
-        sources.append(("val", val))
-    known, problems = {}, []
-    for split, path in sources:
-        records, broken, dropped = read_records(path, root, settings)
-        problems += [str(error) for error in broken]
-        if split == "val":
-            records = records[: settings.eval_records]
-        known[split, path] = records
-
-        said = f"{split}: {len(records)} records of {path}"
-        if dropped:
-            said += f"; {dropped} later turns left out (--turns all makes records of them)"
-        if broken:
-            said += f"; {len(broken)} broken ones skipped, see {settings.run_dir}/bad_records.jsonl"
-        procs.print(said)
-
-    def examples(split, path, stage):
-        return data.RecordDataset(
-            known[split, path],
-            lambda record, n: method.layout(fmt, record, n, stage),
-            model.image_processor,
-            method.corruption,
-            seed=settings.seed + (split == "val"),
-            skip=settings.on_bad_record == "skip" and split == "train",
-            copies=fmt.copies,
-            extras=method.extras,
-        )
-
-    train_sets = [examples("train", path, i) for i, path in enumerate(train)]
-    last_stage = len(train) - 1
-    val_set = examples("val", val, last_stage) if val else None
-    return train_sets, val_set, problems
-
-
-def toy_scenes(settings, procs):
-    """Generates the toy scenes, once, by the first process -> their folder."""
-    from crystal.runtime import toy
-
-    with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
-        toy.generate("runs/toy", seed=settings.seed)
-    return "runs/toy"
-
-
-def read_records(path, root, settings):
-    """A file's records -> (whole ones, broken ones' errors, number of turns dropped).
-
-    UserError as --on_bad_record says.
-    """
-    found, dropped = data.read(path, root, settings.turns)
-    broken = [r for r in found if isinstance(r, data.RecordError)]
-    if broken and settings.on_bad_record == "stop":
-        more = f" (and {len(broken) - 1} more broken records)" if len(broken) > 1 else ""
-        raise UserError(f"{broken[0]}{more}; --on_bad_record skip leaves them out")
-    if len(broken) > 0.01 * len(found):
-        raise UserError(
-            f"{path}: {len(broken)} of {len(found)} records are broken, more than 1 %; the first: {broken[0]}"
-        )
-    return [r for r in found if not isinstance(r, data.RecordError)], broken, dropped
-
-
-def stage_batches(stage, examples, step, settings, pad, procs):
-    """This rank's batches of a stage (from 0), from update `step` on; a stage that lies behind has none."""
-    start, stop = settings.span(stage)
-    order = sampling.BatchSampler(
-        len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world,
-        seed=settings.seed, start=max(start, step), stop=stop,
-    )
-    if step < stop:
-        yield from data.loader(examples, order, pad, settings.workers, distributed.ignore_signals)
 
 
 # --- in the loop ---

@@ -87,6 +87,7 @@ TABLE = {
         "--latents": "test_evaluate_asks_with_and_without_latents",
         "--corruption": "test_evaluate_shows_corrupted_or_grey_images",
         "--grey": "test_evaluate_shows_corrupted_or_grey_images",
+        "--blind": "test_evaluate_shows_corrupted_or_grey_images",
         "--scores": "test_evaluate_scores_a_benchmark_as_told",
         "--suffix": "test_evaluate_scores_a_benchmark_as_told",
         "--batch_size": "test_evaluate_reads_asks_and_writes",
@@ -95,6 +96,10 @@ TABLE = {
         "--limit": "test_evaluate_reads_asks_and_writes",
         "--out": "test_evaluate_reads_asks_and_writes",
         "--overwrite": "test_evaluate.py::test_a_killed_run_goes_on",
+    },
+    "crystal.calibrate": {
+        "--candidates": "test_calibrate.py::test_the_command_probes_each_level_with_the_runs_flags",
+        "--updates": "test_calibrate.py::test_the_command_probes_each_level_with_the_runs_flags",
     },
     "crystal.serve": MODEL
     | {
@@ -190,6 +195,12 @@ TABLE = {
         "--prompt": "test_tallyqa.py::test_records_that_training_takes",
         "--on_bad_record": "test_tallyqa.py::test_a_broken_question_is_one_line",
     },
+    "data_prep.easy_vqa": {
+        "--out": "test_easy_vqa.py::test_the_command_writes_what_training_takes",
+        "--val": "test_easy_vqa.py::test_the_command_writes_what_training_takes",
+        "--seed": "test_easy_vqa.py::test_the_seed_holds_pictures_out",
+        "--package": "test_easy_vqa.py::test_the_command_writes_what_training_takes",
+    },
     "data_prep.encoder_features": {
         "--encoder": "test_encoder_features.py::test_files_hold_what_the_flags_say",
         "--data": "test_encoder_features.py::test_files_hold_what_the_flags_say",
@@ -258,6 +269,7 @@ TABLE = {
         "--train": "test_toy.py::test_the_command_draws_what_was_asked",
         "--val": "test_toy.py::test_the_command_draws_what_was_asked",
         "--test": "test_toy.py::test_the_command_draws_what_was_asked",
+        "--families": "test_toy_steps.py::test_the_command_asks_the_families_that_were_named",
     },
 }
 
@@ -694,6 +706,7 @@ def test_evaluate_shows_corrupted_or_grey_images(attached, fed, records_file, ca
         return shown(fed[-1].prompts[0][1])
 
     plain, grey = look(), look("--grey")
+    assert (look("--blind") == grey).all()
     assert (in_order(plain) - colours(records_file.parent / "0_0.png")).abs().max() < 1e-5
     assert (grey - 128 / 255).abs().max() < 1e-5
 
@@ -719,6 +732,16 @@ def test_evaluate_shows_corrupted_or_grey_images(attached, fed, records_file, ca
         for seed in "123"
     ]
     assert all(0.18 < share < 0.82 for share in drawn) and max(drawn) - min(drawn) > 0.02
+
+
+def test_a_run_that_was_trained_blind_is_asked_blind(attached, fed, records_file):
+    """Its pictures are grey without a flag; another image's latents would tell it nothing."""
+    attached(evaluate, "--blind")
+    flags = ["--data", str(records_file), "--limit", "1", "--device", "cpu", "--model", "some/where"]
+    evaluate.main(flags)
+    assert (shown(fed[-1].prompts[0][1]) - 128 / 255).abs().max() < 1e-5
+    with pytest.raises(config.UserError, match="--reliance: some/where was trained blind"):
+        evaluate.main([*flags, "--reliance"])
 
 
 def test_evaluate_asks_under_the_methods_mask(attached, fed, records_file):

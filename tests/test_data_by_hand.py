@@ -19,7 +19,7 @@ from scipy import ndimage
 from transformers import AutoImageProcessor, AutoTokenizer
 
 import crystal.backbone.model
-from crystal import methods, train
+from crystal import methods, training_data
 from crystal.backbone import families
 from crystal.corrupt import MODES, Corruption
 from crystal.layout import Format, Layout, new_tokens
@@ -1059,7 +1059,7 @@ def opened(tokenizer, stock, *flags):
     settings = methods.parse(["--latents", "2", *flags])
     method = methods.get(settings.method)(settings)
     fmt = method.format(tokenizer)
-    stages, validation, _ = train.open_data(
+    stages, validation, _ = training_data.open_data(
         settings, method, SimpleNamespace(image_processor=stock), fmt, Processes()
     )
     return stages[0], validation

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import crystal.backbone.model
-from crystal import methods, train
+from crystal import methods, train, training_data
 from crystal.runtime import data, ops
 
 TOLERANCE = 1e-10  # float64 from the pixels to the loss
@@ -353,7 +353,7 @@ def built(row, world):
     model.after_update()
 
     one_process = SimpleNamespace(first=nullcontext, is_first=True, print=lambda *_: None)
-    train_sets, val_set, _ = train.open_data(settings, method, model, fmt, one_process)
+    train_sets, val_set, _ = training_data.open_data(settings, method, model, fmt, one_process)
     examples = val_set if row.split == "val" else train_sets[settings.progress(row.step).stage]
     return SimpleNamespace(
         settings=settings, model=model, method=method, objective=objective, named=named, examples=examples

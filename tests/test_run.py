@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import crystal
-from crystal import generate, train
+from crystal import generate, train, training_data
 from crystal.evaluation.interventions import replaced
 from crystal.layout import IGNORE
 from crystal.runtime import checkpoint, data
@@ -68,7 +68,7 @@ def test_a_batch_is_what_training_sees(trained, opened, records_file):
     ids to the bit.
     """
     settings = opened.settings
-    examples, _, _ = train.open_data(
+    examples, _, _ = training_data.open_data(
         settings, opened.method, opened.model, opened.format, train.distributed.Processes()
     )
     expected = data.collate([examples[0][0, i] for i in range(3)], opened.model.tokenizer.pad_token_id)

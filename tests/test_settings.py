@@ -4,7 +4,7 @@ Right values come from elsewhere than the code under test: typed out by hand fro
 arithmetic on paper (schedules, grids, shapes), from AdamW's formula on the gradient that was seen, from
 plain loops over positions and heads, or from transformers' names of modules. A flag's way from the command
 line to what it reaches is taken whole: argv is parsed, and what is looked at was built from it, by
-`methods.attach`, `train.open_data` or `train.main`.
+`methods.attach`, `training_data.open_data` or `train.main`.
 
 `@holds("lr")` notes that a test sets a flag; test_every_flag_has_an_entry keeps the table whole.
 """
@@ -30,7 +30,7 @@ import crystal.backbone.model
 import crystal.corrupt as corruptions
 import crystal.latent_copy
 import crystal.methods.crystal
-from crystal import feedback, lora, methods, train
+from crystal import feedback, lora, methods, train, training_data
 from crystal.backbone import attention_functions
 from crystal.layout import IGNORE
 from crystal.runtime import checkpoint, config, data
@@ -122,7 +122,7 @@ def built(model_dirs, twelve, tmp_path):
         )
         method, fmt = methods.attach(model, settings)
         objective = train.Objective(model, method).train()
-        train_sets, val_set, broken = train.open_data(settings, method, model, fmt, Processes())
+        train_sets, val_set, broken = training_data.open_data(settings, method, model, fmt, Processes())
         return SimpleNamespace(
             settings=settings, model=model, method=method, fmt=fmt, objective=objective,
             records=train_sets[0].records, train_sets=train_sets, val_set=val_set, broken=broken,
@@ -210,10 +210,10 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
 # steps, batches of one pair a process, weight decay 0.1, warm-up 5 %, cosine. Table 3: 8 latents, diverse.
 SHARED = dict(
     model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8, latent_kind="diverse",
-    turns="first", tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
+    turns="first", blind=False, tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
     max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
     decay="cosine", clip=1.0, device="auto", dtype="auto",
-    checkpointing=False, compile=False, workers=0, min_pixels=None,
+    checkpointing=False, compile=False, shard="none", workers=0, min_pixels=None,
     max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500, keep=2,
     log_every=10, resume=False, overwrite=False, tensorboard=False,
 )
@@ -277,6 +277,7 @@ CHOICES = {
     "decay": "cosine linear",
     "dtype": "auto float32 bfloat16 float64",
     "on_bad_record": "stop skip",
+    "shard": "none full",
     "thought": "fixed cot",
     "labels": "all answer",
     "latent_copy": "hidden kv packed",
@@ -486,6 +487,26 @@ def test_records_come_from_the_files_that_are_named(built, twelve, tmp_path):
         built("--method", "sft", *flags[:2])
 
 
+@holds("blind")
+def test_a_blind_run_sees_grey_pictures_in_training_and_validation(built, twelve, tmp_path, monkeypatch):
+    """128 of 255 in every pixel of both paths; the prompt, with its number of image tokens, stays."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[None, :, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[None, :, None]
+    for method, names in (("sft", ["pixel_values"]), ("crystal", ["pixel_values", "pixel_values_cor"])):
+        flags = ["--method", method, "--val_data", str(twelve)]
+        seeing, blind = built(*flags, "--no-blind"), built(*flags, "--blind")
+        for split in ("train_sets", "val_set"):
+            plain, grey = (getattr(s, split) for s in (seeing, blind))
+            plain, grey = (x[0][0, 3] if split == "train_sets" else x[0, 3] for x in (plain, grey))
+            for name in names:
+                colours = grey[name].view(-1, 3, 2 * 14 * 14) * std + mean
+                assert (colours - 128 / 255).abs().max() < 1e-5 and not torch.equal(grey[name], plain[name])
+            assert grey["layout"].ids == plain["layout"].ids
+
+    assert methods.parse(["--blind"]).run_dir.as_posix() == "runs/crystal-blind"
+    assert methods.parse(["--blind", "--output", "there"]).run_dir.as_posix() == "there"
+
+
 def test_without_data_the_toy_scenes_of_the_seed_are_made(built, twelve, tmp_path, monkeypatch):
     from crystal.runtime import toy
 
@@ -500,7 +521,7 @@ def test_without_data_the_toy_scenes_of_the_seed_are_made(built, twelve, tmp_pat
     monkeypatch.setattr(toy, "generate", generate)
     monkeypatch.chdir(tmp_path)
     s = built("--method", "sft", "--data", "", "--seed", "5")
-    assert asked == [("runs/toy", 5)] and len(s.records) == 12 and len(s.val_set.records) == 5
+    assert asked == [("runs/toy-5", 5)] and len(s.records) == 12 and len(s.val_set.records) == 5
 
 
 @holds("turns")
@@ -911,7 +932,7 @@ def test_order_depends_on_the_seed(built):
     def order(seed):
         s = built("--method", "sft", "--seed", seed, "--batch_size", "4", "--max_steps", "6")
         pad = s.model.tokenizer.pad_token_id
-        batches = list(train.stage_batches(0, s.train_sets[0], 0, s.settings, pad, Processes()))
+        batches = list(training_data.stage_batches(0, s.train_sets[0], 0, s.settings, pad, Processes()))
         return [labels_of(s, batch, b) for batch in batches for b in range(4)]
 
     first, again, other = order("7"), order("7"), order("8")
@@ -1229,6 +1250,14 @@ def test_shards_lie_in_several_processes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@holds("shard")
+@pytest.mark.parametrize("method", METHODS)
+def test_one_process_has_nothing_to_share(run, method):
+    """What several processes do is test_shard.py's."""
+    with pytest.raises(UserError, match="^--shard full: shards lie in several processes; torchrun"):
+        run("alone", "--method", method, "--shard", "full")
+
+
 @holds("workers")
 def test_workers_prepare_the_same_batches_in_their_processes(built, monkeypatch):
     found, collate = {}, data.collate
@@ -1238,7 +1267,7 @@ def test_workers_prepare_the_same_batches_in_their_processes(built, monkeypatch)
     for workers in ("0", "2"):
         s = built("--method", "sft", "--batch_size", "3", "--max_steps", "4", "--workers", workers)
         found[workers] = list(
-            train.stage_batches(
+            training_data.stage_batches(
                 0, s.train_sets[0], 0, s.settings, s.model.tokenizer.pad_token_id, Processes()
             )
         )

@@ -18,8 +18,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "runtime",
-            "config renamed plan ops machine distributed shard images sampling records data toy named_state "
-            "checkpoint",
+            "config renamed plan ops machine distributed shard images sampling records data sight "
+            "silhouettes toy toy_steps named_state checkpoint",
         )
     ],
     [("backbone", "families attention_functions model adapter widths record encoders")],
@@ -32,8 +32,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "",
-            "run planning train evaluate card verify export visualize serve demo run_study compare "
-            "bench_cases bench bench_measures bench_step __main__",
+            "run planning training_data calibrate train evaluate card verify export visualize serve claims "
+            "demo run_study compare bench_cases bench bench_measures bench_step __main__",
         )
     ],
 ]

@@ -88,7 +88,7 @@ class Settings:
         "",
         "folder that image paths start from; empty: the folder of the data file",
     )
-    output: str = setting("", "run directory; empty: runs/METHOD")
+    output: str = setting("", "run directory; empty: runs/METHOD, with --blind runs/METHOD-blind")
     seed: int = setting(0, "fixes data order, corruption, initial adapters and dropout")
 
     # The sequence
@@ -102,6 +102,11 @@ class Settings:
         "first",
         "train on the first turn with an image, or make one record per turn",
         ("first", "all"),
+    )
+
+    blind: bool = setting(
+        False,
+        "replace every picture by a grey one of its size: what the questions alone give away",
     )
 
     # What trains
@@ -213,7 +218,8 @@ class Settings:
 
     @property
     def run_dir(self):
-        return Path(self.output or f"runs/{Path(self.method).stem}")
+        name = Path(self.method).stem + ("-blind" if self.blind else "")
+        return Path(self.output or f"runs/{name}")
 
     @property
     def weights(self):
@@ -292,7 +298,8 @@ def parse(argv=None, settings_of=lambda method: Settings):
         prog="train.py",
         description="Train a visual latent reasoning method; --method x --help lists the settings of x.",
         epilog="--plan says what the run would need, and runs nothing; --plan --help lists what it takes: "
-        "--gpus, --gpu, --memory, --tflop_s, --image, --length.",
+        "--gpus, --gpu, --memory, --tflop_s, --image, --length. --calibrate measures what corruptions leave "
+        "of a picture, and trains nothing else; --calibrate --help: --candidates, --updates.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -28,16 +28,16 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from crystal.runtime.silhouettes import SHAPES, mask
 
 SIDE, CELLS = 112, 4
 CELL = SIDE // CELLS  # pixels; one image token
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 COLOURS = {
     "red": (215, 40, 40), "orange": (240, 140, 20), "yellow": (245, 225, 60), "green": (50, 170, 60),
     "blue": (50, 80, 220), "purple": (150, 60, 190), "white": (245, 245, 245), "black": (20, 20, 20),
@@ -207,46 +207,6 @@ def push_together(centres, cells, gap):
                 return
 
 
-@cache
-def mask(shape, width):
-    """Anti-aliased silhouette, an "L" image of width x width pixels."""
-    big = 8 * width  # supersampling
-    image = Image.new("L", (big, big))
-    pen = ImageDraw.Draw(image)
-
-    def points(*xy):
-        return [(big * x, big * y) for x, y in xy]
-
-    def turn(n, i):
-        angle = i * math.pi / 5
-        x = 0.5 + n * math.sin(angle)
-        y = 0.53 - n * math.cos(angle)
-        return x, y
-
-    if shape == "circle":
-        pen.ellipse(points((0.03, 0.03), (0.97, 0.97)), fill=255)
-    elif shape == "square":
-        pen.rectangle(points((0.08, 0.08), (0.92, 0.92)), fill=255)
-    elif shape == "triangle":
-        pen.polygon(points((0.5, 0.02), (1, 0.95), (0, 0.95)), fill=255)
-    elif shape == "star":
-        tips = [turn(0.55 if i % 2 == 0 else 0.22, i) for i in range(10)]
-        pen.polygon(points(*tips), fill=255)
-    elif shape == "cross":
-        pen.rectangle(points((0.34, 0), (0.66, 1)), fill=255)
-        pen.rectangle(points((0, 0.34), (1, 0.66)), fill=255)
-    elif shape == "diamond":
-        pen.polygon(points((0.5, 0), (0.92, 0.5), (0.5, 1), (0.08, 0.5)), fill=255)
-    elif shape == "ring":
-        pen.ellipse(points((0, 0), (1, 1)), fill=255)
-        pen.ellipse(points((0.27, 0.27), (0.73, 0.73)), fill=0)
-    elif shape == "heart":
-        pen.ellipse(points((0, 0.08), (0.54, 0.58)), fill=255)
-        pen.ellipse(points((0.46, 0.08), (1, 0.58)), fill=255)
-        pen.polygon(points((0.03, 0.45), (0.97, 0.45), (0.5, 1)), fill=255)
-    return image.resize((width, width), Image.Resampling.BOX)
-
-
 def render(scene):
     """uint8 [112, 112, 3]."""
     rng = np.random.default_rng(scene.seed)
@@ -394,10 +354,14 @@ WORDS: dict[str, Callable] = {
 def draw_pair(stream, split, seed, index):
     """Scene and question number `index`: families take turns, and within a family the answers do."""
     family = FAMILIES[index % len(FAMILIES)]
-    answers = ANSWERS[family]
-    answer = answers[index // len(FAMILIES) % len(answers)]
-
     rng = rng_for(stream, split, seed, index)
+    return draw_asked(stream, family, index // len(FAMILIES), rng)
+
+
+def draw_asked(stream, family, turn, rng):
+    """A scene of a stream and a question of a family about it, the answer being the one whose turn it is."""
+    answers = ANSWERS[family]
+    answer = answers[turn % len(answers)]
     while True:
         scene = draw_for(stream, rng, int(answer) if family == "count" else None)
         question = ask(scene, family, rng, answer)
@@ -405,13 +369,16 @@ def draw_pair(stream, split, seed, index):
             return scene, question
 
 
-def generate(out, seed=0, train=8000, val=500, test=2500, stream="demo"):
+def generate(out, seed=0, train=8000, val=500, test=2500, stream="demo", draw=None, about=None):
     """Write the three splits under the directory `out`, unless its manifest says that they are there already.
 
-    Raises RuntimeError if two splits share a scene.
+    draw: function (stream, split, seed, index) -> (Scene, Question); draw_pair if None. about: what the
+    manifest says of it, {name: value}. Raises RuntimeError if two splits share a scene.
     """
     out = Path(out)
+    draw = draw or draw_pair
     wanted = {"seed": seed, "train": train, "val": val, "test": test, "stream": stream, "version": 2}
+    wanted |= about or {}
     manifest = out / "manifest.json"
     if manifest.exists() and json.loads(manifest.read_text()) == wanted:
         print(f"toy scenes: {out} is complete")
@@ -424,7 +391,7 @@ def generate(out, seed=0, train=8000, val=500, test=2500, stream="demo"):
         folder.mkdir(parents=True, exist_ok=True)
         with open(out / f"{split}.jsonl", "w") as lines:
             for index in range(wanted[split]):
-                scene, question = draw_pair(stream, split, seed, index)
+                scene, question = draw(stream, split, seed, index)
                 if seen.setdefault(scene.digest, split) != split:
                     raise RuntimeError(
                         f"{split} and {seen[scene.digest]} share a scene; take another seed than {seed}"
