@@ -1250,14 +1250,6 @@ def test_shards_lie_in_several_processes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@holds("shard")
-@pytest.mark.parametrize("method", METHODS)
-def test_one_process_has_nothing_to_share(run, method):
-    """What several processes do is test_shard.py's."""
-    with pytest.raises(UserError, match="^--shard full: shards lie in several processes; torchrun"):
-        run("alone", "--method", method, "--shard", "full")
-
-
 @holds("workers")
 def test_workers_prepare_the_same_batches_in_their_processes(built, monkeypatch):
     found, collate = {}, data.collate
