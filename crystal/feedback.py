@@ -88,6 +88,11 @@ class Stream:
         """Makes a piece that was run part of the past."""
         self.cache, self.valid = piece
 
+        # Each piece holds copies of all before it: where no gradient wants those, a long answer would keep
+        # the square of its length.
+        if not torch.is_grad_enabled():
+            self.cache.past = None
+
 
 @contextmanager
 def outputs_of(model, layers):

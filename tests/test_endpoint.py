@@ -406,7 +406,7 @@ def test_long_prompts_have_a_reader_of_their_own(opened):
 
 
 def jobs_of(*limits):
-    return [engine.Job(False, None, limit=limit) for limit in limits]
+    return [engine.Job(False, None, prompt=([1],), limit=limit) for limit in limits]
 
 
 def waiting(opened, jobs, batch=3):
@@ -416,10 +416,11 @@ def waiting(opened, jobs, batch=3):
 
 
 def test_a_batch_is_of_so_many_of_equal_limits_oldest_first(opened):
+    """Those of the lower limit begin; of them the oldest."""
     jobs = jobs_of(4, 5, 4, 4, 5, 4)
     made = waiting(opened, jobs)
     assert made.next_batch() == [jobs[0], jobs[2], jobs[3]] and made.jobs == [jobs[1], jobs[4], jobs[5]]
-    assert made.next_batch() == [jobs[1], jobs[4]] and made.next_batch() == [jobs[5]] and made.jobs == []
+    assert made.next_batch() == [jobs[5]] and made.next_batch() == [jobs[1], jobs[4]] and made.jobs == []
     jobs = jobs_of(4, 4, 4)
     jobs[0].gone = True  # nobody waits for it
     made = waiting(opened, jobs, 1)

@@ -67,7 +67,7 @@ def test_jobs_that_wait_together_are_one_call(opened, records_file, monkeypatch)
         return jobs, told
 
     jobs, told = asyncio.run(ask())
-    assert calls == [2, 1, 1]  # the first and third; what is left of limit 3; of 4
+    assert calls == [1, 2, 1]  # the shortest; the first and third; what is left of limit 4
     for i, job in enumerate(jobs):
         (kind, text), (end, answer) = told[2 * i : 2 * i + 2]
         assert (
@@ -164,19 +164,26 @@ def test_a_batch_that_nobody_waits_for_is_dropped(opened):
     assert [len(job.said) for job in jobs] == [1, 1] and not told
 
 
-def test_the_oldest_are_answered_first():
-    """More jobs wait than a batch holds: the first come first, those of another limit wait their turn."""
-    engine = Engine(SimpleNamespace(), SimpleNamespace(copies=1), "keep", 2, window=0)
-    jobs = [
-        SimpleNamespace(name=name, limit=limit, gone=gone)
-        for name, limit, gone in (
-            ("gone", 5, True), ("a", 5, False), ("b", 7, False), ("c", 5, False), ("d", 5, False),
-            ("e", 7, False),
-        )
-    ]
-    for job in jobs:
+def test_the_shortest_are_answered_first_and_every_fourth_batch_is_the_oldests():
+    """Nothing is open, so each may begin: only the line's order counts. A long prompt makes no short one its
+    companion; who hung up is passed over.
+    """
+    config = SimpleNamespace(max_position_embeddings=320)
+    model = SimpleNamespace(hf=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)))
+    engine = Engine(model, SimpleNamespace(copies=1), "keep", 2, window=0)
+    for name, limit, length, gone in (
+        ("gone", 5, 1, True),
+        ("a", 9, 1, False),
+        ("b", 7, 1, False),
+        ("c", 5, 1, False),
+        ("d", 5, 11, False),
+        ("e", 7, 10, False),
+        ("f", 5, 10, False),
+        ("g", 8, 1, False),
+    ):
+        job = SimpleNamespace(name=name, limit=limit, gone=gone, prompt=([1] * length,))
         engine.submit(job)
-    batches = [[job.name for job in engine.next_batch()] for _ in range(3)]
-    assert batches == [["a", "c"], ["b", "e"], ["d"]] and engine.jobs == []
+    batches = [[job.name for job in engine.next_batch()] for _ in range(5)]
+    assert batches == [["c", "f"], ["d"], ["b", "e"], ["a"], ["g"]] and engine.jobs == []
     engine.stop()
     assert engine.next_batch() is None

@@ -229,3 +229,21 @@ def test_the_command_prints_error_and_time(records_file, capsys):
     for flags in (["--updates", "x"], ["--updates", "-1"], ["--records", "0"], ["--repeats", "0"]):
         with pytest.raises(UserError, match=" ".join(flags)):
             feedback_check.main(flags)
+
+
+def test_without_gradients_no_piece_keeps_those_before_it(ragged):
+    """Each holds all keys so far: kept in a chain they would be the square of the length. With gradients they
+    are what the later ones hang on.
+    """
+    s = ragged()
+    ids = s.batch["input_ids"][:1, :4]
+    at = torch.arange(4).expand(3, 1, 4)
+    for wanted in (False, True):
+        stream = feedback.Stream(s.model)
+        with torch.set_grad_enabled(wanted):
+            for t in range(4):
+                valid = torch.ones(1, 1, dtype=torch.bool)
+                _, _, piece = stream.run(at[:, :, t : t + 1], valid, input_ids=ids[:, t : t + 1])
+                stream.keep(piece)
+        held = [k.shape[2] for k, _ in stream.cache.held.values()]
+        assert held == [4] * len(s.model.layers) and (stream.cache.past is not None) == wanted

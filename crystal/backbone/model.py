@@ -129,6 +129,16 @@ class Model(nn.Module):
             self.hf, any_part, settings.lora_r, settings.lora_alpha, settings.lora_dropout, g
         )
 
+    @property
+    def kept(self):
+        """What transformers' model keeps between two steps of a generation: the next step wants it back."""
+        return getattr(self.hf.model, "rope_deltas", None)
+
+    @kept.setter
+    def kept(self, value):
+        if hasattr(self.hf.model, "rope_deltas"):
+            self.hf.model.rope_deltas = value
+
     def image_tokens(self, grid):
         """image_grid_thw [I,3] -> how many tokens each image takes in the sequence (list of int)."""
         return self.image_processor.tokens(grid)

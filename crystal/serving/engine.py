@@ -1,18 +1,22 @@
-"""One model, many requests at once: those that wait together are answered by one call of generate.
+"""One model, many requests at once: those that wait together are answered by one call of generate, and
+several calls take turns, a step each (lanes.py).
 
-Any number of threads may `prepare` and `submit`; one thread runs the model. Answers are generate.py's:
-batches pad, padding changes nothing.
+Any number of threads may `prepare` and `submit`; one at a time runs the model. Answers are generate.py's:
+batches pad, padding changes nothing, and no call sees another's states.
 """
 
 import asyncio
 import copy
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
 from crystal import generate
+from crystal.serving.lanes import SHARE, Abandoned, Lane, Lanes, work_of
+from crystal.serving.rooms import SMALL
 
 log = logging.getLogger("crystal.serving.engine")
 
@@ -64,19 +68,18 @@ class Answer:
     finish: str  # "stop" or "length"
 
 
-class Abandoned(Exception):
-    """Nobody waits for this batch any more: all have their answers, or are gone."""
-
-
 class Engine(threading.Thread):
-    """The one thread that runs the model: takes what waits, up to a batch of equal
-    token limits, oldest first.
+    """The thread that says who runs the model: opens a lane for what may begin, and lets one go on by a step.
+
+    A batch is of equal token limits, up to `batch` jobs.
     """
 
     def __init__(self, model, fmt, latents, batch, window=0.01):
         super().__init__(daemon=True)
         self.model, self.fmt, self.latents, self.batch, self.window = model, fmt, latents, batch, window
         self.jobs, self.ready, self.stopping = [], threading.Condition(), False
+        self.context = model.hf.config.get_text_config().max_position_embeddings
+        self.lanes, self.begun = Lanes(2 * batch * self.context), 0
         # A tokenizer keeps state while it encodes (are special tokens split?), so the one that reads prompts
         # is not the one that writes answers; and one for long prompts, which short ones do not wait for.
         self.readers = [(copy.deepcopy(fmt), threading.Lock()) for _ in range(2)]
@@ -120,31 +123,73 @@ class Engine(threading.Thread):
             self.ready.notify()
 
     def stop(self):
-        """Ends the thread after the batch that it is at."""
+        """Ends the thread after the answers that were begun."""
         with self.ready:
             self.stopping = True
             self.ready.notify()
 
     def next_batch(self):
-        """The next jobs to answer together; None when asked to stop."""
+        """The next jobs to answer together, if any may begin now; None when asked to stop.
+
+        Where nothing is being answered, it waits for a job.
+        """
         with self.ready:
-            self.ready.wait_for(lambda: self.jobs or self.stopping)
+            if not self.lanes.open:
+                self.ready.wait_for(lambda: self.jobs or self.stopping)
             if self.stopping:
                 return None
+
             # Those that come together go together.
-            self.ready.wait_for(lambda: len(self.jobs) >= self.batch, self.window)
+            if not self.lanes.open:
+                self.ready.wait_for(lambda: len(self.jobs) >= self.batch, self.window)
             self.jobs = [job for job in self.jobs if not job.gone]
-            batch = [job for job in self.jobs if job.limit == self.jobs[0].limit][: self.batch]
+            first = self.next_job()
+            if first is None:
+                return []
+
+            alike = [job for job in self.jobs if job is not first and self.kind(job) == self.kind(first)]
+            batch = [first, *alike[: self.batch - 1]]
             self.jobs = [job for job in self.jobs if job not in batch]
+            self.begun += 1
             return batch
 
-    def run(self):
-        while (batch := self.next_batch()) is not None:
-            if batch:
-                self.answer(batch)
+    def next_job(self):
+        """Of those in line the one that may begin now, if any: the least work, at times the oldest."""
+        candidates = sorted(self.jobs, key=work_of)[:1]
+        if self.begun % SHARE == SHARE - 1:
+            candidates = self.jobs[:1] + candidates
+        return next((job for job in candidates if self.lanes.takes(job)), None)
 
-    def answer(self, batch):
-        """One call of generate; where it fails, each job by itself."""
+    def kind(self, job):
+        """What jobs of one batch share: their limit, and whether their prompts are long ones."""
+        return job.limit, len(job.prompt[0]) > self.context // SMALL
+
+    def run(self):
+        lanes, pool = self.lanes, ThreadPoolExecutor(4 * self.batch + 64, "answers")
+        try:
+            while (batch := self.next_batch()) is not None or lanes.open:
+                if batch:
+                    lanes.open.append(Lane(batch))
+                    pool.submit(lanes.open[-1].run, self.answer)
+                if lanes.open:
+                    self.step(lanes.following())
+        finally:
+            # An error here is a fault of ours; who waits on a lane's thread should not wait for ever.
+            for lane in lanes.open:
+                lane.drop()
+            pool.shutdown()
+
+    def step(self, lane):
+        """One step of a lane, with what the model keeps between two steps of it and of no other."""
+        self.model.kept = lane.kept
+        lane.step()
+        lane.kept = self.model.kept
+        if lane.ended:
+            self.lanes.close(lane)
+
+    def answer(self, batch, lane=None):
+        """One call of generate, with a pause in its lane after each step; where it fails, each job by itself.
+        """
         try:
             texts = generate.generate(
                 self.model,
@@ -152,7 +197,7 @@ class Engine(threading.Thread):
                 self.fmt,
                 batch[0].limit,
                 latents=self.latents,
-                streamer=Steps(self, batch),
+                streamer=Steps(self, batch, lane),
             )
         except Abandoned:
             return
@@ -164,12 +209,15 @@ class Engine(threading.Thread):
         # Too little memory for the whole batch, say: one by one, so that each gets what it can.
         if texts is None:
             for job in batch if len(batch) > 1 else ():
-                self.answer([job])
+                self.answer([job], lane)
             return
         for job, text in zip(batch, texts):
             if job.ended:
                 continue
 
+            # Beside a longer row one that feeds itself ends in padding, which is none of its tokens.
+            while job.said and job.said[-1] == self.model.tokenizer.pad_token_id:
+                job.said.pop()
             # A method that generates in its own way may not tell its steps.
             tokens = len(job.said) or len(self.fmt.text(text))
             before = before_stop(text, job.stop)
@@ -192,10 +240,10 @@ def certain(text, stop):
 
 
 class Steps:
-    """What generate tells after each token: counts them and passes on new text to those who stream."""
+    """What generate tells after each token: counts them, passes on new text, and lets other lanes go on."""
 
-    def __init__(self, engine, batch):
-        self.engine, self.batch, self.begun = engine, batch, False
+    def __init__(self, engine, batch, lane=None):
+        self.engine, self.batch, self.lane, self.begun = engine, batch, lane, False
         for job in batch:
             job.said = []
 
@@ -210,6 +258,8 @@ class Steps:
                 self.read(job)
         if all(job.gone or job.ended for job in self.batch):
             raise Abandoned
+        if self.lane is not None:
+            self.lane.pause()
 
     def read(self, job):
         """Tells what a job's new token adds to its text, and ends the job at a stop string."""
