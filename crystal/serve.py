@@ -25,9 +25,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 try:
-    import uvicorn
-
     from crystal.serving.chat import Limits
+    from crystal.serving.door import Runner
     from crystal.serving.endpoint import Server
 except ImportError as error:
     if __name__ != "__main__":
@@ -50,6 +49,7 @@ def listen(host, port):
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: from 0 to 65535")
     try:
+        host = host.removeprefix("[").removesuffix("]")  # as an address of IPv6 stands in a URL
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, proto)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -134,14 +134,12 @@ def main(argv=None):
         limits,
         args.latents,
         key,
-        ("127.0.0.1", "localhost", "[::1]", args.host) if local else (),
+        ("127.0.0.1", "localhost", "[::1]", args.host.lower()) if local else (),
     )
     server.engine.start()
-    runner = uvicorn.Server(
-        uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=30, lifespan="off")
-    )
+    runner = Runner(server.app, limits)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn ends on them, then sends them again
+        signal.signal(number, runner.handle_exit)  # uvicorn takes them over, and sends them again at its end
     print(
         f"serving {name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 (stop with "
         "Ctrl-C)",

@@ -131,6 +131,9 @@ def test_what_the_limits_are():
     assert vars(Limits()) == {
         "body": 33_554_432,
         "body_seconds": 60.0,
+        "head_seconds": 10.0,
+        "read_seconds": 30.0,
+        "connections": 256,
         "characters": 200_000,
         "images": 16,
         "pixels": 50_000_000,
@@ -906,12 +909,15 @@ def started(opened, monkeypatch):
             super().__init__(*args)
             self.engine.start, self.engine.join = lambda: None, lambda: None
 
-    class Runner:
-        def __init__(self, config):
+    class Runner(serve.Runner):
+        def __init__(self, app, limits):
+            super().__init__(app, limits)
             kept["config"] = {
-                "log_level": config.log_level,
-                "graceful": config.timeout_graceful_shutdown,
-                "lifespan": config.lifespan,
+                "log_level": self.config.log_level,
+                "graceful": self.config.timeout_graceful_shutdown,
+                "lifespan": self.config.lifespan,
+                "ws": self.config.ws,
+                "backlog": self.config.backlog,
             }
 
         def run(self, sockets):
@@ -924,7 +930,7 @@ def started(opened, monkeypatch):
         return *opened, None
 
     monkeypatch.setattr(serve, "Server", Served)
-    monkeypatch.setattr(serve.uvicorn, "Server", Runner)
+    monkeypatch.setattr(serve, "Runner", Runner)
     monkeypatch.setattr(serve, "open_model", open_model)
     monkeypatch.setattr(serve.signal, "signal", lambda *args: None)
     monkeypatch.delenv(serve.KEY, raising=False)
@@ -945,7 +951,13 @@ def test_the_command_at_its_defaults(started, capsys):
         "cpu",
         {"min_pixels": None, "max_pixels": None, "method": "", "trust_method": False},
     )
-    assert started["config"] == {"log_level": "warning", "graceful": 30, "lifespan": "off"}
+    assert started["config"] == {
+        "log_level": "warning",
+        "graceful": 30,
+        "lifespan": "off",
+        "ws": "none",
+        "backlog": 64,
+    }
     ((host, port),) = started["sockets"]
     assert (
         host == "127.0.0.1"
@@ -998,6 +1010,29 @@ def test_limits_of_the_command_begin_at_one(started, name):
     assert getattr(started["server"][1], name) == 1
     with pytest.raises(UserError, match=f"^--{name} 0: must be at least 1$"):
         serve.main(["--port", "0", "--device", "cpu", f"--{name}", "0"])
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("[::1]", 200), ("[::1]:8000", 200), ("127.0.0.1", 200), ("localhost:1", 200), ("LocalHost", 200),
+        ("[::1", 403), ("[::1]x", 403), ("evil.example:8000", 403), ("::1", 403), ("localhost:x", 403),
+        ("", 403), ("127.0.0.1.evil.example", 403),
+    ],
+)
+def test_host_names_with_and_without_a_port(opened, answered, host, status):
+    made = server(opened, hosts=("127.0.0.1", "localhost", "[::1]"))
+    assert call(made, ask(), headers=JSON | {"host": host})[0] == status
+
+
+def test_an_address_in_the_brackets_of_a_url():
+    for host in ("::1", "[::1]"):
+        try:
+            sock = serve.listen(host, 0)
+        except UserError:
+            pytest.skip("no IPv6 here")
+        assert sock.getsockname()[0] == "::1"
+        sock.close()
 
 
 @pytest.mark.parametrize(

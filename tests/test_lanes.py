@@ -244,11 +244,19 @@ def test_what_the_model_keeps_between_steps_is_each_lanes_own(setup, monkeypatch
         streamer.put(torch.tensor([[1]]))
         for n in range(limit):
             wrong.append(int(model.hf.model.rope_deltas) != limit)
+            if (limit, n) == (90, 3):
+                worker[0].submit(jobs[1])
             streamer.put(torch.tensor([7]))
         return ["fine"]
 
     monkeypatch.setattr(engine.generate, "generate", fake)
-    answers(s.model, s.fmt, jobs, 1, lambda made: [made.submit(one) for one in jobs])
+    worker = []
+
+    def begin(made):
+        worker.append(made)
+        made.submit(jobs[0])
+
+    answers(s.model, s.fmt, jobs, 1, begin)
     assert len(wrong) == 95 and not any(wrong)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def running(opened, key=None, **limits):
     model, fmt, _ = opened
     server = serve.Server(model, fmt, "small", serve.Limits(**limits), key=key, hosts=("127.0.0.1",))
     sock = serve.listen("127.0.0.1", 0)
-    runner = uvicorn.Server(uvicorn.Config(server.app, log_level="critical", lifespan="off"))
+    runner = serve.Runner(server.app, server.limits)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [sock]}, daemon=True)
     server.engine.start()
     thread.start()
@@ -603,13 +604,14 @@ def test_requests_with_other_limits_wait_for_a_batch_of_their_own(opened, held):
 # --- the command ---
 
 
-def test_the_command_serves_and_a_signal_lets_it_finish(model_dirs, tmp_path):
-    """SIGTERM while a request is being answered: the answer comes, then the process ends with 0."""
+@pytest.fixture
+def command(model_dirs, tmp_path):
+    """crystal.serve as a process, with few file descriptors -> (process, port)."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "crystal.serve", "--model", str(model_dirs[True]), "--name", "small",
-            "--port", "0", "--device", "cpu",
+            "bash", "-c", 'ulimit -n 300; exec "$@"', "bash", sys.executable, "-m", "crystal.serve",
+            "--model", str(model_dirs[True]), "--name", "small", "--port", "0", "--device", "cpu",
         ],
         cwd=tmp_path,
         env=environment,
@@ -620,23 +622,56 @@ def test_the_command_serves_and_a_signal_lets_it_finish(model_dirs, tmp_path):
     try:
         line = process.stdout.readline()
         assert line.startswith("serving small at http://127.0.0.1:"), process.stderr.read()
-        port = int(line.split(":")[2].split("/")[0])
-        with ThreadPoolExecutor(1) as pool:
-            reply = pool.submit(post, port, ask("Hello", max_tokens=150))
-
-            def taken():
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
-                connection.request("GET", "/health")
-                return json.loads(connection.getresponse().read())["places_taken"]
-
-            until(taken)
-            process.send_signal(signal.SIGTERM)
-            status, answer, _ = reply.result(WAIT)
-        assert status == 200 and answer["usage"]["completion_tokens"] > 0
-        out, err = process.communicate(timeout=WAIT)
-        assert process.returncode == 0 and out == "stopped\n" and not err, err
+        yield process, int(line.split(":")[2].split("/")[0])
     finally:
         process.kill()
+        process.communicate()
+
+
+def taken(port):
+    """How many places of a server are taken."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+    connection.request("GET", "/health")
+    return json.loads(connection.getresponse().read())["places_taken"]
+
+
+def test_the_command_serves_and_a_signal_lets_it_finish(command):
+    """SIGTERM while a request is being answered: the answer comes, then the process ends with 0.
+
+    Before it, more silent connections and half requests than it has file descriptors: no traceback, and who
+    says what it wants is answered.
+    """
+    process, port = command
+    half = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    silent = [socket.create_connection(("127.0.0.1", port), timeout=WAIT) for _ in range(350)]
+    for n, client in enumerate(silent):
+        with contextlib.suppress(OSError):  # one that was closed to make room
+            client.sendall(half[: n % 3 * 40] + b"content-length: 9\r\n\r\n" * (n % 3 == 2))
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(post, port, ask("Hello", max_tokens=150))
+        until(lambda: taken(port))
+        process.send_signal(signal.SIGTERM)
+        status, answer, _ = reply.result(WAIT)
+    assert status == 200 and answer["usage"]["completion_tokens"] > 0
+    out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 0 and out == "stopped\n" and not err, err
+    for client in silent:
+        client.close()
+
+
+def test_the_second_signal_waits_for_no_answer(command):
+    process, port = command
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(post, port, ask("Hello", max_tokens=4000))
+        until(lambda: taken(port))
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=WAIT)
+        assert isinstance(reply.exception(WAIT), (OSError, http.client.HTTPException))
+    assert process.returncode == 0 and out == "stopped\n"
+    assert err == "warning: requests that were cut off: 1\n"
 
 
 def test_bad_flags(monkeypatch):

@@ -27,7 +27,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("", "opening run_directory generate")],
     [
         ("evaluation", "benchmarks asking predictions figures interventions carrying reliance study"),
-        ("serving", "chat rooms lanes engine endpoint"),
+        ("serving", "chat door rooms lanes engine endpoint"),
     ],
     [
         (

@@ -33,6 +33,9 @@ class Limits:
 
     body: int = 32 * 2**20  # bytes of a request
     body_seconds: float = 60.0  # for a request's body to arrive
+    head_seconds: float = 10.0  # for the next request's head to arrive
+    read_seconds: float = 30.0  # for a client to read what is sent to it
+    connections: int = 256  # at once; fewer where the system allows fewer open files
     characters: int = 200_000  # of a request's texts; the model's context may allow fewer
     images: int = 16  # of one request
     pixels: int = 50_000_000  # of all its images as sent; the model's own bounds come after it

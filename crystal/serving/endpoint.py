@@ -7,6 +7,7 @@ What a request may say is chat.py's; a request is made ready in a thread (rooms.
 import asyncio
 import hmac
 import json
+import re
 import time
 import uuid
 from dataclasses import replace
@@ -72,7 +73,7 @@ class Server:
         """The endpoint, for those who may ask: the right host name and, where there is a key, the key."""
 
         async def guard(request):
-            host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
+            host = re.sub(r":\d*$", "", request.headers.get("host", "")).lower()
             # A web page whose name was pointed at this machine must not ask.
             if self.hosts and host not in self.hosts:
                 raise Refusal(403, f"host {host!r}: this server answers to {', '.join(self.hosts)}")
