@@ -8,13 +8,14 @@ HTTP, with many clients.
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
@@ -886,6 +887,35 @@ def test_formats_that_are_taken(kind):
     image = image_of(file.getvalue(), "here")
     assert image.size == (6, 4) and image.mode == "RGB"
     assert max(abs(a - b) for a, b in zip(image.getpixel((3, 2)), (200, 40, 90))) < 12
+
+
+def written():
+    """{format: a file of it} of all that Pillow can write here."""
+    Image.init()
+    files = {}
+    for kind in sorted(set(Image.SAVE) - {"IM"}):  # which Pillow says it will drop
+        file = io.BytesIO()
+        with contextlib.suppress(OSError, ValueError, KeyError, ImportError, NotImplementedError):
+            Image.new("RGB", (16, 12), (200, 40, 90)).save(file, kind)
+            files[kind] = file.getvalue()
+    return files
+
+
+def test_no_other_format_is_opened_whatever_a_client_calls_it(opened, answered, monkeypatch):
+    """Of all that Pillow knows (an EPS would start ghostscript): refused by the head, under any name."""
+    ran = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **how: ran.append(args))
+    monkeypatch.setattr(EpsImagePlugin, "has_ghostscript", lambda: True)
+    files = written()
+    encoded = lambda kind: base64.b64encode(files[kind]).decode()
+    others = set(files) - {"PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "MPO"}  # the last two are BMP and JPEG
+    assert {"EPS", "TIFF", "PPM", "TGA", "ICO", "PCX"} <= others
+    made = server(opened)
+    for kind in others:
+        for name in ("png", "jpeg", kind.lower(), "svg+xml"):
+            status, reply, _ = call(made, ask(picture(f"data:image/{name};base64,{encoded(kind)}")))
+            assert status == 400 and "not a readable image" in reply["error"]["message"], kind
+    assert not ran and not answered.calls
 
 
 def test_of_an_animation_the_first_picture_counts():

@@ -13,7 +13,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from crystal import evaluate, export, generate, methods, opening, serve, train, visualize
+import crystal
+from crystal import compare, evaluate, export, generate, methods, opening, serve, train, visualize
 from crystal.runtime.config import UserError
 from data_prep import lavit_teacher
 from data_prep.checks import feedback as feedback_check
@@ -120,6 +121,36 @@ def test_every_command_takes_both_answers(evil, name, monkeypatch):
         with pytest.raises(Asked) as asked:
             command.main([*flags, *given])
         assert asked.value.args == expected
+
+
+def test_python_verify_compare_and_a_second_stage_run_it_neither(evil, model_dirs, capsys):
+    """crystal.open refuses as the commands do; who verifies reads; who compares or trains named a method."""
+    run, _, trace, records = evil
+    with pytest.raises(UserError, match="no file is run because a run names it"):
+        crystal.open(str(run))
+    with pytest.raises(SystemExit):
+        export.main(["--verify", str(run)])
+    assert "step-1: whole" in capsys.readouterr().out
+
+    # A run of another method's under the name of one that is to be compared.
+    out = run.parent / "compared"
+    shutil.copytree(run, out / "sft-0")
+    flags = ["--methods", "sft", "--seeds", "1", "--max_steps", "2", "--model", str(model_dirs[True])]
+    with pytest.raises(UserError, match=r"was made with --method .*mine\.py', not 'sft'"):
+        compare.main([*flags, "--data", str(records), "--test", str(records), "--output", str(out)])
+    with pytest.raises(UserError):
+        more = ["--data", str(records), "--max_steps", "1", "--output", str(run.parent / "second")]
+        train.main(["--model", str(run), *more])
+
+    # An export that names it, by itself and as the base of a second stage.
+    merged = run.parent / "merged"
+    shutil.copytree(model_dirs[True], merged)
+    (merged / "crystal.json").write_text(json.dumps({"method": str(run / "method.py"), "latents": 3}))
+    (run / "method.py").write_text(EVIL.format(trace=str(trace)))
+    with pytest.raises(UserError, match="a method of its own"):
+        crystal.open(str(merged))
+    train.main(["--model", str(merged), *more])
+    assert not trace.exists()
 
 
 @pytest.mark.parametrize("chosen", ["copy", "file"])
