@@ -182,10 +182,12 @@ def save_readers(base, model, fmt, settings, out):
 
     if (base / "video_preprocessor_config.json").exists():
         shutil.copyfile(base / "video_preprocessor_config.json", out / "video_preprocessor_config.json")
-    # Less the image processor's settings: they are written above, and twice they could disagree.
+    # Less the image processor's settings and the template: they are written above, and twice they could
+    # disagree.
     if (base / "processor_config.json").exists():
         rules = json.loads((base / "processor_config.json").read_text())
         rules.pop("image_processor", None)
+        rules.pop("chat_template", None)
         write_json(out / "processor_config.json", rules)
 
     if fmt.feeds_back:

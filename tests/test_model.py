@@ -132,7 +132,7 @@ def test_wrong_models(tmp_path, model_dirs):
     cut = tmp_path / "cut"
     shutil.copytree(model_dirs[True], cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
         crystal.backbone.model.load(str(cut))
 
 
@@ -181,9 +181,17 @@ PATCHES = "model.visual.patch_embed.proj.weight"
             lambda state: state | {UP: state[UP][:-1].clone()},
             rf"of another shape are {UP} \[47, 32\], not \[48, 32\]",
         ),
-        (lambda state: state | {"score.weight": torch.zeros(1)}, r"the model has no place for score\.weight"),
+        (
+            lambda state: state | {"model.language_model.layers.3.mlp.up_proj.weight": torch.zeros(1)},
+            r"the model has no place for model\.language_model\.layers\.3\.mlp\.up_proj\.weight",
+        ),
+        (
+            lambda state: state | {f"{UP}_scale_inv": torch.zeros(1)},
+            rf"the model has no place for {UP}_scale_inv",
+        ),
+        (lambda state: state | {"lm_head.bias": torch.zeros(1)}, r"the model has no place for lm_head\.bias"),
     ],
-    ids=["renamed", "a matrix", "the head", "the tower", "a shape", "one too many"],
+    ids=["renamed", "a matrix", "the head", "the tower", "a shape", "a layer too many", "a scale", "a bias"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, model_dirs, logged_by_transformers, change, told):
     """Without this a model whose weights stayed random would train and answer, and end with 0."""
@@ -193,6 +201,18 @@ def test_weights_that_do_not_fit_are_named(tmp_path, model_dirs, logged_by_trans
     ):
         crystal.backbone.model.load(str(path))
     assert not logged_by_transformers  # the one line says it, and a page of its report would hide it
+
+
+def test_parts_that_the_model_does_not_have_are_told_and_left_out(tmp_path, model_dirs, capsys):
+    """A reward head and an audio tower beside all that the model needs: one line, and the same model."""
+    more = dict.fromkeys(("score.weight", "model.audio_tower.a", "audio_tower.b"), torch.ones(1))
+    more = {name: tensor.clone() for name, tensor in more.items()}
+    path = with_weights(model_dirs[False], tmp_path / "model", lambda state: state | more)
+    found = crystal.backbone.model.load(str(path)).hf.state_dict()
+    said = "3 tensors of parts that the model does not have are left out: audio_tower, score"
+    assert capsys.readouterr().err == f"note: {path}: {said}\n"
+    wanted = crystal.backbone.model.load(str(model_dirs[False])).hf.state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)
 
 
 def test_one_line_reaches_the_terminal(tmp_path, model_dirs, capsys):

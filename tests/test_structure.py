@@ -21,7 +21,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
             "config renamed ops machine distributed images sampling records data toy named_state checkpoint",
         )
     ],
-    [("backbone", "families attention_functions model adapter widths record encoders")],
+    [("backbone", "files families attention_functions model adapter widths record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [

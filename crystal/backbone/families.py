@@ -54,6 +54,20 @@ class Images:
         """PIL images of one record -> {"pixel_values", "image_grid_thw"}."""
         return dict(self.processor(images=images, return_tensors=return_tensors))
 
+    def agreements(self):
+        """[(preprocessor_config.json's field, its value, config.json's field, its value)], to be equal."""
+        vision, own = self.config.vision_config, self.processor
+        return [
+            ("patch_size", own.patch_size, "vision_config.patch_size", vision.patch_size),
+            ("merge_size", own.merge_size, "vision_config.spatial_merge_size", vision.spatial_merge_size),
+            (
+                "temporal_patch_size",
+                own.temporal_patch_size,
+                "vision_config.temporal_patch_size",
+                vision.temporal_patch_size,
+            ),
+        ]
+
     def rows(self, image_grid_thw):
         """How many rows of pixel_values each image has (list of int)."""
         return image_grid_thw.prod(-1).tolist()
@@ -105,6 +119,15 @@ class Tiles(Images):
 
         grids = F.pad(sizes, (1, 0), value=pixels.shape[1])
         return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": grids}
+
+    def agreements(self):
+        vision, size = self.config.vision_config, self.processor.size
+        pinpoints = [list(pair) for pair in self.config.image_grid_pinpoints]
+        own = [list(pair) for pair in self.processor.image_grid_pinpoints]
+        return [
+            ("size", size["height"], "vision_config.image_size", vision.image_size),
+            ("image_grid_pinpoints", own, "image_grid_pinpoints", pinpoints),
+        ]
 
     def rows(self, image_grid_thw):
         return image_grid_thw[:, 0].tolist()

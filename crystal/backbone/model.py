@@ -10,6 +10,7 @@ leaves open: a registered attention function (attention_functions.py), a pre-hoo
 """
 
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +18,17 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from crystal.attention_bias import additive_mask
-from crystal.backbone import attention_functions  # noqa: F401 (it registers them)
+from crystal.backbone import (
+    attention_functions,  # noqa: F401 (it registers them)
+    files,
+)
 from crystal.backbone.families import FAMILIES
+from crystal.backbone.files import why
 from crystal.latent_copy import copy_before_each
 from crystal.lora import TrainableTokens, add_lora
 from crystal.runtime.config import UserError
@@ -236,41 +233,42 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     """
     source = resolve(name)
     transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type not in FAMILIES:
-            raise UserError(
-                f"{name}: model type {config.model_type!r} has no row in families.py "
-                f"(known: {', '.join(FAMILIES)}); tutorials/10_backbones.md shows how to add one"
-            )
-        family = FAMILIES[config.model_type]
-
-        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        pixels = {flag: bound for flag, bound in bounds.items() if bound is not None}
-        if pixels and not family.images.bounded:
-            raise UserError(
-                f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its "
-                "image_grid_pinpoints say into what tiles an image is cut"
-            )
-        if min(pixels.values(), default=1) < 1 or (len(pixels) == 2 and min_pixels > max_pixels):
-            raise UserError(
-                f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the "
-                "first not above the second"
-            )
-
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(
-            source, trust_remote_code=False, backend="pil", **pixels
+    config = files.read_config(name, source)
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{name}: model type {config.model_type!r} has no row in families.py "
+            f"(known: {', '.join(FAMILIES)}); tutorials/10_backbones.md shows how to add one"
         )
-        template = cached_file(source, BASE_TEMPLATE, _raise_exceptions_for_missing_entries=False)
-        kind = AutoModelForImageTextToText
+    family = FAMILIES[config.model_type]
+    files.refuse_quantised(name, source, config)
+    files.check_sizes(name, config)
+    files.check_files(name, source)
+
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    pixels = {flag: bound for flag, bound in bounds.items() if bound is not None}
+    if pixels and not family.images.bounded:
+        raise UserError(
+            f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its "
+            "image_grid_pinpoints say into what tiles an image is cut"
+        )
+    if min(pixels.values(), default=1) < 1 or (len(pixels) == 2 and min_pixels > max_pixels):
+        raise UserError(
+            f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the "
+            "first not above the second"
+        )
+
+    tokenizer = files.read_tokenizer(name, source, config, family.marks)
+    images = files.read_processor(name, source, config, family, pixels)
+    template = files.find(source, BASE_TEMPLATE)
+    kind = AutoModelForImageTextToText
+    try:
         if weights:
             hf = load_weights(kind, source, dtype)
         else:
             device = "meta"
             with torch.device(device):
                 hf = kind.from_config(config, trust_remote_code=False, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of what stands in the files, whichever part of transformers stumbles over it
         raise UserError(f"{name}: cannot be loaded as a model: {why(error)}") from error
 
     # Answers follow generate.py's rules alone: a directory's own (penalties, beams, least lengths) would
@@ -278,9 +276,10 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     hf.generation_config = GenerationConfig()
 
     hf.requires_grad_(False).eval().to(device)
-    model = Model(hf, tokenizer, family.images(processor, hf.config), family, name)
+    images.config = hf.config
+    model = Model(hf, tokenizer, images, family, name)
     if template:
-        model.base_template = Path(template).read_text(encoding="utf-8")
+        model.base_template = template.read_text(encoding="utf-8")
     return model
 
 
@@ -289,8 +288,9 @@ def load_weights(kind, source, dtype, part=False):
 
     transformers leaves a weight random where the files hold none of its name, and goes on. Here that is a
     ValueError which names the weights, as are tensors of another shape and those that the model has no place
-    for. part: the model is one tower of what the files hold, so that the others' tensors are no mistake.
-    Names that a wrapper left (WRAPPERS) are read as meant.
+    for; a head or a tower as a whole that the model has not is told on stderr and left out. part: the model
+    is one tower of what the files hold, so that the others' tensors are no mistake. Names that a wrapper left
+    (WRAPPERS) are read as meant.
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of many lines says what the one line below says
@@ -313,11 +313,35 @@ def load_weights(kind, source, dtype, part=False):
     if found["mismatched_keys"]:
         shapes = [f"{key} {list(theirs)}, not {list(ours)}" for key, theirs, ours in found["mismatched_keys"]]
         problems.append(f"of another shape are {named(shapes)}")
-    if found["unexpected_keys"] and not part:
-        problems.append(f"the model has no place for {named(found['unexpected_keys'])}")
+    unexpected = [] if part else found["unexpected_keys"]
+    unused = unused_parts(hf, unexpected) if unexpected and not problems else {}
+    if homeless := set(unexpected) - unused.keys():
+        problems.append(f"the model has no place for {named(homeless)}")
     if problems:
         raise ValueError(f"its weights are not this model's: {'; '.join(problems)}")
+    if unused:
+        count, parts = len(unused), ", ".join(sorted(set(unused.values())))
+        print(
+            f"note: {source}: {count} tensors of parts that the model does not have are left out: {parts}",
+            file=sys.stderr,
+        )
     return hf
+
+
+def unused_parts(hf, keys):
+    """{tensor's name: the head or tower that it belongs to} of those that are no part of the model at all.
+
+    A tensor of a part that the model has, a layer too many, say, is none of them: the model would be another.
+    """
+    found = {}
+    for key, name in parameter_names(hf, keys).items():
+        # Down the name as far as the model has modules of it.
+        module, path = hf, name.split(".")
+        while path and hasattr(module, path[0]):
+            module = getattr(module, path.pop(0))
+        if path and module in (hf, hf.model, hf.model.language_model):
+            found[key] = path[0]
+    return found
 
 
 def named(names, most=3):
@@ -325,17 +349,6 @@ def named(names, most=3):
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def why(error):
-    """What transformers says of files that it cannot load, as one line.
-
-    Of a directory whose weights are pickles: that they are not what is wanted.
-    """
-    text = " ".join(str(error).split())[:500]
-    if "safetensors" in text:
-        text += " (weights are read from safetensors alone: a pickle can run code)"
-    return text
 
 
 def directory(name):

@@ -163,7 +163,7 @@ class Method(SFT):
         return {name: found[name] for name in names}
 
     def misfit(self, found, images):
-        """What is wrong with a record's {name: tensor} of a teacher that looked at so many images, or None."""
+        """What is wrong with a record's {name: tensor} of a teacher that saw so many images, or None."""
         if self.settings.w_semantics:
             v_sem, E = found["v_sem"], self.settings.semantics_dim or self.size
             if not is_row(v_sem):
