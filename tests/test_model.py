@@ -81,10 +81,23 @@ def test_new_tokens_take_spare_rows(setup, model_dirs):
     )
 
 
-def test_too_few_spare_rows(model_dirs):
-    model = crystal.backbone.model.load(str(model_dirs[True]))
-    with pytest.raises(UserError, match="use fewer --latents"):
-        model.add_tokens(new_tokens(61, "diverse"))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_vocabulary_without_spare_rows_is_enlarged(model_dirs, tied, weights):
+    """67 new tokens, 64 spare rows: three more, at the input and the output; no other row moves."""
+    model = crystal.backbone.model.load(str(model_dirs[tied]), weights=weights)
+    embed, head = model.hf.get_input_embeddings(), model.hf.lm_head
+    before = [embed.weight.clone(), head.weight.clone()]
+    rows = len(embed.weight)
+    ids = model.add_tokens(new_tokens(63, "diverse"))
+    assert ids == list(range(rows - 64, rows + 3)) and model.tied == tied
+    assert embed.num_embeddings == head.out_features == rows + 3
+    assert model.hf.config.get_text_config().vocab_size == rows + 3
+    assert (embed.weight is head.weight) == tied and not embed.weight.requires_grad
+    for weight, old in zip((embed.weight, head.weight), before):
+        assert weight.shape == (rows + 3, 32)
+        if weights:
+            assert torch.equal(weight[: rows - 64], old[: rows - 64]) and weight[rows:].std(0).min() > 0
 
 
 def test_what_trains(setup):
@@ -507,16 +520,14 @@ def test_names_of_older_checkpoints_find_their_parameters(model_dirs):
 
 
 def test_as_many_new_tokens_as_there_are_spare_rows(model_dirs):
-    """The test models leave 64 rows.
-
-    Four tags and 60 latents fit, one more does not, and says which row it would need.
-    """
+    """The test models leave 64 rows: four tags and 60 latents fit; with one more there is one row more."""
     model = crystal.backbone.model.load(str(model_dirs[True]))
     rows = model.hf.get_input_embeddings().num_embeddings
     assert model.add_tokens(new_tokens(60, "diverse")) == list(range(rows - 64, rows))
     model = crystal.backbone.model.load(str(model_dirs[True]))
-    with pytest.raises(UserError, match=f"65 new tokens need row {rows}, the vocabulary has {rows} rows"):
-        model.add_tokens(new_tokens(61, "diverse"))
+    assert model.hf.get_input_embeddings().num_embeddings == rows
+    assert max(model.add_tokens(new_tokens(61, "diverse"))) == rows
+    assert model.hf.get_input_embeddings().num_embeddings == rows + 1
 
 
 # A picture of 100 x 200 px, sides in multiples of 28. It shrinks by sqrt(20000 / 4704) = 2.06 to 48.5 x 97,

@@ -54,6 +54,10 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     except (OSError, SafetensorError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{directory / WEIGHTS}: not a readable safetensors file: {problem}") from None
+    # A base without spare rows was enlarged for the new tokens when it was trained, and is here.
+    stems = {key.removeprefix(PREFIX).removesuffix(ROWS) for key in state if key.endswith(ROWS)}
+    trained = [ids for stem in stems if (ids := token_ids(config, stem))]
+    model.enlarge(max((max(ids) + 1 for ids in trained), default=0))
     merge(model, state, config, directory)
 
     if (directory / "tokenizer_config.json").is_file():

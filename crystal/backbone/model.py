@@ -77,8 +77,8 @@ class Model(nn.Module):
         """Gives `tokens` vocabulary rows, initialised like an average token, and makes those rows trainable.
 
         One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has
-        learned for it. The vocabulary matrix keeps its size. Raises UserError if it has too few spare
-        rows. Returns the ids.
+        learned for it. The vocabulary matrix keeps its size, unless it has too few spare rows (see
+        `enlarge`). Returns the ids.
         """
         known = self.tokenizer.get_vocab().keys() & set(tokens)
         self.tokenizer.add_special_tokens(
@@ -87,11 +87,7 @@ class Model(nn.Module):
         ids = self.tokenizer.convert_tokens_to_ids(tokens)
         embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
 
-        if max(ids) >= embed.num_embeddings:
-            raise UserError(
-                f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has "
-                f"{embed.num_embeddings} rows; use fewer --latents, or a model with more spare rows"
-            )
+        self.enlarge(max(ids) + 1)
 
         # An average row plus a little spread: harmless, and far enough apart to become different.
         fresh = [i for i, token in zip(ids, tokens) if token not in known]
@@ -105,6 +101,22 @@ class Model(nn.Module):
 
         self.new_tokens = TrainableTokens(embed, head, ids)
         return ids
+
+    @torch.no_grad()
+    def enlarge(self, rows):
+        """Gives the vocabulary at least so many rows, new ones of zeros, at the input and the output.
+
+        Both matrices stay tied where they were, and the config says how many rows there are. Not one row more
+        than is asked for: nobody can generate a token that means nothing.
+        """
+        if rows <= self.hf.get_input_embeddings().num_embeddings:
+            return
+        embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
+        tied = self.tied
+        embed.weight = with_rows(embed.weight, rows)
+        head.weight = embed.weight if tied else with_rows(head.weight, rows)
+        embed.num_embeddings = head.out_features = rows
+        self.hf.config.get_text_config().vocab_size = rows
 
     def add_adapters(self, settings):
         """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names.
@@ -197,6 +209,12 @@ class Model(nn.Module):
         """After each optimiser update: the vocabulary's own rows follow their trained copies."""
         if self.new_tokens is not None:
             self.new_tokens.sync()
+
+
+def with_rows(weight, rows):
+    """A vocabulary's weight [V,D] -> a frozen one [rows,D], the new rows of zeros."""
+    more = weight.new_zeros(rows - len(weight), weight.shape[1])
+    return nn.Parameter(torch.cat([weight, more]), requires_grad=False)
 
 
 def resolve(name):
