@@ -610,7 +610,7 @@ def test_a_template_that_opens_the_answer_itself_is_refused(runs, tmp_path):
 
 @pytest.mark.parametrize("tied, spare", [(True, 0), (False, 3)], ids=["tied", "untied"])
 def test_stock_loaders_take_an_enlarged_vocabulary(tied, spare, records_file, tmp_path, capsys):
-    """A base with as many rows as tokens, or three more, and seven new tokens: stock transformers reads it."""
+    """A base with as many rows as tokens, or three more: stock transformers reads its seven new tokens."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     size = len(AutoTokenizer.from_pretrained(crystal.backbone.model.TINY))

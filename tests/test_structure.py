@@ -25,7 +25,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [
-        ("evaluation", "benchmarks asking predictions figures interventions carrying reliance"),
+        ("evaluation", "scoring benchmarks asking predictions figures interventions carrying reliance"),
         ("serving", "chat engine rooms endpoint"),
     ],
     [
