@@ -34,10 +34,11 @@ def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     key_padding  [B,L] bool, True where the key is padding
 
     -inf, with zero gradient, where the column lies after the row, is padding, is blocked, or either index is
-    -1. Raises TypeError for a key_padding that is not bool and for a bias that is not float: a mask of ones
-    and zeros would be read the wrong way round, or added to the scores where it blocks nothing.
+    -1. Raises ValueError for rows or cols of another batch, and TypeError for a key_padding that is not bool
+    or a bias that is not float: a mask of ones and zeros would be read the wrong way round, or added to the
+    scores where it blocks nothing.
     """
-    check(q, k, bias, key_padding)
+    check(q, k, bias, key_padding, rows, cols)
 
     # Bias and padding are cut to the columns, as the keys are.
     at = cols.clamp(min=0)
@@ -241,8 +242,14 @@ def _take(x, at):
     return x.gather(2, index.expand(-1, h, -1, d))
 
 
-def check(q, k, bias, key_padding):
+def check(q, k, bias, key_padding, rows=None, cols=None):
     """Raises ValueError or TypeError for what attn_scores says it does."""
+    for name, at in (("rows", rows), ("cols", cols)):
+        if at is not None and len(at) != len(q):
+            raise ValueError(
+                f"{name} holds positions of {len(at)} sequences, the batch {len(q)}; where both paths are "
+                "one batch, positions are given for both (repeat(2, 1))"
+            )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
     if key_padding is not None and key_padding.dtype != torch.bool:

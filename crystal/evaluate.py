@@ -25,15 +25,18 @@ if not __package__:
 
 from crystal import methods
 from crystal.corrupt import Corruption
-from crystal.evaluation import benchmarks, reliance
+from crystal.evaluation import benchmarks, reliance, scoring
 from crystal.evaluation.asking import answers, diagnose
-from crystal.evaluation.benchmarks import wilson
 from crystal.evaluation.predictions import Predictions
+from crystal.evaluation.scoring import wilson
 from crystal.generate import DECODING, thought_length
 from crystal.methods.sft import Method as SFT
 from crystal.opening import content_of, model_flags, open_model
 from crystal.runtime import config, data, distributed, ops
 from crystal.runtime.config import UserError
+
+LISTED = 20  # odd rows of a benchmark that are printed one by one; all of them are in the JSON
+
 
 # --- tables ---
 
@@ -69,11 +72,26 @@ def table(columns):
 
 
 def benchmark_text(name, records, results):
-    """Scores of a benchmark as lines, what was read how, and how many answers no rule could read
-    -> (text, JSON object).
+    """Scores of a benchmark as lines, what was read how, how many answers no rule could read, and which rows
+    are odd -> (text, JSON object).
     """
+    answered = any(r["answer"] for r in results)
+    odd = {r.where: r.odd for r in records if r.odd and (answered or r.odd != "no answer")}
+    lines = [f"odd rows, asked all the same: {len(odd)}"] if odd else []
+    lines += [f"  {where}: {what}" for where, what in list(odd.items())[:LISTED]]
+    if len(odd) > LISTED:
+        lines.append(f"  and {len(odd) - LISTED} more")
+    text = f"{name or 'a benchmark of its own'}: {len(results)} questions, none with an answer: no scores"
+    kept = {"benchmark": name, "scores": {}}
+    if answered:
+        text, kept = scores_text(name, records, results)
+    return "\n".join([text, *lines]), kept | {"odd": odd}
+
+
+def scores_text(name, records, results):
+    """`benchmark_text` without the odd rows."""
     rules = sorted({r.rule for r in records})
-    lines = benchmarks.scores(name, [r | {"row": records[r["index"]].row} for r in results])
+    lines = scoring.scores(name, [r | {"row": records[r["index"]].row} for r in results])
     unread = sum(r["extracted"] is None for r in results) / len(results)
     width = max(12, *(len(line) + 2 for line in lines))
     out = [
@@ -84,12 +102,12 @@ def benchmark_text(name, records, results):
         ends = f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
         cells = str(n).rjust(8) + f"{100 * value:.2f}".rjust(9) + ends.rjust(18)
         out.append(line.ljust(width) + cells)
-    out += [f"read by: {rule}: {benchmarks.EXTRACTION[rule]}" for rule in rules]
+    out += [f"read by: {rule}: {scoring.EXTRACTION[rule]}" for rule in rules]
     out.append(f"answers that could not be read, counted as wrong: {100 * unread:.1f} %")
     return "\n".join(out), {
         "benchmark": name,
         "scores": {line: {"score": v, "rows": n, "interval": i} for line, (v, n, i) in lines.items()},
-        "extraction": {rule: benchmarks.EXTRACTION[rule] for rule in rules},
+        "extraction": {rule: scoring.EXTRACTION[rule] for rule in rules},
         "unread": unread,
     }
 
@@ -173,7 +191,7 @@ def make_parser():
     parser.add_argument(
         "--scores",
         default="",
-        help="whose scores a TSV gets, if its name does not tell: " + ", ".join(benchmarks.SCORES),
+        help="whose scores a TSV gets, if its name does not tell: " + ", ".join(scoring.SCORES),
     )
     parser.add_argument("--suffix", default="", help="text to put behind every prompt of a TSV")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -211,8 +229,8 @@ def check(args, parser):
         if given:
             raise UserError(f"{given[0]} changes nothing with {mode}; leave it out")
 
-    if args.scores and args.scores not in benchmarks.SCORES:
-        raise UserError(f"--scores {args.scores}: choose one of {', '.join(benchmarks.SCORES)}")
+    if args.scores and args.scores not in scoring.SCORES:
+        raise UserError(f"--scores {args.scores}: choose one of {', '.join(scoring.SCORES)}")
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.limit < 0:
         raise UserError("--batch_size and --max_new_tokens must be at least 1, --limit must not be negative")
 
@@ -295,6 +313,10 @@ def mask_of(args, model, method):
 def run_reliance(args, model, fmt, method, records, folder, how):
     """--reliance: reliance.py's files, in --out or the model's folder."""
     out = args.out or folder / "reliance" / Path(args.data).stem
+    whole = [r for r in records if r.images and r.answer]
+    if len(whole) < len(records):
+        how["procs"].print(f"{len(records) - len(whole)} rows without a picture or an answer are left out")
+    records = whole
     about = {name: getattr(args, name) for name in ("model", "checkpoint", "data", "bottleneck")}
     how = how | {"corruption": how["corruption"] or method.corruption or Corruption()}
     reliance.run(model, fmt, records, out, about, biases=mask_of(args, model, method), **how)
@@ -340,7 +362,7 @@ def run_questions(args, model, fmt, method, records, folder, how):
     )
 
     if is_tsv(args):
-        name = args.scores or benchmarks.known_as(args.data)
+        name = args.scores or scoring.known_as(args.data)
         text, outcome = benchmark_text(name, records, results)
     else:
         families = by_family(results)

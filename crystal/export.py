@@ -23,13 +23,17 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
+import crystal.backbone.files
 import crystal.backbone.model
 from crystal import card, lora, verify
 from crystal.opening import MARK, method_flags, open_run
 from crystal.runtime import checkpoint, config
 from crystal.runtime.config import UserError
+
+CHUNK = 2**24  # bytes of a file that are copied at a time
 
 
 def export(run, which="best", merged=None, adapter=None, method="", trust_method=False):
@@ -49,6 +53,8 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
             for name in ("config.json", "generation_config.json"):
                 if (base / name).exists():
                     shutil.copyfile(base / name, out / name)
+            rows = model.hf.get_input_embeddings().num_embeddings
+            say_rows(out / "config.json", rows)
             say_rotation_twice(out / "config.json")
             if fmt.feeds_back:
                 suppress(fmt, out / "generation_config.json")
@@ -57,11 +63,35 @@ def export(run, which="best", merged=None, adapter=None, method="", trust_method
         written.append(Path(merged))
     if adapter and settings.tune == "lora":
         with fresh(adapter) as out:
+            say_wider(base, model)
             lora.save_adapter(out, model.hf, model.new_tokens, crystal.backbone.model.resolve(settings.model))
             save_readers(base, model, fmt, settings, out)
             card.write(out, run, which, settings, fmt, "adapter")
         written.append(Path(adapter))
     return written
+
+
+def say_wider(base, model):
+    """Tells on stderr what other tools need before they take an adapter of an enlarged vocabulary."""
+    config = crystal.backbone.files.read_config(str(base), str(base))
+    before, rows = config.get_text_config().vocab_size, model.hf.get_input_embeddings().num_embeddings
+    if before < rows:
+        print(
+            f"note: the base's vocabulary of {before} rows has {rows} in the adapter: before another tool "
+            f"takes it, model.resize_token_embeddings({rows}) is needed; merged/ needs nothing",
+            file=sys.stderr,
+        )
+
+
+def say_rows(file, rows):
+    """Says in a config.json how many rows the vocabulary has, where training enlarged it."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    parts = [config.get("text_config", config), config]
+    said = [part for part in parts if "vocab_size" in part] or parts[:1]
+    if any(part.get("vocab_size") != rows for part in said):
+        for part in said:
+            part["vocab_size"] = rows
+        write_json(file, config)
 
 
 def say_rotation_twice(file):
@@ -115,32 +145,38 @@ def trained(p, W):
 
 
 def with_rows(P, ids, W):
-    """The base's weight W with its rows `ids` replaced by P."""
+    """The base's weight W with its rows `ids` replaced by P; those behind its last row are added."""
+    added = max(int(ids.max()) + 1 - len(W), 0)
+    W = F.pad(W, (0, 0, 0, added))
     return W.index_copy(0, ids, P.to(W.dtype))
 
 
 def merge(base, out, model, changes):
     """Copies the base's safetensors files as they are and writes the changed tensors over their own bytes.
 
+    A vocabulary that training enlarged is given room for its new rows.
+
     Untouched weights are the base's to the bit because nothing else is written: dtypes, order and shards
     stay, and names but for what a wrapper put before them, since stock tools would not find their weights.
     UserError if the base has no safetensors files or a changed tensor is not in them.
     """
     index = base / "model.safetensors.index.json"
-    names = (
+    files = (
         sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if index.exists()
         else ["model.safetensors"]
     )
     left = set(changes) - ({"lm_head.weight"} if model.tied else set())
-    for name in names:
+    embedding = model.hf.get_input_embeddings()
+    rows, added = embedding.num_embeddings, 0
+    wide = {n for n, p in model.hf.named_parameters() if p is embedding.weight} | {"lm_head.weight"}
+    for name in files:
         if Path(name).name != name or not (base / name).is_file():
             raise UserError(f"{base}: no file {name}; an export needs the base's safetensors files")
-        shutil.copyfile(base / name, out / name)
-        # The format: the header's length in 8 bytes, the header in JSON, the tensors.
-        with open(base / name, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
+        with safe_open(base / name, "pt") as tensors:
+            names = crystal.backbone.model.parameter_names(model.hf, tensors.keys())
+            added += copy_with_room(base / name, out / name, [k for k, n in names.items() if n in wide], rows)
+        start, header = header_of(out / name)
         own_names = {crystal.backbone.model.unwrapped(key): entry for key, entry in header.items()}
         renamed = any(crystal.backbone.model.unwrapped(key) != key for key in header)
         with safe_open(base / name, "pt") as tensors, open(out / name, "r+b") as file:
@@ -150,11 +186,11 @@ def merge(base, out, model, changes):
                 text = json.dumps(own_names, separators=(",", ":"), ensure_ascii=False)
                 file.seek(8)
                 file.write(text.encode().ljust(start - 8))
-            for key, parameter in crystal.backbone.model.parameter_names(model.hf, tensors.keys()).items():
+            for key, parameter in names.items():
                 if (change := changes.get(parameter)) is not None:
                     W = tensors.get_tensor(key)
                     new = change(W)
-                    if new.shape != W.shape:
+                    if list(new.shape) != header[key]["shape"]:
                         raise UserError(
                             f"{base / name}: {key} has shape {tuple(W.shape)}, the trained one "
                             f"{tuple(new.shape)}"
@@ -169,7 +205,55 @@ def merge(base, out, model, changes):
         shards["weight_map"] = {
             crystal.backbone.model.unwrapped(key): name for key, name in shards["weight_map"].items()
         }
+        if added and "total_size" in shards.get("metadata", {}):
+            shards["metadata"]["total_size"] += added
         (out / index.name).write_text(json.dumps(shards, indent=2) + "\n")
+
+
+def header_of(file):
+    """A safetensors file -> (where its tensors start, its header).
+
+    The format: the header's length in 8 bytes, the header in JSON, the tensors.
+    """
+    with open(file, "rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        return start, json.loads(opened.read(start - 8))
+
+
+def copy_with_room(source, target, keys, rows):
+    """Copies a safetensors file, and zeros behind its tensors `keys` [V,D] up to [rows,D] -> bytes added.
+
+    Where none of them is shorter the copy is the file to the byte.
+    """
+    start, header = header_of(source)
+    short = [key for key in keys if header[key]["shape"][0] < rows]
+    if not short:
+        shutil.copyfile(source, target)
+        return 0
+
+    # Every tensor keeps its place in the order, those behind a longer one move.
+    entries = [(key, entry) for key, entry in header.items() if key != "__metadata__"]
+    entries.sort(key=lambda item: item[1]["data_offsets"])
+    new, room, at = {k: x for k, x in header.items() if k == "__metadata__"}, {}, 0
+    for key, entry in entries:
+        first, end = entry["data_offsets"]
+        height, *rest = entry["shape"] or [1]
+        room[key] = (end - first) // height * (rows - height) if key in short else 0
+        shape = [rows, *rest] if key in short else entry["shape"]
+        new[key] = entry | {"shape": shape, "data_offsets": [at, at + end - first + room[key]]}
+        at = new[key]["data_offsets"][1]
+
+    text = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of eight bytes
+    with open(source, "rb") as old, open(target, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, entry in entries:
+            first, end = entry["data_offsets"]
+            old.seek(start + first)
+            for piece in range(first, end, CHUNK):
+                file.write(old.read(min(CHUNK, end - piece)))
+            file.write(bytes(room[key]))
+    return sum(room.values())
 
 
 def save_readers(base, model, fmt, settings, out):
@@ -182,10 +266,12 @@ def save_readers(base, model, fmt, settings, out):
 
     if (base / "video_preprocessor_config.json").exists():
         shutil.copyfile(base / "video_preprocessor_config.json", out / "video_preprocessor_config.json")
-    # Less the image processor's settings: they are written above, and twice they could disagree.
+    # Less the image processor's settings and the template: they are written above, and twice they could
+    # disagree.
     if (base / "processor_config.json").exists():
         rules = json.loads((base / "processor_config.json").read_text())
         rules.pop("image_processor", None)
+        rules.pop("chat_template", None)
         write_json(out / "processor_config.json", rules)
 
     if fmt.feeds_back:

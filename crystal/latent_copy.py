@@ -173,9 +173,14 @@ def dual_forward(model, batch, copied, realisation, recorder=None):
     batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for
     two paths that share nothing. recorder: an attention.AttentionRecorder whose rows and columns are
     those of both halves, [2B, ...]. Nobody may read a copied position of h_cor: there each realisation
-    leaves something else. ValueError for an unknown realisation, and for `packed` where the copied
-    positions are not one run.
+    leaves something else. ValueError for an unknown realisation, a batch without corrupted images, and for
+    `packed` where the copied positions are not one run.
     """
+    if batch.get("pixel_values_cor") is None:
+        raise ValueError(
+            "dual_forward: the batch holds no corrupted images (pixel_values_cor); give data.RecordDataset "
+            "the method's corruption"
+        )
     if realisation == "packed":
         return packed_forward(model, batch, copied, recorder)
 

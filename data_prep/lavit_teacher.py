@@ -8,7 +8,7 @@ of a data set.
 Below the image root it writes lavit/NAME-00000.safetensors ... with the tensors
     ID/gaze [N]       A_traj, eq. 2 and 3, over all layers and heads, on the teacher's grid, one image after
                       the other
-    ID/gaze_grid [I,2] rows and columns of each image's tokens
+    ID/gaze_grid [I,2] rows and columns of each image's tokens; [I,3] where newlines stand behind the rows
     ID/gaze_top [8]   its largest tokens; a student takes the largest of its own grid, which are these where
                       the grids agree
     ID/v_sem [E]      V_sem: mean of the image tokens' states after the last layer and its norm (section 4.1)
@@ -107,12 +107,12 @@ def look(model, fmt, method, records, batch_size):
             seen, images = images[: len(r.images)], images[len(r.images) :]
             own = torch.tensor(
                 [grid for image in seen for grid in image]
-            )  # [I,2], for some families more than one of an image
+            )  # [I,3], for some families more than one of an image
             cols = cols[cols >= 0]
             A = normalise(S[: len(cols)].float())  # eq. 3
             tensors = {
                 "gaze": A,
-                "gaze_grid": own.clone(),
+                "gaze_grid": own if own[:, 2].any() else own[:, :2].clone(),
                 "gaze_top": A.argsort(descending=True, stable=True)[:TOP],
                 "v_sem": states[cols].float().mean(0).cpu(),
             }

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from crystal.attention import AttentionRecorder, attend, attn_lse, attn_scores, attn_slice
+from crystal.runtime import ops
 
 INF = float("inf")
 f64 = torch.float64
@@ -371,3 +372,15 @@ def test_attend_repeats_heads_under_a_mask_on_a_gpu(monkeypatch):
             for mask in (None, torch.empty(2, 1, 5, 5, device=device, dtype=torch.bool)):
                 attend(q, k, k, mask)
     assert asked == [(2, 2, True), (2, 2, True), (2, 2, True), (4, 4, False)]
+
+
+@pytest.mark.parametrize("read", [attn_slice, attn_scores, ops.attn_slice, ops.attn_scores])
+@pytest.mark.parametrize("name", ["rows", "cols"])
+def test_positions_of_one_path_alone_are_told(read, name):
+    """Both paths are one batch of six; positions of three were given."""
+    q, k = torch.randn(6, 2, 5, 4), torch.randn(6, 1, 5, 4)
+    at = {"rows": torch.tensor([[3], [4], [2]] * 2), "cols": torch.tensor([[1, 2]] * 6)}
+    AttentionRecorder({0}, at["rows"], at["cols"], read)(0, q, k)
+    at[name] = at[name][:3]
+    with pytest.raises(ValueError, match=f"^{name} holds positions of 3 sequences, the batch 6; .*for both"):
+        AttentionRecorder({0}, at["rows"], at["cols"], read)(0, q, k)

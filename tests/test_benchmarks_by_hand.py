@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import by_hand
 import pytest
 from PIL import Image
-from test_benchmarks import pixels, result, write
+from test_benchmarks import pixels, write
+from test_scoring import result
 
 from crystal import evaluate
-from crystal.evaluation import asking, benchmarks
-from crystal.evaluation.benchmarks import known_as, option, read, scores, yes_no
+from crystal.evaluation import asking, benchmarks, scoring
+from crystal.evaluation.benchmarks import read
+from crystal.evaluation.scoring import known_as, option, scores, yes_no
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 from crystal.runtime.data import RecordError
@@ -379,7 +381,7 @@ def test_pope_by_hand():
         "popular": 5,
         "random": 5,
     }
-    assert found["accuracy"][2] == pytest.approx(benchmarks.wilson(7, 10)) and found["Overall"][2] is None
+    assert found["accuracy"][2] == pytest.approx(scoring.wilson(7, 10)) and found["Overall"][2] is None
 
 
 def test_mmvp_by_hand():
@@ -494,7 +496,7 @@ def test_records_and_questions_are_scored_by_their_own_rules():
     exact = data.Record("x:1", "1", [], "B", [])
     choice = benchmarks.Question("x:1", "1", [], "B", [], rule="choice", options=PETS)
     yes = benchmarks.Question("x:1", "1", [], "Yes", [], rule="yes/no", options=PETS)
-    assert benchmarks.score(exact, " b. ") == ("b", True) and benchmarks.score(exact, "dog") == ("dog", False)
-    assert benchmarks.score(choice, "dog") == ("B", True) and benchmarks.score(choice, "b") == (None, False)
-    assert benchmarks.score(yes, "yes") == ("Yes", True) and benchmarks.score(yes, "B") == (None, False)
-    assert [benchmarks.tidy(x) for x in ("A.", "a..", " A . ", ".", "a!")] == ["a", "a.", "a", "", "a!"]
+    assert scoring.score(exact, " b. ") == ("b", True) and scoring.score(exact, "dog") == ("dog", False)
+    assert scoring.score(choice, "dog") == ("B", True) and scoring.score(choice, "b") == (None, False)
+    assert scoring.score(yes, "yes") == ("Yes", True) and scoring.score(yes, "B") == (None, False)
+    assert [scoring.tidy(x) for x in ("A.", "a..", " A . ", ".", "a!")] == ["a", "a.", "a", "", "a!"]

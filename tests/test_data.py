@@ -1,6 +1,8 @@
 """Records become batches."""
 
+import pytest
 import torch
+from PIL import Image
 from test_records import folder, line, only  # noqa: F401 (a fixture)
 
 from crystal.runtime import data
@@ -78,3 +80,86 @@ def test_skipped_records_are_replaced_and_told(setup):
     s.examples.skip = True
     e = s.examples[0, 0]
     assert e["bad"] == ["x:1: broken"] and e["layout"].ids == s.examples[0, 1]["layout"].ids
+
+
+# --- seams: what a method's own code, or one picture, can get wrong ---
+
+
+@pytest.mark.parametrize(
+    "gives, says",
+    [
+        ({"x": 0.5}, "'x' is a float; a tensor"),
+        ({"x": torch.tensor(0.5)}, "'x' is a tensor without dimensions"),
+        ({"x": [1, 2]}, "'x' is a list; a tensor"),
+        (0.5, "float, where {name: tensor"),
+        (None, "NoneType, where {name: tensor"),
+    ],
+)
+def test_extras_that_no_batch_can_be_made_of_are_told(setup, gives, says):
+    s = setup()
+    s.examples.extras = lambda record, images: gives
+    assert s.examples[0, 0]["error"].startswith(f"{s.records[0].where}: the method's extras: {says}")
+
+
+def test_extras_that_differ_between_records_are_told(setup):
+    s = setup()
+    for gives, says in (
+        ([{"x": torch.ones(2, 3)}, {"x": torch.ones(2, 4)}], "'x' has shapes [2, 3], [2, 4]; only the first"),
+        ([{"x": torch.ones(2)}, {}], "'x' is missing of some records"),
+        ([{}, {"x": torch.ones(2)}], "'x' is missing of some records"),
+    ):
+        s.examples.extras = lambda record, images, gives=gives: gives[record is s.records[1]]
+        batch = data.collate([s.examples[0, 0], s.examples[0, 1]], 0)
+        assert batch["error"] == f"the method's extras: {says}" or says in batch["error"]
+    s.examples.extras = lambda record, images: {"x": torch.ones(1 + (record is s.records[1]), 3)}
+    assert data.collate([s.examples[0, 0], s.examples[0, 1]], 0)["x"].shape == (2, 2, 3)
+
+
+def test_any_exception_from_one_picture_is_that_records_error(setup):
+    s = setup()
+    for kind in (IndexError, TypeError, ZeroDivisionError, RuntimeError):
+        for place in ("pixels", "tokens"):
+
+            class Broken:
+                context = None
+
+                def __call__(self, images, return_tensors):
+                    if place == "pixels":
+                        raise kind("no such thing\nin it")
+                    return {"pixel_values": 1, "image_grid_thw": 2}
+
+                def tokens(self, grid):
+                    raise kind("no such thing\nin it")
+
+            s.examples.image_processor = Broken()
+            place_told = f"{s.records[0].where}: field 'image': no such thing in it"
+            assert s.examples[0, 0]["error"] == place_told
+
+
+def test_a_picture_too_thin_for_llavas_tiles_is_skipped(setup, tmp_path):
+    """300 x 1 pixels: of the tiles nothing is left without their padding; the next record is taken."""
+    s = setup("--method", "sft", family="llava_onevision")
+    Image.new("RGB", (300, 1)).save(tmp_path / "thin.png")
+    s.records[0].images = [tmp_path / "thin.png"]
+    assert "field 'image': 300 x 1 pixels: so long and thin" in s.examples[0, 0]["error"]
+    s.examples.skip = True
+    found = s.examples[0, 0]
+    assert found["layout"].ids == s.examples[0, 1]["layout"].ids and len(found["bad"]) == 1
+
+
+def test_a_context_that_is_too_long_is_told_with_the_models_own_limit(setup):
+    """The sequence at the limit passes whole; one token more is the record's error, and nothing is cut."""
+    s = setup()
+    n = len(s.examples[0, 0]["layout"].ids)
+    text = s.model.hf.config.text_config
+    before = text.max_position_embeddings
+    try:
+        text.max_position_embeddings = n
+        assert len(s.examples[0, 0]["layout"].ids) == n
+        text.max_position_embeddings = n - 1
+        told = s.examples[0, 0]["error"]
+    finally:
+        text.max_position_embeddings = before
+    said = f"{n} tokens, 12 of them of images; the model's own limit is {n - 1} "
+    assert told.startswith(f"{s.records[0].where}: {said}")
+    assert "\n" not in told

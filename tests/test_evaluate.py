@@ -12,7 +12,7 @@ import crystal.backbone.model
 from crystal import evaluate
 from crystal.corrupt import Corruption
 from crystal.evaluate import by_family, table
-from crystal.evaluation import asking, benchmarks
+from crystal.evaluation import asking, scoring
 from crystal.layout import Format
 from crystal.runtime import data
 from crystal.runtime.config import UserError
@@ -133,7 +133,7 @@ def test_a_benchmark_from_file_to_scores(tmp_path, monkeypatch, capsys):
     )
     for line in (
         "BLINK: 5 questions",
-        "read by: choice: " + benchmarks.EXTRACTION["choice"],
+        "read by: choice: " + scoring.EXTRACTION["choice"],
         "counted as wrong: 20.0 %",
         "longest_edge",
     ):
@@ -236,3 +236,47 @@ def test_answers_to_a_file_that_changed_are_not_reused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"were made otherwise \(data_sha256\); --overwrite"):
         evaluate.main(flags)
     assert out.read_text() == before
+
+
+# --- odd rows ---
+
+
+@pytest.fixture
+def odd_tsv(tmp_path):
+    """Six rows, of which one is whole. Odd of the others: the answer twice, no picture, no answer, both."""
+    path = tmp_path / "x.tsv"
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+        rows.writerow(["index", "image", "question", "A", "B", "answer"])
+        for i, (image, other, answer) in enumerate(
+            [(1, "None", "B"), (1, "dog", "(A)"), (0, "dog", "A")]
+            + [(1, "dog", ""), (0, "", ""), (1, "dog", "A")]
+        ):
+            rows.writerow([i, picture(i) if image else "", "Which?", "cat" if other else "", other, answer])
+    return path
+
+
+@pytest.mark.parametrize("more", [[], ["--corruption", "noise=50"], ["--grey"]], ids=str)
+def test_odd_rows_do_not_stop_a_file(odd_tsv, tmp_path, capsys, monkeypatch, more):
+    """All six are asked; the text-only row whose answer is A and the whole row are right; five are listed."""
+    monkeypatch.setattr(asking, "generate", lambda model, prompts, *_: ["A"] * len(prompts))
+    out = tmp_path / "p.jsonl"
+    evaluate.main(["--data", str(odd_tsv), "--device", "cpu", "--out", str(out), *more])
+    assert [r["correct"] for r in told(out)] == [False, False, True, False, False, True]
+    about = json.loads(out.with_suffix(".json").read_text())
+    assert about["scores"]["Overall"]["score"] == pytest.approx(2 / 6) and len(about["odd"]) == 5
+    printed = capsys.readouterr().out
+    assert "odd rows, asked all the same: 5\n" in printed
+    assert f"  {odd_tsv}:3 (index 1): answer '(A)' is none of its options A, B\n" in printed
+    assert f"  {odd_tsv}:6 (index 4): no picture; no answer\n" in printed
+
+
+def test_predictions_of_a_file_without_answers_are_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(asking, "generate", lambda model, prompts, *_: ["red"] * len(prompts))
+    path, out = tmp_path / "x.tsv", tmp_path / "p.jsonl"
+    path.write_text("index\timage\tquestion\n" + "".join(f"{i}\t{picture(i)}\tq\n" for i in range(25)))
+    evaluate.main(["--data", str(path), "--device", "cpu", "--out", str(out)])
+    assert [(r["prediction"], r["correct"]) for r in told(out)] == [("red", False)] * 25
+    printed = capsys.readouterr().out
+    assert "25 questions, none with an answer: no scores\n" in printed and "odd rows" not in printed
+    assert json.loads(out.with_suffix(".json").read_text())["scores"] == {}

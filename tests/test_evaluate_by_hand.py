@@ -69,7 +69,7 @@ def test_a_benchmarks_text_by_hand():
         ("B", True, "dogs"),
     ]
     records = [
-        SimpleNamespace(rule="exact" if i == 4 else "choice", row={"category": c})
+        SimpleNamespace(rule="exact" if i == 4 else "choice", row={"category": c}, odd="")
         for i, (_, _, c) in enumerate(rows)
     ]
     results = [
@@ -99,6 +99,15 @@ def test_a_benchmarks_text_by_hand():
     assert told["scores"]["dogs"]["score"] == pytest.approx(2 / 3) and told["scores"]["cats"]["rows"] == 2
     assert told["scores"]["Overall"]["interval"] == pytest.approx((interval.low, interval.high), abs=1e-4)
     assert evaluate.benchmark_text("", records, results)[0].startswith("a benchmark of its own: 5 questions")
+
+
+def test_odd_rows_are_listed_up_to_twenty():
+    records = [SimpleNamespace(rule="exact", row={}, odd="odd", where=f"x:{i}") for i in range(23)]
+    results = [{"index": i, "id": str(i), "answer": "A", "extracted": "a", "correct": 1} for i in range(23)]
+    text, told = evaluate.benchmark_text("", records, results)
+    lines = text.splitlines()
+    assert "odd rows, asked all the same: 23" in lines and lines[-1] == "  and 3 more"
+    assert lines[-2] == "  x:19: odd" and told["odd"] == {f"x:{i}": "odd" for i in range(23)}
 
 
 def test_progress_in_lines(monkeypatch, capsys):

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 import torch
-from conftest import put_in
+from conftest import FAMILIES, put_in, write_model
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import crystal.backbone.model
@@ -602,3 +603,96 @@ def test_a_template_that_opens_the_answer_itself_is_refused(runs, tmp_path):
     with pytest.raises(UserError, match="tiny: its chat template writes <think> before an answer"):
         methods.attach(model, methods.parse(["--method", "crystal"]))
     methods.attach(model, methods.parse(["--method", "livr"]))
+
+
+# --- a vocabulary without spare rows ---
+
+
+@pytest.mark.parametrize("tied, spare", [(True, 0), (False, 3)], ids=["tied", "untied"])
+def test_stock_loaders_take_an_enlarged_vocabulary(tied, spare, records_file, tmp_path, capsys):
+    """A base with as many rows as tokens, or three more: stock transformers reads its seven new tokens."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    size = len(AutoTokenizer.from_pretrained(crystal.backbone.model.TINY))
+    base = write_model(tmp_path / "base", tied, vocab_size=size + spare)
+    more = ["--lr_tokens", "0.1", "--output", str(tmp_path / "run")]
+    flags = ["--model", str(base), "--data", str(records_file), "--latents", "3", "--lora_r", "2", *more]
+    run = train.main([*flags, "--lr", "1e-2", "--max_steps", "2", "--eval_every", "0"])
+    capsys.readouterr()
+    export.export(run, "last", merged=tmp_path / "merged", adapter=tmp_path / "adapter")
+    assert f"vocabulary of {size + spare} rows has {size + 7} in the adapter" in capsys.readouterr().err
+
+    ours, fmt, _ = opening.open_run(run, "last")
+    stock, told = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert stock.get_input_embeddings().weight.shape == stock.lm_head.weight.shape == (size + 7, 32)
+    assert len(tokenizer) == size + 7 == stock.config.get_text_config().vocab_size
+    assert (stock.lm_head.weight is stock.get_input_embeddings().weight) == tied
+    assert tokenizer.convert_tokens_to_ids("<|latent_2|>") == size + 6
+
+    ids = torch.tensor([fmt.question([("user", "What colour is the star?")], [])[0]])
+    with torch.no_grad():
+        wanted, found = (model(input_ids=ids).logits for model in (ours.hf, stock.eval()))
+        assert wanted.shape[-1] == size + 7 and torch.allclose(wanted, found, atol=1e-4)
+
+        # The adapter opens here as it is, and in peft once the base has as many rows.
+        again = opening.open_model(str(tmp_path / "adapter"))[0]
+        assert torch.allclose(wanted, again.hf(input_ids=ids).logits, atol=1e-4)
+        from peft import PeftModel
+
+        base = AutoModelForImageTextToText.from_pretrained(base)
+        base.resize_token_embeddings(size + 7, mean_resizing=False)
+        theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        assert torch.allclose(wanted, theirs(input_ids=ids).logits, atol=1e-4)
+
+    # Nothing but the vocabulary, and what the adapters are on, is another than the base's.
+    before, after = (load_file(d / "model.safetensors") for d in (tmp_path / "base", tmp_path / "merged"))
+    name = "model.language_model.embed_tokens.weight"
+    assert torch.equal(before[name][:size], after[name][:size]) and before.keys() == after.keys()
+    vision = [n for n in before if ".visual." in n]
+    assert vision and all(torch.equal(before[n], after[n]) for n in vision)
+
+
+def test_a_processor_of_stock_transformers_takes_it_too(records_file, tmp_path):
+    """AutoProcessor and LLaVA-OneVision, whose template and processor are other classes."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    size = len(AutoTokenizer.from_pretrained(crystal.backbone.model.TINY)) + 2  # <image> and <video>
+    base = write_model(tmp_path / "base", False, FAMILIES["llava_onevision"], vocab_size=size)
+    flags = ["--model", str(base), "--data", str(records_file), "--latents", "3", "--lora_r", "2"]
+    run = train.main([*flags, "--max_steps", "1", "--eval_every", "0", "--output", str(tmp_path / "run")])
+    export.export(run, "last", merged=tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    try:
+        processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    except ImportError:  # of videos, which want torchvision
+        processor = None
+    for reader in filter(None, (tokenizer, processor)):
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        text = reader.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert text.endswith("<|latent_0|><|latent_1|><|latent_2|>. </think><answer>")
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").lm_head.out_features == size + 7
+
+
+def test_a_file_is_copied_with_room_for_longer_tensors(tmp_path):
+    """By safetensors itself: two of four tensors grow, others move, and nothing else changes."""
+    g = torch.Generator().manual_seed(0)
+    state = {
+        "a": torch.randn(3, 2, generator=g).bfloat16(),
+        "b": torch.randn(5, generator=g),
+        "c": torch.randn(3, 4, generator=g, dtype=torch.float64),
+        "d": torch.tensor(7),
+    }
+    save_file(state, tmp_path / "old", metadata={"format": "pt"})
+    added = export.copy_with_room(tmp_path / "old", tmp_path / "new", ["a", "c"], 6)
+    assert added == 3 * 2 * 2 + 3 * 4 * 8
+    found = load_file(tmp_path / "new")
+    for name, tensor in state.items():
+        assert torch.equal(found[name][:3] if name in "ac" else found[name], tensor), name
+    assert found["a"].shape == (6, 2) and found["c"].shape == (6, 4)
+    assert not found["a"][3:].any() and not found["c"][3:].any()
+    with safe_open(tmp_path / "new", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert export.copy_with_room(tmp_path / "old", tmp_path / "same", ["a", "c"], 3) == 0
+    assert (tmp_path / "same").read_bytes() == (tmp_path / "old").read_bytes()

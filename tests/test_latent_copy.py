@@ -199,3 +199,12 @@ def test_the_corrupted_latents_are_the_intact_ones_at_every_layer(setup):
 def test_unknown_realisation():
     with pytest.raises(ValueError, match="choose hidden, kv or packed"):
         LatentCopy(torch.zeros(1, 1, dtype=torch.bool), "packed?")
+
+
+@pytest.mark.parametrize("how", ["hidden", "kv", "packed"])
+def test_a_batch_without_corrupted_images_is_told(setup, how):
+    s = setup("--latent_copy", how)
+    without = {n: x for n, x in s.batch.items() if n != "pixel_values_cor"}
+    for batch in (without, s.batch | {"pixel_values_cor": None}):
+        with pytest.raises(ValueError, match=r"no corrupted images \(pixel_values_cor\); give .*corruption"):
+            s.method.losses(s.model, batch, None)

@@ -4,6 +4,7 @@ gaze as pure functions.
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -19,7 +20,7 @@ from crystal.latent_copy import LatentCopy
 from crystal.methods.crystal import position_mask
 from crystal.methods.lavit import align, entropy, focus, inside, normalise, salient, top
 from crystal.methods.sft import cross_entropy
-from crystal.runtime import checkpoint
+from crystal.runtime import checkpoint, data
 from crystal.runtime.config import Progress, UserError
 from crystal.runtime.data import RecordError
 
@@ -424,8 +425,8 @@ def test_bad_input(setup):
     ):
         s.method.extras(s.records[2], [None])
     s = setup(*LORA, "--semantics_dim", "7")
-    with pytest.raises(UserError, match="--semantics_dim 32 is needed"):
-        s.objective(s.batch, at(0.0))
+    with pytest.raises(RecordError, match="lavit.jsonl:1: field 'features': .*--semantics_dim 32 is needed"):
+        s.examples.build(0, 0)
     for flags in (["--gate_warmup", "0"], ["--w_gaze", "-1"], ["--gate", "ajar"], ["--turns", "all"]):
         with pytest.raises(UserError, match=flags[0]):
             methods.parse(["--method", "lavit", *flags])
@@ -527,3 +528,31 @@ def test_inside():
     ]
     assert inside([[0, 0, 1, 1], [111, 83, 112, 84]], (112, 84), (3, 4)).nonzero()[:, 0].tolist() == [0, 11]
     assert inside([[-5, -5, 500, 500]], (112, 84), (3, 4)).all() and not inside([], (10, 10), (2, 2)).any()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"v_sem": torch.ones(3)}, "the teacher's V_sem has 3 numbers: --semantics_dim 3 is needed"),
+        ({"v_sem": torch.tensor(1.0)}, "v_sem has shape [] or holds no number"),
+        ({"v_sem": torch.full((32,), float("nan"))}, "v_sem has shape [32] or holds no number"),
+        ({"gaze": torch.ones(11)}, "gaze has 11 numbers for grids of 12 tokens"),
+        ({"gaze": torch.ones(13)}, "gaze has 13 numbers for grids of 12 tokens"),
+        ({"gaze": torch.ones(12, dtype=torch.long)}, "gaze has shape [12] or is no finite number from 0 up"),
+        ({"gaze": -torch.ones(12)}, "gaze has shape [12] or is no finite number from 0 up"),
+        ({"gaze": torch.tensor(1.0)}, "gaze has shape [] or is no finite number from 0 up"),
+        ({"gaze_grid": torch.tensor([3, 4])}, "gaze_grid has shape [2]"),
+        ({"gaze_grid": torch.tensor([[3.0, 4.0]])}, "gaze_grid has shape [1, 2]"),
+        ({"gaze_grid": torch.tensor([[1, 3, 4, 1]])}, "gaze_grid has shape [1, 4]"),
+    ],
+)
+def test_features_that_do_not_fit_are_the_records_error(setup, monkeypatch, change, says):
+    """Record 0 has 3 x 4 tokens, and the model states of 32 numbers."""
+    s = setup("--method", "lavit", "--tune", "lora", which=[0])
+    right = {"gaze": torch.ones(12), "gaze_grid": torch.tensor([[3, 4]]), "v_sem": torch.ones(32)}
+    s.records[0].features["lavit"] = "any"
+    monkeypatch.setattr(data, "load_features", lambda record, name: right | change)
+    with pytest.raises(RecordError, match=f"^{s.records[0].where}: field 'features': .*{re.escape(says)}"):
+        s.method.extras(s.records[0], [None])
+    monkeypatch.setattr(data, "load_features", lambda record, name: dict(right))
+    assert s.method.extras(s.records[0], [None])["gaze_grid"].tolist() == [[3, 4, 0]]

@@ -81,10 +81,23 @@ def test_new_tokens_take_spare_rows(setup, model_dirs):
     )
 
 
-def test_too_few_spare_rows(model_dirs):
-    model = crystal.backbone.model.load(str(model_dirs[True]))
-    with pytest.raises(UserError, match="use fewer --latents"):
-        model.add_tokens(new_tokens(61, "diverse"))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_vocabulary_without_spare_rows_is_enlarged(model_dirs, tied, weights):
+    """67 new tokens, 64 spare rows: three more, at the input and the output; no other row moves."""
+    model = crystal.backbone.model.load(str(model_dirs[tied]), weights=weights)
+    embed, head = model.hf.get_input_embeddings(), model.hf.lm_head
+    before = [embed.weight.clone(), head.weight.clone()]
+    rows = len(embed.weight)
+    ids = model.add_tokens(new_tokens(63, "diverse"))
+    assert ids == list(range(rows - 64, rows + 3)) and model.tied == tied
+    assert embed.num_embeddings == head.out_features == rows + 3
+    assert model.hf.config.get_text_config().vocab_size == rows + 3
+    assert (embed.weight is head.weight) == tied and not embed.weight.requires_grad
+    for weight, old in zip((embed.weight, head.weight), before):
+        assert weight.shape == (rows + 3, 32)
+        if weights:
+            assert torch.equal(weight[: rows - 64], old[: rows - 64]) and weight[rows:].std(0).min() > 0
 
 
 def test_what_trains(setup):
@@ -132,7 +145,7 @@ def test_wrong_models(tmp_path, model_dirs):
     cut = tmp_path / "cut"
     shutil.copytree(model_dirs[True], cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
         crystal.backbone.model.load(str(cut))
 
 
@@ -181,9 +194,17 @@ PATCHES = "model.visual.patch_embed.proj.weight"
             lambda state: state | {UP: state[UP][:-1].clone()},
             rf"of another shape are {UP} \[47, 32\], not \[48, 32\]",
         ),
-        (lambda state: state | {"score.weight": torch.zeros(1)}, r"the model has no place for score\.weight"),
+        (
+            lambda state: state | {"model.language_model.layers.3.mlp.up_proj.weight": torch.zeros(1)},
+            r"the model has no place for model\.language_model\.layers\.3\.mlp\.up_proj\.weight",
+        ),
+        (
+            lambda state: state | {f"{UP}_scale_inv": torch.zeros(1)},
+            rf"the model has no place for {UP}_scale_inv",
+        ),
+        (lambda state: state | {"lm_head.bias": torch.zeros(1)}, r"the model has no place for lm_head\.bias"),
     ],
-    ids=["renamed", "a matrix", "the head", "the tower", "a shape", "one too many"],
+    ids=["renamed", "a matrix", "the head", "the tower", "a shape", "a layer too many", "a scale", "a bias"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, model_dirs, logged_by_transformers, change, told):
     """Without this a model whose weights stayed random would train and answer, and end with 0."""
@@ -193,6 +214,18 @@ def test_weights_that_do_not_fit_are_named(tmp_path, model_dirs, logged_by_trans
     ):
         crystal.backbone.model.load(str(path))
     assert not logged_by_transformers  # the one line says it, and a page of its report would hide it
+
+
+def test_parts_that_the_model_does_not_have_are_told_and_left_out(tmp_path, model_dirs, capsys):
+    """A reward head and an audio tower beside all that the model needs: one line, and the same model."""
+    more = dict.fromkeys(("score.weight", "model.audio_tower.a", "audio_tower.b"), torch.ones(1))
+    more = {name: tensor.clone() for name, tensor in more.items()}
+    path = with_weights(model_dirs[False], tmp_path / "model", lambda state: state | more)
+    found = crystal.backbone.model.load(str(path)).hf.state_dict()
+    said = "3 tensors of parts that the model does not have are left out: audio_tower, score"
+    assert capsys.readouterr().err == f"note: {path}: {said}\n"
+    wanted = crystal.backbone.model.load(str(model_dirs[False])).hf.state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[n], found[n]) for n in wanted)
 
 
 def test_one_line_reaches_the_terminal(tmp_path, model_dirs, capsys):
@@ -513,16 +546,14 @@ def test_names_of_older_checkpoints_find_their_parameters(model_dirs):
 
 
 def test_as_many_new_tokens_as_there_are_spare_rows(model_dirs):
-    """The test models leave 64 rows.
-
-    Four tags and 60 latents fit, one more does not, and says which row it would need.
-    """
+    """The test models leave 64 rows: four tags and 60 latents fit; with one more there is one row more."""
     model = crystal.backbone.model.load(str(model_dirs[True]))
     rows = model.hf.get_input_embeddings().num_embeddings
     assert model.add_tokens(new_tokens(60, "diverse")) == list(range(rows - 64, rows))
     model = crystal.backbone.model.load(str(model_dirs[True]))
-    with pytest.raises(UserError, match=f"65 new tokens need row {rows}, the vocabulary has {rows} rows"):
-        model.add_tokens(new_tokens(61, "diverse"))
+    assert model.hf.get_input_embeddings().num_embeddings == rows
+    assert max(model.add_tokens(new_tokens(61, "diverse"))) == rows
+    assert model.hf.get_input_embeddings().num_embeddings == rows + 1
 
 
 # A picture of 100 x 200 px, sides in multiples of 28. It shrinks by sqrt(20000 / 4704) = 2.06 to 48.5 x 97,

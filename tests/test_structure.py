@@ -22,11 +22,14 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
             "silhouettes toy toy_steps named_state checkpoint",
         )
     ],
-    [("backbone", "families attention_functions model adapter widths record encoders")],
+    [("backbone", "files families attention_functions model adapter widths record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [
-        ("evaluation", "benchmarks asking predictions figures interventions carrying reliance study"),
+        (
+            "evaluation",
+            "scoring benchmarks asking predictions figures interventions carrying reliance study",
+        ),
         ("serving", "chat door rooms lanes engine endpoint"),
     ],
     [

@@ -498,7 +498,6 @@ LATE = [  # flags, what is told; each fails later than the settings are read, so
     (["--method", "valr", "--align_layer", "9"], "--align_layer 9: the model has 3 layers"),
     (["--method", "valr", "--encoders", "./nowhere"], "nowhere"),
     (["--model", "./nowhere"], "nowhere: no such directory"),
-    (["--latents", "1000"], "use fewer --latents"),
     (["--max_pixels", "0"], "--max_pixels 0: areas in pixels"),
     (["--method", "sft", "--tune", "tokens"], "nothing is left to train"),
     (["--device", "cuda:7"], "--device cuda:7"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import crystal.backbone.model
+from crystal.backbone.files import why
 from crystal.lora import CONFIG, PREFIX, WEIGHTS
 from crystal.runtime.config import UserError
 
@@ -53,6 +54,10 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     except (OSError, SafetensorError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{directory / WEIGHTS}: not a readable safetensors file: {problem}") from None
+    # A base without spare rows was enlarged for the new tokens when it was trained, and is here.
+    stems = {key.removeprefix(PREFIX).removesuffix(ROWS) for key in state if key.endswith(ROWS)}
+    trained = [ids for stem in stems if (ids := token_ids(config, stem))]
+    model.enlarge(max((max(ids) + 1 for ids in trained), default=0))
     merge(model, state, config, directory)
 
     if (directory / "tokenizer_config.json").is_file():
@@ -182,8 +187,8 @@ def take_tokenizer(model, directory):
     """Gives the model the tokenizer of the adapter's directory, whose new tokens must have rows."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        problem = crystal.backbone.model.why(error)
+    except Exception as error:  # transformers and its parts raise a dozen kinds for files that do not fit
+        problem = why(error)
         raise UserError(f"{directory}: its tokenizer cannot be loaded: {problem}") from None
 
     rows = model.hf.get_input_embeddings().num_embeddings
@@ -191,5 +196,7 @@ def take_tokenizer(model, directory):
         raise UserError(
             f"{directory}: its tokenizer has {len(tokenizer)} tokens, the base's vocabulary {rows} rows"
         )
+    if tokenizer.chat_template is None:  # some base models keep it with the processor
+        tokenizer.chat_template = model.tokenizer.chat_template
     tokenizer.image_marks = model.family.marks
     model.tokenizer = tokenizer

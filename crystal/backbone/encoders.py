@@ -21,7 +21,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from crystal.backbone.model import load_weights, why
+from crystal.backbone.files import refuse_quantised, why
+from crystal.backbone.model import load_weights
 from crystal.runtime.config import UserError
 
 KINDS = {
@@ -120,6 +121,7 @@ def load(name, device="cpu"):
                 f"--encoders {name}: model type {config.model_type!r} is none of {', '.join(KINDS)}; "
                 "features of another can be precomputed: features:NAME:SIZE"
             )
+        refuse_quantised(f"--encoders {name}", name, config)
         rules, _ = ImageProcessingMixin.get_image_processor_dict(name)
 
         # SigLIP's text tower has no place here.

@@ -6,12 +6,28 @@ tutorials/10_backbones.md adds a row. I images, P rows of pixel_values, B sequen
 from dataclasses import dataclass
 from itertools import groupby
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import LlavaOnevisionModel
 
 from crystal import layout
+
+
+class Grid(NamedTuple):
+    """How the tokens of a view lie: rows of `columns` tokens of picture, and behind each `newlines` of none.
+
+    A newline is a token that a family puts at a row's end; it has seen no place of the picture.
+    """
+
+    rows: int
+    columns: int
+    newlines: int = 0
+
+    @property
+    def tokens(self):
+        return self.rows * (self.columns + self.newlines)
 
 
 class Images:
@@ -29,27 +45,46 @@ class Images:
 
     size = property(lambda self: self.processor.size)
 
+    @property
+    def context(self):
+        """The model's own limit of a sequence, in tokens; None where its config names none."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
     def __call__(self, images, return_tensors="pt"):
         """PIL images of one record -> {"pixel_values", "image_grid_thw"}."""
         return dict(self.processor(images=images, return_tensors=return_tensors))
+
+    def agreements(self):
+        """[(preprocessor_config.json's field, its value, config.json's field, its value)], to be equal."""
+        vision, own = self.config.vision_config, self.processor
+        return [
+            ("patch_size", own.patch_size, "vision_config.patch_size", vision.patch_size),
+            ("merge_size", own.merge_size, "vision_config.spatial_merge_size", vision.spatial_merge_size),
+            (
+                "temporal_patch_size",
+                own.temporal_patch_size,
+                "vision_config.temporal_patch_size",
+                vision.temporal_patch_size,
+            ),
+        ]
 
     def rows(self, image_grid_thw):
         """How many rows of pixel_values each image has (list of int)."""
         return image_grid_thw.prod(-1).tolist()
 
     def grids(self, image_grid_thw):
-        """How each image's tokens lie, in the sequence's order: [(rows, columns), ..], for Qwen one."""
+        """How each image's tokens lie, in the sequence's order: [Grid, ..], for Qwen one."""
         merge = self.processor.merge_size
         found = []
         for _, h, w in image_grid_thw.tolist():
-            found.append([(h // merge, w // merge)])
+            found.append([Grid(h // merge, w // merge)])
         return found
 
     def tokens(self, image_grid_thw):
         """How many tokens each image takes in the sequence (list of int)."""
         counts = []
         for grids in self.grids(image_grid_thw):
-            counts.append(sum(h * w for h, w in grids))
+            counts.append(sum(grid.tokens for grid in grids))
         return counts
 
     def positions(self, model, batch):
@@ -85,13 +120,23 @@ class Tiles(Images):
         grids = F.pad(sizes, (1, 0), value=pixels.shape[1])
         return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": grids}
 
+    def agreements(self):
+        vision, size = self.config.vision_config, self.processor.size
+        pinpoints = [list(pair) for pair in self.config.image_grid_pinpoints]
+        own = [list(pair) for pair in self.processor.image_grid_pinpoints]
+        return [
+            ("size", size["height"], "vision_config.image_size", vision.image_size),
+            ("image_grid_pinpoints", own, "image_grid_pinpoints", pinpoints),
+        ]
+
     def rows(self, image_grid_thw):
         return image_grid_thw[:, 0].tolist()
 
     def grids(self, image_grid_thw):
-        """The whole image's (rows, columns), and those of its tiles put together, newlines included.
+        """The whole image's Grid, and that of its tiles put together, with a newline after each row.
 
-        The tiles' are (1, 1) where one newline is all.
+        The tiles' is one newline without columns where that is all. ValueError for an image so long and thin
+        that nothing of its tiles is left without their padding: the model itself cannot take it.
         """
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
@@ -108,8 +153,13 @@ class Tiles(Images):
             )
             _, in_tiles = packed[0][:, 0].tensor_split([side * side])
             lines = in_tiles.nonzero()
-            columns = int(lines[0]) + 1
-            found.append([(side, side), (len(lines), columns)])
+            if not len(lines):
+                height, width = size
+                raise ValueError(
+                    f"{width} x {height} pixels: so long and thin that nothing is left of its tiles"
+                )
+            columns = int(lines[0])
+            found.append([Grid(side, side), Grid(len(lines), columns, 1)])
         return found
 
     def positions(self, model, batch):

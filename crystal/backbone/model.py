@@ -10,6 +10,7 @@ leaves open: a registered attention function (attention_functions.py), a pre-hoo
 """
 
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +18,17 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from crystal.attention_bias import additive_mask
-from crystal.backbone import attention_functions  # noqa: F401 (it registers them)
+from crystal.backbone import (
+    attention_functions,  # noqa: F401 (it registers them)
+    files,
+)
 from crystal.backbone.families import FAMILIES
+from crystal.backbone.files import why
 from crystal.latent_copy import copy_before_each
 from crystal.lora import TrainableTokens, add_lora
 from crystal.runtime.config import UserError
@@ -80,8 +77,8 @@ class Model(nn.Module):
         """Gives `tokens` vocabulary rows, initialised like an average token, and makes those rows trainable.
 
         One that the vocabulary has already (Qwen3's `<think>`) starts from the row that the model has
-        learned for it. The vocabulary matrix keeps its size. Raises UserError if it has too few spare
-        rows. Returns the ids.
+        learned for it. The vocabulary matrix keeps its size, unless it has too few spare rows (see
+        `enlarge`). Returns the ids.
         """
         known = self.tokenizer.get_vocab().keys() & set(tokens)
         self.tokenizer.add_special_tokens(
@@ -90,11 +87,7 @@ class Model(nn.Module):
         ids = self.tokenizer.convert_tokens_to_ids(tokens)
         embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
 
-        if max(ids) >= embed.num_embeddings:
-            raise UserError(
-                f"{self.name}: {len(tokens)} new tokens need row {max(ids)}, the vocabulary has "
-                f"{embed.num_embeddings} rows; use fewer --latents, or a model with more spare rows"
-            )
+        self.enlarge(max(ids) + 1)
 
         # An average row plus a little spread: harmless, and far enough apart to become different.
         fresh = [i for i, token in zip(ids, tokens) if token not in known]
@@ -108,6 +101,22 @@ class Model(nn.Module):
 
         self.new_tokens = TrainableTokens(embed, head, ids)
         return ids
+
+    @torch.no_grad()
+    def enlarge(self, rows):
+        """Gives the vocabulary at least so many rows, new ones of zeros, at the input and the output.
+
+        Both matrices stay tied where they were, and the config says how many rows there are. Not one row more
+        than is asked for: nobody can generate a token that means nothing.
+        """
+        if rows <= self.hf.get_input_embeddings().num_embeddings:
+            return
+        embed, head = self.hf.get_input_embeddings(), self.hf.lm_head
+        tied = self.tied
+        embed.weight = with_rows(embed.weight, rows)
+        head.weight = embed.weight if tied else with_rows(head.weight, rows)
+        embed.num_embeddings = head.out_features = rows
+        self.hf.config.get_text_config().vocab_size = rows
 
     def add_adapters(self, settings):
         """Low-rank adapters on the parts named by --lora_on -> the wrapped modules' names.
@@ -212,6 +221,12 @@ class Model(nn.Module):
             self.new_tokens.sync()
 
 
+def with_rows(weight, rows):
+    """A vocabulary's weight [V,D] -> a frozen one [rows,D], the new rows of zeros."""
+    more = weight.new_zeros(rows - len(weight), weight.shape[1])
+    return nn.Parameter(torch.cat([weight, more]), requires_grad=False)
+
+
 def resolve(name):
     """A model's directory or hub name from what the user typed; UserError if it is neither."""
     if name == "tiny":
@@ -246,41 +261,42 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     """
     source = resolve(name)
     transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type not in FAMILIES:
-            raise UserError(
-                f"{name}: model type {config.model_type!r} has no row in families.py "
-                f"(known: {', '.join(FAMILIES)}); tutorials/10_backbones.md shows how to add one"
-            )
-        family = FAMILIES[config.model_type]
-
-        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        pixels = {flag: bound for flag, bound in bounds.items() if bound is not None}
-        if pixels and not family.images.bounded:
-            raise UserError(
-                f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its "
-                "image_grid_pinpoints say into what tiles an image is cut"
-            )
-        if min(pixels.values(), default=1) < 1 or (len(pixels) == 2 and min_pixels > max_pixels):
-            raise UserError(
-                f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the "
-                "first not above the second"
-            )
-
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(
-            source, trust_remote_code=False, backend="pil", **pixels
+    config = files.read_config(name, source)
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{name}: model type {config.model_type!r} has no row in families.py "
+            f"(known: {', '.join(FAMILIES)}); tutorials/10_backbones.md shows how to add one"
         )
-        template = cached_file(source, BASE_TEMPLATE, _raise_exceptions_for_missing_entries=False)
-        kind = AutoModelForImageTextToText
+    family = FAMILIES[config.model_type]
+    files.refuse_quantised(name, source, config)
+    files.check_sizes(name, config)
+    files.check_files(name, source)
+
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    pixels = {flag: bound for flag, bound in bounds.items() if bound is not None}
+    if pixels and not family.images.bounded:
+        raise UserError(
+            f"{name}: --min_pixels and --max_pixels mean nothing to {config.model_type}: its "
+            "image_grid_pinpoints say into what tiles an image is cut"
+        )
+    if min(pixels.values(), default=1) < 1 or (len(pixels) == 2 and min_pixels > max_pixels):
+        raise UserError(
+            f"--min_pixels {min_pixels} --max_pixels {max_pixels}: areas in pixels, at least 1, the "
+            "first not above the second"
+        )
+
+    tokenizer = files.read_tokenizer(name, source, config, family.marks)
+    images = files.read_processor(name, source, config, family, pixels)
+    template = files.find(source, BASE_TEMPLATE)
+    kind = AutoModelForImageTextToText
+    try:
         if weights:
             hf = load_weights(kind, source, dtype)
         else:
             device = "meta"
             with torch.device(device):
                 hf = kind.from_config(config, trust_remote_code=False, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of what stands in the files, whichever part of transformers stumbles over it
         raise UserError(f"{name}: cannot be loaded as a model: {why(error)}") from error
 
     # Answers follow generate.py's rules alone: a directory's own (penalties, beams, least lengths) would
@@ -288,9 +304,10 @@ def load(name, dtype=torch.float32, device="cpu", min_pixels=None, max_pixels=No
     hf.generation_config = GenerationConfig()
 
     hf.requires_grad_(False).eval().to(device)
-    model = Model(hf, tokenizer, family.images(processor, hf.config), family, name)
+    images.config = hf.config
+    model = Model(hf, tokenizer, images, family, name)
     if template:
-        model.base_template = Path(template).read_text(encoding="utf-8")
+        model.base_template = template.read_text(encoding="utf-8")
     return model
 
 
@@ -299,8 +316,9 @@ def load_weights(kind, source, dtype, part=False):
 
     transformers leaves a weight random where the files hold none of its name, and goes on. Here that is a
     ValueError which names the weights, as are tensors of another shape and those that the model has no place
-    for. part: the model is one tower of what the files hold, so that the others' tensors are no mistake.
-    Names that a wrapper left (WRAPPERS) are read as meant.
+    for; a head or a tower as a whole that the model has not is told on stderr and left out. part: the model
+    is one tower of what the files hold, so that the others' tensors are no mistake. Names that a wrapper left
+    (WRAPPERS) are read as meant.
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of many lines says what the one line below says
@@ -323,11 +341,35 @@ def load_weights(kind, source, dtype, part=False):
     if found["mismatched_keys"]:
         shapes = [f"{key} {list(theirs)}, not {list(ours)}" for key, theirs, ours in found["mismatched_keys"]]
         problems.append(f"of another shape are {named(shapes)}")
-    if found["unexpected_keys"] and not part:
-        problems.append(f"the model has no place for {named(found['unexpected_keys'])}")
+    unexpected = [] if part else found["unexpected_keys"]
+    unused = unused_parts(hf, unexpected) if unexpected and not problems else {}
+    if homeless := set(unexpected) - unused.keys():
+        problems.append(f"the model has no place for {named(homeless)}")
     if problems:
         raise ValueError(f"its weights are not this model's: {'; '.join(problems)}")
+    if unused:
+        count, parts = len(unused), ", ".join(sorted(set(unused.values())))
+        print(
+            f"note: {source}: {count} tensors of parts that the model does not have are left out: {parts}",
+            file=sys.stderr,
+        )
     return hf
+
+
+def unused_parts(hf, keys):
+    """{tensor's name: the head or tower that it belongs to} of those that are no part of the model at all.
+
+    A tensor of a part that the model has, a layer too many, say, is none of them: the model would be another.
+    """
+    found = {}
+    for key, name in parameter_names(hf, keys).items():
+        # Down the name as far as the model has modules of it.
+        module, path = hf, name.split(".")
+        while path and hasattr(module, path[0]):
+            module = getattr(module, path.pop(0))
+        if path and module in (hf, hf.model, hf.model.language_model):
+            found[key] = path[0]
+    return found
 
 
 def named(names, most=3):
@@ -335,17 +377,6 @@ def named(names, most=3):
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def why(error):
-    """What transformers says of files that it cannot load, as one line.
-
-    Of a directory whose weights are pickles: that they are not what is wanted.
-    """
-    text = " ".join(str(error).split())[:500]
-    if "safetensors" in text:
-        text += " (weights are read from safetensors alone: a pickle can run code)"
-    return text
 
 
 def directory(name):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from crystal.attention import AttentionRecorder
 from crystal.attention_bias import AttentionBias
-from crystal.evaluation.benchmarks import score
+from crystal.evaluation.scoring import score
 from crystal.generate import Query, answer_text, generate, thought_length, write
 from crystal.methods.sft import Method as SFT
 from crystal.runtime import data, distributed, ops
@@ -89,6 +89,7 @@ def answers(
         grey=grey, copies=fmt.copies,
     )
     pixels = "pixel_values_cor" if corruption else "pixel_values"
+    whole = data.RecordDataset(records, examples.layout, model.image_processor, copies=fmt.copies)
 
     # Each rank asks its share of what is left.
     done = done or {}
@@ -97,8 +98,9 @@ def answers(
     bar = Bar(len(mine), progress, procs)
     for at in range(0, len(mine), batch_size):
         indices = mine[at : at + batch_size]
-        batch = [examples.build(i, 0) for i in indices]
-        prompts = [Query(e["layout"].ids, e[pixels], e["image_grid_thw"]) for e in batch]
+        # A question without a picture has nothing to corrupt.
+        batch = [(examples if records[i].images else whole).build(i, 0) for i in indices]
+        prompts = [Query(e["layout"].ids, e.get(pixels), e["image_grid_thw"]) for e in batch]
         said = ask_batch(model, fmt, prompts, latents, max_new_tokens, biases)
         for i, (prediction, own) in zip(indices, said):
             result = judged(records[i], i, prediction)

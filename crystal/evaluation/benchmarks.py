@@ -1,19 +1,17 @@
-"""Benchmarks as VLMEvalKit's TSV files keep them, read directly, and the rules that turn answers into scores.
+"""Benchmarks as VLMEvalKit's TSV files keep them, read directly.
 
     index  image (base64, or the index of the row that holds it)  question  A B C ..  answer  category  split
 
 A file is read once for its text and remembered by byte offsets: an image is decoded when it is asked about,
-so memory does not grow with the file. Extraction and scores follow VLMEvalKit at commit e8e78f0 with its
-judge `exact_matching` (no language model reads the answers); what it gives for a table of answers is in
-tests/test_benchmarks.py. Answers that no rule can read count as wrong, and their share is reported.
+so memory does not grow with the file. A row that asks nothing odd of a reader is a question as scoring.py
+reads it; one without a picture or an answer, or whose answer is none of its options, is asked all the same,
+and says what is odd about it.
 """
 
 import ast
 import base64
 import csv
 import io
-import math
-import re
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +20,6 @@ from typing import Any
 from crystal.runtime.config import UserError
 from crystal.runtime.data import Record, RecordError
 
-EXTRACTION = {
-    "choice": "option letter or text, VLMEvalKit e8e78f0 exact_matching",
-    "yes/no": "the word yes or no alone, VLMEvalKit e8e78f0",
-    "exact": "exact match, case and a final full stop aside",
-}
 # VLMEvalKit's line, blank included: scores depend on the prompt's bytes.
 ASK = "Please select the correct answer from the options above. \n"
 REFERENCE = 64  # an image cell of at most so many characters is the index of the row that holds the image
@@ -58,12 +51,13 @@ KEPT = ("category", "l2-category", "split", "source", "cycle_category", "questio
 @dataclass
 class Question(Record):
     """A row of a benchmark. rule: choice, yes/no or exact. options: letter -> text. row: the cells
-    that scores group by.
+    that scores group by. odd: what is strange about the row, "" for most.
     """
 
     rule: str = "exact"
     options: dict = field(default_factory=dict)
     row: dict = field(default_factory=dict)
+    odd: str = ""
 
 
 # --- files become questions ---
@@ -135,8 +129,8 @@ def rows(path):
 def read(path, image_root="", suffix=""):
     """A TSV -> [Question] in the file's order. suffix: text put behind every prompt.
 
-    image_path cells are files below image_root (default: the TSV's folder). A broken row is a RecordError
-    naming file, line and index.
+    image_path cells are files below image_root (default: the TSV's folder). A file may have no answers: it
+    is asked for its predictions. A broken row is a RecordError naming file, line and index.
     """
     path = Path(path)
     root = (Path(image_root) if image_root else path.parent).resolve()
@@ -144,7 +138,7 @@ def read(path, image_root="", suffix=""):
     images: dict[str, Any] = {}  # of each index: its images, or None while it borrows another row's
     table = rows(path)
     header = [c if c in string.ascii_uppercase else c.lower() for c in next(table, (0, 0, []))[2]]
-    if missing := [c for c in ("index", "question", "answer") if c not in header]:
+    if missing := [c for c in ("index", "question") if c not in header]:
         raise UserError(
             f"{path}:1: no column {', '.join(missing)}; the header has {', '.join(header) or 'nothing'} "
             "(VLMEvalKit's TSV is wanted)"
@@ -173,14 +167,16 @@ def read(path, image_root="", suffix=""):
                     images[index] = [
                         Cell(str(path), offset, column, n) for n in range(len(listed(row["image"])))
                     ]
+            elif row.get("image_path"):
+                images[index] = files(listed(row["image_path"]), root, path.stem, where)
             else:
-                images[index] = files(listed(row.get("image_path", "")), root, path.stem, where)
+                images[index] = []
         except ValueError as error:
             raise RecordError(f"{where}: field 'image': {error}") from None
         found.append(question(row, index, where, images[index], suffix))
     for at, index in borrowed:
         where = found[at].where
-        if images.get(index) is None:
+        if not images.get(index):
             raise RecordError(
                 f"{where}: field 'image': {index!r} is neither an image nor the index of a row that holds one"
             )
@@ -197,8 +193,6 @@ def files(names, root, stem, where):
     """Paths of image files below root, or below VLMEvalKit's root/images/STEM."""
     found = []
     for name in names:
-        if not name:
-            raise RecordError(f"{where}: field 'image': missing, and there is no image_path")
         options = [
             p
             for p in ((root / name).resolve(), (root / "images" / stem / name).resolve())
@@ -217,11 +211,16 @@ def question(row, index, where, images, suffix):
     `prompt`, else VLMEvalKit's words.
     """
     options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    answer, asked = row["answer"].strip(), row["question"]
-    if not asked or not answer:
-        raise RecordError(f"{where}: field '{'answer' if asked else 'question'}': missing")
-    if options and answer not in options:
-        raise RecordError(f"{where}: field 'answer': {answer!r} is none of the options {', '.join(options)}")
+    answer, asked = row.get("answer", "").strip(), row["question"]
+    if not asked:
+        raise RecordError(f"{where}: field 'question': missing")
+
+    odd = [] if images is None or images else ["no picture"]
+    if not answer:
+        odd.append("no answer")
+    elif options and answer not in options:
+        odd.append(f"answer {answer!r} is none of its options {', '.join(options)}")
+
     rule = "exact"
     if options:
         rule = "choice"
@@ -245,213 +244,5 @@ def question(row, index, where, images, suffix):
         rule=rule,
         options=options,
         row={c: row[c] for c in KEPT if row.get(c)},
+        odd="; ".join(odd),
     )
-
-
-# --- answers become verdicts ---
-
-
-def tidy(text):
-    """Trimmed, lower case, one final full stop dropped: what exact match compares."""
-    return text.strip().lower().removesuffix(".").strip()
-
-
-def score(record, prediction):
-    """A record and the model's answer -> (what was read out of the answer, or None; whether it is right)."""
-    rule = getattr(record, "rule", "exact")
-    if rule == "exact":
-        return tidy(prediction), tidy(prediction) == tidy(record.answer)
-    read = option(prediction, record.options) if rule == "choice" else yes_no(prediction)
-    return read, read == record.answer
-
-
-# Read as no option, whatever letters stand in them.
-REFUSALS = (
-    "Sorry, I can't help with images of people yet.",
-    "I can't process this file.",
-    "I'm sorry, but without the image provided",
-    "Cannot determine the answer",
-)
-
-
-def option(answer, options):
-    """An answer and {letter: text} -> the one option it names, or None.
-
-    First the letters: exactly one stands as a word of its own, among the last four. Then a phrase such
-    as "answer is B". Then the texts: exactly one occurs in an answer that is at most twice as long as
-    all of them together.
-    """
-    if any(refusal in answer for refusal in REFUSALS):
-        return None
-    words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
-    named = [letter for letter in options if letter in words]
-    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
-        return named[0]
-    if not named and "Z" in words:  # "none of them", as some prompts ask to say
-        return None
-    # The kit's pattern has no word boundary: "the answer is black" names B. Kept, for the verdicts are
-    # to be the same.
-    said = re.search(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", answer, re.IGNORECASE)
-    if said and said[1].upper() in options:
-        return said[1].upper()
-    if len(answer) > 2 * sum(map(len, options.values())):
-        return None
-    inside = [letter for letter, text in options.items() if text.lower() in answer.lower()]
-    return inside[0] if len(inside) == 1 else None
-
-
-def yes_no(answer):
-    """An answer -> "Yes" or "No", whichever of the two words stands in it alone; else None."""
-    text = answer.lower()
-    cleaned, thousands = text, re.search(r"\d,\d", text)
-    for mark in ';/[]"{}()=+\\_-><@`,?!':  # beside a blank it is dropped, between two words it parts them
-        cleaned = cleaned.replace(mark, "" if thousands or f"{mark} " in text or f" {mark}" in text else " ")
-    # 32: the kit passes a flag where the count stands.
-    words = re.sub(r"(?<!\d)\.(?!\d)", "", cleaned, count=32).split()
-    return {(True, False): "Yes", (False, True): "No"}.get(("yes" in words, "no" in words))
-
-
-# --- verdicts become scores ---
-
-
-def wilson(hits, n, z=1.96):
-    """Wilson's score interval of a proportion: (low, high) of hits / n at 95 %; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def share(results):
-    """Results -> (share right, number, (low, high))."""
-    hits = sum(r["correct"] for r in results)
-    return hits / len(results), len(results), wilson(hits, len(results))
-
-
-def groups(results, column):
-    """{value of the column: results}, sorted; rows without a value left out."""
-    found = {}
-    for r in results:
-        if r["row"].get(column):
-            found.setdefault(r["row"][column], []).append(r)
-    return dict(sorted(found.items()))
-
-
-def mean_over(column):
-    """Overall is the mean over the column's groups of their shares; each group has a line."""
-
-    def scores(results):
-        parts = {name: share(part) for name, part in groups(results, column).items()}
-        if not parts:
-            raise UserError(f"this benchmark's score is a mean over the column {column}, which is empty")
-        return {"Overall": (sum(p for p, _, _ in parts.values()) / len(parts), len(results), None)} | parts
-
-    return scores
-
-
-def plain(results):
-    """Overall is the share right (of each split, if there are several); a line for
-    each l2-category and category.
-    """
-    splits = groups(results, "split")
-    lines = (
-        {f"Overall, {s}": share(part) for s, part in splits.items()}
-        if len(splits) > 1
-        else {"Overall": share(results)}
-    )
-    for column in ("l2-category", "category"):
-        lines |= {name: share(part) for name, part in groups(results, column).items()}
-    return lines
-
-
-def cv_bench(results):
-    """2D: the mean over sources (ADE20K, COCO). 3D: plain."""
-    return (
-        mean_over("source")(results)
-        if all(r["row"].get("split") == "2D" for r in results)
-        else plain(results)
-    )
-
-
-def pope(results):
-    """Overall is F1 of "Yes"; then accuracy, precision, recall, and F1 of each category. A row of several
-    categories counts in each.
-    """
-    rows = [(category, r) for r in results for category in (r["row"].get("category") or "").split(",")]
-
-    def f1(rows):
-        hit = sum(r["correct"] for _, r in rows if r["answer"] == "Yes")
-        yes, said = sum(r["answer"] == "Yes" for _, r in rows), sum(r["extracted"] == "Yes" for _, r in rows)
-        precision, recall = hit / said if said else 0.0, hit / yes if yes else 0.0
-        return 2 * precision * recall / (precision + recall) if hit else 0.0, precision, recall
-
-    overall, precision, recall = f1(rows)
-    n = len(rows)
-    lines = {
-        "Overall": (overall, n, None),
-        "accuracy": share([r for _, r in rows]),
-        "precision": (precision, n, None),
-        "recall": (recall, n, None),
-    }
-    for category in sorted({c for c, _ in rows} - {""}):
-        part = [(c, r) for c, r in rows if c == category]
-        lines[category] = (f1(part)[0], len(part), None)
-    return lines
-
-
-def mmvp(results):
-    """Overall is the share of pairs with both right, rows 2i and 2i + 1 by index being a pair; Average
-    that of the rows.
-    """
-    rows = sorted(results, key=lambda r: int(r["id"]) if r["id"].isdigit() else math.inf)
-    pairs = list(zip(rows[::2], rows[1::2]))
-    if len(rows) % 2 or any(a["row"].get("question") != b["row"].get("question") for a, b in pairs):
-        raise UserError(
-            "MMVP: rows 2i and 2i + 1 must be the two images of one question; is a row missing? (--limit "
-            "takes an even number)"
-        )
-    return {
-        "Overall": share([{"correct": a["correct"] and b["correct"]} for a, b in pairs]),
-        "Average": share(rows),
-    }
-
-
-# What a benchmark's score is. LIVR: its nine tasks in one file, the task as category; Counting has no options
-# and is exact match.
-SCORES = {
-    "CV-Bench-2D": cv_bench,
-    "CV-Bench-3D": cv_bench,
-    "BLINK": plain,
-    "POPE": pope,
-    "MMVP": mmvp,
-    "VStarBench": plain,
-    "HRBench4K": mean_over("cycle_category"),
-    "HRBench8K": mean_over("cycle_category"),
-    "RealWorldQA": plain,
-    "MMStar": plain,
-    "LIVR": mean_over("category"),
-}
-ALIASES = {"vstar": "VStarBench", "vstarbench": "VStarBench"}
-
-
-def known_as(path):
-    """A TSV's name -> the benchmark whose scores it gets, or "" for a file of the user's own (plain scores).
-    """
-
-    def squeeze(text):
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
-    names = (
-        {squeeze(name): name for name in SCORES}
-        | ALIASES
-        | {f"{squeeze(name)}local": name for name in SCORES}
-    )
-    return names.get(squeeze(Path(path).stem), "")
-
-
-def scores(name, results):
-    """Results of a whole benchmark -> {line: (share, n, (low, high) or None)}; "Overall" is
-    what VLMEvalKit calls so.
-    """
-    return SCORES.get(name, plain)(results)

@@ -21,8 +21,8 @@ import math
 import torch
 
 from crystal.attention_bias import AttentionBias
-from crystal.evaluation.benchmarks import tidy
 from crystal.evaluation.interventions import recorded, replaced
+from crystal.evaluation.scoring import tidy
 from crystal.layout import IGNORE
 from crystal.losses import mean_per_pair
 from crystal.run_directory import logged_lines

@@ -240,7 +240,7 @@ def answer_attention(model, batch, settings, layers, copied=None, fed=None):
     copied: bool [1,L], the rows that the corrupted path takes from the intact one; None shares nothing.
     fed: bool [1,L], latents that each path feeds back to itself (feedback.py); None where there are none.
     """
-    h, w = model.image_processor.grids(batch["image_grid_thw"])[0][0]
+    h, w, _ = model.image_processor.grids(batch["image_grid_thw"])[0][0]
     row = batch["answer_positions"][:, :1]  # [1,1]
     image = batch["image"][:, : h * w]  # [1,N]; the first image's come first
     cols = torch.cat([image, batch["latents"]], 1)  # [1,N+K]

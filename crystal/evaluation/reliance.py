@@ -38,8 +38,8 @@ from tqdm import tqdm
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.corrupt import Corruption
 from crystal.evaluation import figures
-from crystal.evaluation.benchmarks import score, tidy, wilson
 from crystal.evaluation.interventions import asked, hidden_image, questions, recorded, replaced
+from crystal.evaluation.scoring import score, tidy, wilson
 from crystal.generate import generate
 from crystal.layout import IGNORE, Layout
 from crystal.runtime import data, distributed

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.attention_bias import AttentionBias
+from crystal.backbone.families import Grid
 from crystal.backbone.model import Model
 from crystal.layout import TAGS, Format, Prompt, generation_prompt, latent_tokens
 from crystal.losses import gaze, semantics
@@ -118,6 +119,7 @@ class Method(SFT):
 
     Settings = Settings
     monitored = ("mass",)
+    size = None  # D of the model that `modules` has seen
 
     @property
     def tokens(self):
@@ -128,9 +130,9 @@ class Method(SFT):
         return Latents(tokenizer, self.settings.latents, self.settings.latent_kind)
 
     def extras(self, record, images):
-        """The teacher's part of a record: gaze [N_T] and its grids [I,2] (rows, columns), v_sem [E].
+        """The teacher's part of a record: gaze [N_T] and its grids [I,3] (families.Grid), v_sem [E].
 
-        What no term asks for is left out.
+        What no term asks for is left out. RecordError for what is missing or does not fit together.
         """
         names = []
         if self.settings.w_gaze:
@@ -151,16 +153,47 @@ class Method(SFT):
         if missing:
             file = record.features["lavit"]
             raise data.RecordError(wrong + f"{file} holds no {missing[0]} for the id {record.id!r}")
-        seen = len(found["gaze_grid"]) if self.settings.w_gaze else len(images)
-        if seen != len(images):
-            raise data.RecordError(wrong + f"the teacher saw {seen} images, the record has {len(images)}")
+        if problem := self.misfit(found, len(images)):
+            raise data.RecordError(wrong + problem)
+
+        # A file may say no newlines: the grids of most families have none.
+        if "gaze_grid" in names:
+            grids = found["gaze_grid"]
+            found["gaze_grid"] = F.pad(grids, (0, 3 - grids.shape[1]))
         return {name: found[name] for name in names}
+
+    def misfit(self, found, images):
+        """What is wrong with a record's {name: tensor} of a teacher that saw so many images, or None."""
+        if self.settings.w_semantics:
+            v_sem, E = found["v_sem"], self.settings.semantics_dim or self.size
+            if not is_row(v_sem):
+                return f"v_sem has shape {list(v_sem.shape)} or holds no number; finite ones are wanted"
+            if E and len(v_sem) != E:
+                n = len(v_sem)
+                return f"the teacher's V_sem has {n} numbers: --semantics_dim {n} is needed"
+        if not self.settings.w_gaze:
+            return None
+
+        gaze, grids = found["gaze"], found["gaze_grid"]
+        if not is_row(gaze) or gaze.min() < 0:
+            return f"gaze has shape {list(gaze.shape)} or is no finite number from 0 up"
+        if grids.ndim != 2 or grids.shape[1] not in (2, 3) or grids.is_floating_point():
+            return f"gaze_grid has shape {list(grids.shape)}; rows, columns and newlines are wanted"
+
+        rows = [Grid(*grid) for grid in grids.tolist()]
+        tokens = sum(grid.tokens for grid in rows)
+        views = len(rows) // max(images, 1) if grids.shape[1] == 3 else 1  # of an image
+        if len(rows) != views * images:
+            return f"the teacher saw {len(rows)} images, the record has {images}"
+        if len(gaze) != tokens:
+            return f"gaze has {len(gaze)} numbers for grids of {tokens} tokens"
+        return None
 
     def modules(self, model):
         """phi of eq. 6: two layers from the student's latent to the teacher's semantics."""
         self.heads = nn.ModuleDict()
         if self.settings.w_semantics:
-            D = model.hf.config.text_config.hidden_size
+            D = self.size = model.hf.config.text_config.hidden_size
             E = self.settings.semantics_dim or D
             dtype = torch.promote_types(model.hf.dtype, torch.float32)
             with torch.random.fork_rng(devices=[]):
@@ -228,9 +261,6 @@ class Method(SFT):
     def semantics(self, h_z, v_sem):
         """Eq. 6: the last latent h_z [B,D], through phi, against the teacher's v_sem [B,E] -> scalar."""
         phi = self.heads["semantics"]
-        E = v_sem.shape[1]
-        if phi[-1].out_features != E:
-            raise UserError(f"the teacher's V_sem has {E} numbers: --semantics_dim {E} is needed")
         predicted = phi(h_z.to(phi[-1].weight.dtype))
         return semantics(predicted, v_sem).mean()
 
@@ -246,12 +276,12 @@ class Method(SFT):
             # The student's images of this record are the next ones, as many as its image tokens fill.
             n = int((batch["image"][b] >= 0).sum())
             own = []
-            while sum(h * w for image in own for h, w in image) < n:
+            while sum(grid.tokens for image in own for grid in image) < n:
                 own.append(next(images))
             flat = [grid for image in own for grid in image]
 
             # A record with fewer images than another one is padded with grids of 0 x 0.
-            teacher = [grid for grid in rows if all(grid)]
+            teacher = [Grid(*grid) for grid in rows if grid[0]]
             if len(teacher) == len(own) < len(flat):
                 times = [len(image) for image in own]
                 seen, teacher = repeated(seen, teacher, times)
@@ -264,7 +294,12 @@ class Method(SFT):
         return out
 
 
-# --- gaze: pure functions of one sample. N image tokens of I images, each a grid of (rows, columns) ---
+# --- gaze: pure functions of one sample. N image tokens of I images, each a families.Grid ---
+
+def is_row(x):
+    """Whether a tensor is a row of finite floating-point numbers, one at least."""
+    return x.ndim == 1 and len(x) > 0 and x.is_floating_point() and bool(x.isfinite().all())
+
 
 def normalise(S, eps=1e-12):
     """Eq. 3: S [N], the image tokens' attention (eq. 2) -> A_traj [N] in [0, 1]; all 0 where S is flat."""
@@ -284,7 +319,7 @@ def top(A, k):
 
 def parts_of(A, grids):
     """A [n], of which the grids fill the first entries -> each grid's own part."""
-    sizes = [h * w for h, w in grids]
+    sizes = [Grid(*grid).tokens for grid in grids]
     return A[: sum(sizes)].split(sizes)
 
 
@@ -303,14 +338,18 @@ def repeated(A, grids, times):
 def align(A, grids, to):
     """A [N] on a teacher's grids -> [N'] on a student's, each image bilinearly (appendix C.2).
 
-    Grids that agree change nothing.
+    Grids that agree change nothing, but that a newline, which is no place of the picture, has 0 always.
     """
     drawn = []
     for part, grid, new in zip(parts_of(A, grids), grids, to):
-        if tuple(grid) != tuple(new):
-            picture = part.view(1, 1, *grid)
-            part = F.interpolate(picture, tuple(new), mode="bilinear", align_corners=False).flatten()
-        drawn.append(part)
+        grid, new = Grid(*grid), Grid(*new)
+        picture = part.view(grid.rows, -1)[:, : grid.columns]                        # newlines cut off
+        if new.columns and grid.columns and picture.shape != new[:2]:
+            picture = picture[None, None]
+            picture = F.interpolate(picture, new[:2], mode="bilinear", align_corners=False)[0, 0]
+        elif not (new.columns and grid.columns):
+            picture = part.new_zeros(new[:2])
+        drawn.append(F.pad(picture, (0, new.newlines)).flatten())
     return torch.cat(drawn)
 
 
@@ -331,12 +370,12 @@ def salient(A, factor=1.5):
 
 
 def inside(boxes, size, grid):
-    """Boxes [x0,y0,x1,y1] -> bool [rows * columns], the tokens that one of them touches.
+    """Boxes [x0,y0,x1,y1] -> bool [N], the tokens of a Grid that one of them touches; a newline never.
 
     The boxes are in pixels of an image of size (width, height).
     """
     width, height = size
-    rows, columns = grid
+    rows, columns, newlines = Grid(*grid)
 
     def touched(low, high, length, cells):
         """The cells of an axis that low to high touches; the nearest one, outside the image."""
@@ -345,6 +384,6 @@ def inside(boxes, size, grid):
         return slice(min(cells - 1, max(0, first)), min(cells, max(1, last)))
 
     found = torch.zeros(rows, columns, dtype=torch.bool)
-    for x0, y0, x1, y1 in boxes:
+    for x0, y0, x1, y1 in boxes if columns else ():
         found[touched(y0, y1, height, rows), touched(x0, x1, width, columns)] = True
-    return found.flatten()
+    return F.pad(found, (0, newlines)).flatten()

@@ -81,7 +81,8 @@ class RecordDataset(Dataset):
         """One record -> {"layout": Layout, "extras": {name: tensor [n,..]}} and its pixels.
 
         The pixels are "pixel_values", "image_grid_thw" and with a corruption "pixel_values_cor". Pixels as in
-        `pixels`. RecordError for a record that is broken, or lacks what corruption or extras need.
+        `pixels`. RecordError for a record that is broken, too long for the model, or lacks what corruption or
+        extras need.
         """
         record = self.records[index]
         if isinstance(record, RecordError):
@@ -92,14 +93,17 @@ class RecordDataset(Dataset):
             images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
         try:
             example = self.pixels(images)
-        except ValueError as error:
-            raise RecordError(f"{record.where}: field 'image': {error}") from error
+            counts = self.image_processor.tokens(example["image_grid_thw"]) if images else []
+        except Exception as error:  # processors raise many kinds for a picture that they cannot take
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise RecordError(f"{record.where}: field 'image': {problem}") from error
 
-        counts = self.image_processor.tokens(example["image_grid_thw"]) if images else []
         if self.corruption and not images:
             raise RecordError(f"{record.where}: field 'image': missing; the corrupted path needs an image")
         example["layout"] = self.layout(record, counts)
+        self.check_length(record, example["layout"], sum(counts))
         example["extras"] = self.extras(record, images) if self.extras else {}
+        check_extras(record, example["extras"])
         if not self.corruption:
             return example
 
@@ -116,6 +120,17 @@ class RecordDataset(Dataset):
         example["pixel_values_cor"] = self.pixels(corrupted)["pixel_values"]
         return example
 
+    def check_length(self, record, layout, of_images):
+        """RecordError for a sequence longer than the model's own limit: none is cut, images least of all."""
+        limit = getattr(self.image_processor, "context", None)
+        if limit and len(layout.ids) > limit:
+            length = len(layout.ids)
+            raise RecordError(
+                f"{record.where}: {length} tokens, {of_images} of them of images; the model's own limit is "
+                f"{limit} (max_position_embeddings), and nothing is cut: use fewer or smaller images "
+                "(--max_pixels) or a shorter text"
+            )
+
     def pixels(self, images):
         """RGB PIL images of one record -> {"pixel_values" [P,..], "image_grid_thw" [I,3]} of all copies.
 
@@ -127,6 +142,18 @@ class RecordDataset(Dataset):
         images = [image for image in images for _ in range(self.copies)]
         out = self.image_processor(images=images, return_tensors="pt")
         return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
+
+
+def check_extras(record, extras):
+    """RecordError unless a method's extras are {name: tensor [n,..]}, which a batch can be made of."""
+    wrong = f"{record.where}: the method's extras: "
+    if not isinstance(extras, dict):
+        raise RecordError(wrong + f"{type(extras).__name__}, where {{name: tensor [n,..]}} is wanted")
+    for name, value in extras.items():
+        if not isinstance(value, torch.Tensor):
+            raise RecordError(wrong + f"{name!r} is a {type(value).__name__}; a tensor [n,..] is wanted")
+        if not value.ndim:
+            raise RecordError(wrong + f"{name!r} is a tensor without dimensions; one [n,..] is wanted")
 
 
 class Batch(TypedDict, total=False):
@@ -192,8 +219,15 @@ def collate(examples, pad):
     for name in ("pixel_values", "pixel_values_cor", "image_grid_thw"):
         parts = [e[name] for e in examples if e.get(name) is not None]
         batch[name] = torch.cat(parts) if parts else None
-    for name in examples[0].get("extras", {}):
-        parts = [e["extras"][name] for e in examples]
+    extras = [e.get("extras", {}) for e in examples]
+    for name in dict.fromkeys(name for each in extras for name in each):
+        parts = [each[name] for each in extras if name in each]
+        if len(parts) < len(examples):
+            return {"error": f"the method's extras: {name!r} is missing of some records", "bad": []}
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = ", ".join(str(list(part.shape)) for part in parts)
+            said = f"the method's extras: {name!r} has shapes {shapes}; only the first number may differ"
+            return {"error": said, "bad": []}
         batch[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
     batch["bad"] = [line for e in examples for line in e["bad"]]
     return batch

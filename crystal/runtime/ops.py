@@ -349,7 +349,7 @@ def attn_slice(q, k, rows, cols, *, scale=None, lse=None, bias=None, key_padding
         return attention.attn_slice(
             q, k, rows, cols, scale=scale, lse=lse, bias=bias, key_padding=key_padding
         )
-    attention.check(q, k, bias, key_padding)
+    attention.check(q, k, bias, key_padding, rows, cols)
     if lse is not None:
         lse = lse.detach().to(_wide(q.dtype)).contiguous()
     return torch.ops.crystal.attn_slice(q, k, rows, cols, _scale(q, scale), lse, bias, key_padding)[0]
@@ -361,7 +361,7 @@ def attn_scores(q, k, rows, cols, *, scale=None, bias=None, key_padding=None):
     """
     if _wants(bias) or not served("attn_scores", q):
         return attention.attn_scores(q, k, rows, cols, scale=scale, bias=bias, key_padding=key_padding)
-    attention.check(q, k, bias, key_padding)
+    attention.check(q, k, bias, key_padding, rows, cols)
     return torch.ops.crystal.attn_scores(q, k, rows, cols, _scale(q, scale), bias, key_padding)
 
 
