@@ -15,12 +15,16 @@ from crystal.layout import IGNORE
 from crystal.runtime.records import (  # noqa: F401 (data.read, data.Record and the like are what callers say)
     Record,
     RecordError,
+    Records,
+    broken,
     check,
     items,
     load_features,
     load_image,
+    load_images,
     of_dictionaries,
     read,
+    whole,
 )
 from crystal.runtime.sampling import seed_of
 
@@ -87,15 +91,16 @@ class RecordDataset(Dataset):
         if isinstance(record, RecordError):
             raise record
 
-        images = [load_image(p, record.where) for p in record.images]
+        images = load_images(record)
         if self.grey:
             images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
         try:
             example = self.pixels(images)
-        except ValueError as error:
-            raise RecordError(f"{record.where}: field 'image': {error}") from error
+            counts = self.image_processor.tokens(example["image_grid_thw"]) if images else []
+        except Exception as error:  # processors fall over odd sizes in many ways, all of them the picture's
+            problem = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise RecordError(f"{record.where}: field 'image': {problem}") from error
 
-        counts = self.image_processor.tokens(example["image_grid_thw"]) if images else []
         if self.corruption and not images:
             raise RecordError(f"{record.where}: field 'image': missing; the corrupted path needs an image")
         example["layout"] = self.layout(record, counts)
