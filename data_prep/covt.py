@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from crystal.runtime import config, data
 from crystal.runtime.config import UserError
+from crystal.runtime.images import FORMATS
 from data_prep.broken import leave_out
 
 COLUMNS = ("id", "image", "image_relpath", "conversations")
@@ -170,7 +171,7 @@ def convert(row, where, images):
     if not raw:
         raise BadRow("column 'image': no bytes")
     try:
-        with Image.open(io.BytesIO(raw)) as image:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             image.load()
     except Exception as error:  # Pillow raises a dozen kinds for broken files
         raise BadRow(

@@ -75,7 +75,7 @@ def write_records(source, name, files, bad):
     if not files:
         raise UserError(f"{source}: no record is left")
     out = source.with_suffix(f".{name}.jsonl")
-    items = data.items(source, source.read_text(encoding="utf-8"))
+    items = data.items(source)
     lines = [
         json.dumps(item | {"features": (item.get("features") or {}) | {name: files[where]}}) + "\n"
         for where, item in items

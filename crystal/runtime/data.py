@@ -15,12 +15,16 @@ from crystal.layout import IGNORE
 from crystal.runtime.records import (  # noqa: F401 (data.read, data.Record and the like are what callers say)
     Record,
     RecordError,
+    Records,
+    broken,
     check,
     items,
     load_features,
     load_image,
+    load_images,
     of_dictionaries,
     read,
+    whole,
 )
 from crystal.runtime.sampling import seed_of
 
@@ -88,7 +92,7 @@ class RecordDataset(Dataset):
         if isinstance(record, RecordError):
             raise record
 
-        images = [load_image(p, record.where) for p in record.images]
+        images = load_images(record)
         if self.grey:
             images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
         try:

@@ -3,6 +3,13 @@
 import numpy as np
 from PIL import Image, ImageOps
 
+# What Pillow may open, whatever a file is called; of an animation the first picture counts. Formats that
+# start a program (EPS) or stand for other files are none of them.
+READ = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()
+FORMATS = tuple(name for name in READ if name in Image.OPEN)  # older Pillows lack one
+
+PIXELS = 2 * 89_478_485  # of all pictures of a record together, Pillow's own limit of one
 
 def rgb(image):
     """A PIL image of any mode -> RGB, turned as its EXIF says.

@@ -1,29 +1,27 @@
 """Files become records: what people already have, checked.
 
-Reads LLaVA `conversations` ({"from","value"}) or `messages` ({"role","content"}), as a JSON list or as JSONL,
-with `image` or `images` below an image root and the optional fields `id`, `cot`, `boxes`, `family` and
-`features` ({name: safetensors file below the image root}, what was computed for the record beforehand).
-Whatever is wrong with a record is told with its file, line and field.
+Reads LLaVA `conversations` ({"from","value"}) or `messages` ({"role","content"}) from whatever sources.py
+opens, with `image` or `images` below an image root and the optional fields `id`, `system`, `cot`, `boxes`,
+`family` and `features` ({name: safetensors file below the image root}, what was computed for the record
+beforehand). Whatever is wrong with a record is told with its file, line and field.
 """
 
 import io
-import json
-import re
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from crystal.runtime.config import UserError
-from crystal.runtime.images import rgb
+from crystal.runtime.fields import Fields
+from crystal.runtime.images import FORMATS, PIXELS, rgb
+from crystal.runtime.sources import RecordError, opened
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-class RecordError(UserError):
-    """One record is broken; the message names file, line and field."""
+HELD = 2**24  # bytes of a file whose records are kept; of a larger one each is read when its turn comes
+FIRST = 1000  # records of a large file that are checked before the work begins
 
 
 @dataclass
@@ -42,35 +40,117 @@ class Record:
 
 
 def read(path, image_root="", turns="first"):
-    """A JSON or JSONL file -> (list of Record or RecordError in file order, number of turns dropped).
+    """A file, or a data set of the hub -> (Records or RecordErrors in its order, number of turns dropped).
 
     turns: "first" keeps the conversation up to the first answer after an image, "all" makes a record of
-    every answer. A broken record stands in the list as its error, so that the caller decides; a file without
+    every answer. A broken record stands in its place as its error, so that the caller decides; a file without
     any is a UserError.
+
+    A small file's records are a list, all checked. A large one's (HELD) are read when they are asked for: its
+    first ones are checked and their turns counted now, the others then; with "all" every one is counted now.
     """
-    path = Path(path)
-    root = Path(image_root) if image_root else path.parent
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    source = opened(path)
+    beside = Path(path).parent if Path(path).exists() else Path()
+    root = Path(image_root) if image_root else beside
     if not root.is_dir():
         raise UserError(f"{root}: no such folder (--image_root)")
+    root = root.resolve()
 
-    found, dropped = [], 0
-    for where, item in items(path, text):
+    # Every record is checked now, before hours of work on those before it, but of a file so large that
+    # to look for its pictures alone would be hours.
+    small = source.size <= HELD
+    checked = len(source) if small or turns == "all" else min(FIRST, len(source))
+    found, kept, dropped = Records(source, root, turns), [], 0
+    for row in range(checked):
+        where, item = source[row]
         try:
-            records, left = _records(where, item, root.resolve(), turns)
-            found += records
-            dropped += left
+            records, left = _records(where, item, root, turns)
         except RecordError as error:
-            found.append(error)
+            records, left = [error], 0
+        found.add(row, records)
+        dropped += left
+        if small:
+            kept += records
 
-    if not found:
+    found.add_unread(range(checked, len(source)))
+    if not len(found):
         raise UserError(f"{path}: no records in it")
-    return found, dropped
+    return kept if small else found, dropped
+
+
+class Records(Sequence):
+    """The records of a large file: of each is known where it stands, and it is read when it is asked for.
+
+    What is broken stands in its place as its RecordError.
+    """
+
+    def __init__(self, source, root, turns):
+        self.source = source
+        self.root = root
+        self.turns = turns
+        self.rows = array("q")  # of each record: its row in the source
+        self.nth = array("q")  # and which of that row's it is
+        self.broken = {}  # number of a record: its RecordError
+
+    def add(self, row, records):
+        """Notes the records of a row of the source."""
+        for nth, record in enumerate(records):
+            if isinstance(record, RecordError):
+                self.broken[len(self.rows)] = record
+            self.rows.append(row)
+            self.nth.append(nth)
+
+    def add_unread(self, rows):
+        """Notes rows of the source that hold a record each, whatever it is."""
+        self.rows.extend(rows)
+        self.nth.extend(bytes(len(rows)))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            numbers = range(len(self))[i]
+            return self if len(numbers) == len(self) else [self[n] for n in numbers]
+        i = range(len(self))[i]
+        if i in self.broken:
+            return self.broken[i]
+
+        # A file that was moved since it was checked is the record's error, not a traceback.
+        try:
+            where, item = self.source[self.rows[i]]
+            records, _ = _records(where, item, self.root, self.turns)
+        except RecordError as error:
+            return error
+        return records[self.nth[i]]
+
+    def __setitem__(self, i, error):
+        """Takes a record out: its error stands in its place."""
+        self.broken[range(len(self))[i]] = error
+
+    def only(self, numbers):
+        """The records of these numbers -> Records."""
+        found = Records(self.source, self.root, self.turns)
+        for new, old in enumerate(numbers):
+            found.rows.append(self.rows[old])
+            found.nth.append(self.nth[old])
+            if old in self.broken:
+                found.broken[new] = self.broken[old]
+        return found
+
+
+def broken(records):
+    """The errors among records, of a list or of Records, which need not be read for it."""
+    if isinstance(records, Records):
+        return [records.broken[i] for i in sorted(records.broken)]
+    return [record for record in records if isinstance(record, RecordError)]
+
+
+def whole(records):
+    """Records without the errors among them, a list of a list and Records of Records."""
+    if isinstance(records, Records):
+        return records.only(i for i in range(len(records)) if i not in records.broken)
+    return [record for record in records if not isinstance(record, RecordError)]
 
 
 def of_dictionaries(items, root=None):
@@ -96,24 +176,10 @@ def check(where, item, root):
     _records(where, item, Path(root).resolve(), "first")
 
 
-def items(path, text):
-    """(where, parsed object or RecordError) of each line of JSONL, or each element of a JSON list."""
-    if path.suffix != ".jsonl" and text.lstrip().startswith("["):
-        try:
-            for i, item in enumerate(json.loads(text)):
-                yield f"{path}[{i}]", item
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        return
-
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield where, RecordError(f"{where}: not JSON: {error.msg} at column {error.colno}")
+def items(path):
+    """(where, parsed object or RecordError) of each object of a file."""
+    source = opened(path)
+    return (source[row] for row in range(len(source)))
 
 
 def _records(where, item, root, keep):
@@ -123,9 +189,10 @@ def _records(where, item, root, keep):
     if not isinstance(item, dict):
         raise RecordError(f"{where}: a record is a JSON object, not {type(item).__name__}")
 
-    fields = _Fields(where, item, root)
+    fields = Fields(where, item, root)
     name, turns = fields.turns()
     images, turns = fields.images(name, turns)
+    identity, family = fields.id(), fields.family()
     cot, boxes, features = fields.cot(), fields.boxes(), fields.features()
 
     records, answers = [], 0
@@ -143,7 +210,6 @@ def _records(where, item, root, keep):
         if keep == "all" or answers == 1:
             if not said.strip():
                 fields.bad(f"{name}[{i}]", "the answer is empty")
-            identity, family = str(item.get("id", where)), str(item.get("family", ""))
             own = images[:seen]
             records.append(Record(where, identity, before, said.strip(), own, cot, boxes, family, features))
 
@@ -152,141 +218,47 @@ def _records(where, item, root, keep):
     return records, answers - len(records)
 
 
-class _Fields:
-    """The fields of one parsed object: each gives what it holds, or a RecordError that names it."""
+def load_images(record):
+    """The pictures of a record -> RGB PIL images, as `load_image` makes each.
 
-    def __init__(self, where, item, root):
-        self.where = where
-        self.item = item
-        self.root = root
-
-    def bad(self, name, problem) -> NoReturn:
-        raise RecordError(f"{self.where}: field {name!r}: {problem}")
-
-    def turns(self):
-        """The name of the field that holds the conversation, and its turns [(role, text)]."""
-        name = "conversations" if "conversations" in self.item else "messages"
-        talk = self.item.get(name)
-        if not isinstance(talk, list) or not talk:
-            self.bad(name, "missing or empty; a list of turns is needed")
-
-        turns = []
-        for i, turn in enumerate(talk):
-            if not isinstance(turn, dict):
-                turn = {}
-            who = turn.get("from", turn.get("role"))
-            what = turn.get("value", turn.get("content"))
-            if not isinstance(who, str) or who not in ROLES:
-                self.bad(f"{name}[{i}]", f"unknown speaker {who!r}; use {', '.join(ROLES)}")
-
-            if isinstance(what, list):
-                what = "".join(text_of_part(part) for part in what)
-            if not isinstance(what, str):
-                self.bad(f"{name}[{i}]", "its text is missing")
-            if ROLES[who] != "user" and "<image>" in what:
-                self.bad(f"{name}[{i}]", "an <image> marker outside the user's turns")
-            turns.append((ROLES[who], self.text(f"{name}[{i}]", what)))
-        return name, turns
-
-    def images(self, name, turns):
-        """The images, one for each <image> of the turns, and the turns, with markers where they had none."""
-        paths = self.item.get("images", self.item.get("image")) or []
-        paths = paths if isinstance(paths, (list, tuple)) else [paths]
-        own_name = "images" if "images" in self.item else "image"
-        if not all(isinstance(p, (str, bytes, Image.Image)) for p in paths):  # JSON holds the first alone
-            self.bad(own_name, "a path or a list of paths is needed")
-
-        asked = sum(text.count("<image>") for _, text in turns)
-        first_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
-        if first_user is None:
-            self.bad(name, "no turn of the user's")
-        if asked < len(paths) and asked == 0:  # some files leave the markers out: the images then come first
-            turns[first_user] = ("user", "<image>\n" * len(paths) + turns[first_user][1])
-        elif asked != len(paths):
-            self.bad(own_name, f"{len(paths)} images for {asked} <image> markers")
-        return [self.file(own_name, p) for p in paths], turns
-
-    def cot(self):
-        cot = self.item.get("cot") or []
-        cot = [cot] if isinstance(cot, str) else cot
-        if not isinstance(cot, list) or not all(isinstance(step, str) for step in cot):
-            self.bad("cot", "a text or a list of texts is needed")
-        return [self.text("cot", step) for step in cot]
-
-    def boxes(self):
-        boxes = self.item.get("boxes") or []
-        if not isinstance(boxes, list) or not all(is_box(box) for box in boxes):
-            self.bad("boxes", "a list of [x0, y0, x1, y1] in pixels is needed")
-        return boxes
-
-    def features(self):
-        features = self.item.get("features") or {}
-        if not isinstance(features, dict) or not all(isinstance(p, str) for p in features.values()):
-            self.bad("features", "an object of name: path is needed")
-        return {kind: self.file("features", p) for kind, p in features.items()}
-
-    def text(self, name, value):
-        """A text, unless half of a surrogate pair is in it, which tokenizers and files refuse."""
-        if found := re.search("[\ud800-\udfff]", value):
-            self.bad(name, f"character {found.start()} is {found[0]!a}, half of a surrogate pair")
-        return value
-
-    def file(self, name, p):
-        """A path below the root -> where the file lies.
-
-        Without a root it may lie anywhere; an image in memory stays what it is.
-        """
-        if not isinstance(p, str):
-            return p
-        root = self.root
-        if root is None:
-            if not Path(p).is_file():
-                self.bad(name, f"no such file: {p}")
-            return Path(p)
-
-        told = p if len(p) < 200 else f"{p[:50]}... ({len(p)} characters)"
-        try:
-            full = (root / p).resolve()
-            if not full.is_relative_to(root):
-                self.bad(name, f"{told} leaves the image root")
-            if not full.is_file():
-                self.bad(name, f"no such file: {root / told}")
-            return full
-        except (OSError, ValueError) as error:  # what no path can be: a data URL is too long, a NUL ends it
-            self.bad(name, f"{told!r} is not a path: {getattr(error, 'strerror', None) or error}")
+    RecordError, before it is decoded, for one with which they would have more pixels than PIXELS.
+    """
+    images, room = [], PIXELS
+    for path in record.images:
+        image = load_image(path, record.where, room)
+        room -= image.width * image.height
+        images.append(image)
+    return images
 
 
-def is_box(box):
-    """Whether a value is a list of four numbers."""
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
-
-
-def text_of_part(part):
-    """One of OpenAI's content parts -> its text, or the mark of an image."""
-    if not isinstance(part, dict):
-        return str(part)
-    if str(part.get("type", "")).startswith("image"):
-        return "<image>"
-    return str(part.get("text", ""))
-
-
-def load_image(path, where):
+def load_image(path, where, room=PIXELS):
     """A path, a function that opens an image, bytes, or a PIL image -> PIL image as `rgb` makes it.
 
-    RecordError for a broken or oversized one.
+    room: pixels that it may have. RecordError for a broken or oversized one.
     """
     told = "its bytes" if isinstance(path, bytes) else path
     try:
         if isinstance(path, Image.Image):
-            return rgb(path)
+            return rgb(within(path, room))
         source = path() if callable(path) else path
         source = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(source) as image:
-            image.load()  # verify() passes a truncated JPEG
+
+        # Formats by name: others would start programs, as PostScript does, whatever the file is called.
+        with Image.open(source, formats=FORMATS) as image:
+            within(image, room).load()  # verify() passes a truncated JPEG
             return rgb(image)
     except Exception as error:  # Pillow raises a dozen kinds for broken files, all of them the record's fault
         problem = " ".join(str(error).split()) or type(error).__name__
         raise RecordError(f"{where}: field 'image': {told}: {problem}") from error
+
+
+def within(image, room):
+    """The image; ValueError if it has more pixels than there is room for."""
+    pixels = image.width * image.height
+    if pixels > room:
+        size = f"{image.width} x {image.height} pixels"
+        raise ValueError(f"{size}, with the record's others more than the {PIXELS} that are allowed")
+    return image
 
 
 def load_features(record, name):
