@@ -339,7 +339,7 @@ def budget(chosen, args, results, seeds):
     """What was run, in a sentence or two."""
     runs = [outcome for row in results.values() for outcome in row.values()]
     minutes = sum(outcome["minutes"] for outcome in runs)
-    said = f"Budget: {args.max_steps} updates a run from `{args.model}`; seeds a row: {seeds}; "
+    said = f"Budget: {args.max_steps} updates a run from `{args.model}`; seeds planned: {seeds}; "
     said += f"{args.questions} questions"
     interventions = min(chosen.interventions, args.questions)
     if interventions:

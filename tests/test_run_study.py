@@ -132,7 +132,7 @@ def test_it_trains_and_asks_what_the_study_says(world, capsys):
     assert "| base | as it is | 0.0 ±0.0 | -50.0 ±0.0 |" in page and str(world.folder) not in page
     data = "--model some --data d/train.jsonl --test d/train.jsonl"
     assert f"\npython -m crystal.compare --study mine --seeds 2 {data} --lora_r 5\n" in page
-    assert "7 updates a run from `some`; seeds a row: 2; 2 questions, 1 of them" in page
+    assert "7 updates a run from `some`; seeds planned: 2; 2 questions, 1 of them" in page
     assert "7 runs are there" in page
 
 

@@ -218,8 +218,8 @@ def test_whether_latents_win_is_said_plainly(tmp_path):
         "- Above `plain`, at equal updates: `ours` in a (+50.0 ±0.0); `ours` in all (+25.0 ±0.0). That is 2 "
         "of 3 comparisons; one in forty would come out so by chance. "
         "Over all questions: `ours` +25.0 ±0.0 (2 seeds).",
-        "- **No row with latents beats `plain twice`, which has 2 times their updates**: in none of 3 "
-        "comparisons, over all questions and family by family, does the interval lie above 0. "
+        "- **No row with latents is shown to beat `plain twice`, which has 2 times their updates**: in none "
+        "of 3 comparisons, over all questions and family by family, does the interval lie above 0. "
         "Over all questions: `ours` -25.0 ±0.0 (2 seeds).",
     ]
 

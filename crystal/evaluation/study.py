@@ -341,8 +341,8 @@ def plainly(study, results):
             said = f"Above `{name}`, {at}: {'; '.join(found)}. {chance}"
         else:
             said = (
-                f"**No row with latents beats `{name}`, {at}**: in none of {count} comparisons, over all "
-                "questions and family by family, does the interval lie above 0."
+                f"**No row with latents is shown to beat `{name}`, {at}**: in none of {count} comparisons, "
+                "over all questions and family by family, does the interval lie above 0."
             )
         sentences.append(f"- {said}{overall(study, results, name)}")
     return "\n".join(sentences)
