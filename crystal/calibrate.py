@@ -215,7 +215,7 @@ def candidates_of(given, settings):
 
 
 def main(argv=None, train=None):
-    """argv: the run's flags and the three below. train: train.py's main."""
+    """argv: the run's flags and the two below. train: train.py's main."""
     parser = config.OneLineParser(
         prog="train.py --calibrate",
         description="Measures what corruptions leave of a picture's worth, and trains nothing else. All "
@@ -240,7 +240,7 @@ def main(argv=None, train=None):
         raise UserError("--calibrate: --tune tokens leaves nothing to train without latents; say --tune lora")
     names = candidates_of(args.candidates, settings)
     figures.figure(1, 1)  # whether there is something to draw with
-    out = settings.run_dir.with_name(f"{settings.run_dir.name}-calibration")
+    out = Path(f"{settings.run_dir}-calibration")  # beside the run
 
     procs = distributed.start(settings.device)
     found = {}

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import crystal.backbone.model
-from crystal import claims, evaluate, export, generate, methods, opening, train, visualize
+from crystal import claims, evaluate, export, generate, methods, opening, train, training_data, visualize
 from crystal.layout import Format
 from crystal.runtime import checkpoint, config, data, distributed, toy
 from crystal.runtime.config import UserError
@@ -141,7 +141,7 @@ def main(argv=None):
         procs.print(f"\n== {text}")
 
     say("1. Data: toy scenes, questions that need small details")
-    scenes = Path("runs/toy")
+    scenes = Path(training_data.toy_folder(args.seed))
     with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
         toy.generate(scenes, seed=args.seed)
     records, _ = data.read(scenes / "test.jsonl")

@@ -3563,6 +3563,13 @@ COMMANDS = [
         "tests/test_commands.py::test_demo_passes_its_flags_on",
     ),
     Break(
+        "demo-scenes-in-one-place", "crystal/demo.py",
+        "training_data.toy_folder(args.seed)",
+        '"runs/toy"',
+        "A demo with another seed writes over the scenes of the first.",
+        "tests/test_commands.py::test_demo_passes_its_flags_on",
+    ),
+    Break(
         "demo-seed-of-training", "crystal/demo.py",
         "str(args.seed)",
         '"0"',

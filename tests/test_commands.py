@@ -1137,9 +1137,9 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         "--processes", "4",
     ]
     demo.main(argv)
-    assert launched == [(4, "crystal.demo", argv)] and drawn == [(Path("runs/toy"), 4)]
+    assert launched == [(4, "crystal.demo", argv)] and drawn == [(Path("runs/toy-4"), 4)]
     common = [
-        "--data", "runs/toy/train.jsonl", "--val_data", "runs/toy/val.jsonl", "--max_steps", "3",
+        "--data", "runs/toy-4/train.jsonl", "--val_data", "runs/toy-4/val.jsonl", "--max_steps", "3",
         "--seed", "4", "--save_every", "1000", "--eval_every", "100", "--log_every", "50", "--overwrite",
     ]
     recipe = ["--batch_size", "16", "--lr", "1e-3", "--lr_tokens", "10", "--eval_records", "64"]
@@ -1171,11 +1171,11 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     ]
     run, method, record, scenes, out, n, device = shown_last[0]
     assert (run, Path(method).name, record.id, scenes, out, n, device) == (
-        Path("to/mine"), "mine.py", "test-000001", Path("runs/toy"), Path("to"), 6, torch.device("cpu"),
+        Path("to/mine"), "mine.py", "test-000001", Path("runs/toy-4"), Path("to"), 6, torch.device("cpu"),
     )
     assert intervened == [
         [
-            "--model", "to/mine", "--method", "mine.py", "--data", "runs/toy/test.jsonl", "--limit", "1000",
+            "--model", "to/mine", "--method", "mine.py", "--data", "runs/toy-4/test.jsonl", "--limit", "1000",
             "--reliance", "--batch_size", "100", "--max_new_tokens", "8", "--overwrite",
         ]
     ]
