@@ -3720,7 +3720,7 @@ COMMANDS = [
         """labels.masked_fill(copied, IGNORE))""",
         """labels)""",
         "The peer computes another loss than the one beside it.",
-        "tests/test_bench_step.py",
+        "tests/test_bench_rows.py::test_two_passes_learn_what_the_dual_path_learns",
     ),
     Break(
         "bench_rows-two-passes-share-nothing", "crystal/bench_rows.py",
@@ -3729,14 +3729,14 @@ COMMANDS = [
         """        if True:
 """,
         "The peer leaves the copy out.",
-        "tests/test_bench_step.py",
+        "tests/test_bench_rows.py::test_two_passes_learn_what_the_dual_path_learns",
     ),
     Break(
-        "bench_step-floor-of-one-pair", "crystal/bench_rows.py",
+        "bench_rows-floor-of-one-pair", "crystal/bench_rows.py",
         """batch=batch, paths=paths, rank""",
         """paths=paths, rank""",
         "Four pairs are told to be four times above the floor.",
-        "tests/test_bench_step.py",
+        "tests/test_bench_rows.py::test_four_pairs_are_four_times_the_work",
     ),
     Break(
         "bench_step-share-of-the-best-by-the-floor", "crystal/bench_step.py",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crystal.bench_rows import ROWS, Update
+from crystal.runtime import plan
 
 CPU = torch.device("cpu")
 
@@ -39,3 +40,9 @@ def test_the_record_is_about_as_long_as_asked(length):
     before = [p.detach().clone() for _, p in update.named]
     assert isinstance(update(), float)
     assert any(not torch.equal(a, p) for a, (_, p) in zip(before, update.named))
+
+
+def test_four_pairs_are_four_times_the_work():
+    one, four = (Update(ROWS[name], 0, ("tiny", 0, 0), CPU, torch.float32) for name in ("sft", "sft_x4"))
+    assert plan.flops(four.work) == 4 * plan.flops(one.work) > 0
+    assert len(four.batch["input_ids"]) == 4
