@@ -50,6 +50,48 @@ def clocks():
     return dict(zip(("sm_mhz", "memory_mhz", "power_w", "power_limit_w"), numbers))
 
 
+def parts(update, device):
+    """One bench_rows.Update -> its milliseconds by part, the device waited for at each part's end.
+
+    The tower and the decoder are transformers' modules; what else the forward does is embeddings, head and
+    losses. Waiting makes the sum larger than an update's time.
+    """
+
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    spent, begun = collections.Counter(), {}
+    inner = update.model.hf.model
+    tower = getattr(inner, "visual", None) or inner.vision_tower
+    hooks = []
+    for name, module in (("tower", tower), ("decoder", inner.language_model)):
+
+        def begin(*_, name=name):
+            begun[name] = now()
+
+        def end(*_, name=name):
+            spent[name] += now() - begun[name]
+
+        hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+    # An update, part by part.
+    start = now()
+    loss = update.loss()
+    forward = now()
+    loss.backward()
+    backward = now()
+    update.update()
+    over = now()
+    for hook in hooks:
+        hook.remove()
+
+    spent["losses"] = forward - start - spent["tower"] - spent["decoder"]
+    spent["backward"], spent["update"] = backward - forward, over - backward
+    return {name: took * 1e3 for name, took in spent.items()}
+
+
 # --- memory ---
 
 

@@ -1,70 +1,34 @@
 """One update of a model of real size, with random weights: `python -m crystal.bench step`.
 
 The operators' benchmark (bench.py) times parts; this one times what a user waits for: forward, backward,
-clipping, AdamW and the new rows' way back into the vocabulary, through the same functions as train.py. Its
-rows are the methods, the ways of sharing latents, and as a peer plain fine-tuning by transformers and PEFT on
-the same record, whose loss is sft's.
+clipping, AdamW and the new rows' way back into the vocabulary, through the same functions as train.py. What
+is measured beside each other stands in bench_rows.py, how in bench_measures.py.
 
     python -m crystal.bench step                                     Qwen2.5-VL-7B; two layers of it on a CPU
     python -m crystal.bench step --model 3b --lengths 0,2048,8192    longer questions
     python -m crystal.bench step --only sft,peft,kv                  some rows
 
-Nothing is downloaded: the weights are random numbers of the published shapes, made where they are used, and
-the tokens are the shipped tiny model's. B pairs, L sequence length.
+A row's columns: milliseconds of an update, median and tenths; its ratio to sft's, to its peer's and to the
+floor, which is the least operations by formula (plan.py) at the speed of this machine's best product; what
+torch counts of operations, and what share of the best product that makes; bytes that autograd keeps and the
+peak; places where the host waits, or would, for a GPU. Everything, and every update's time, is in the JSON.
 """
 
 import argparse
 import gc
 import importlib.metadata
 import json
-import re
-import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn as nn
-from PIL import Image
 
-from crystal import methods, train
-from crystal.backbone.widths import SIDE, build
-from crystal.bench_measures import flops, on_the_gpu, seconds
-from crystal.layout import IGNORE
-from crystal.runtime import data, ops
+from crystal import bench_measures
+from crystal.bench_rows import ROWS, Update
+from crystal.runtime import ops, plan
 from crystal.runtime.config import OneLineParser, UserError
 from crystal.runtime.machine import device_of, probe
-
-
-class Row(NamedTuple):
-    """What a row runs: its method's flags, the batch, whether in plain PyTorch, whether by PEFT."""
-
-    flags: tuple
-    batch: int = 1
-    reference: bool = False
-    peft: bool = False
-
-
-CRYSTAL = ("--method", "crystal", "--corruption", "blur=3")
-ROWS = {
-    "sft": Row(("--method", "sft")),
-    "peft": Row(("--method", "sft"), peft=True),
-    "kv": Row(CRYSTAL),
-    "hidden": Row((*CRYSTAL, "--latent_copy", "hidden")),
-    "packed": Row((*CRYSTAL, "--latent_copy", "packed")),
-    "all_layers": Row((*CRYSTAL, "--attn_layers", "all")),
-    "frobenius": Row((*CRYSTAL, "--attn_layers", "all", "--attn_loss", "frobenius")),
-    "plain": Row(CRYSTAL, reference=True),
-    "released": Row(("--method", "released", "--corruption", "blur=3")),
-    "checkpointing": Row((*CRYSTAL, "--checkpointing")),
-    "sft_compile": Row(("--method", "sft", "--compile")),
-    "kv_compile": Row((*CRYSTAL, "--compile")),
-    "sft_x4": Row(("--method", "sft"), batch=4),
-    "kv_x4": Row(CRYSTAL, batch=4),
-}
 
 
 def main(argv=None):
@@ -99,8 +63,7 @@ def main(argv=None):
     machine = probe(device, dtype) | versions | {"commit": commit(), "command": " ".join(sys.argv)}
     best = f"best product {machine['tflop_s']:.3f} TFLOP/s"
     print(f"machine: {machine['name']}, torch {machine['torch']}, {best}")
-    columns = f"{'ms a step':>24} {'/ sft':>5} {'TFLOP':>7} {'of best':>8} {'peak GB':>8}  loss"
-    print(f"{'':14} {'B':>2} {'L':>5} {columns}")
+    print(f"{'':14} {'B':>2} {'L':>5} {COLUMNS}")
 
     rows = []
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
@@ -112,40 +75,63 @@ def main(argv=None):
                 said = (str(error).splitlines() or ["?"])[0][:150]
                 found = {"cannot_run": f"{type(error).__name__}: {said}"}
             rows.append({"row": name, "length": length, **found})
-            tell(rows[-1], rows, machine)
+            compare(rows, machine)
+            tell(rows[-1])
             written = {"machine": machine, "settings": vars(a), "rows": rows}
             Path(a.out).write_text(json.dumps(written) + "\n")
             gc.collect()
     print(f"wrote {a.out}")
 
 
-def tell(row, rows, machine):
-    """Prints a row: the step's time with its range, its ratio to sft's, how near it comes to the machine."""
+COLUMNS = (
+    f"{'ms an update':>26} {'/ sft':>5} {'/ peer':>6} {'/ floor':>7} {'TFLOP':>7} {'of best':>7} "
+    f"{'kept GB':>8} {'peak GB':>8} {'waits':>5}  loss"
+)
+
+
+def compare(rows, machine):
+    """Adds a new row's ratios: to sft of one pair, to its peer, to the floor, to the best product.
+
+    A row before its sft or its peer is compared when that is there.
+    """
+    last = rows[-1]
+    if "ms" not in last:
+        return
+    here = {row["row"]: row for row in rows if row["length"] == last["length"] and "ms" in row}
+    best = machine["tflop_s"] * 1e12
+    last["times_floor"] = last["p50"] / 1e3 / (last["floor_flops"] / best)
+    last["of_best"] = last["flops"] / (last["p50"] / 1e3) / best
+    for row in here.values():
+        if "sft" in here and row["B"] == 1:
+            row["times_sft"] = row["p50"] / here["sft"]["p50"]
+        if ROWS[row["row"]].peer in here:
+            row["times_peer"] = row["p50"] / here[ROWS[row["row"]].peer]["p50"]
+
+
+def tell(row):
+    """Prints a row, and under it where its time goes."""
     if "cannot_run" in row:
         print(f"{row['row']:14} cannot run: {row['cannot_run']}", flush=True)
         return
-    ms = row["ms"]
-    middle = statistics.median(ms)
-    here = [other for other in rows if other["length"] == row["length"] and "ms" in other]
-    sft = [statistics.median(other["ms"]) for other in here if other["row"] == "sft"]
-    ratio = f"{middle / sft[0]:.2f}" if sft and row["B"] == 1 else ""
-    share = row["flops"] / (middle / 1e3) / (machine["tflop_s"] * 1e12)
-    span = f"{middle:8.1f} ({min(ms):.1f} to {max(ms):.1f})"
-    print(
-        f"{row['row']:14} {row['B']:2} {row['L']:5} {span:>24} {ratio:>5} {row['flops'] / 1e12:7.2f} "
-        f"{share:8.1%} {row['peak_bytes'] / 1e9:8.1f}  {row['loss']:.3f}",
-        flush=True,
-    )
+    span = f"{row['p50']:10.1f} ({row['p10']:.1f} to {row['p90']:.1f})"
+    ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("times_sft", "times_peer")]
+    speed = f"{row['times_floor']:7.2f} {row['flops'] / 1e12:7.2f} {row['of_best']:7.1%}"
+    memory = f"{row['kept_bytes'] / 1e9:8.2f} {row['peak_bytes'] / 1e9:8.1f}"
+    first = f"{row['row']:14} {row['B']:2} {row['L']:5} {span:>26} {ratios[0]:>5} {ratios[1]:>6}"
+    print(f"{first} {speed} {memory} {row['waits']:5}  {row['loss']:.3f}", flush=True)
+
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in row["parts_ms"].items())
+    print(f"{'':14} {parts} ms; {row['patches']} patches, {row['loss_rows']} rows of logits", flush=True)
     if "busy_ms" in row:
         busy = f"busy {row['busy_ms']:.1f} ms in {row['kernels']} kernels"
-        print(f"{'':14} {busy}; host waits {row['waited']}", flush=True)
+        print(f"{'':14} {busy}; the host waited {row['waited']} times; {row['clocks']}", flush=True)
 
 
 # --- a row ---
 
 
 def measure(row, length, a, device, dtype):
-    """What a row of the table holds: sizes, first loss, times, FLOPs, memory; and what a GPU did."""
+    """What a row of the table holds: sizes, first loss, times, operations, memory, waits, time by part."""
     gpu = device.type == "cuda"
     torch._dynamo.reset()  # torch.compile gives up for good on what it has met under FlopCounterMode
     torch._dynamo.utils.counters.clear()
@@ -153,108 +139,36 @@ def measure(row, length, a, device, dtype):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with ops.chosen("reference" if row.reference else None):
-        step, batch, paths = ingredients(row, length, a, device, dtype)
-        loss = step()
-        step()
-        times = [seconds(step, device) * 1e3 for _ in range(a.repeats)]
-        found = {
-            "B": row.batch,
-            "L": batch["input_ids"].shape[1],
-            "tokens": int(batch["attention_mask"].sum()) * paths,
-            "loss": loss,
-            "ms": times,
-            "tokens_per_s": int(batch["attention_mask"].sum()) * paths / (statistics.median(times) / 1e3),
-            "peak_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
-            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        }
-        if gpu:
-            found |= on_the_gpu(step)
-        return found | {"flops": flops(step)}
+        update = Update(row, length, (a.model, a.layers, a.vision_layers), device, dtype)
+        loss = update()
+        update()
+        times = [bench_measures.seconds(update, device) * 1e3 for _ in range(a.repeats)]
+        peak = torch.cuda.max_memory_allocated() if gpu else 0
+        clocks = bench_measures.clocks() if gpu else {}
 
+        # Each of these is an update of its own, so that no clock runs while something is counted; what counts
+        # operations comes last.
+        there = [p for _, p in update.model.named_parameters()] + list(update.model.buffers())
+        there += [x for x in update.batch.values() if isinstance(x, torch.Tensor)]
+        kept, _ = bench_measures.saved_bytes(update.loss, there)
+        parts = bench_measures.parts(update, device)
+        counted = {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+        counted |= bench_measures.on_the_gpu(update) if gpu else {}
+        counted |= bench_measures.host_waits(update)
+        counted["flops"] = bench_measures.flops(update)
 
-def ingredients(row, length, a, device, dtype):
-    """-> (a function that makes one update and returns its loss, the batch, how many paths it has)."""
-    torch.manual_seed(0)
-    model = build(a.model, a.layers, a.vision_layers, device, dtype)
-    settings = methods.parse([*row.flags, "--lora_dropout", "0"])
-    if row.peft:
-        method = methods.get("sft")(settings)
-        fmt = method.format(model.tokenizer)
-        forward, named, after = by_peft(model, settings)
-    else:
-        method, fmt = methods.attach(model, settings)
-        forward, named, after = by_crystal(model, method, settings, device)
-    optimizer = train.optimizer_of(named, model, settings)
-
-    with tempfile.TemporaryDirectory() as folder:
-        records, _ = data.read(write_record(Path(folder), length))
-        examples = data.RecordDataset(
-            records, lambda r, n: method.layout(fmt, r, n), model.image_processor, method.corruption,
-            copies=fmt.copies,
-        )  # fmt: skip
-        example = examples[0, 0]
-        if "error" in example:
-            raise UserError(example["error"])
-    batch = data.collate([example] * row.batch, model.tokenizer.pad_token_id)
-    batch = data.to_device(batch, device, dtype)
-
-    def step():
-        loss = forward(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        after()
-        return float(loss.detach())
-
-    return step, batch, 2 if method.corruption else 1
-
-
-def by_crystal(model, method, settings, device):
-    """train.py's objective -> (batch -> loss, the parameters that train, what follows an update)."""
-    objective = train.Objective(model, method).to(device).train()
-
-    def forward(batch):
-        return train.weighted(objective(batch, settings.progress(0)), method, settings)
-
-    named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    return forward, named, model.after_update
-
-
-def by_peft(model, settings):
-    """The same adapters by PEFT on transformers' own forward, attention and loss."""
-    from peft import LoraConfig, get_peft_model
-
-    hf = model.hf
-    hf.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
-    parts = "|".join(f"(?:{getattr(model.family, part)})" for part in settings.lora_on.split(","))
-    linears = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [name for name in linears if re.fullmatch(parts, name)]
-    lora = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules=adapted)
-    peft = get_peft_model(hf, lora).train()
-
-    def forward(batch):
-        # transformers' labels stand at their own token, crystal's at the one that predicts it.
-        labels = batch["targets"].roll(1, 1)
-        labels[:, 0] = IGNORE
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
-        return peft(**{name: batch[name] for name in names}, labels=labels, use_cache=False).loss
-
-    return forward, [(name, p) for name, p in peft.named_parameters() if p.requires_grad], lambda: None
-
-
-def write_record(folder, length):
-    """One record, a picture of noise and a question that make about `length` tokens -> its path."""
-    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "noise.png")
-    question = " ".join(["red"] * max(1, length - 330))
-    talk = [
-        {"from": "human", "value": f"<image>\n{question}"},
-        {"from": "gpt", "value": "red blue green red blue green red blue"},
-    ]
-    path = folder / "record.json"
-    path.write_text(json.dumps([{"id": "0", "image": "noise.png", "conversations": talk}]))
-    return path
+    tokens = int(update.batch["attention_mask"].sum()) * update.paths
+    sizes = {
+        "B": row.batch,
+        "L": update.batch["input_ids"].shape[1],
+        "tokens": tokens,
+        "patches": update.work.patches * row.batch,
+        "loss_rows": update.work.rows * row.batch,
+    }
+    time = {"ms": times, **bench_measures.spread(times), "parts_ms": parts}
+    speed = {"tokens_per_s": tokens / (time["p50"] / 1e3), "floor_flops": plan.flops(update.work)}
+    memory = {"peak_bytes": peak, "kept_bytes": kept}
+    return sizes | {"loss": loss, "clocks": clocks} | time | speed | memory | counted
 
 
 # --- where it ran ---

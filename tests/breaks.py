@@ -3633,7 +3633,7 @@ COMMANDS = [
         "tests/test_demo.py::test_the_last_question_goes_to_the_export",
     ),
     Break(
-        "bench_step-labels-at-the-wrong-token", "crystal/bench_step.py",
+        "bench_rows-labels-at-the-wrong-token", "crystal/bench_rows.py",
         """labels = batch["targets"].roll(1, 1)""",
         """labels = batch["targets"].clone()""",
         "The peer learns another task than the one it is compared on.",
@@ -3721,6 +3721,50 @@ COMMANDS = [
         """where""",
         "A latent that a donor has not is replaced by what stands at its first position.",
         "tests/test_carrying.py::test_records_with_fewer_latents",
+    ),
+    Break(
+        "bench_rows-copied-labels-count-twice", "crystal/bench_rows.py",
+        """labels.masked_fill(copied, IGNORE))""",
+        """labels)""",
+        "The peer computes another loss than the one beside it.",
+        "tests/test_bench_rows.py::test_two_passes_learn_what_the_dual_path_learns",
+    ),
+    Break(
+        "bench_rows-two-passes-share-nothing", "crystal/bench_rows.py",
+        """        with replaced(model, latents, states):
+""",
+        """        if True:
+""",
+        "The peer leaves the copy out.",
+        "tests/test_bench_rows.py::test_two_passes_learn_what_the_dual_path_learns",
+    ),
+    Break(
+        "bench_rows-floor-of-one-pair", "crystal/bench_rows.py",
+        """batch=batch, paths=paths, rank""",
+        """paths=paths, rank""",
+        "Four pairs are told to be four times above the floor.",
+        "tests/test_bench_rows.py::test_four_pairs_are_four_times_the_work",
+    ),
+    Break(
+        "bench_step-share-of-the-best-by-the-floor", "crystal/bench_step.py",
+        """last["of_best"] = last["flops"]""",
+        """last["of_best"] = last["floor_flops"]""",
+        "Utilisation is told of operations that were not done.",
+        "tests/test_bench_step.py::test_ratios_by_hand",
+    ),
+    Break(
+        "bench_step-peer-of-another-length", "crystal/bench_step.py",
+        """if row["length"] == last["length"] and "ms" in row""",
+        """if "ms" in row""",
+        "A row is compared with a peer on another sequence.",
+        "tests/test_bench_step.py::test_ratios_by_hand",
+    ),
+    Break(
+        "bench_measures-losses-with-the-tower", "crystal/bench_measures.py",
+        """forward - start - spent["tower"] - spent["decoder"]""",
+        """forward - start - spent["decoder"]""",
+        "The head and the losses are told to take the tower's time.",
+        "tests/test_bench_measures.py::test_parts_add_up",
     ),
     Break(
         "bench_measures-attention-counted-whole", "crystal/bench_measures.py",
@@ -3851,9 +3895,9 @@ COMMANDS = [
         "tests/test_widths.py",
     ),
     Break(
-        "bench_step-flags-forgotten", "crystal/bench_step.py",
-        """settings = methods.parse([*row.flags, "--lora_dropout", "0"])""",
-        """settings = methods.parse([*row.flags[:2], "--lora_dropout", "0"])""",
+        "bench_rows-flags-forgotten", "crystal/bench_rows.py",
+        """self.settings = settings = methods.parse([*row.flags, "--lora_dropout", "0"])""",
+        """self.settings = settings = methods.parse([*row.flags[:2], "--lora_dropout", "0"])""",
         "Every way of sharing latents is the same one.",
         "tests/test_bench_step.py",
     ),
@@ -3862,7 +3906,7 @@ COMMANDS = [
         "    torch._dynamo.reset()  # torch",
         "    # torch",
         "The rows of --compile time what is not compiled.",
-        "tests/test_bench_step.py",
+        "tests/test_bench_step.py::test_compiled_is_what_asks_for_it",
     ),
     Break(
         "ops-choice-not-restored", "crystal/runtime/ops.py",

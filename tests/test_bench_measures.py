@@ -1,5 +1,7 @@
 """What is read off one update, on functions whose bytes, operations and waits are known by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +92,33 @@ def test_clocks_are_none_without_a_gpu(monkeypatch):
     assert bench_measures.clocks() == {
         "sm_mhz": 1755, "memory_mhz": 2619, "power_w": 310.5, "power_limit_w": 700,
     }  # fmt: skip
+
+
+def test_parts_add_up():
+    """The tower, the decoder and what else a forward does, then backward and update: nothing twice."""
+    clock = iter([0.0, 1.0, 4.0, 4.5, 10.5, 12.0, 20.0, 21.0])
+    order = []
+
+    class Part(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    tower, decoder = Part(), Part()
+    inner = SimpleNamespace(visual=tower, language_model=decoder)
+
+    def loss():
+        order.append("loss")
+        return decoder(tower(torch.ones((), requires_grad=True)))
+
+    update = SimpleNamespace(
+        model=SimpleNamespace(hf=SimpleNamespace(model=inner)),
+        loss=loss,
+        update=lambda: order.append("update"),
+    )
+    real, bench_measures.time.perf_counter = bench_measures.time.perf_counter, lambda: next(clock)
+    try:
+        found = bench_measures.parts(update, torch.device("cpu"))
+    finally:
+        bench_measures.time.perf_counter = real
+    assert found == {"tower": 3e3, "decoder": 6e3, "losses": 3e3, "backward": 8e3, "update": 1e3}
+    assert order == ["loss", "update"] and not tower._forward_hooks and not decoder._forward_pre_hooks

@@ -36,7 +36,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
         (
             "",
             "run planning training_data calibrate train evaluate card verify export visualize serve claims "
-            "demo run_study compare bench_cases bench bench_measures bench_step __main__",
+            "demo run_study compare bench_cases bench bench_measures bench_rows bench_step __main__",
         )
     ],
 ]
