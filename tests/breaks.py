@@ -6616,8 +6616,6 @@ DATA = [
         "data-refused-picture-untold", "crystal/runtime/data.py",
         "except Exception as error:  # processors",
         "except KeyError as error:  # processors",
-        "except Exception as error:  # processors fall",
-        "except KeyError as error:  # processors fall",
         "A picture that the processor refuses would end the run in a traceback.",
         "tests/test_data_by_hand.py::test_a_picture_that_the_processor_refuses_is_the_records_fault",
     ),
