@@ -28,7 +28,7 @@ from crystal.corrupt import Corruption
 from crystal.evaluation import benchmarks, reliance, scoring
 from crystal.evaluation.asking import answers, diagnose
 from crystal.evaluation.predictions import Predictions
-from crystal.evaluation.scoring import wilson
+from crystal.evaluation.scoring import percent, wilson
 from crystal.generate import DECODING, thought_length
 from crystal.methods.sft import Method as SFT
 from crystal.opening import content_of, model_flags, open_model
@@ -53,20 +53,23 @@ def by_family(results):
 
 
 def table(columns):
-    """{column: {family: (hits, n)}} -> text, a line per family: percent and the half width of
-    its 95 % interval.
+    """{column: {family: (hits, n)}} -> text, a line per family: percent and its 95 % interval,
+    see scoring.percent.
     """
     named = dict.fromkeys(family for column in columns.values() for family in column)
     families = [family for family in named if family != "all"] + ["all"]
-    width = {name: max(12, len(name) + 2) for name in columns}
+    shares = {
+        name: {family: percent(hits / n, *wilson(hits, n)) for family, (hits, n) in column.items()}
+        for name, column in columns.items()
+    }
+    width = {name: max(12, len(name) + 2, *(len(x) + 2 for x in shares[name].values())) for name in columns}
     titles = "".join(name.rjust(width[name]) for name in columns)
     lines = ["family".ljust(12) + "questions".rjust(10) + titles]
     for family in families:
         cells, count = "", 0
         for name, column in columns.items():
-            hits, count = column[family]
-            low, high = wilson(hits, count)
-            cells += f"{100 * hits / count:.1f} ±{50 * (high - low):.1f}".rjust(width[name])
+            count = column[family][1]
+            cells += shares[name][family].rjust(width[name])
         lines.append(family.ljust(12) + str(count).rjust(10) + cells)
     return "\n".join(lines)
 
@@ -200,7 +203,7 @@ def make_parser():
         "--seed",
         type=int,
         default=0,
-        help="of corruption, of the pairs that swap latents, and of the bootstrap",
+        help="of corruption, and of the pairs that swap latents",
     )
     parser.add_argument("--limit", type=int, default=0, help="first so many records; 0: all")
     parser.add_argument(

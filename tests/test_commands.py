@@ -624,8 +624,8 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     table = [line.split() for line in printed if line.startswith(("family", "b ", "a ", "all"))]
     assert table == [
         ["family", "questions", "where"],
-        ["b", "1", "100.0", f"±{100 * one:.1f}"],
-        ["a", "1", "0.0", f"±{100 * one:.1f}"],
+        ["b", "1", "100.0", f"({100 - 200 * one:.1f}", "to", "100.0)"],
+        ["a", "1", "0.0", "(0.0", "to", f"{200 * one:.1f})"],
         ["all", "2", "50.0", f"±{100 * two:.1f}"],
     ]
     about = json.loads(out.with_suffix(".json").read_text())
@@ -837,7 +837,8 @@ def test_evaluate_passes_diagnose_its_flags(attached, records_file, monkeypatch,
     )
     printed = capsys.readouterr().out
     assert "mean attention from answers to latents, over layers, heads and rows: 0.1235" in printed
-    assert ["all", "1", "100.0", "±39.7", "0.0", "±39.7"] in [line.split() for line in printed.splitlines()]
+    shares = "100.0 (20.7 to 100.0) 0.0 (0.0 to 79.3)"
+    assert ["all", "1", *shares.split()] in [line.split() for line in printed.splitlines()]
     assert [(r["asked"], r["correct"]) for r in map(json.loads, out.read_text().splitlines())] == [
         ("as trained", True), ("latents dropped", False),
     ]
@@ -1162,7 +1163,7 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
         "family", "questions", "blind", "base", "sft", "sft, latents dropped", "mine",
         "mine, latents dropped",
     ]
-    assert [cell for cell in table[1].split() if not cell.startswith("±")] == [
+    assert [cell for cell in re.sub(r"±\S+|\(.*?\)", "", table[1]).split()] == [
         "all", "2", "50.0", "50.0", "100.0", "0.0", "100.0", "0.0",
     ]
     assert table[2:] == [

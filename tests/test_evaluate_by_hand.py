@@ -33,24 +33,28 @@ def test_written_text_by_number():
 # --- what is printed ---
 
 
-def half(hits, n):
-    """Half width of Wilson's 95 % interval in points, by scipy."""
+def ends(hits, n):
+    """The share and Wilson's 95 % interval in percent, by scipy: of few questions its ends."""
     interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return f"{100 * (interval.high - interval.low) / 2:.1f}"
+    return f"{100 * hits / n:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
 def test_the_table_by_hand():
-    """A half width is half of the interval: of 3 of 4 Wilson's goes from 30.1 to 95.4 percent."""
-    assert half(3, 4) == "32.7"
+    """Of 3 of 4 Wilson's interval goes from 30.1 to 95.4; 500 of 1000 lies in the middle of its own."""
+    assert ends(3, 4) == "75.0 (30.1 to 95.4)"
+    assert evaluate.table({"x": {"all": (500, 1000)}}).splitlines() == [
+        "family       questions           x",
+        "all               1000   50.0 ±3.1",
+    ]
     columns = {
         "base": {"count": (3, 4), "all": (4, 7), "depth": (1, 3)},
         "a longer name": {"count": (0, 4), "all": (3, 7), "depth": (3, 3)},
     }
     assert evaluate.table(columns).splitlines() == [
-        "family       questions        base  a longer name",
-        f"count                4  75.0 ±{half(3, 4)}      0.0 ±{half(0, 4)}",
-        f"depth                3  33.3 ±{half(1, 3)}    100.0 ±{half(3, 3)}",
-        f"all                  7  57.1 ±{half(4, 7)}     42.9 ±{half(3, 7)}",
+        "family       questions                 base          a longer name",
+        f"count                4  {ends(3, 4)}      {ends(0, 4)}",
+        f"depth                3   {ends(1, 3)}  {ends(3, 3)}",
+        f"all                  7  {ends(4, 7)}    {ends(3, 7)}",
     ]
 
 
@@ -151,10 +155,10 @@ def test_the_command_from_records_to_intervals(hand, tmp_path, capsys):
     run(hand, "--model", "here/mine", "--out", "p/x.jsonl")
     printed = capsys.readouterr().out
     assert printed.splitlines()[:5] == [
-        "family       questions        mine",
-        f"a                    5 100.0 ±{half(5, 5)}",
-        f"b                    2  50.0 ±{half(1, 2)}",
-        f"all                  8  87.5 ±{half(7, 8)}",
+        "family       questions                   mine",
+        f"a                    5  {ends(5, 5)}",
+        "b                    2             50.0 ±40.5",
+        f"all                  8    {ends(7, 8)}",
         next(line for line in printed.splitlines() if line.startswith("8 questions in ")),
     ]
     assert "wrote p/x.jsonl and x.json" in printed
@@ -276,8 +280,8 @@ def test_diagnosis_is_printed_and_stored(hand, monkeypatch, tmp_path, capsys):
     )
     run(hand, "--diagnose", "--out", "d/x.jsonl", "--batch_size", "5", "--max_new_tokens", "4")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "family       questions  as trained  latents dropped"
-    assert lines[4] == f"all                  8  87.5 ±{half(7, 8)}       37.5 ±{half(3, 8)}"
+    assert lines[0].split() == ["family", "questions", "as", "trained", "latents", "dropped"]
+    assert lines[4] == f"all                  8    {ends(7, 8)}  {ends(3, 8)}"
     assert (
         lines[5]
         == f"mean attention from answers to latents, over layers, heads and rows: {counted_mass(hand):.4f}"

@@ -1,64 +1,43 @@
-"""Interventions that touch the latents and nothing else, a bottleneck without a leak, intervals against
-closed forms, mass against eager softmax.
+"""Interventions that touch the latents and nothing else, a bottleneck without a leak, verdicts by number,
+mass against eager softmax.
 """
 
-import itertools
 import json
-import math
+import re
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+
+# --- intervals, donors, verdict ---
+from test_interventions import ask, states_of
 
 from crystal import evaluate, train
 from crystal.corrupt import Corruption
 from crystal.evaluation import reliance
 from crystal.evaluation.interventions import questions
-from crystal.evaluation.reliance import CONDITIONS, donors, measure, paired_bootstrap, verdict
+from crystal.evaluation.reliance import CONDITIONS, donors, measure, verdict
 from crystal.layout import Format
 from crystal.runtime.config import UserError
 
-# --- intervals, donors, verdict ---
-
-
-def test_bootstrap_against_all_resamples():
-    """Four questions have 4^4 resamples: the interval's ends are quantiles of all of them."""
-    a, b = [1, 1, 0, 1], [0, 1, 0, 0]
-    means = sorted(sum(x) / 4 for x in itertools.product([1, 0, 0, 1], repeat=4))
-    for level in (0.5, 0.8, 0.95):  # no end falls on a jump of the 256 means
-        expected = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], method="nearest")
-        assert paired_bootstrap(a, b, level=level)[1:] == tuple(expected)
-    assert paired_bootstrap(a, b)[0] == 0.5 and paired_bootstrap(a, a) == (0.0, 0.0, 0.0)
-
-
-from test_interventions import ask, states_of
-
-
-def test_bootstrap_against_the_normal_interval():
-    rng = np.random.default_rng(0)
-    a = rng.random(4000) < 0.7
-    b = a ^ (rng.random(4000) < 0.2)
-    d = a.astype(int) - b.astype(int)
-    half = 1.96 * d.std() / math.sqrt(len(d))
-    mean, low, high = paired_bootstrap(a, b)
-    assert mean == d.mean() and (low, high) == pytest.approx((mean - half, mean + half), abs=0.05 * half)
-    assert paired_bootstrap(a, b, seed=1) != (mean, low, high) == paired_bootstrap(a, b)
-
 
 @pytest.mark.parametrize(
-    "numbers, used, words",
+    "trained, swapped, used, words",
     [
-        ((0.1, 0.02, 0.2), True, "are used"),
-        ((0.1, 0.0, 0.2), False, "No use"),
-        ((-0.1, -0.2, -0.02), False, "not used to advantage"),
-        ((0.0, -0.01, 0.01), False, "No use"),
+        ([1] * 6 + [0] * 4, [0] * 10, True, r"are used: .*\(\+60.0 points, .* p = 0.031\)"),  # 2 / 2^6
+        ([0] * 10, [1] * 6 + [0] * 4, False, r"not used to advantage: .*\(-60.0 points"),
+        ([1, 1], [0, 0], None, r"These 2 questions cannot tell .*p = 0.5\)"),
+        ([1] * 5, [0] * 5, None, r"These 5 questions cannot tell .*p = 0.062\)"),  # 2 / 2^5
+        ([0] * 7, [0] * 7, None, r"7 questions cannot tell .*a use of 35 points could go unseen; .* p = 1\)"),
+        ([1] * 7, [1] * 7, None, "7 questions cannot tell"),
+        ([1, 0] * 400, [1, 0] * 400, False, "No use of the latents is shown"),
+        ([0] * 100, [0] * 100, False, "No use of the latents is shown"),
     ],
 )
-def test_verdict(numbers, used, words):
-    said, line = verdict(*numbers)
-    assert said is used and words in line and "\n" not in line
+def test_verdict(trained, swapped, used, words):
+    said, line = verdict(trained, swapped)
+    assert said is used and re.search(words, line) and "\n" not in line
 
 
 def test_donors():
@@ -161,7 +140,8 @@ def test_each_condition_feeds_what_it_says(setup, monkeypatch):
     monkeypatch.setattr(reliance, "generate", fake)
     result = measure(s.model.eval(), s.fmt, s.records, Corruption("blur=3"), batch_size=3, max_new_tokens=3)
     assert len(fed) == len(CONDITIONS)
-    assert [c["right"] for c in result["conditions"]] == [1.0, 0, 0, 0, 0, 0, 1.0, 0, 0] and result["used"]
+    assert [c["right"] for c in result["conditions"]] == [1.0, 0, 0, 0, 0, 0, 1.0, 0, 0]
+    assert result["used"] is None and "These 3 questions cannot tell" in result["verdict"]
     assert [c.get("changed") for c in result["conditions"]] == [None, 1, 1, 1, 1, 1, 0, 1, 1]
     drops = [i for i, (prompts, _) in enumerate(fed) if not set(s.fmt.latents) & set(prompts[0][0])]
     blurred = [i for i, (prompts, _) in enumerate(fed) if not torch.equal(prompts[0][1], fed[0][0][0][1])]

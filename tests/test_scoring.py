@@ -1,12 +1,27 @@
 """VLMEvalKit's rules: its verdicts for a table of answers, and its scores."""
 
+import itertools
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from crystal.evaluation import scoring
 from crystal.evaluation.benchmarks import Question
-from crystal.evaluation.scoring import known_as, option, score, scores, tidy, wilson, yes_no
+from crystal.evaluation.scoring import (
+    known_as,
+    option,
+    paired_interval,
+    percent,
+    score,
+    scores,
+    sign_test,
+    tidy,
+    wilson,
+    yes_no,
+)
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 
@@ -80,8 +95,6 @@ def test_score_follows_the_rule():
 
 
 def test_wilson_against_scipy():
-    from scipy.stats import binomtest
-
     for hits, n in ((0, 10), (3, 10), (10, 10), (617, 1000)):
         ci = binomtest(hits, n).proportion_ci(0.95, method="wilson")
         assert wilson(hits, n) == pytest.approx((ci.low, ci.high), abs=1e-4)
@@ -198,3 +211,53 @@ def test_rows_that_no_answer_can_be_right_on():
         q = Question("x:1", "1", [], answer, [], rule="choice", options=pets)
         assert score(q, said)[1] is right, (answer, said)
     assert score(Question("x:1", "1", [], "", []), "")[1] is False  # nothing is not an answer
+
+
+def test_a_share_is_printed_with_its_own_interval():
+    """0 of 7 is 0 to 35.4 percent by scipy, and not within 17.7 of 0."""
+    ends = binomtest(0, 7).proportion_ci(0.95, method="wilson")
+    assert (round(100 * ends.low, 1), round(100 * ends.high, 1)) == (0.0, 35.4)
+    assert percent(0, *wilson(0, 7)) == "0.0 (0.0 to 35.4)"
+    assert percent(1, *wilson(7, 7)) == "100.0 (64.6 to 100.0)"
+    assert percent(0.5, *wilson(500, 1000)) == "50.0 ±3.1" and percent(0.25, *wilson(50, 200)) == "25.0 ±6.0"
+
+
+@pytest.mark.parametrize("wins, losses", [(0, 0), (1, 0), (2, 0), (6, 0), (4, 9), (9, 4), (30, 30), (1, 12)])
+def test_the_sign_test_is_scipys(wins, losses):
+    a, b = [1] * wins + [0] * losses + [1, 0, 1], [0] * wins + [1] * losses + [1, 0, 1]
+    expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    assert sign_test(a, b) == pytest.approx(expected)
+
+
+def test_a_paired_interval_of_many_is_the_normal_one():
+    rng = np.random.default_rng(0)
+    a = rng.random(4000) < 0.7
+    b = a ^ (rng.random(4000) < 0.2)
+    d = a.astype(int) - b.astype(int)
+    half = 1.96 * d.std() / math.sqrt(len(d))
+    mean, low, high = paired_interval(a.tolist(), b.tolist())
+    assert mean == pytest.approx(d.mean())
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.05 * half)
+    assert paired_interval(b.tolist(), a.tolist()) == pytest.approx((-mean, -high, -low))
+
+
+def test_a_paired_interval_of_nothing_is_not_a_point():
+    ends = binomtest(0, 7).proportion_ci(0.95, method="wilson")
+    assert paired_interval([0] * 7, [0] * 7) == pytest.approx((0, -ends.high, ends.high), abs=1e-4)
+
+
+@pytest.mark.parametrize("p", [(0.1, 0.2, 0.05), (0.5, 0.2, 0.2), (0.0, 0.1, 0.0), (0.6, 0.0, 0.1)])
+def test_a_paired_interval_of_few_covers_what_it_says(p):
+    """Ten questions: over all tables of (both, first alone, second alone), how often the truth is inside."""
+    n, both, first, second = 10, *p
+    inside = 0.0
+    for i, j, k in itertools.product(range(n + 1), repeat=3):
+        rest = n - i - j - k
+        if rest < 0:
+            continue
+        ways = math.factorial(n) // math.prod(map(math.factorial, (i, j, k, rest)))
+        chance = ways * both**i * first**j * second**k * (1 - both - first - second) ** rest
+        a = [1] * (i + j) + [0] * (k + rest)
+        _, low, high = paired_interval(a, [1] * i + [0] * j + [1] * k + [0] * rest)
+        inside += chance * (low <= first - second <= high)
+    assert 0.93 < inside <= 1

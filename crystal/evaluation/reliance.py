@@ -19,8 +19,10 @@ can know of it.
                                          bottleneck), and the floor without latents
     image corrupted, latents intact      what CrystaL trains; and corrupted latents with it
 
-THE RULE: the latents are used if the 95 % interval of (as trained - swapped), paired by
-question, lies above 0.
+THE RULE: the latents are used if, of the questions that are right under one of (as trained, swapped) alone,
+so many more are right as trained that an exact sign test gives p < 0.05, and the paired 95 % interval of the
+difference lies above 0. Where neither holds, and a use of more than 10 points could have gone unseen, the
+questions are too few to tell.
 
 B questions, L prompt length, K latents, N image tokens, M answer positions, H heads, D hidden size.
 """
@@ -31,7 +33,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -39,14 +40,15 @@ from crystal.attention import AttentionRecorder, in_turn
 from crystal.corrupt import Corruption
 from crystal.evaluation import figures
 from crystal.evaluation.interventions import asked, hidden_image, questions, recorded, replaced
-from crystal.evaluation.scoring import score, tidy, wilson
+from crystal.evaluation.scoring import paired_interval, percent, score, sign_test, tidy, wilson
 from crystal.generate import generate
 from crystal.layout import IGNORE, Layout
 from crystal.runtime import data, distributed
 from crystal.runtime.config import UserError
 from crystal.runtime.ops import attn_slice
 
-RULE = "used if the paired 95 % interval of (as trained - swapped) lies above 0"
+RULE = "used if as trained more answers are right than swapped: exact sign test p < 0.05, interval above 0"
+SEEN = 0.1  # a verdict of no use says that a use of more than so much would have been seen
 
 
 @dataclass(frozen=True)
@@ -121,36 +123,27 @@ def donors(records, seed=0):
     return found
 
 
-def paired_bootstrap(a, b, seed=0, draws=10000, level=0.95):
-    """Right or wrong [n] under two conditions -> (mean difference a - b, low, high): percentile interval of
-    the paired bootstrap over questions.
+def verdict(trained, swapped):
+    """Right or wrong [n] as trained and with swapped latents -> (used, one line in plain words).
 
-    A difference is -1, 0 or 1, so resampling n questions with replacement is one multinomial draw of
-    how many of each.
+    used: True, False, or None where the questions are too few to tell.
     """
-    d = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
-    n = len(d)
-    shares = [(d == value).mean() for value in (-1, 0, 1)]
-    counts = np.random.default_rng(seed).multinomial(n, shares, size=draws)  # [draws,3]
-
-    means = (counts[:, 2] - counts[:, 0]) / n
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(d.mean()), float(low), float(high)
-
-
-def verdict(difference, low, high):
-    """The paired difference (as trained - swapped) and its 95 % interval, as shares -> (used, one
-    line in plain words).
-    """
+    difference, low, high = paired_interval(trained, swapped)
+    p = sign_test(trained, swapped)
     numbers = f"{100 * difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-    if low > 0:
+    numbers += f"; exact sign test, p = {p:.2g}"
+
+    if p < 0.05 and low > 0:
         said = "The latents are used: with another image's latents fewer answers are right"
         return True, f"{said} ({numbers})."
-    if high < 0:
+    if p < 0.05 and high < 0:
         said = "The latents are not used to advantage: with another image's latents more answers are right"
         return False, f"{said} ({numbers})."
+    if high > SEEN:
+        said = f"These {len(trained)} questions cannot tell whether the latents are used"
+        return None, f"{said}: a use of {100 * high:.0f} points could go unseen; ask more ({numbers})."
     said = "No use of the latents is shown: another image's latents leave as many answers right"
-    return False, f"{said} ({numbers}, which holds 0)."
+    return False, f"{said} ({numbers})."
 
 
 @torch.no_grad()
@@ -290,7 +283,7 @@ def measure(
 
     mass = attention_mass(model, fmt, records, batch_size, procs, bar.update)
     bar.close()
-    summary = summarise(procs.gather(results), records, partner, seed)
+    summary = summarise(procs.gather(results), records, partner)
     return summary | {"attention": mass, "corruption": str(corruption), "seed": seed, "latents": count}
 
 
@@ -311,7 +304,7 @@ def latents_of_prompts(model, fmt, kept, n):
     return counts.pop()
 
 
-def summarise(results, records, partner, seed=0):
+def summarise(results, records, partner):
     """Predictions of every condition -> questions, conditions (shares with intervals),
     followed, rule, used, verdict.
 
@@ -327,7 +320,7 @@ def summarise(results, records, partner, seed=0):
         low, high = wilson(sum(right[name]), len(records))
         line = {"condition": name, "right": sum(right[name]) / len(records), "low": low, "high": high}
         if name != base:
-            difference, low, high = paired_bootstrap(right[name], right[base], seed)
+            difference, low, high = paired_interval(right[name], right[base])
             line |= {
                 "difference": difference,
                 "difference_low": low,
@@ -340,7 +333,7 @@ def summarise(results, records, partner, seed=0):
         name: sum(score(records[j], r["prediction"])[1] for j, r in zip(partner, table[name])) / len(records)
         for name in (SWAPPED.name, base)
     }
-    used, words = verdict(*paired_bootstrap(right[base], right[SWAPPED.name], seed))
+    used, words = verdict(right[base], right[SWAPPED.name])
     return {
         "questions": len(records),
         "conditions": conditions,
@@ -360,15 +353,13 @@ def text(result):
         f"{result['questions']} questions; percent right; differences to the first line are paired, with "
         f"95 % intervals; corruption {result['corruption']}",
         "condition".ljust(36)
-        + "right".rjust(12)
+        + "right".rjust(20)
         + "difference".rjust(12)
         + "95 % interval".rjust(18)
         + "answers changed".rjust(17),
     ]
     for c in result["conditions"]:
-        line = c["condition"].ljust(36) + f"{100 * c['right']:.1f} ±{50 * (c['high'] - c['low']):.1f}".rjust(
-            12
-        )
+        line = c["condition"].ljust(36) + percent(c["right"], c["low"], c["high"]).rjust(20)
         if "difference" in c:
             interval = f"{100 * c['difference_low']:+.1f} to {100 * c['difference_high']:+.1f}"
             line += (
@@ -411,7 +402,8 @@ def picture(result, path):
         xticks=list(layers) if len(layers) < 13 else None,
     )
     ax.legend(frameon=False)
-    ax.set_title("used" if result["used"] else "no use shown", fontsize=10)
+    titles = {True: "used", False: "no use shown", None: "too few questions to tell"}
+    ax.set_title(titles[result["used"]], fontsize=10)
     return figures.save(fig, path)
 
 

@@ -91,13 +91,59 @@ def yes_no(answer):
 # --- verdicts become scores ---
 
 
-def wilson(hits, n, z=1.96):
+def wilson(hits, n, z=1.959964):
     """Wilson's score interval of a proportion: (low, high) of hits / n at 95 %; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     p = hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(low, 0.0), min(high, 1.0)  # but for rounding, within 0 and 1
+
+
+def percent(share, low, high):
+    """A share and its interval as percent: share ±half, or the ends where half would say another interval.
+
+    Of few questions, and near 0 and 1, the interval does not lie around the share.
+    """
+    if abs((low + high) / 2 - share) < 0.01:
+        return f"{100 * share:.1f} ±{50 * (high - low):.1f}"
+    return f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def paired_interval(a, b):
+    """Right or wrong [n] under two conditions -> (share a - share b, low, high), the 95 % interval.
+
+    Newcombe's for paired proportions (1998, method 10): Wilson's intervals of both, joined by their
+    correlation. Unlike a bootstrap it holds for few questions, and where all answers are alike.
+    """
+    n, right_a, right_b = len(a), sum(map(bool, a)), sum(map(bool, b))
+    both = sum(bool(x and y) for x, y in zip(a, b))
+    neither = n - right_a - right_b + both
+
+    # The correlation of the two, with Newcombe's correction for few questions.
+    cross = both * neither - (right_a - both) * (right_b - both)
+    if cross > 0:
+        cross = max(cross - n / 2, 0)
+    spread = right_a * (n - right_a) * right_b * (n - right_b)
+    phi = cross / math.sqrt(spread) if spread else 0.0
+
+    (low_a, high_a), (low_b, high_b) = wilson(right_a, n), wilson(right_b, n)
+    difference = (right_a - right_b) / n
+
+    def joined(x, y):
+        return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0))
+
+    low = difference - joined(right_a / n - low_a, high_b - right_b / n)
+    high = difference + joined(high_a - right_a / n, right_b / n - low_b)
+    return difference, low, high
+
+
+def sign_test(a, b):
+    """Right or wrong [n] under two conditions -> p of the exact two-sided sign test (McNemar's)."""
+    wins = [sum(bool(x) > bool(y) for x, y in zip(*pair)) for pair in ((a, b), (b, a))]
+    n, fewer = sum(wins), min(wins)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
 def share(results):

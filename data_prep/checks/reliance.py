@@ -111,7 +111,7 @@ def main(argv=None):
                 biases=lambda batch: method.biases(model, batch),
             )
             (run / "reliance.json").write_text(json.dumps(result, indent=1) + "\n")
-            expected = result["used"] == EXPECTED[name]
+            expected = bool(result["used"]) == EXPECTED[name]
             wrong += not expected
             print(
                 f"\n{name}, seed {seed}: "
