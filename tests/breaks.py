@@ -7808,6 +7808,20 @@ MEASURES = [
         "tests/test_endpoint.py::test_no_other_format_is_opened_whatever_a_client_calls_it",
     ),
     Break(
+        "attack-beside-the-noisier-part", "data_prep/checks/attack.py",
+        "attacked / min(around)",
+        "attacked / max(around)",
+        "A noisy machine makes attacks look harmless.",
+        "tests/test_attack_check.py",
+    ),
+    Break(
+        "soak-weights-not-compared", "data_prep/checks/soak.py",
+        "not ours[name].equal(theirs[name])",
+        "ours[name].shape != theirs[name].shape",
+        "A resume that trains something else passes.",
+        "tests/test_soak_check.py::test_what_is_a_difference",
+    ),
+    Break(
         "engine-stop-for-length", "crystal/serving/engine.py",
         """"length" if cut else "stop\"""",
         """"stop" if cut else "length\"""",

@@ -236,6 +236,14 @@ TABLE = {
         "--repeats": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
         "--updates": "test_feedback_check.py::test_the_flags_choose_model_records_and_updates",
     },
+    "data_prep.checks.attack": {
+        flag: "test_attack_check.py::test_the_flags_choose_model_attackers_and_parts"
+        for flag in ("--model", "--attackers", "--seconds", "--rounds", "--rest", "--seed")
+    },
+    "data_prep.checks.soak": {
+        flag: "test_soak_check.py::test_the_flags_choose_rounds"
+        for flag in ("--minutes", "--steps", "--faults", "--seed", "--output")
+    },
     "data_prep.checks.reliance": {
         "--methods": "test_reliance_check.py::test_the_flags_choose_runs_and_questions",
         "--seeds": "test_reliance_check.py::test_the_flags_choose_runs_and_questions",
