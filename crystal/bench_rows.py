@@ -11,6 +11,7 @@ shipped tiny model's. B pairs, L sequence length, H heads, M answer positions, K
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from crystal import methods, planning, train
-from crystal.backbone.widths import SIDE, blocks, build
+from crystal.backbone.widths import SIDE, build
 from crystal.evaluation.interventions import recorded, replaced
 from crystal.layout import IGNORE
 from crystal.methods.crystal import position_mask
-from crystal.runtime import data, plan
+from crystal.runtime import data
 from crystal.runtime.config import UserError
 
 
@@ -94,7 +95,9 @@ class Update:
         batch = data.collate([example] * row.batch, model.tokenizer.pad_token_id)
         self.batch = data.to_device(batch, device, dtype)
         self.paths = 2 if method.corruption else 1
-        self.work = work_of(model, method, settings, example, row.batch, self.paths)
+        patches = len(example["pixel_values"])
+        work = planning.of_model(model, method, settings, example["layout"], patches, nn.ModuleDict())
+        self.work = replace(work, batch=row.batch)
 
     def __call__(self):
         loss = self.loss()
@@ -124,19 +127,6 @@ def example_of(model, method, fmt, length):
     if "error" in example:
         raise UserError(example["error"])
     return example
-
-
-def work_of(model, method, settings, example, batch, paths):
-    """What an update has to compute at least -> plan.Run."""
-    layout, patches = example["layout"], len(example["pixel_values"])
-    text, vision = blocks(model, patches)
-    counts = planning.counts_of(model, nn.ModuleDict())
-    return plan.Run(
-        text, vision, len(model.hf.lm_head.weight), counts, settings.tune,
-        length=len(layout.ids), rows=planning.rows_of(layout, paths), patches=patches * paths,
-        batch=batch, paths=paths, rank=settings.lora_r, new_tokens=len(dict.fromkeys(method.tokens)),
-        on_vision="vision" in settings.lora_on, checkpointing=settings.checkpointing,
-    )  # fmt: skip
 
 
 def by_crystal(model, method, settings, device):
@@ -204,13 +194,18 @@ def by_two_passes(model, method, settings, device):
             rows = rows[rows >= 0]
             p, q = (out.logits[b, rows].float().log_softmax(-1) for out in (intact, corrupted))
             others.append(F.kl_div(q, p.detach(), reduction="none", log_target=True).sum(-1).mean())
-            p, q = (out.attentions[-1][b][:, rows][..., latents[b]].float() for out in (intact, corrupted))
-            p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))                       # [H,M,K]
+            p, q = (seen(out.attentions[-1][b], rows, latents[b]) for out in (intact, corrupted))
             others.append(F.kl_div(q.log(), p.detach(), reduction="none").sum(-1).mean())
         return ce + torch.stack(others).sum() / len(answer)
 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return forward, named, model.after_update
+
+
+def seen(weights, rows, columns):
+    """Attention's weights [H,L,L] of rows on columns, renormalised over these -> [H,M,K]."""
+    chosen = weights[:, rows][..., columns].float()
+    return chosen / chosen.sum(-1, keepdim=True)
 
 
 def token_means(logits, labels):

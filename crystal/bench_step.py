@@ -117,8 +117,9 @@ def tell(row):
     ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("times_sft", "times_peer")]
     speed = f"{row['times_floor']:7.2f} {row['flops'] / 1e12:7.2f} {row['of_best']:7.1%}"
     memory = f"{row['kept_bytes'] / 1e9:8.2f} {row['peak_bytes'] / 1e9:8.1f}"
-    first = f"{row['row']:14} {row['B']:2} {row['L']:5} {span:>26} {ratios[0]:>5} {ratios[1]:>6}"
-    print(f"{first} {speed} {memory} {row['waits']:5}  {row['loss']:.3f}", flush=True)
+    first = f"{row['row']:14} {row['B']:2} {row['L']:5} {span:>26}"
+    times = f"{ratios[0]:>5} {ratios[1]:>6}"
+    print(f"{first} {times} {speed} {memory} {row['waits']:5}  {row['loss']:.3f}", flush=True)
 
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in row["parts_ms"].items())
     print(f"{'':14} {parts} ms; {row['patches']} patches, {row['loss_rows']} rows of logits", flush=True)

@@ -126,35 +126,34 @@ def of_settings(settings, gpus=1, image=(448, 448), length=0):
 
     # The picture, as the model sees it, and the sequence around it.
     grid = model.image_processor([Image.new("RGB", image)])["image_grid_thw"]
-    patches = sum(model.image_processor.rows(grid))
+    patches = sum(model.image_processor.rows(grid)) * fmt.copies
     layout = laid_out(method, fmt, model.image_tokens(grid) * fmt.copies, length)
-    paths = 2 if method.corruption else 1
+    run = of_model(model, method, settings, layout, patches, heads)
+    return replace(run, gpus=gpus, shard=settings.shard, bytes=dtype.itemsize)
 
+
+def of_model(model, method, settings, layout, patches, heads):
+    """What one GPU computes of a Model that its method has made trainable -> plan.Run.
+
+    layout: of a record; patches: of its images. heads: the method's own, an nn.ModuleDict.
+    """
     text, vision = widths.blocks(model, patches)
-    sizes = plan.Run(text, vision, len(model.hf.lm_head.weight), counts_of(model, heads), settings.tune)
-    asked = replace(
-        sizes,
-        batch=settings.batch_size,
-        accumulation=settings.accumulation,
-        checkpointing=settings.checkpointing,
-        rank=settings.lora_r,
-        dropout=settings.lora_dropout,
-        on_vision="vision" in settings.lora_on,
-        gpus=gpus,
-        shard=settings.shard,
-    )
-    return replace(
-        asked,
-        length=len(layout.ids),
-        rows=rows_of(layout, paths),
-        patches=patches * fmt.copies * paths,
-        paths=paths,
-        new_tokens=len(dict.fromkeys(method.tokens)),
-        masked=is_masked(settings),
-        pieces=pieces_of(settings, layout),
-        repeats=hasattr(settings, "updates"),
-        bytes=dtype.itemsize,
-    )
+    paths = 2 if method.corruption else 1
+    run = plan.Run(text, vision, len(model.hf.lm_head.weight), counts_of(model, heads), settings.tune)
+
+    # How it is asked to run, and what its method makes of a record.
+    how = {
+        "batch": settings.batch_size,
+        "accumulation": settings.accumulation,
+        "checkpointing": settings.checkpointing,
+        "rank": settings.lora_r,
+        "dropout": settings.lora_dropout,
+        "on_vision": "vision" in settings.lora_on,
+    }
+    sequence = {"paths": paths, "length": len(layout.ids), "rows": rows_of(layout, paths)}
+    sequence |= {"patches": patches * paths, "new_tokens": len(dict.fromkeys(method.tokens))}
+    attention = {"masked": is_masked(settings), "pieces": pieces_of(settings, layout)}
+    return replace(run, **how, **sequence, **attention, repeats=method.repeats)
 
 
 def laid_out(method, fmt, image_tokens, length):

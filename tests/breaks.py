@@ -3740,8 +3740,8 @@ COMMANDS = [
     ),
     Break(
         "bench_rows-floor-of-one-pair", "crystal/bench_rows.py",
-        """batch=batch, paths=paths, rank""",
-        """paths=paths, rank""",
+        """self.work = replace(work, batch=row.batch)""",
+        """self.work = work""",
         "Four pairs are told to be four times above the floor.",
         "tests/test_bench_rows.py::test_four_pairs_are_four_times_the_work",
     ),

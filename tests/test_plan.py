@@ -12,7 +12,7 @@ import torch
 
 from crystal import bench_measures, methods, planning, train
 from crystal.backbone import widths
-from crystal.bench_step import write_record
+from crystal.bench_rows import write_record
 from crystal.runtime import data, plan
 
 SMALL = {

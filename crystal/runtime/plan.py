@@ -48,8 +48,9 @@ class Blocks:
     @property
     def linears(self):
         """(inputs, outputs) of the seven matrices: q, k, v, o, gate, up, down."""
-        attention = [(self.D, self.Q), (self.D, self.KV), (self.D, self.KV), (self.Q, self.D)]
-        return attention + [(self.D, self.I), (self.D, self.I), (self.I, self.D)]
+        keys = (self.D, self.KV)
+        up = (self.D, self.I)
+        return [(self.D, self.Q), keys, keys, (self.Q, self.D), up, up, (self.I, self.D)]
 
     @property
     def products(self):
