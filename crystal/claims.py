@@ -11,7 +11,7 @@ interval here.
 """
 
 from crystal import methods
-from crystal.evaluation.reliance import paired_bootstrap
+from crystal.evaluation.scoring import paired_interval
 from crystal.run_directory import logged_lines
 
 # Of each method the terms of its validations that are to fall, and what that says.
@@ -48,7 +48,7 @@ def bottleneck(found):
         return []
     right = [[result["correct"] for result in results] for results in (kept, dropped)]
     with_latents, without = (100 * sum(hits) / len(hits) for hits in right)
-    mean, low, high = (100 * number for number in paired_bootstrap(*right))
+    mean, low, high = (100 * number for number in paired_interval(*right))
     return [
         f"{verdict(low > 0)}: with the image seen through latents alone they carry the answer. "
         f"{with_latents:.1f} % right with them, {without:.1f} % without: {mean:+.1f} points, "

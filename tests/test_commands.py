@@ -640,9 +640,9 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     assert about["families"]["all"] == {
         "right": 0.5,
         "rows": 2,
-        "interval": pytest.approx([0.5 - two, 0.5 + two]),
+        "interval": pytest.approx([0.5 - two, 0.5 + two], rel=1e-4),
     }
-    assert about["families"]["b"]["interval"] == pytest.approx([1 - 2 * one, 1.0])
+    assert about["families"]["b"]["interval"] == pytest.approx([1 - 2 * one, 1.0], rel=1e-4)
     settings = about["settings"]
     assert [
         settings[name]
@@ -897,8 +897,10 @@ def served(attached, monkeypatch):
     made = SimpleNamespace(setup=s)
 
     class Runner:
-        def __init__(self, config):
-            made.app = config.app
+        handle_exit = None
+
+        def __init__(self, app, limits):
+            made.app, made.limits = app, limits
 
         def run(self, sockets):
             made.address = sockets[0].getsockname()
@@ -911,7 +913,7 @@ def served(attached, monkeypatch):
         return made.server
 
     monkeypatch.setattr(serve, "Server", remember)
-    monkeypatch.setattr(serve.uvicorn, "Server", Runner)
+    monkeypatch.setattr(serve, "Runner", Runner)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.delenv(serve.KEY, raising=False)
 
