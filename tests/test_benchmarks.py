@@ -225,7 +225,7 @@ def test_pictures_behind_links_are_read(tmp_path):
     (tmp_path / "set" / "coco").symlink_to(tmp_path / "disk")
     header = ["index", "image_path", "question", "answer"]
     write(tmp_path / "set" / "x.tsv", header, [0, "coco/0.png", "q", "1"])
-    assert benchmarks.read(tmp_path / "set" / "x.tsv")[0].images == [tmp_path / "set" / "coco" / "0.png"]
+    assert read(tmp_path / "set" / "x.tsv")[0].images == [tmp_path / "set" / "coco" / "0.png"]
     write(tmp_path / "set" / "x.tsv", header, [0, "../../../disk/0.png", "q", "1"])
     with pytest.raises(data.RecordError, match="field 'image_path': .*/disk/0.png leaves"):
-        benchmarks.read(tmp_path / "set" / "x.tsv")
+        read(tmp_path / "set" / "x.tsv")
