@@ -149,7 +149,7 @@ def make_parser():
         "--data",
         "--benchmark",
         required=True,
-        help="records, JSON or JSONL, or a benchmark's TSV in VLMEvalKit's format",
+        help="records: JSON, JSONL, Parquet, a set on the hub; or a benchmark's TSV in VLMEvalKit's format",
     )
     parser.add_argument(
         "--image_root", default="", help="folder that image paths start from; empty: the folder of the data"
@@ -420,9 +420,16 @@ def what_is_asked(args, model, fmt, method, records, corruption):
 
 
 def data_digest(path):
-    """SHA-256 of a data file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes, of a folder's files' digests, or of the name of a data set on the hub."""
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        whole = "".join(data_digest(one) for one in sorted(path.glob("*.parquet")))
+    else:
+        whole = str(path)
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def read_records(path, root, settings):
     UserError as --on_bad_record says.
     """
     found, dropped = data.read(path, root, settings.turns)
-    broken = [r for r in found if isinstance(r, data.RecordError)]
+    broken = data.broken(found)
     if broken and settings.on_bad_record == "stop":
         more = f" (and {len(broken) - 1} more broken records)" if len(broken) > 1 else ""
         raise UserError(f"{broken[0]}{more}; --on_bad_record skip leaves them out")
@@ -85,7 +85,7 @@ def read_records(path, root, settings):
         raise UserError(
             f"{path}: {len(broken)} of {len(found)} records are broken, more than 1 %; the first: {broken[0]}"
         )
-    return [r for r in found if not isinstance(r, data.RecordError)], broken, dropped
+    return data.whole(found), broken, dropped
 
 
 def stage_batches(stage, examples, step, settings, pad, procs):

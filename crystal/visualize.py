@@ -77,7 +77,7 @@ def main(argv=None):
     parser.add_argument("--run", required=True, help="run directory of train.py")
     method_flags(parser)
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
-    parser.add_argument("--data", required=True, help="records to ask, JSON or JSONL")
+    parser.add_argument("--data", required=True, help="records to ask, as for training")
     parser.add_argument(
         "--image_root", default="", help="folder that image paths start from; empty: the folder of the data"
     )

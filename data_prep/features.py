@@ -2,6 +2,7 @@
 records, whole files, a copy with paths.
 """
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -77,7 +78,11 @@ def write_records(source, name, files, bad):
     out = source.with_suffix(f".{name}.jsonl")
     items = data.items(source)
     lines = [
-        json.dumps(item | {"features": (item.get("features") or {}) | {name: files[where]}}) + "\n"
+        json.dumps(
+            item | {"features": (item.get("features") or {}) | {name: files[where]}},
+            default=lambda raw: base64.b64encode(raw).decode(),  # pictures of Parquet
+        )
+        + "\n"
         for where, item in items
         if where in files
     ]

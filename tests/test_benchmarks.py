@@ -215,3 +215,17 @@ def test_a_file_without_answers_is_read(tmp_path):
     path = write(tmp_path / "x.tsv", ["index", "image", "question"], [0, picture(0), "What?"])
     (q,) = read(path)
     assert (q.answer, q.odd, q.rule) == ("", "no answer", "exact")
+
+
+def test_pictures_behind_links_are_read(tmp_path):
+    """`images/coco -> /other/disk`: a link below the root leads where it leads, a path may not."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "disk" / "0.png")
+    (tmp_path / "set" / "coco").symlink_to(tmp_path / "disk")
+    header = ["index", "image_path", "question", "answer"]
+    write(tmp_path / "set" / "x.tsv", header, [0, "coco/0.png", "q", "1"])
+    assert read(tmp_path / "set" / "x.tsv")[0].images == [tmp_path / "set" / "coco" / "0.png"]
+    write(tmp_path / "set" / "x.tsv", header, [0, "../../../disk/0.png", "q", "1"])
+    with pytest.raises(data.RecordError, match="field 'image_path': .*/disk/0.png leaves"):
+        read(tmp_path / "set" / "x.tsv")

@@ -19,6 +19,7 @@ from typing import Any
 
 from crystal.runtime.config import UserError
 from crystal.runtime.data import Record, RecordError
+from crystal.runtime.fields import below
 
 # VLMEvalKit's line, blank included: scores depend on the prompt's bytes.
 ASK = "Please select the correct answer from the options above. \n"
@@ -193,11 +194,8 @@ def files(names, root, stem, where):
     """Paths of image files below root, or below VLMEvalKit's root/images/STEM."""
     found = []
     for name in names:
-        options = [
-            p
-            for p in ((root / name).resolve(), (root / "images" / stem / name).resolve())
-            if p.is_relative_to(root)
-        ]
+        places = [below(root, name), below(root, root / "images" / stem / name)]
+        options = [Path(place) for place in places if place is not None]
         if not options:
             raise RecordError(f"{where}: field 'image_path': {name} leaves {root} (--image_root)")
         if not any(p.is_file() for p in options):

@@ -79,7 +79,9 @@ class Settings:
         "tiny",
         "tiny (shipped), a directory in Hugging Face layout, or a hub name",
     )
-    data: str = setting("", "training records, JSON or JSONL; empty: toy scenes, generated once")
+    data: str = setting(
+        "", "training records: JSON, JSONL, Parquet, a set on the hub; empty: toy scenes, generated once"
+    )
     val_data: str = setting(
         "",
         "validation records; empty: the toy scenes' own, or none with --data",

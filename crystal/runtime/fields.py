@@ -239,10 +239,8 @@ class Fields:
                     self.bad(name, f"no such file: {told}")
                 return Path(p)
 
-            # Texts, since a path's own methods would take most of the time that a record takes.
-            root = str(self.root)
-            full = os.path.normpath(os.path.join(root, p))
-            if not (is_below(full, root) or is_below(os.path.realpath(full), root)):
+            full = below(self.root, p)
+            if full is None:
                 self.bad(name, f"{told} leaves the image root")
             if not os.path.isfile(full):
                 self.bad(name, f"no such file: {self.root / told}")
@@ -282,9 +280,16 @@ class Fields:
         return value
 
 
-def is_below(path, root):
-    """Whether an absolute path lies in a folder."""
-    return path.startswith(root.rstrip("/") + "/")
+def below(root, p):
+    """Where a path that starts from the folder `root` lies, as a text; None for one that names its way out.
+
+    A link below the root leads where it leads: it is whoever put it there who says so, not the path.
+    """
+    # Texts, since a path's own methods would take most of the time that a record takes.
+    start = str(root).rstrip("/") + "/"
+    full = os.path.normpath(os.path.join(start, p))
+    is_below = full.startswith(start) or os.path.realpath(full).startswith(start)
+    return full if is_below else None
 
 
 def present(item):

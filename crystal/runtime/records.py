@@ -128,14 +128,12 @@ class Records(Sequence):
         """Takes a record out: its error stands in its place."""
         self.broken[range(len(self))[i]] = error
 
-    def only(self, numbers):
-        """The records of these numbers -> Records."""
+    def whole(self):
+        """Records without those that are known to be broken."""
         found = Records(self.source, self.root, self.turns)
-        for new, old in enumerate(numbers):
-            found.rows.append(self.rows[old])
-            found.nth.append(self.nth[old])
-            if old in self.broken:
-                found.broken[new] = self.broken[old]
+        numbers = [i for i in range(len(self)) if i not in self.broken]
+        found.rows.extend(self.rows[i] for i in numbers)
+        found.nth.extend(self.nth[i] for i in numbers)
         return found
 
 
@@ -149,7 +147,7 @@ def broken(records):
 def whole(records):
     """Records without the errors among them, a list of a list and Records of Records."""
     if isinstance(records, Records):
-        return records.only(i for i in range(len(records)) if i not in records.broken)
+        return records.whole()
     return [record for record in records if not isinstance(record, RecordError)]
 
 
