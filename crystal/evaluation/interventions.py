@@ -58,9 +58,10 @@ def images_seen_once(model):
     def once(*args, **how):
         digest = hashlib.blake2b()
         for value in (*args, *how.values()):
-            is_tensor = isinstance(value, torch.Tensor)
-            said = value.detach().cpu().contiguous().view(torch.uint8).numpy() if is_tensor else repr(value)
-            digest.update(said if is_tensor else said.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            else:
+                digest.update(repr(value).encode())
         key = digest.digest()
         if key not in kept:
             kept[key] = encode(*args, **how)

@@ -226,13 +226,8 @@ def measure(
     partner = donors(records, seed)
     mine = list(range(procs.rank, len(records), procs.world))
     batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
-    bar = tqdm(
-        total=3 * len(mine),
-        desc="reliance",
-        unit="question",
-        disable=not (progress and procs.is_first and sys.stderr.isatty()),
-        leave=False,
-    )
+    hidden = not (progress and procs.is_first and sys.stderr.isatty())
+    bar = tqdm(total=3 * len(mine), desc="reliance", unit="question", disable=hidden, leave=False)
 
     results = []  # {"index", "condition", "prediction", "correct"}
     always = biases or (lambda batch: [])
