@@ -9010,6 +9010,20 @@ WEIGHTS = [
         "tests/test_evaluate.py::test_odd_rows_do_not_stop_a_file",
     ),
     Break(
+        "interventions-images-always-the-first", "crystal/evaluation/interventions.py",
+        "key = digest.digest()",
+        'key = b""',
+        "A corrupted image is answered from the intact one's features.",
+        "tests/test_interventions.py::test_images_that_were_seen_are_not_encoded_again",
+    ),
+    Break(
+        "interventions-nothing-shared", "crystal/evaluation/interventions.py",
+        "if key not in kept:",
+        "if True:",
+        "--reliance encodes every image a dozen times.",
+        "tests/test_reliance.py::test_a_batchs_conditions_share_what_they_see",
+    ),
+    Break(
         "weights-missing-ones-pass", "crystal/backbone/model.py",
         'if found["missing_keys"]:',
         "if False:",

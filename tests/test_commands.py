@@ -625,9 +625,10 @@ def test_evaluate_reads_asks_and_writes(attached, fed, records_file, tmp_path, c
     ] == [(0, "0", "b", "red", "red", "red", True), (1, "1", "a", "3", "red", "red", False)]
     assert lines[0]["question"] == "<image>\nWhat colour is the star?"
 
-    # Wilson's interval of 1 of 1, 0 of 1 and 1 of 2 at z = 1.96: z^2 = 3.8416, half widths z sqrt(p(1-p)/n +
+    # Wilson's interval of 1 of 1, 0 of 1 and 1 of 2 at z = 1.959964: half widths z sqrt(p(1-p)/n +
     # z^2/4n^2) / (1 + z^2/n).
-    one, two = 3.8416 / 2 / 4.8416, 1.96 * math.sqrt(1 / 8 + 3.8416 / 16) / (1 + 3.8416 / 2)
+    z = 1.959964
+    one, two = z**2 / 2 / (1 + z**2), z * math.sqrt(1 / 8 + z**2 / 16) / (1 + z**2 / 2)
     printed = capsys.readouterr().out.splitlines()
     table = [line.split() for line in printed if line.startswith(("family", "b ", "a ", "all"))]
     assert table == [

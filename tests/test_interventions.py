@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from crystal.attention_bias import AttentionBias, additive_mask
+from crystal.evaluation import interventions
 from crystal.evaluation.interventions import asked, hidden_image, questions, recorded, replaced
 from crystal.generate import generate
 
@@ -182,3 +183,23 @@ def test_the_bottleneck_while_decoding_is_the_one_of_training(setup):
                 expected.append(int(s.model.logits(h[:, -1]).argmax()))
             ids.append(expected[-1])
         assert batched[i] == expected
+
+
+def test_images_that_were_seen_are_not_encoded_again(setup, monkeypatch):
+    """Equal to the bit; other pixels are others, and behind the `with` everything is as before."""
+    s = setup("--method", "sft", which=[0])
+    real, seen = s.model.hf.model.visual.forward, []
+    monkeypatch.setattr(s.model.hf.model.visual, "forward", lambda *a, **k: seen.append(1) or real(*a, **k))
+    other = s.batch | {"pixel_values": s.batch["pixel_values"] + 1}
+    with torch.no_grad():
+        wanted = [s.model.hidden(batch) for batch in (s.batch, other)]
+        seen.clear()
+        with interventions.images_seen_once(s.model) as kept:
+            found = [s.model.hidden(batch) for batch in (s.batch, other, s.batch, other)]
+            assert len(seen) == 2 and all(torch.equal(x, y) for x, y in zip(found, wanted * 2))
+            kept.clear()
+            s.model.hidden(s.batch)
+            assert len(seen) == 3
+        s.model.hidden(s.batch)
+        s.model.hidden(s.batch)
+    assert len(seen) == 5

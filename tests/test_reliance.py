@@ -4,7 +4,7 @@ mass against eager softmax.
 
 import json
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -217,3 +217,19 @@ def test_command_line(model_dirs, records_file, tmp_path, capsys):
         evaluate.main(
             ["--model", str(model_dirs[True]), "--data", str(records_file), "--reliance", "--device", "cpu"]
         )
+
+
+def test_a_batchs_conditions_share_what_they_see(setup, monkeypatch):
+    """Twelve passes over a batch's images, five encodings: as trained, partners', intact, corrupted, mass.
+
+    Without sharing every value is the same.
+    """
+    s = setup()
+    model, count = s.model.eval(), []
+    real = model.hf.model.visual.forward
+    monkeypatch.setattr(model.hf.model.visual, "forward", lambda *a, **k: count.append(1) or real(*a, **k))
+    shared = measure(model, s.fmt, s.records, batch_size=3, max_new_tokens=3)
+    assert len(count) == 5
+    count.clear()
+    monkeypatch.setattr(reliance, "images_seen_once", lambda model: nullcontext({}))
+    assert measure(model, s.fmt, s.records, batch_size=3, max_new_tokens=3) == shared and len(count) == 12

@@ -6,6 +6,8 @@ They reach every decoder layer by its pre-hook, in generation too, and leave the
 B questions, L prompt length, K latents, D hidden size.
 """
 
+import functools
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +39,39 @@ def before_layers(model, change):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def images_seen_once(model):
+    """While it lasts, images that the tower has seen are not encoded again: yields what it keeps, a dict.
+
+    The conditions of a question differ behind its image. Known by their pixels and grids to the bit, features
+    are what they were; `clear` the dict where other images come.
+    """
+    inner, kept = getattr(model.hf, "model", None), {}
+    if inner is None:
+        yield kept
+        return
+    encode = inner.get_image_features
+
+    @functools.wraps(encode)  # generation looks at its arguments' names
+    def once(*args, **how):
+        digest = hashlib.blake2b()
+        for value in (*args, *how.values()):
+            if isinstance(value, torch.Tensor):
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+            else:
+                digest.update(repr(value).encode())
+        key = digest.digest()
+        if key not in kept:
+            kept[key] = encode(*args, **how)
+        return kept[key]
+
+    inner.get_image_features = once
+    try:
+        yield kept
+    finally:
+        del inner.get_image_features  # the class's own is behind it
 
 
 @contextmanager

@@ -30,6 +30,7 @@ B questions, L prompt length, K latents, N image tokens, M answer positions, H h
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,14 @@ from tqdm import tqdm
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.corrupt import Corruption
 from crystal.evaluation import figures
-from crystal.evaluation.interventions import asked, hidden_image, questions, recorded, replaced
+from crystal.evaluation.interventions import (
+    asked,
+    hidden_image,
+    images_seen_once,
+    questions,
+    recorded,
+    replaced,
+)
 from crystal.evaluation.scoring import paired_interval, percent, score, sign_test, tidy, wilson
 from crystal.generate import generate
 from crystal.layout import IGNORE, Layout
@@ -218,13 +226,8 @@ def measure(
     partner = donors(records, seed)
     mine = list(range(procs.rank, len(records), procs.world))
     batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)]
-    bar = tqdm(
-        total=3 * len(mine),
-        desc="reliance",
-        unit="question",
-        disable=not (progress and procs.is_first and sys.stderr.isatty()),
-        leave=False,
-    )
+    hidden = not (progress and procs.is_first and sys.stderr.isatty())
+    bar = tqdm(total=3 * len(mine), desc="reliance", unit="question", disable=hidden, leave=False)
 
     results = []  # {"index", "condition", "prediction", "correct"}
     always = biases or (lambda batch: [])
@@ -236,9 +239,13 @@ def measure(
             result = {"index": i, "condition": condition.name, "prediction": prediction, "correct": correct}
             results.append(result)
 
+    sharing = ExitStack()
+    features = sharing.enter_context(images_seen_once(model))
+
     # As trained; on the way, mean and spread of the latents' states over all questions.
     moments = None  # [2,layers,K,D]: sums of states and of their squares
     for batch in batches:
+        features.clear()
         ask = asked(model, [kept.build(i, 0) for i in batch])
         with recorded(model, ask.where) as states:
             answer(batch, ask.prompts, AS_TRAINED)
@@ -252,7 +259,9 @@ def measure(
 
     # Under every intervention.
     for batch in batches:
-        examples = {"keep": [kept.build(i, 0) for i in batch], "drop": [dropped.build(i, 0) for i in batch]}
+        features.clear()
+        examples = {"keep": [kept.build(i, 0) for i in batch]}
+        examples["drop"] = [asked_otherwise(dropped, i, e) for i, e in zip(batch, examples["keep"])]
         others = asked(model, [kept.build(partner[i], 0) for i in batch])
         intact = asked(model, examples["keep"])
 
@@ -281,10 +290,18 @@ def measure(
                 answer(batch, ask.prompts, condition)
         bar.update(len(batch))
 
+    sharing.close()
     mass = attention_mass(model, fmt, records, batch_size, procs, bar.update)
     bar.close()
     summary = summarise(procs.gather(results), records, partner)
     return summary | {"attention": mass, "corruption": str(corruption), "seed": seed, "latents": count}
+
+
+def asked_otherwise(examples, i, example):
+    """Record i's example in the layout of other `examples`, its images prepared already."""
+    grid = example["image_grid_thw"]
+    counts = [] if grid is None else examples.image_processor.tokens(grid)
+    return example | {"layout": examples.layout(examples.records[i], counts)}
 
 
 def latents_of_prompts(model, fmt, kept, n):

@@ -122,7 +122,7 @@ def paired_interval(a, b):
     neither = n - right_a - right_b + both
 
     # The correlation of the two, with Newcombe's correction for few questions.
-    cross = float(both * neither - (right_a - both) * (right_b - both))
+    cross: float = both * neither - (right_a - both) * (right_b - both)
     if cross > 0:
         cross = max(cross - n / 2, 0.0)
     spread = right_a * (n - right_a) * right_b * (n - right_b)
