@@ -65,12 +65,10 @@ def test_the_flags_choose_rounds(tmp_path, monkeypatch, capsys):
 
 
 def test_a_soak_of_seconds(model_dirs, tmp_path):
-    """Killed twice: the end is the undisturbed run's."""
+    """Killed once: the end is the undisturbed run's."""
     more = (
         "--model", str(model_dirs[True]), "--eval_every", "0", "--save_every", "2", "--latents", "2",
         "--lora_r", "2",
     )
-    wrong, memory = soak_check.soak(tmp_path, 1, 6, 2, more, kinds=("kill",))
+    wrong, memory = soak_check.soak(tmp_path, 1, 6, 1, more, kinds=("kill",))
     assert wrong == [] and len(memory) > 2
-    # The broken picture was met in both runs.
-    assert (tmp_path / "run" / "bad_records.jsonl").exists()
