@@ -9,6 +9,7 @@
 
 It becomes a run's own at its first update that works, so that a mistake in a flag leaves an older run whole.
 """
+import fcntl
 import json
 import os
 import shutil
@@ -27,8 +28,8 @@ from crystal.runtime.config import UserError
 # What crystal writes into a run: training, and the commands that open it later. --overwrite deletes these,
 # whose answers and exports would otherwise be an older run's, and nothing else.
 OWN = (
-    "config.json", methods.COPY, "metrics.jsonl", "bad_records.jsonl", "checkpoints", "tensorboard",
-    "pictures", "evaluation", "reliance", "merged", "adapter",
+    "config.json", methods.COPY, "metrics.jsonl", "metrics.part", "bad_records.jsonl", "checkpoints",
+    "tensorboard", "pictures", "evaluation", "reliance", "merged", "adapter",
     *(f"{name}.{half}" for name in ("merged", "adapter") for half in ("part", "old")),  # a killed export's
 )
 
@@ -42,8 +43,27 @@ def check_writable(run):
 
 
 def holds_a_run(run):
-    """Whether there is a run in a directory that a new one would spoil."""
-    return (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
+    """Whether there is a run in a directory that a new one would spoil: one that has saved something."""
+    steps = (run / "checkpoints").glob("step-*")
+    return any(path.is_dir() and path.suffix != ".tmp" for path in steps)
+
+
+def lock(run, procs):
+    """Makes this process, rank 0's, the run's only owner -> what `os.close` ends; None without a directory.
+
+    It ends with the process too, however that ends. UserError, on all ranks, where another process trains
+    here.
+    """
+    held, problem = None, []
+    if procs.is_first and run.is_dir():
+        held = os.open(run / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            problem = [f"{run}: another process trains here; --output names another directory"]
+    if problem := procs.gather(problem):
+        raise UserError(problem[0])
+    return held
 
 
 def check_overwrite(run, settings):
@@ -68,8 +88,10 @@ def begin(run, step, settings, procs):
     path = run / "metrics.jsonl"
     if settings.resume and path.exists():
         kept = [line for line in logged_lines(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    elif not settings.resume and holds_a_run(run):
+        whole = path.with_suffix(".part")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        whole.replace(path)  # a kill leaves the old log or the new one
+    elif not settings.resume and (path.exists() or holds_a_run(run)):
         delete_run(run)
 
     run.mkdir(parents=True, exist_ok=True)
@@ -111,9 +133,29 @@ def write(log, board, line):
 
 
 def logged_lines(path):
-    """Lines of a metrics.jsonl; a last one that a killed process left unfinished is not one."""
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    """Lines of a metrics.jsonl; a last one that a killed process left unfinished is not one.
+
+    UserError for a damaged line before it.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], 1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            entry["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: no line of a log; mend it, or delete the line") from None
+        found.append(entry)
+    return found
+
+
+def validated(run, step, procs):
+    """Whether the log holds a validation after update `step`, as the first process reads it."""
+    path = run / "metrics.jsonl"
+    lines = logged_lines(path) if procs.is_first and path.exists() else []
+    here = [line for line in lines if line["step"] == step]
+    return procs.any(any(name.startswith("val_") for line in here for name in line))
 
 
 def summary_writer():

@@ -11,6 +11,7 @@ over the update's pairs, whatever the numbers of processes and forwards that sha
 import gc
 import itertools
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -34,9 +35,11 @@ from crystal.run_directory import (
     check_writable,
     holds_a_run,
     list_bad,
+    lock,
     restore,
     store,
     summary_writer,
+    validated,
     write,
 )
 from crystal.runtime import checkpoint, config, data, distributed, ops, shard, sight
@@ -141,6 +144,9 @@ def main(argv=None):
 
     # --- resume ---
     step = 0
+    owner = lock(run, procs)
+    if settings.resume == "auto":
+        settings = replace(settings, resume=procs.any(procs.is_first and holds_a_run(run)))
     if settings.resume:
         newest = checkpoint.newest(run, procs.print)
         if newest is None:
@@ -170,6 +176,45 @@ def main(argv=None):
     stop, stopping = distributed.StopSignal(), False
     terms = loss = None
 
+    def is_due(step):
+        """Whether a validation follows update `step`."""
+        every = settings.eval_every
+        return bool(val_set and every) and (step % every == 0 or step == settings.max_steps)
+
+    def measured():
+        """A validation's numbers; None where a signal ended it."""
+        with shard.gathered(whole) if sharded else nullcontext():
+            return validate(objective, val_set, settings, method, pad, procs, weights_dtype, stop)
+
+    def keep(numbers):
+        """Logs a validation's numbers after `step` updates, and makes a checkpoint of the best."""
+        nonlocal best, last_saved
+        if method.metric not in numbers:
+            raise UserError(
+                f"--method {settings.method}: its metric {method.metric!r} is none of what it measures, "
+                f"{', '.join(numbers)}"
+            )
+        value = numbers[method.metric]
+        if best is None or value < best["value"]:
+            best = {"step": step, "value": value, "metric": f"val_{method.metric}"}
+            if last_saved != step:
+                store(run, step, settings, optimizer, named, procs, best)
+                last_saved = step
+            elif procs.is_first:
+                checkpoint.mark_best(run, **best)
+        if procs.is_first:
+            write(log, board, {"step": step, **{f"val_{n}": v for n, v in numbers.items()}})
+            is_best = "  (best)" if best["step"] == step else ""
+            said = f"step {step}  validation  {listed(numbers)}{is_best}"
+            bar.write("\n".join([said, *news.of(step, numbers)]))
+
+    # A validation that a signal or a kill came before is made up for: the log and the best are then those of
+    # a run that went through.
+    late = None
+    if settings.resume and is_due(step) and not validated(run, step, procs):
+        late = measured()
+        stopping = late is None
+
     while step < settings.max_steps and not stopping:
         started = time.perf_counter()
         rate = learning_rate(step, settings)
@@ -177,9 +222,10 @@ def main(argv=None):
             group["lr"] = rate * group["lr_scale"]
 
         # Forward and backward, in `accumulation` parts whose gradients add up.
-        logged, tokens = {}, 0
+        logged, tokens, read = {}, 0, []
         for part in range(settings.accumulation):
             batch = data.to_device(next(batches), device, weights_dtype)
+            read += batch.get("where", [])
             broken = report_bad(batch, bad_count, step, settings, procs)
             bad_count += len(broken)
             unlisted = unlisted + broken
@@ -205,13 +251,17 @@ def main(argv=None):
             good = checkpoint.newest(run, procs.print) if last_saved is not None else None
             raise UserError(
                 f"update {step}: loss {float(logged['loss'])} or gradient norm {float(norm)} is not finite; "
-                f"stopped before the update, the last good checkpoint is {good or 'none'}"
+                f"stopped before the update, the last good checkpoint is {good or 'none'}; "
+                f"its records: {', '.join(procs.gather(read))}"
             )
 
         # Only now, with a first update that works on all ranks, does the directory become this run's:
         # whatever fails before leaves an older run whole.
         if not begun and procs.is_first:
             log, board = begin(run, step, settings, procs)
+            owner = lock(run, distributed.Processes()) if owner is None else owner
+        if late and not begun:
+            keep(late)
         begun = True
         list_bad(unlisted, run, procs)
         unlisted = []
@@ -239,47 +289,42 @@ def main(argv=None):
                 speed = f"{line['tokens_per_s']:.0f} tokens/s"
                 print(f"step {step}/{settings.max_steps}  {listed(means)}  {speed}", flush=True)
 
-        # Asked once a step, so that all ranks end after the same one.
+        # Asked once a step, so that all ranks end after the same one. A stop saves and does nothing else: who
+        # sends a signal waits half a minute, and a validation may take longer.
         stopping = procs.any(stop.asked)
-        last = stopping or step == settings.max_steps
-
-        # Validation, and a checkpoint of the best.
-        if val_set and settings.eval_every and (step % settings.eval_every == 0 or last):
-            with shard.gathered(whole) if sharded else nullcontext():
-                measured = validate(objective, val_set, settings, method, pad, procs, weights_dtype)
-            if method.metric not in measured:
-                raise UserError(
-                    f"--method {settings.method}: its metric {method.metric!r} is none of what it measures, "
-                    f"{', '.join(measured)}"
-                )
-            value = measured[method.metric]
-            if best is None or value < best["value"]:
-                best = {"step": step, "value": value, "metric": f"val_{method.metric}"}
-                store(run, step, settings, optimizer, named, procs, best)
-                last_saved = step
-            if procs.is_first:
-                write(log, board, {"step": step, **{f"val_{n}": v for n, v in measured.items()}})
-                is_best = "  (best)" if best["step"] == step else ""
-                said = f"step {step}  validation  {listed(measured)}{is_best}"
-                bar.write("\n".join([said, *news.of(step, measured)]))
+        if is_due(step) and not stopping:
+            numbers = measured()
+            stopping = numbers is None
+            if not stopping:
+                keep(numbers)
 
         # A checkpoint every so often, and of the last update.
+        last = stopping or step == settings.max_steps
         if (step % settings.save_every == 0 or last) and last_saved != step:
             store(run, step, settings, optimizer, named, procs, None)
             last_saved = step
 
     # --- end ---
+    if late and not begun:  # it was all that was missing
+        if procs.is_first:
+            log, board = begin(run, step, settings, procs)
+        keep(late)
     bar.close()
-    if stopping and step < settings.max_steps:
+    if stopping and (step < settings.max_steps or is_due(step)):
         by = stop.asked or "a signal"
         procs.print(f"stopped by {by} after update {step}; the same command with --resume goes on from there")
+        stop.ended()
+    else:
+        procs.print(f"{run}: {step} updates. Next: python -m crystal.evaluate --model {run} --data TEST")
     stop.restore()
     if log:
         log.close()
+    if owner is not None:
+        os.close(owner)
     procs.barrier()
 
     # Drop references to DDP before destroying the process group; otherwise its end occasionally hangs.
-    del wrapped, whole, terms, loss
+    wrapped = whole = terms = loss = None
     gc.collect()
     procs.stop()
     return run
@@ -349,18 +394,24 @@ def weighted(terms, method, settings):
 
 
 @torch.no_grad()
-def validate(objective, examples, settings, method, pad, procs, dtype):
+def validate(objective, examples, settings, method, pad, procs, dtype, stop=None):
     """Mean of every loss term over the validation records, and what their latents carry (carrying.py).
 
     Each rank takes every world-th batch. A broken record is left out and not replaced, so that none counts
-    twice. UserError for the first one, with --on_bad_record skip above 1 %.
+    twice. UserError for the first one, with --on_bad_record skip above 1 %. stop: a distributed.StopSignal;
+    where it was asked on any rank, the validation is left, and None returned.
     """
+    def stopped():
+        return stop is not None and bool(stop.asked)
+
     objective.eval()
     n, size = len(examples), settings.batch_size
     batches = [range(at, min(at + size, n)) for at in range(0, n, size)]
     end = settings.progress(settings.max_steps)  # the model as it will be asked, whatever stage it is in
     sums, seen, broken = {}, 0, []
     for indices in batches[procs.rank :: procs.world]:
+        if stopped():
+            break
         whole = []
         for i in indices:
             example = examples[0, i]
@@ -374,13 +425,20 @@ def validate(objective, examples, settings, method, pad, procs, dtype):
         for name, value in objective(batch, end).items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(whole)
         seen += len(whole)
-    carried = carrying.measure(objective, method, examples, pad, procs, dtype)
+    carried = carrying.measure(objective, method, examples, pad, procs, dtype, stopped)
     objective.train()
+    if procs.any(stopped()):
+        return None
     leave_out(procs.gather(broken), examples, settings, procs)
 
     names = sorted(set(procs.gather(list(sums))))  # a rank without a batch still takes part
     count = procs.sum(seen)
     means = {name: procs.sum(float(sums.get(name, 0.0))) / count for name in names}
+    if taken := [name for name in means if name in carried]:
+        raise UserError(
+            f"--method {settings.method}: its losses have a term {taken[0]!r}, which is what the nats that "
+            "latents carry are called; give it another name"
+        )
     return {"loss": weighted(means, method, settings), **means, **carried}
 
 
@@ -425,3 +483,4 @@ def peak_memory(device):
 
 if __name__ == "__main__":
     config.run_cli(main)
+    sys.exit(distributed.StopSignal.code)

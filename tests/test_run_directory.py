@@ -4,6 +4,7 @@ How it begins, is overwritten and goes on in a whole run, test_train.py says.
 """
 
 import copy
+import re
 import resource
 import subprocess
 import sys
@@ -134,3 +135,42 @@ def test_a_resume_keeps_the_pairs_of_an_update(stored, batch, accumulation, worl
 def test_a_log_without_its_last_line(tmp_path):
     (tmp_path / "log").write_text('{"step": 1}\n\n{"step": 2}\n{"step": 3')
     assert run_directory.logged_lines(tmp_path / "log") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_has_one_owner(tmp_path):
+    """Another process holds the lock: one line. When it is gone, whoever comes next has it."""
+    import os
+
+    assert run_directory.lock(tmp_path / "none", Processes()) is None
+    other = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX);"
+            "print('held', flush=True); sys.stdin.read()",
+            str(tmp_path / ".lock"),
+        ],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}: another process trains here"):
+        run_directory.lock(tmp_path, Processes())
+    other.communicate("")
+    os.close(run_directory.lock(tmp_path, Processes()))
+
+
+@pytest.mark.parametrize("line", ["{oops", "[1]", '{"loss": 1.0}', '{"step": "one"}'])
+def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + '\n{"step": 2}\n{"ste')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: no line of a log"):
+        run_directory.logged_lines(tmp_path / "metrics.jsonl")
+
+
+def test_what_counts_as_a_run(tmp_path):
+    """A checkpoint, also one that is being replaced; neither a log alone nor a save that was cut off."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "pictures").mkdir()
+    assert not run_directory.holds_a_run(tmp_path)
+    (tmp_path / "checkpoints" / "step-5.tmp").mkdir(parents=True)
+    assert not run_directory.holds_a_run(tmp_path)
+    (tmp_path / "checkpoints" / "step-5.old").mkdir()
+    assert run_directory.holds_a_run(tmp_path)

@@ -282,7 +282,8 @@ def test_a_non_finite_loss_stops_before_the_update(flags, monkeypatch):
     monkeypatch.setattr(method.Method, "losses", broken)
     with pytest.raises(
         UserError,
-        match=r"update 2: loss nan .* stopped before the update, the last good checkpoint is .*step-2",
+        match=r"update 2: loss nan .* stopped before the update, the last good checkpoint is .*step-2; "
+        r"its records: \S+train\.jsonl:\d, \S+train\.jsonl:\d$",
     ):
         train.main(flags("nan", "--max_steps", "5", "--save_every", "1"))
 
@@ -372,6 +373,125 @@ def test_a_signal_ends_the_run_with_a_checkpoint(flags, monkeypatch, capsys):
         and checkpoint.newest(run).name == "step-2"
         and "stopped by SIGTERM after update 2" in capsys.readouterr().out
     )
+
+
+def timeless(run):
+    """Lines of a log without what no two runs have alike."""
+    clock = ("tokens_per_s", "peak_memory_gb")
+    return [{name: x for name, x in line.items() if name not in clock} for line in metrics(run)]
+
+
+def validating(records_file, steps, *more):
+    return (
+        "--max_steps", str(steps), "--val_data", str(records_file), "--eval_every", "2", "--save_every", "2",
+        "--keep", "9", *more,
+    )  # fmt: skip
+
+
+def test_a_stop_saves_and_what_was_due_is_made_up_for(flags, records_file, monkeypatch):
+    """Stopped in update 2, after which a validation is due: saved without it. Going on makes up for it first:
+    log, best and weights are then those of a run that went through.
+    """
+    import os
+    import signal
+
+    from crystal.methods import crystal as method
+
+    whole = train.main(flags("whole", *validating(records_file, 4)))
+    losses, calls = method.Method.losses, []
+
+    def interrupted(self, *args):
+        calls.append(torch.is_grad_enabled())
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method.Method, "losses", interrupted)
+        run = train.main(flags("part", *validating(records_file, 4)))
+    assert calls == [True, True] and [line["step"] for line in metrics(run)] == [1, 2]
+    assert checkpoint.newest(run).name == "step-2" and checkpoint.best(run) is None
+
+    train.main(flags("part", *validating(records_file, 4), "--resume"))
+    assert timeless(run) == timeless(whole) and [line["step"] for line in metrics(run)] == [1, 2, 2, 3, 4, 4]
+    assert checkpoint.best(run) == checkpoint.best(whole)
+    assert all(torch.equal(value, weights(run, 4)[name]) for name, value in weights(whole, 4).items())
+
+
+def test_a_signal_within_a_validation_leaves_it(flags, records_file, monkeypatch, capsys):
+    """At its first batch of two: the second is not computed, nothing is logged of it, and the run ends with
+    128 + 15. The last validation is the one: going on makes it, and no update.
+    """
+    import os
+    import signal
+
+    from crystal.methods import crystal as method
+    from crystal.runtime.distributed import StopSignal
+
+    losses, seen = method.Method.losses, []
+
+    def interrupted(self, *args):
+        if not torch.is_grad_enabled():
+            seen.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method.Method, "losses", interrupted)
+        run = train.main(flags("part", *validating(records_file, 2)))
+    assert len(seen) == 1 and [line["step"] for line in metrics(run)] == [1, 2]
+    assert StopSignal.code == 143 and "stopped by SIGTERM after update 2" in capsys.readouterr().out
+    assert checkpoint.newest(run).name == "step-2"
+
+    train.main(flags("part", *validating(records_file, 2), "--resume"))
+    assert StopSignal.code == 0
+    validations = [(line["step"], "val_loss" in line) for line in metrics(run)]
+    assert validations == [(1, False), (2, False), (2, True)]
+    assert checkpoint.best(run)["step"] == 2
+
+
+def test_the_same_command_again_goes_on(flags, capsys):
+    """--resume auto: from the beginning where nothing is, from the newest checkpoint where one is."""
+    run = train.main(flags("auto", "--max_steps", "2", "--save_every", "1", "--resume", "auto"))
+    assert [line["step"] for line in metrics(run)] == [1, 2] and "resumed" not in capsys.readouterr().out
+    shutil.rmtree(checkpoint.step_dir(run, 2))
+    train.main(flags("auto", "--max_steps", "2", "--save_every", "1", "--resume", "auto"))
+    assert "step-1 at update 1" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(run)] == [1, 2]
+
+    # Killed before anything was saved: there is nothing to lose.
+    shutil.rmtree(run / "checkpoints")
+    train.main(flags("auto", "--max_steps", "1"))
+    assert [line["step"] for line in metrics(run)] == [1]
+    with pytest.raises(UserError, match="invalid choice: 'maybe'"):
+        train.main(flags("auto", "--resume", "maybe"))
+
+
+GAINS = """from dataclasses import dataclass
+from crystal.methods import crystal
+
+
+@dataclass(frozen=True)
+class Settings(crystal.Settings):
+    @property
+    def weights(self):
+        return super().weights | {"gain": 1.0}
+
+
+class Method(crystal.Method):
+    Settings = Settings
+
+    def losses(self, *args):
+        terms = super().losses(*args)
+        return terms | {"gain": terms["ce_int"]}
+"""
+
+
+def test_a_term_may_not_take_the_name_of_what_latents_carry(flags, records_file, tmp_path):
+    (tmp_path / "gains.py").write_text(GAINS)
+    more = ("--method", str(tmp_path / "gains.py"))
+    with pytest.raises(UserError, match="have a term 'gain', which is what the nats"):
+        train.main(flags("gains", *validating(records_file, 2), *more))
 
 
 MINE = """from crystal.corrupt import Mode
@@ -581,7 +701,8 @@ def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
     )
     assert run == started
     names = {path.name for path in run.iterdir()}
-    assert names == {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl", "notes.txt"}
+    ours = {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl", ".lock"}
+    assert names == ours | {"notes.txt"}
     assert (run / "notes.txt").read_text() == "a stranger's"
     assert [x["step"] for x in metrics(run)] == [1]
     assert [directory.name for directory in (run / "checkpoints").iterdir()] == ["step-1"]

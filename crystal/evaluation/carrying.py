@@ -34,18 +34,21 @@ RECORDS = 64  # of the validation set, the first ones
 
 
 @torch.no_grad()
-def measure(objective, method, examples, pad, procs, dtype):
+def measure(objective, method, examples, pad, procs, dtype, stopped=lambda: False):
     """Gain, swap and drop over the first validation records -> {name: mean, name_pm: half of its interval}.
 
     objective: train.Objective, in evaluation mode. examples: a RecordDataset; broken records are left out.
     Every process measures every world-th block. {} for a method without latents, and no entry for a number
-    that no record has: swap, where all answers of a block are alike.
+    that no record has: swap, where all answers of a block are alike. stopped: asked before each block; once
+    it says so no more are measured, and the result means nothing.
     """
     if not method.tokens:
         return {}
 
     found = []  # (block, name, value of a record)
     for start in range(BLOCK * procs.rank, min(RECORDS, len(examples)), BLOCK * procs.world):
+        if stopped():
+            break
         block = range(start, min(start + BLOCK, RECORDS, len(examples)))
         whole = {i: examples[0, i] for i in block}
         whole = {i: example for i, example in whole.items() if "error" not in example}

@@ -182,7 +182,10 @@ class Settings:
     save_every: int = setting(500, "checkpoint every so many steps, and at the end")
     keep: int = setting(2, "checkpoints kept, beside the best")
     log_every: int = setting(10, "steps between two printed lines where there is no terminal")
-    resume: bool = setting(False, "go on from the newest checkpoint in --output that verifies")
+    resume: bool | str = setting(
+        False,
+        "go on from the newest checkpoint in --output that verifies; auto: and start where there is none",
+    )
     overwrite: bool = setting(False, "start anew where --output holds a run already; it is deleted")
     tensorboard: bool = setting(False, "write TensorBoard events too")
 
@@ -312,9 +315,13 @@ def parse(argv=None, settings_of=lambda method: Settings):
         extra = {"type": types[f.name], "choices": f.metadata["choices"]}
         if types[f.name] is bool:
             extra = {"action": argparse.BooleanOptionalAction}
+        if f.name == "resume":  # a switch that may also say when
+            extra = {"nargs": "?", "const": True, "choices": ("auto",)}
         default = method if f.name == "method" else f.default
         text = f.metadata["help"].replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=default, help=text, **extra)
+    unsaid = argparse.SUPPRESS
+    parser.add_argument("--no-resume", dest="resume", action="store_false", default=unsaid, help=unsaid)
     return kind(**vars(parser.parse_args(argv)))
 
 

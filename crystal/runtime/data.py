@@ -104,6 +104,7 @@ class RecordDataset(Dataset):
 
         if self.corruption and not images:
             raise RecordError(f"{record.where}: field 'image': missing; the corrupted path needs an image")
+        example["where"] = record.where
         example["layout"] = self.layout(record, counts)
         self.check_length(record, example["layout"], sum(counts))
         example["extras"] = self.extras(record, images) if self.extras else {}
@@ -179,6 +180,7 @@ class Batch(TypedDict, total=False):
     gaze_grid: torch.Tensor
     v_sem: torch.Tensor
     bad: list  # messages of records that were skipped
+    where: list  # each record's file and line, for messages
     error: str  # instead of all the others: what broke
 
 
@@ -234,6 +236,8 @@ def collate(examples, pad):
             return {"error": said, "bad": []}
         batch[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
     batch["bad"] = [line for e in examples for line in e["bad"]]
+    if "where" in examples[0]:
+        batch["where"] = [e["where"] for e in examples]
     return batch
 
 

@@ -291,11 +291,15 @@ class StopSignal:
     `asked` is the signal's name, None before one came; the loop first finishes its step. The loop asks
     `procs.any(stop.asked)` after each step; torchrun kills 30 s after its signal. A second SIGINT, half a
     second or more after the first, raises KeyboardInterrupt. Main thread only (ValueError from `signal`
-    elsewhere). `restore()` puts the former handlers back.
+    elsewhere). `restore()` puts the former handlers back. `code` is the exit code of a process whose run was
+    ended so, 143 or 130, as shells and launchers expect it; 0 where none was.
     """
+
+    code = 0
 
     def __init__(self):
         self.asked, self.at, self.owner = None, 0.0, os.getpid()
+        StopSignal.code = 0
         self.former = {
             number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -312,6 +316,10 @@ class StopSignal:
         if number == signal.SIGINT and self.asked == "SIGINT" and again:
             raise KeyboardInterrupt
         self.asked, self.at = signal.Signals(number).name, time.monotonic()
+
+    def ended(self):
+        """Notes that a run was stopped: by this process's signal, or by that of another rank."""
+        StopSignal.code = 128 + signal.Signals[self.asked or "SIGTERM"]
 
     def restore(self):
         for number, handler in self.former.items():
