@@ -43,9 +43,23 @@ def check_writable(run):
 
 
 def holds_a_run(run):
-    """Whether there is a run in a directory that a new one would spoil: one that has saved something."""
+    """Whether there is a run in a directory that a new one would spoil: one that has saved something.
+
+    A log alone is one too, unless its run was killed before its first save.
+    """
     steps = (run / "checkpoints").glob("step-*")
-    return any(path.is_dir() and path.suffix != ".tmp" for path in steps)
+    if any(path.is_dir() and path.suffix != ".tmp" for path in steps):
+        return True
+
+    log = run / "metrics.jsonl"
+    if not log.exists():
+        return False
+    try:
+        settings = json.loads((run / "config.json").read_text())
+        first_save = min(settings["save_every"], settings["max_steps"])
+        return any(line["step"] >= first_save for line in logged_lines(log))
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return True  # what it is cannot be told, so it is kept
 
 
 def lock(run, procs):

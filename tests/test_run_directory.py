@@ -166,9 +166,17 @@ def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
 
 
 def test_what_counts_as_a_run(tmp_path):
-    """A checkpoint, also one that is being replaced; neither a log alone nor a save that was cut off."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    (tmp_path / "pictures").mkdir()
+    """A checkpoint, also one that is being replaced, and a log that outlived its checkpoints; neither the log
+    of a run that was killed before its first save nor a save that was cut off.
+    """
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n')
+    assert run_directory.holds_a_run(tmp_path)  # whose it is cannot be told
+    (tmp_path / "config.json").write_text('{"save_every": 3, "max_steps": 9}')
+    assert not run_directory.holds_a_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"save_every": 3, "max_steps": 2}')
+    assert run_directory.holds_a_run(tmp_path)
+    log.unlink()
     assert not run_directory.holds_a_run(tmp_path)
     (tmp_path / "checkpoints" / "step-5.tmp").mkdir(parents=True)
     assert not run_directory.holds_a_run(tmp_path)

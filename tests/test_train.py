@@ -450,7 +450,7 @@ def test_a_signal_within_a_validation_leaves_it(flags, records_file, monkeypatch
     assert checkpoint.best(run)["step"] == 2
 
 
-def test_the_same_command_again_goes_on(flags, capsys):
+def test_the_same_command_again_goes_on(flags, capsys, monkeypatch):
     """--resume auto: from the beginning where nothing is, from the newest checkpoint where one is."""
     run = train.main(flags("auto", "--max_steps", "2", "--save_every", "1", "--resume", "auto"))
     assert [line["step"] for line in metrics(run)] == [1, 2] and "resumed" not in capsys.readouterr().out
@@ -460,9 +460,17 @@ def test_the_same_command_again_goes_on(flags, capsys):
     assert [line["step"] for line in metrics(run)] == [1, 2]
 
     # Killed before anything was saved: there is nothing to lose.
-    shutil.rmtree(run / "checkpoints")
-    train.main(flags("auto", "--max_steps", "1"))
-    assert [line["step"] for line in metrics(run)] == [1]
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", crash)
+        train.main(flags("killed", "--max_steps", "2", "--eval_every", "1", "--val_data", str(flags("x")[3])))
+    killed = run.parent / "killed"
+    assert [line["step"] for line in metrics(killed)] == [1] and not (killed / "checkpoints").exists()
+    train.main(flags("killed", "--max_steps", "2"))
+    assert [line["step"] for line in metrics(killed)] == [1, 2]
+
     with pytest.raises(UserError, match="invalid choice: 'maybe'"):
         train.main(flags("auto", "--resume", "maybe"))
 
@@ -713,7 +721,7 @@ def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
     with pytest.raises(UserError, match="holds a run already"):
         train.main(flags("kept", "--max_steps", "1"))
     (run / "metrics.jsonl").unlink()
-    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-3").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a run already"):
         train.main(flags("kept", "--max_steps", "1"))
 

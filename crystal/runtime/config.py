@@ -320,8 +320,9 @@ def parse(argv=None, settings_of=lambda method: Settings):
         default = method if f.name == "method" else f.default
         text = f.metadata["help"].replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=default, help=text, **extra)
-    unsaid = argparse.SUPPRESS
-    parser.add_argument("--no-resume", dest="resume", action="store_false", default=unsaid, help=unsaid)
+    parser.add_argument(
+        "--no-resume", dest="resume", action="store_false", default=argparse.SUPPRESS, help="takes it back"
+    )
     return kind(**vars(parser.parse_args(argv)))
 
 
