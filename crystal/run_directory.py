@@ -42,13 +42,18 @@ def check_writable(run):
         raise UserError(f"--output {run}: {nearest} is not a directory that can be written to")
 
 
+def has_checkpoints(run):
+    """Whether a run has saved something to go on from, whole or not."""
+    steps = (run / "checkpoints").glob("step-*")
+    return any(path.is_dir() and path.suffix != ".tmp" for path in steps)
+
+
 def holds_a_run(run):
     """Whether there is a run in a directory that a new one would spoil: one that has saved something.
 
     A log alone is one too, unless its run was killed before its first save.
     """
-    steps = (run / "checkpoints").glob("step-*")
-    if any(path.is_dir() and path.suffix != ".tmp" for path in steps):
+    if has_checkpoints(run):
         return True
 
     log = run / "metrics.jsonl"
@@ -63,7 +68,7 @@ def holds_a_run(run):
 
 
 def lock(run, procs):
-    """Makes this process, rank 0's, the run's only owner -> what `os.close` ends; None without a directory.
+    """Makes this process, rank 0's, the run's only owner -> what `unlock` ends; None without a directory.
 
     It ends with the process too, however that ends. UserError, on all ranks, where another process trains
     here.
@@ -73,6 +78,7 @@ def lock(run, procs):
         held = os.open(run / ".lock", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(run / ".lock")  # an owner who went in this moment took the file along
         except OSError:
             problem = [f"{run}: another process trains here; --output names another directory"]
     if problem := procs.gather(problem):
@@ -91,6 +97,13 @@ def check_overwrite(run, settings):
                 f"--overwrite would delete --{name} {path}, which lies in {run}; "
                 "move it, or name another --output"
             )
+
+
+def unlock(run, held):
+    """Ends what `lock` began; held may be None."""
+    if held is not None:
+        (run / ".lock").unlink(missing_ok=True)
+        os.close(held)
 
 
 def begin(run, step, settings, procs):

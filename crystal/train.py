@@ -11,7 +11,6 @@ over the update's pairs, whatever the numbers of processes and forwards that sha
 import gc
 import itertools
 import math
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -33,12 +32,14 @@ from crystal.run_directory import (
     begin,
     check_overwrite,
     check_writable,
+    has_checkpoints,
     holds_a_run,
     list_bad,
     lock,
     restore,
     store,
     summary_writer,
+    unlock,
     validated,
     write,
 )
@@ -145,15 +146,16 @@ def main(argv=None):
     # --- resume ---
     step = 0
     owner = lock(run, procs)
-    if settings.resume == "auto":
-        settings = replace(settings, resume=procs.any(procs.is_first and holds_a_run(run)))
+    auto = settings.resume == "auto"
+    if auto:
+        settings = replace(settings, resume=procs.any(procs.is_first and has_checkpoints(run)))
     if settings.resume:
         newest = checkpoint.newest(run, procs.print)
         if newest is None:
             raise UserError(f"{run}/checkpoints: nothing to resume from")
         step = restore(newest, settings, objective, optimizer, named, procs)
         procs.print(f"resumed {newest} at update {step}")
-    elif holds_a_run(run):
+    elif holds_a_run(run) and not auto:
         if not settings.overwrite:
             raise UserError(
                 f"{run}: holds a run already; --resume goes on from it, --overwrite starts anew, "
@@ -319,8 +321,7 @@ def main(argv=None):
     stop.restore()
     if log:
         log.close()
-    if owner is not None:
-        os.close(owner)
+    unlock(run, owner)
     procs.barrier()
 
     # Drop references to DDP before destroying the process group; otherwise its end occasionally hangs.

@@ -5764,7 +5764,7 @@ LOOP = [
     ),
     Break(
         "train-auto-starts-anew", "crystal/train.py",
-        "resume=procs.any(procs.is_first and holds_a_run(run))",
+        "resume=procs.any(procs.is_first and has_checkpoints(run))",
         "resume=False",
         "--resume auto refuses what it should go on with.",
         "tests/test_train.py::test_the_same_command_again_goes_on",
@@ -5804,6 +5804,13 @@ LOOP = [
         "",
         "Nobody learns which records broke the loss.",
         "tests/test_train.py::test_a_non_finite_loss_stops_before_the_update",
+    ),
+    Break(
+        "config-cause-unseen", "crystal/runtime/config.py",
+        "return str(error) if from_the_system(error.__cause__) else None",
+        "return None",
+        "A full disk at a save is a traceback.",
+        "tests/test_config.py::test_what_was_being_done_when_the_system_refused_is_kept",
     ),
     Break(
         "train-metric-that-is-none", "crystal/train.py",

@@ -240,6 +240,22 @@ def test_what_the_system_refuses_is_one_line(fails, line, capsys):
     assert (out, err) == ("", f"error: {line}\n")
 
 
+def test_what_was_being_done_when_the_system_refused_is_kept(capsys):
+    """An error of ours over the system's: its own line where a user can have caused what is behind it."""
+
+    def fails(behind):
+        try:
+            behind()
+        except Exception as error:
+            raise OSError("step-2: not written") from error
+
+    with pytest.raises(SystemExit) as ended:
+        config.run_cli(lambda: fails(full_disk))
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "error: step-2: not written\n")
+    with pytest.raises(OSError, match="not written"):
+        config.run_cli(lambda: fails(lambda: 1 / 0))
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset"), OSError("no number")])
 def test_an_error_that_no_user_caused_keeps_its_traceback(error):
     def fails():

@@ -138,9 +138,7 @@ def test_a_log_without_its_last_line(tmp_path):
 
 
 def test_a_run_has_one_owner(tmp_path):
-    """Another process holds the lock: one line. When it is gone, whoever comes next has it."""
-    import os
-
+    """Another process holds the lock: one line. When it is gone, whoever comes next has it, and leaves none."""
     assert run_directory.lock(tmp_path / "none", Processes()) is None
     other = subprocess.Popen(
         [
@@ -155,7 +153,9 @@ def test_a_run_has_one_owner(tmp_path):
     with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}: another process trains here"):
         run_directory.lock(tmp_path, Processes())
     other.communicate("")
-    os.close(run_directory.lock(tmp_path, Processes()))
+    run_directory.unlock(tmp_path, run_directory.lock(tmp_path, Processes()))
+    run_directory.unlock(tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("line", ["{oops", "[1]", '{"loss": 1.0}', '{"step": "one"}'])

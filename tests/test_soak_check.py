@@ -71,4 +71,4 @@ def test_a_soak_of_seconds(model_dirs, tmp_path):
         "--lora_r", "2",
     )
     wrong, memory = soak_check.soak(tmp_path, 1, 6, 1, more, kinds=("kill",))
-    assert wrong == [] and len(memory) > 2
+    assert wrong == [] and min(memory) > 10  # MB, sampled while it ran

@@ -471,6 +471,13 @@ def test_the_same_command_again_goes_on(flags, capsys, monkeypatch):
     train.main(flags("killed", "--max_steps", "2"))
     assert [line["step"] for line in metrics(killed)] == [1, 2]
 
+    # Its saves failed: there is a log to lose, and a restart that nobody watches begins anew.
+    shutil.rmtree(killed / "checkpoints")
+    with pytest.raises(UserError, match="holds a run already"):
+        train.main(flags("killed", "--max_steps", "1"))
+    train.main(flags("killed", "--max_steps", "1", "--resume", "auto"))
+    assert [line["step"] for line in metrics(killed)] == [1]
+
     with pytest.raises(UserError, match="invalid choice: 'maybe'"):
         train.main(flags("auto", "--resume", "maybe"))
 
@@ -709,8 +716,7 @@ def test_overwrite_starts_anew(flags, started, records_file, tmp_path):
     )
     assert run == started
     names = {path.name for path in run.iterdir()}
-    ours = {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl", ".lock"}
-    assert names == ours | {"notes.txt"}
+    assert names == {"metrics.jsonl", "config.json", "checkpoints", "bad_records.jsonl", "notes.txt"}
     assert (run / "notes.txt").read_text() == "a stranger's"
     assert [x["step"] for x in metrics(run)] == [1]
     assert [directory.name for directory in (run / "checkpoints").iterdir()] == ["step-1"]

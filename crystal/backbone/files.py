@@ -284,7 +284,8 @@ def read_processor(name, source, config, family, pixels):
 
     least, most = (dict(processor.size).get(edge) for edge in ("shortest_edge", "longest_edge"))
     with reading(name, file):
-        exchanged = least and most and least > most
+        # A bound that was given on its own may pass the file's other one: it wins.
+        exchanged = least and most and least > most and not pixels
     if exchanged:
         raise UserError(f"{name}: {file}: field 'min_pixels': {least}, above max_pixels {most}")
 

@@ -353,6 +353,9 @@ def from_the_system(error):
 
     safetensors writes its files itself, and tells the system's error by its number in its text.
     """
+    if isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
+        # What was being done is said already, and the system's own error is behind it.
+        return str(error) if from_the_system(error.__cause__) else None
     if isinstance(error, OSError):
         number, where = error.errno, error.filename
     else:
