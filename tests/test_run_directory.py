@@ -138,7 +138,7 @@ def test_a_log_without_its_last_line(tmp_path):
 
 
 def test_a_run_has_one_owner(tmp_path):
-    """Another process holds the lock: one line. When it is gone, whoever comes next has it, and leaves none."""
+    """Another process holds the lock: one line. When it is gone, the next has it, and leaves no file."""
     assert run_directory.lock(tmp_path / "none", Processes()) is None
     other = subprocess.Popen(
         [
