@@ -1601,8 +1601,8 @@ SETTINGS = [
     ),
     Break(
         "config-exit-code", "crystal/runtime/config.py",
-        "sys.exit(2)",
-        "sys.exit(0)",
+        "        leave(2)",
+        "        leave(0)",
         "A script takes a mistake for a finished run.",
         "tests/test_config.py::test_a_users_mistake_is_one_line_and_exit_code_2",
     ),

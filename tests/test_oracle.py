@@ -238,6 +238,7 @@ ELSEWHERE = {
     "device, dtype, workers, on_bad_record": "how it runs: test_train.py, test_data.py",
     "compile": "how it runs: test_settings.py",
     "shard": "how it runs: test_shard.py",
+    "blind": "what it sees: test_settings.py",
     "eval_every, eval_records, save_every, keep, log_every": "what it writes: test_train.py",
     "resume, overwrite, tensorboard": "what it writes: test_train.py",
 }

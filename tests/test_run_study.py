@@ -65,7 +65,11 @@ def world(tmp_path, records_file, monkeypatch):
         run = Path(argv[argv.index("--output") + 1])
         updates = argv[argv.index("--max_steps") + 1]
         checkpoint.step_dir(run, updates).mkdir(parents=True)
-        metrics = [{"val_gain": 0.1, "val_gain_pm": 0.2}, {"val_gain": 0.3, "val_ce": 1.0}, {"step": 3}]
+        metrics = [
+            {"step": 1, "val_gain": 0.1, "val_gain_pm": 0.2},
+            {"step": 2, "val_gain": 0.3, "val_ce": 1.0},
+            {"step": 3},
+        ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
 
     def open_model(name, device, method):
