@@ -1607,6 +1607,13 @@ SETTINGS = [
         "tests/test_config.py::test_a_users_mistake_is_one_line_and_exit_code_2",
     ),
     Break(
+        "config-leaves-slowly", "crystal/runtime/config.py",
+        "    os._exit(code)",
+        "    sys.exit(code)",
+        "A rank's mistake ends now and then in an abort, whose code torchrun reports.",
+        "tests/test_config.py::test_one_of_several_processes_ends_before_anything_can_abort",
+    ),
+    Break(
         "config-error-on-stdout", "crystal/runtime/config.py",
         'print(f"error: {said}", file=sys.stderr)',
         'print(f"error: {error}")',

@@ -1,5 +1,7 @@
 """Settings: defaults, the command line, and one line for what is wrong."""
 
+import os
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -213,6 +215,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(ZeroDivisionError):
         config.run_cli(lambda: 1 / 0)
     assert config.run_cli(lambda: 3) is None and capsys.readouterr() == ("", "")
+
+
+def test_one_of_several_processes_ends_before_anything_can_abort():
+    """What an open process group does at the interpreter's end (here abort()) does not become the exit code."""
+    code = (
+        "import atexit, os; from crystal.runtime.config import UserError, run_cli\n"
+        "def mistaken(): raise UserError('--x: no')\n"
+        "atexit.register(os.abort); print('before', end=''); run_cli(mistaken)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "before", "error: --x: no\n")
 
 
 def full_disk():

@@ -333,9 +333,6 @@ USERS = {
 }  # fmt: skip
 
 
-leave = sys.exit  # where a process is one of several, distributed.py puts in how that one ends
-
-
 def run_cli(main):
     """Runs an entry point: a user's mistake is one line on stderr and exit code 2, Ctrl-C one and 130."""
     try:
@@ -349,6 +346,18 @@ def run_cli(main):
             raise
         print(f"error: {said}", file=sys.stderr)
         leave(2)
+
+
+def leave(code):
+    """Ends this process; one of several that torchrun started ends without taking the interpreter apart.
+
+    A process group that nobody closed may abort meanwhile, and the exit code would be that of the abort.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def from_the_system(error):

@@ -16,13 +16,11 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from crystal.runtime import config
 from crystal.runtime.config import UserError
 
 
@@ -172,17 +170,6 @@ class Processes:
         """
         if self.world > 1 and not self.guest and dist.is_initialized():
             dist.destroy_process_group()
-            config.leave = sys.exit
-
-
-def end_at_once(code: str | int | None = None) -> NoReturn:
-    """Ends one of several processes after a mistake, without taking the interpreter apart.
-
-    A process group that nobody closed may abort meanwhile, and the exit code would be that of the abort.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(int(code or 0))
 
 
 def start(device="auto", timeout=600.0):
@@ -238,7 +225,6 @@ def start(device="auto", timeout=600.0):
             timeout=timedelta(seconds=timeout),
             device_id=device if on_cuda else None,
         )
-        config.leave = end_at_once
     return Processes(rank, world, local_rank, device, guest)
 
 
