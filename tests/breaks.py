@@ -3367,6 +3367,27 @@ COMMANDS = [
         "tests/test_commands.py::test_compare_trains_and_asks_what_was_asked",
     ),
     Break(
+        "study-runs-again", "crystal/run_study.py",
+        "    found = [outcome_of(run), outcomes(plan.args.output).get((plan.whole, seed))]",
+        "    found = [outcome_of(run)]",
+        "Hours of runs whose results are there are made again.",
+        "tests/test_run_study.py::test_results_of_elsewhere_are_not_run_again",
+    ),
+    Break(
+        "study-takes-others", "crystal/run_study.py",
+        "    return json.dumps([key, asked], sort_keys=True)",
+        "    return key",
+        "Results of other questions count as these.",
+        "tests/test_run_study.py::test_results_of_elsewhere_are_not_run_again",
+    ),
+    Break(
+        "study-half-a-teacher", "crystal/run_study.py",
+        "if teacher and not checkpoint.step_dir(teacher, self.teacher.updates).is_dir():",
+        "if teacher and not checkpoint.newest(teacher):",
+        "LaViT learns from a teacher that was killed in the midst of its training.",
+        "tests/test_run_study.py::test_lavits_teacher_is_the_first_row_to_beat",
+    ),
+    Break(
         "study-t-shifted", "crystal/evaluation/study.py",
         "T[min(n - 2, len(T) - 1)]",
         "T[min(n - 1, len(T) - 1)]",
@@ -3473,8 +3494,8 @@ COMMANDS = [
     ),
     Break(
         "run_study-asked-ignored", "crystal/run_study.py",
-        '    if found and plan.made(found):\n',
-        '    if found:\n',
+        "    if any(outcome and plan.made(outcome) for outcome in found):\n",
+        "    if any(found):\n",
         "Other questions are never asked, and the row is missing for ever.",
         "tests/test_run_study.py::test_runs_are_made_once_and_shared",
     ),
