@@ -153,10 +153,7 @@ def main(argv=None):
         name = Path(method).stem
         say(f"{n + 2}. Training {name}: {args.max_steps} updates of {BATCH} from the same base")
         if "--encoders" in recipe(method):
-            procs.print(
-                "its encoder is small and has random weights: it shows that everything runs, and teaches "
-                "little"
-            )
+            procs.print("its encoder is small, and was taught what the patches of such scenes show")
         flags = [
             *data_of(method, scenes, out / "sft", procs),
             "--max_steps",

@@ -59,7 +59,7 @@ class Settings(config.Settings):
     )
     encoders: str = setting(
         "tiny",
-        "comma-separated: tiny (shipped as a recipe, random weights), a directory or hub name of "
+        "comma-separated: tiny (shipped, knows toy scenes alone), a directory or hub name of "
         "DINOv3, DINOv2 or SigLIP; features:NAME:SIZE for precomputed ones of the records' "
         "`features`; own for the model's own image tokens; none for no alignment",
     )
