@@ -3570,6 +3570,13 @@ COMMANDS = [
         "tests/test_compare.py::test_runs_are_made_once_and_go_on_where_they_stopped",
     ),
     Break(
+        "demo-best-of-64", "crystal/demo.py",
+        'LAST = "last"',
+        'LAST = "best"',
+        "The demo asks whichever checkpoint 64 records happened to like.",
+        "tests/test_demo.py::test_the_end_of_the_training_is_asked",
+    ),
+    Break(
         "demo-seed-of-scenes", "crystal/demo.py",
         "toy.generate(scenes, seed=args.seed)",
         "toy.generate(scenes)",
