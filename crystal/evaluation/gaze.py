@@ -6,8 +6,8 @@ Definitions are the paper's, by its numbers, and computed by methods/lavit.py:
     entropy   -sum p log p of A_traj as a distribution, in nats (eq. 10)
     salient   how many tokens have more than 1.5 times the mean (table 2)
     CV        of either over the questions: standard deviation / mean (table 2)
-The paper's rows are a text's. Here three kinds of rows are kept apart: `text`, everything behind the last image
-but the latents, which is the paper's; `answer`, what predicts the reference answer; and `latents`.
+The paper's rows are a text's. Here three kinds of rows are kept apart: `text`, everything behind the last
+image but the latents, which is the paper's; `answer`, what predicts the reference answer; and `latents`.
 
 B records, P paths, M rows, N image tokens, H heads.
 """
@@ -37,10 +37,21 @@ def rows_of(batch):
     return {looker: rows[looker] for looker in LOOKERS if len(rows[looker])}
 
 
+def of_paths(rows, copied=None):
+    """Rows [M] of a record -> [P,M] for its paths; -1 where the second takes the first one's states.
+
+    copied: bool [1,L], the positions that it takes; None for one path. What attention makes of the corrupted
+    path's own copied rows nobody reads, and each realisation of the copy leaves something else there.
+    """
+    if copied is None:
+        return rows[None]
+    return torch.stack([rows, rows.masked_fill(copied[0][rows], -1)])
+
+
 def judge(record, size, views, means):
     """LaViT's numbers of one record -> {looker: [dict of each path]}; of the first image, in all its views.
 
-    size: width and height of that image. views: its grids. means: {looker: [P,N]}, as `mean_of_rows` gives them.
+    size: width and height of that image. views: its grids. means: {looker: [P,N]}, from `mean_of_rows`.
     """
     n = sum(view.tokens for view in views)
     target = None
@@ -65,14 +76,20 @@ def over_questions(values):
     x = torch.tensor(values, dtype=torch.float64)
     std = float(x.std()) if len(x) > 1 else 0.0
     mean = float(x.mean())
-    return {"mean": mean, "std": std, "low": min(values), "high": max(values), "cv": std / mean if mean else 0.0}
+    return {
+        "mean": mean,
+        "std": std,
+        "low": min(values),
+        "high": max(values),
+        "cv": std / mean if mean else 0.0,
+    }
 
 
 def by_threshold(numbers, steps=9):
     """Figure 2: dicts with focus and right -> [(threshold, share right, questions)].
 
-    Right among the questions whose focus is the threshold or more; the thresholds go evenly from 0 to the 90th
-    percentile of the scores.
+    Right among the questions whose focus is the threshold or more; the thresholds go evenly from 0 to the
+    90th percentile of the scores.
     """
     scores = sorted(n["focus"] for n in numbers)
     top = scores[int(0.9 * (len(scores) - 1))]

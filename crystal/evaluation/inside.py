@@ -1,14 +1,16 @@
 """What one sees inside a run, as plain data: who looks where, where latents lie, what interventions change.
 
-page.py makes a page of it. Each question is looked at in one forward, the reference answer given and no mask of
-the method's own set: both paths as training runs them where the method has two, else the one path. The answers
-are those of reliance.py, about the same pictures, corrupted alike.
+page.py makes a page of it. Each question is looked at in one forward, the reference answer given and no mask
+of the method's own set: both paths as training runs them where the method has two, else the one path. The
+answers are those of reliance.py, about the same pictures, corrupted alike.
 
 P paths, T looking tokens, H heads, N image tokens, K latents, L sequence length, V vocabulary.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from crystal.evaluation.asking import answers
 from crystal.evaluation.interventions import questions
 from crystal.evaluation.latent_space import evenly
 from crystal.latent_copy import dual_forward
+from crystal.opening import find
 from crystal.runtime import data
 from crystal.runtime.config import UserError
 from crystal.runtime.ops import attn_slice
@@ -33,12 +36,13 @@ BYTES = 3 * 2**20  # for the maps of all samples, a byte a number
 class Sample:
     """One question with its pictures, attention and answers.
 
-    grid: rows and columns of a map. tokens: names of the T that look. layers, heads: those that are kept. image
-    [P,T,1+layers,1+heads,rows*columns]: softmax weights on the first image's first view; latents [.., K]: on each
-    latent; share [.., 2]: on all image tokens, on all latents. Index 0 of layers and of heads is the mean over
-    all that were asked for. number: of the question. images: PIL, the intact one and of two paths the corrupted
-    one. said: each path's likeliest first token. answers: {condition: (text, whether right)}. other: the answer
-    of the record whose latents are put in, if any.
+    grid: rows and columns of a map. tokens: names of the T that look. layers, heads: those that are kept.
+    image [P,T,1+layers,1+heads,rows*columns]: softmax weights on the first image's first view; latents [..,
+    K]: on each latent; share [.., 2]: on all image tokens, on all latents. Index 0 of layers and of heads is
+    the mean over all that were asked for. copied: of each token, whether the corrupted path takes its states
+    from the intact one and has no attention of its own there. number: of the question. images: PIL, the
+    intact one and of two paths the corrupted one. said: each path's likeliest first token. answers:
+    {condition: (text, whether right)}. other: the answer of the record whose latents are put in, if any.
     """
 
     grid: tuple
@@ -48,6 +52,7 @@ class Sample:
     image: torch.Tensor
     latents: torch.Tensor
     share: torch.Tensor
+    copied: list = field(default_factory=list)
     number: int = 0
     record: data.Record | None = None
     images: list = field(default_factory=list)
@@ -61,9 +66,9 @@ class Inside:
     """Everything that `measure` found.
 
     looks: {looker: a list over paths of one dict a question, gaze.judge's and whether the answer is right}.
-    states: [latent_space.States]. reliance: reliance.measure's summary, or None and why in one sentence. right:
-    whether each question is answered rightly as trained. two_paths: whether the method has them. count: its
-    latents. layers, heads: the model's. corruption: in words.
+    states: [latent_space.States]. reliance: reliance.measure's summary, or None and why in one sentence.
+    right: whether each question is answered rightly as trained. two_paths: whether the method has them.
+    count: its latents. layers, heads: the model's. shown: questions whose states are drawn. corruption: in words.
     """
 
     samples: list
@@ -76,6 +81,7 @@ class Inside:
     count: int
     layers: int
     heads: int
+    shown: int
     corruption: str
 
 
@@ -90,8 +96,13 @@ def measure(model, fmt, method, settings, records, count=4, layers=None, progres
     right = [found[i][reliance.AS_TRAINED.name][1] for i in range(len(records))]
 
     examples = figures.Seen(
-        records, lambda r, n: method.layout(fmt, r, n), model.image_processor,
-        method.corruption if two_paths else None, settings.seed, grey=settings.blind, copies=fmt.copies,
+        records,
+        lambda r, n: method.layout(fmt, r, n),
+        model.image_processor,
+        method.corruption if two_paths else None,
+        settings.seed,
+        grey=settings.blind,
+        copies=fmt.copies,
     )
     layers = sorted(set(range(len(model.layers))) if layers is None else layers)
     budget = BYTES // (max(1, min(count, len(records))) * (2 if two_paths else 1))
@@ -113,6 +124,8 @@ def measure(model, fmt, method, settings, records, count=4, layers=None, progres
         if seen is not None:
             heads = seen.shape[3]
             sample = sampled(model, batch, seen, views[0], layers, budget)
+            copied = method.copied(batch)[0] if two_paths else torch.zeros_like(batch["input_ids"][0])
+            sample.copied = copied[looking(batch)].bool().tolist()
             sample.number, sample.record, sample.images = i, record, list(examples.images)
             sample.said = [model.tokenizer.decode([int(token)]).strip() for token in logits.argmax(-1)]
             sample.answers = found[i]
@@ -121,8 +134,18 @@ def measure(model, fmt, method, settings, records, count=4, layers=None, progres
 
     corruption = figures.described(method.corruption or Corruption())
     return Inside(
-        samples, looks, latent_space.drawn(states), summary, why, right, two_paths, fmt.count,
-        len(model.layers), heads, corruption,
+        samples,
+        looks,
+        latent_space.drawn(states),
+        summary,
+        why,
+        right,
+        two_paths,
+        fmt.count,
+        len(model.layers),
+        heads,
+        len(states),
+        corruption,
     )
 
 
@@ -132,6 +155,34 @@ def has_two_paths(method):
 
 
 # --- answers ---
+
+
+def evaluated(run, step):
+    """What `evaluate --reliance` left in a run directory -> (its newest result or None, where from in words).
+
+    step: the name of the checkpoint that is looked into; a result of another one is told and left. UserError
+    for a file that is not such a result.
+    """
+    files = sorted(Path(run).glob("reliance/*/reliance.json"), key=lambda file: file.stat().st_mtime_ns)
+    if not files:
+        return None, ""
+    file = files[-1]
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        missing = {"verdict", "rule", "conditions"} - result.keys()
+        missing |= {"condition", "right", "low", "high"} - set.intersection(*map(set, result["conditions"]))
+        if missing:
+            raise KeyError(missing)
+        source = f"Read from {file}: {result['questions']} questions of {result['data']}, "
+        source += f"corruption {result['corruption']}."
+        which = result["checkpoint"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: not a result of crystal.evaluate --reliance") from None
+
+    of = find(run, which).name
+    if of != step:
+        return None, f"{file} is of the checkpoint {of} (--checkpoint {which}) and not shown. "
+    return result, source
 
 
 def asked(model, fmt, method, settings, records, progress=False):
@@ -181,8 +232,7 @@ def asked(model, fmt, method, settings, records, progress=False):
 
 
 def looking(batch):
-    """A batch of one record -> the positions of the T tokens whose maps are kept: the answer's, then latents'.
-    """
+    """A batch of one record -> positions of the T tokens whose maps are kept: of the answer, then latents."""
     answer = batch["answer_positions"][0][:ANSWERS]
     latents = batch["latents"][0]
     return torch.cat([answer, latents[evenly(len(latents), LATENTS)]])
@@ -193,29 +243,34 @@ def look(model, method, settings, batch, layers):
     """One record's forward -> (seen, means, logits).
 
     seen: [P,T,layers,H,N+K] weights of the tokens of `looking` in these layers, on the image tokens, then the
-    latents; None without layers. means: {looker: [P,N], over all layers, heads and rows}. logits [P,V]: of the row
-    that predicts the answer's first token. float32 on the CPU.
+    latents, 0 for a token whose states are the other path's; None without layers. means: {looker: [P,N], over
+    all layers, heads and rows}, less a path that has no rows of its own. logits [P,V]: of the row that
+    predicts the answer's first token. float32 on the CPU.
     """
-    P = 2 if has_two_paths(method) else 1
+    copied = method.copied(batch) if has_two_paths(method) else None
+    P = 1 if copied is None else 2
     image = batch["image"]
     columns = torch.cat([image, batch["latents"]], 1)  # [1,N+K]
     every = range(len(model.layers))
 
     recorders = {
-        looker: AttentionRecorder(every, rows.repeat(P, 1), image.repeat(P, 1), gaze.mean_of_rows)
+        looker: AttentionRecorder(every, gaze.of_paths(rows, copied), image.repeat(P, 1), gaze.mean_of_rows)
         for looker, rows in gaze.rows_of(batch).items()
     }
-    tokens = looking(batch)[None]
-    each = AttentionRecorder(layers, tokens.repeat(P, 1), columns.repeat(P, 1), attn_slice)
+    tokens = gaze.of_paths(looking(batch), copied)  # [P,T]
+    each = AttentionRecorder(layers, tokens, columns.repeat(P, 1), attn_slice)
     watch = in_turn(each, *recorders.values())
-    if P == 2:
-        h = dual_forward(model, batch, method.copied(batch), settings.latent_copy, watch)
+    if copied is not None:
+        h = dual_forward(model, batch, copied, settings.latent_copy, watch)
     else:
         h = [method.hidden(model, batch, watch)]
 
     first = batch["answer_positions"][0, 0]
     logits = model.logits(torch.cat([x[:, first] for x in h])).float().cpu()
-    means = {looker: recorder.mean().float().cpu() for looker, recorder in recorders.items()}
+    means = {}
+    for looker, recorder in recorders.items():
+        looks = (recorder.rows >= 0).any(1)  # [P]; nothing of a path whose rows are all copied
+        means[looker] = recorder.mean()[looks].float().cpu()
     seen = None
     if layers:
         maps = torch.stack(list(each.slices.values()), 2)  # [P,H,layers,T,N+K]

@@ -1,7 +1,7 @@
 """Where latents lie beside image and text tokens (LIVR, figure 4), in the two directions that vary most.
 
-LIVR draws t-SNE of the last layer's states. Here it is their principal components, which keep distances, need no
-choice of settings and say how much they leave out; at three depths.
+LIVR draws t-SNE of the last layer's states. Here it is their principal components, which keep distances, need
+no choice of settings and say how much they leave out; at three depths.
 
 L sequence length, K latents, D hidden size, n points.
 """
@@ -20,8 +20,8 @@ QUESTIONS = 25  # that give them
 @dataclass
 class States:
     """States of one depth in two dimensions: points {kind: [n,2]}, and how much of the variance each
-    dimension keeps. between: the share of the latents' variance, in all D, that lies between questions and not
-    between one latent and the next; None where the latents cannot be told apart by number.
+    dimension keeps. between: the share of the latents' variance, in all D, that lies between questions and
+    not between one latent and the next; None where the latents cannot be told apart by number.
     """
 
     depth: int
@@ -41,7 +41,7 @@ def evenly(n, most):
 
 @torch.no_grad()
 def states_of(model, method, batch):
-    """One record, its intact picture -> {depth: {kind: states [n,D]}}; at most POINTS of image and text tokens.
+    """One record, its intact picture -> {depth: {kind: states [n,D]}}; at most POINTS of image and of text.
 
     Depths: before the first layer, before the middle one, and after the last and the final norm.
     """
@@ -83,8 +83,8 @@ def drawn(states):
 def plane(x):
     """States [n,D] -> (their two principal components [n,2], the share of the variance in each).
 
-    Each state is first divided by its root mean square, as the norm before the next layer does: else a few long
-    ones are all that one sees. A component's sign is such that its largest coordinate is positive.
+    Each state is first divided by its root mean square, as the norm before the next layer does: else a few
+    long ones are all that one sees. A component's sign is such that its largest coordinate is positive.
     """
     x = x / x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
     x = x - x.mean(0)
@@ -99,8 +99,8 @@ def plane(x):
 def between_questions(latents):
     """[K,D] of each question -> the share of their variance that lies between questions, 0 to 1.
 
-    The rest lies between one latent and the next, and says nothing of a picture. None without latents, with one
-    question, or where questions have different numbers of latents.
+    The rest lies between one latent and the next, and says nothing of a picture. None without latents, with
+    one question, or where questions have different numbers of latents.
     """
     counts = {len(x) for x in latents}
     if len(latents) < 2 or len(counts) > 1 or 0 in counts:

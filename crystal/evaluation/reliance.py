@@ -215,8 +215,8 @@ def measure(
     their share and return the whole.
 
     corruption: a corrupt.Corruption. biases: function (batch) -> [attention_bias.AttentionBias], a mask under
-    which all is asked. tell: called with each answer, a dict of index, condition, prediction and correct. Raises
-    UserError if the prompts hold no latents, or no two answers differ.
+    which all is asked. tell: called with each answer, a dict of index, condition, prediction and correct.
+    Raises UserError if the prompts hold no latents, or no two answers differ.
     """
     procs = procs or distributed.Processes(device=model.device)
     kept = questions(model, fmt, records, "keep", corruption, seed)
