@@ -100,7 +100,9 @@ def write_page(
 
     model, fmt, settings = open_model(run_dir, which, device, method=method, trust_method=trust_method)
     step = find(run_dir, which).name
-    data_path = data_path or settings.val_data or settings.data
+    if not data_path:
+        data_path = settings.val_data or settings.data
+        image_root = image_root or settings.image_root
     if not data_path:
         raise UserError(f"{run_dir}: was trained on scenes made for it; --data names the records to ask")
     records, _ = data.read(data_path, image_root)
@@ -149,7 +151,7 @@ def main(argv=None):
     parser.add_argument(
         "--html",
         default="",
-        help="write this file instead of the pictures: a page to look into the run, without server or network",
+        help="write this file instead of the pictures: a page that needs neither server nor network",
     )
     parser.add_argument(
         "--questions",
@@ -160,7 +162,7 @@ def main(argv=None):
     parser.add_argument(
         "--attn_layers",
         default="all",
-        help="layers whose attention is averaged, or kept for the page: all, last, or indices as in 12,18,24",
+        help="layers whose attention is averaged, or kept for a page: all, last, or indices as in 12,18,24",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)

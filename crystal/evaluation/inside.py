@@ -68,7 +68,8 @@ class Inside:
     looks: {looker: a list over paths of one dict a question, gaze.judge's and whether the answer is right}.
     states: [latent_space.States]. reliance: reliance.measure's summary, or None and why in one sentence.
     right: whether each question is answered rightly as trained. two_paths: whether the method has them.
-    count: its latents. layers, heads: the model's. shown: questions whose states are drawn. corruption: in words.
+    count: its latents. layers, heads: the model's. shown: questions whose states are drawn. corruption: in
+    words.
     """
 
     samples: list

@@ -210,8 +210,8 @@ def looks(found):
         "A as a distribution, in nats (eq. 10): low is a sharp look, and the dashed line is that of an even "
         "one. <i>Salient</i> tokens have more than 1.5 times the mean of A. <i>CV</i> is the standard "
         "deviation over the questions divided by their mean: low is a steady way of looking (table 2). The "
-        "rows are the <i>text</i> behind the picture, as in the paper, those that predict the "
-        "<i>answer</i>, and the <i>latents</i>."
+        "rows are the <i>text</i> behind the picture, as in the paper, and those that predict the "
+        f"<i>answer</i>{', and the <i>latents</i>' if found.count else ''}."
     )
     if found.count:
         said += paragraph(

@@ -36,6 +36,11 @@ DONE = {
 }
 
 
+def share_text(share):
+    """A share of attention as text, as page.js says it."""
+    return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
+
 def paragraph(*sentences, css=""):
     """Sentences, safe HTML -> a paragraph; empty ones are left out."""
     name = f' class="{css}"' if css else ""
@@ -93,19 +98,19 @@ def path(one, p, name):
     shown = one.image[:, 0, 0, 0]  # [P,N]
     peak = max(float(shown.max()), 1e-12)
     picture = (
-        f'<svg class="picture" viewBox="0 0 {width} {height}" role="img" '
+        f'<svg class="picture" viewBox="0 0 {width} {height}" preserveAspectRatio="xMinYMin" role="img" '
         f'aria-label="the {PATHS[p]} picture, clear where the token looks">'
         f'<image id="{name}" href="{png(one.images[p])}" width="{width}" height="{height}"/>'
         f'<g class="veil">{veil(shown[p] / peak, one.grid, width, height)}</g>{boxes(one, p)}</svg>'
     )
 
     share = one.share[p, 0, 0, 0].tolist()
-    told = f'<b data-fill="image">{100 * share[0]:.1f} %</b> of its attention goes to the picture'
+    told = f'<b data-fill="image">{share_text(share[0])}</b> of its attention goes to the picture'
     bars = ""
     if one.latents.shape[-1]:
-        told += f', <b data-fill="latents">{100 * share[1]:.1f} %</b> to the latents'
+        told += f', <b data-fill="latents">{share_text(share[1])}</b> to the latents'
         bars = latent_bars(one, p)
-    told += f'. The clearest place gets <b data-fill="peak">{100 * peak:.1f} %</b>.'
+    told += f'. The clearest place gets <b data-fill="peak">{share_text(peak)}</b>.'
 
     own = "From here it does not look for itself: the states of this token are the intact path's."
     title = f"{PATHS[p]} picture" if len(one.images) > 1 else "the picture"
@@ -156,7 +161,7 @@ def latent_bars(one, p):
         f'aria-label="attention to each of {K} latents">{bars}'
         f'<line x1="0" x2="{10 * K}" y1="40.5" y2="40.5"/></svg>'
         f'<p class="small">the {K} latents, from the first; the longest bar of a question is '
-        f'<b data-fill="longest">{100 * peak:.1f} %</b></p>'
+        f'<b data-fill="longest">{share_text(peak)}</b></p>'
     )
 
 
@@ -189,7 +194,7 @@ def heads(one, p, target):
         f'<figure><svg class="heads {name}" data-target="{name}" viewBox="0 0 {width} {height}" '
         f'style="max-width:{1.7 * width:.0f}px" role="img" aria-label="layers by heads, attention {words}">'
         f'{drawn}</svg><figcaption class="small">{words}; the strongest head gives '
-        f'<b data-fill="most-{name}">{100 * peak:.0f} %</b></figcaption></figure>'
+        f'<b data-fill="most-{name}">{share_text(peak)}</b></figcaption></figure>'
     )
 
 

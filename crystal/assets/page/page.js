@@ -22,7 +22,9 @@ for (const sample of samples) {
   }
 }
 
-const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+function percent(share) {
+  return share > 0 && share < 0.0005 ? "under 0.1 %" : `${(100 * share).toFixed(1)} %`;
+}
 
 // The number of a token, layer and head among all of a sample's maps.
 function place(sample, view) {
@@ -66,7 +68,7 @@ function draw(section, view) {
       longest: percent(longest),
     };
     for (const svg of figure.querySelectorAll(".heads")) {
-      fill[`most-${svg.dataset.target}`] = percent(shade(svg, sample, p, view), 0);
+      fill[`most-${svg.dataset.target}`] = percent(shade(svg, sample, p, view));
     }
     for (const [name, text] of Object.entries(fill)) {
       const cell = figure.querySelector(`[data-fill="${name}"]`);
@@ -149,7 +151,7 @@ function listen(section, index) {
     const i = n % (rows * columns);
     rect.addEventListener("pointerenter", () => {
       const at = place(sample, chosen);
-      const told = sample.paths.map((path) => percent((path.image[at * rows * columns + i] / 255) * path.peak[at], 2));
+      const told = sample.paths.map((path) => percent((path.image[at * rows * columns + i] / 255) * path.peak[at]));
       const names = told.length > 1 ? ["intact", "corrupted"] : ["of the attention"];
       const said = told.map((share, p) => (p > 0 && sample.copied[chosen.token] ? null : `${share} ${names[p]}`));
       pointed.textContent =
