@@ -9,7 +9,7 @@ P paths, T looking tokens, H heads, N image tokens, K latents, L sequence length
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,29 +36,28 @@ BYTES = 3 * 2**20  # for the maps of all samples, a byte a number
 class Sample:
     """One question with its pictures, attention and answers.
 
-    grid: rows and columns of a map. tokens: names of the T that look. layers, heads: those that are kept.
-    image [P,T,1+layers,1+heads,rows*columns]: softmax weights on the first image's first view; latents [..,
-    K]: on each latent; share [.., 2]: on all image tokens, on all latents. Index 0 of layers and of heads is
-    the mean over all that were asked for. copied: of each token, whether the corrupted path takes its states
-    from the intact one and has no attention of its own there. number: of the question. images: PIL, the
-    intact one and of two paths the corrupted one. said: each path's likeliest first token. answers:
-    {condition: (text, whether right)}. other: the answer of the record whose latents are put in, if any.
+    images: PIL, the intact one and of two paths the corrupted one. tokens: names of the T that look. copied:
+    of each, whether the corrupted path takes its states from the intact one and has no attention of its own
+    there. grid: rows and columns of a map. layers, heads: those that are kept. image [P,T,1+layers,1+heads,
+    rows*columns]: softmax weights on the first image's first view; latents [.., K]: on each latent; share
+    [.., 2]: on all image tokens, on all latents. Index 0 of layers and of heads is the mean over all that
+    were asked for. said: each path's likeliest first token. answers: {condition: (text, whether right)}.
+    other: the answer of the record whose latents are put in, if any.
     """
 
-    grid: tuple
+    record: data.Record
+    images: list
     tokens: list
+    copied: list
+    grid: tuple
     layers: list
     heads: list
     image: torch.Tensor
     latents: torch.Tensor
     share: torch.Tensor
-    copied: list = field(default_factory=list)
-    number: int = 0
-    record: data.Record | None = None
-    images: list = field(default_factory=list)
-    said: list = field(default_factory=list)
-    answers: dict = field(default_factory=dict)
-    other: str = ""
+    said: list
+    answers: dict
+    other: str
 
 
 @dataclass
@@ -124,14 +123,12 @@ def measure(model, fmt, method, settings, records, count=4, layers=None, progres
             states.append(latent_space.states_of(model, method, batch))
         if seen is not None:
             heads = seen.shape[3]
-            sample = sampled(model, batch, seen, views[0], layers, budget)
-            copied = method.copied(batch)[0] if two_paths else torch.zeros_like(batch["input_ids"][0])
-            sample.copied = copied[looking(batch)].bool().tolist()
-            sample.number, sample.record, sample.images = i, record, list(examples.images)
-            sample.said = [model.tokenizer.decode([int(token)]).strip() for token in logits.argmax(-1)]
-            sample.answers = found[i]
-            sample.other = records[partner[i]].answer if partner else ""
-            samples.append(sample)
+            copied = method.copied(batch)[0, looking(batch)].tolist() if two_paths else []
+            said = [model.tokenizer.decode([int(token)]).strip() for token in logits.argmax(-1)]
+            other = records[partner[i]].answer if partner else ""
+            maps = bounded(batch, seen, views[0], layers, budget)
+            tokens = names_of(model, batch)
+            samples.append(Sample(record, examples.images, tokens, copied, *maps, said, found[i], other))
 
     corruption = figures.described(method.corruption or Corruption())
     return Inside(
@@ -279,10 +276,10 @@ def look(model, method, settings, batch, layers):
     return seen, means, logits
 
 
-def sampled(model, batch, seen, view, layers, budget):
-    """What `look` saw of a record -> Sample, its maps bounded to `budget` numbers for each path.
+def bounded(batch, seen, view, layers, budget):
+    """What `look` saw of a record -> (grid, layers, heads, image, latents, share), as Sample has them.
 
-    view: the grid of the first image's first view.
+    view: the grid of the first image's first view. budget: numbers of maps that a path may keep.
     """
     N, K = batch["image"].shape[1], batch["latents"].shape[1]
     T, H = seen.shape[1], seen.shape[3]
@@ -299,9 +296,8 @@ def sampled(model, batch, seen, view, layers, budget):
 
     latents = seen[..., N:]
     share = torch.stack([seen[..., :N].sum(-1), latents.sum(-1)], -1)
-    maps = merged(seen[..., : view.rows * view.columns], (view.rows, view.columns), grid)
-    kept = [layers[i] for i in some_layers]
-    return Sample(grid, names_of(model, batch), kept, some_heads, maps, latents, share)
+    image = merged(seen[..., : view.rows * view.columns], (view.rows, view.columns), grid)
+    return grid, [layers[i] for i in some_layers], some_heads, image, latents, share
 
 
 def fitting(layers, heads, cells, budget):

@@ -241,7 +241,7 @@ def maps(one):
         "heads": one.heads,
         "grid": one.grid,
         "count": one.latents.shape[-1],
-        "copied": one.copied,
+        "copied": one.copied or [False] * len(one.tokens),
         "darkest": DARKEST,
         "paths": paths,
     }
