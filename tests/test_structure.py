@@ -28,7 +28,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "evaluation",
-            "scoring benchmarks asking predictions figures interventions carrying reliance study",
+            "scoring benchmarks asking predictions figures interventions carrying reliance gaze latent_space "
+            "inside charts page_samples page study",
         ),
         ("serving", "chat door rooms lanes engine endpoint"),
     ],

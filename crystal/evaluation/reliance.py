@@ -209,12 +209,14 @@ def measure(
     procs=None,
     progress=False,
     biases=None,
+    tell=lambda result: None,
 ):
     """A model with latents on records -> everything as one JSON object (see `summarise`); all ranks take
     their share and return the whole.
 
     corruption: a corrupt.Corruption. biases: function (batch) -> [attention_bias.AttentionBias], a mask under
-    which all is asked. Raises UserError if the prompts hold no latents, or no two answers differ.
+    which all is asked. tell: called with each answer, a dict of index, condition, prediction and correct.
+    Raises UserError if the prompts hold no latents, or no two answers differ.
     """
     procs = procs or distributed.Processes(device=model.device)
     kept = questions(model, fmt, records, "keep", corruption, seed)
@@ -238,6 +240,7 @@ def measure(
             correct = score(records[i], prediction)[1]
             result = {"index": i, "condition": condition.name, "prediction": prediction, "correct": correct}
             results.append(result)
+            tell(result)
 
     sharing = ExitStack()
     features = sharing.enter_context(images_seen_once(model))
