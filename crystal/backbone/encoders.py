@@ -9,6 +9,7 @@ checkpoint's own preprocessor_config.json: transformers' DINOv3 processor needs 
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -36,20 +37,10 @@ TINY = Path(__file__).parents[1] / "assets" / "encoder"  # made by data_prep/tin
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in which processors are configured
 
 
-class Encoder(nn.Module):
-    """A frozen encoder in evaluation mode, float32. dim: E."""
+class Preparation(NamedTuple):
+    """How an encoder wants its pictures; it has no weights. rules: its preprocessor_config.json."""
 
-    def __init__(self, name, hf, rules):
-        super().__init__()
-        self.name = name
-        self.hf = hf.eval().requires_grad_(False)
-        self.rules = rules
-        self.dim = hf.config.hidden_size
-
-        # DINO puts its class token and registers in front of the patches, SigLIP has none.
-        self.prefix = 0
-        if not isinstance(hf, SiglipVisionModel):
-            self.prefix = 1 + getattr(hf.config, "num_register_tokens", 0)
+    rules: dict
 
     def pixels(self, image):
         """PIL image, RGB -> [3,h,w], resized, cropped where the checkpoint says so, normalised."""
@@ -78,6 +69,26 @@ class Encoder(nn.Module):
         mean = torch.tensor(rules["image_mean"])[:, None, None]
         std = torch.tensor(rules["image_std"])[:, None, None]
         return (x - mean) / std
+
+
+class Encoder(nn.Module):
+    """A frozen encoder in evaluation mode, float32. dim: E."""
+
+    def __init__(self, name, hf, rules):
+        super().__init__()
+        self.name = name
+        self.hf = hf.eval().requires_grad_(False)
+        self.rules = rules
+        self.dim = hf.config.hidden_size
+
+        # DINO puts its class token and registers in front of the patches, SigLIP has none.
+        self.prefix = 0
+        if not isinstance(hf, SiglipVisionModel):
+            self.prefix = 1 + getattr(hf.config, "num_register_tokens", 0)
+
+    def pixels(self, image):
+        """PIL image, RGB -> [3,h,w], as the encoder wants it."""
+        return Preparation(self.rules).pixels(image)
 
     @torch.no_grad()
     def forward(self, pixels):

@@ -204,6 +204,11 @@ class Method(SFT):
         dtype = torch.promote_types(model.hf.dtype, torch.float32)
         return self.projections.to(model.device, dtype)
 
+    def for_workers(self):
+        """Of the encoders how they want their pictures, without their weights."""
+        ways = [encoder and encoders.Preparation(encoder.rules) for encoder in self.encoders]
+        return {"encoders": ways}
+
     def extras(self, record, images):
         """What the encoders want of a record: pixels_m [I,3,h,w] of its images, or features_m [P,E].
 
