@@ -126,9 +126,24 @@ def measure(model, fmt, method, settings, records, count=4, layers=None, progres
             copied = method.copied(batch)[0, looking(batch)].tolist() if two_paths else []
             said = [model.tokenizer.decode([int(token)]).strip() for token in logits.argmax(-1)]
             other = records[partner[i]].answer if partner else ""
-            maps = bounded(batch, seen, views[0], layers, budget)
-            tokens = names_of(model, batch)
-            samples.append(Sample(record, examples.images, tokens, copied, *maps, said, found[i], other))
+            grid, kept, some_heads, image, latents, share = bounded(batch, seen, views[0], layers, budget)
+            samples.append(
+                Sample(
+                    record=record,
+                    images=examples.images,
+                    tokens=names_of(model, batch),
+                    copied=copied,
+                    grid=grid,
+                    layers=kept,
+                    heads=some_heads,
+                    image=image,
+                    latents=latents,
+                    share=share,
+                    said=said,
+                    answers=found[i],
+                    other=other,
+                )
+            )
 
     corruption = figures.described(method.corruption or Corruption())
     return Inside(
