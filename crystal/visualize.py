@@ -36,6 +36,14 @@ def spread(records, count):
     return turns[:count]
 
 
+def read_whole(data_path, image_root):
+    """Records, the first broken one of which is raised."""
+    records, _ = data.read(data_path, image_root)
+    if broken := data.broken(records):
+        raise broken[0]
+    return records
+
+
 def pictures(
     run_dir,
     data_path,
@@ -59,10 +67,7 @@ def pictures(
     out = Path(out_dir)
     # First: it needs no model, and tells a run from what is none.
     paths = [loss_curves(run_dir, out / "losses.png")]
-    records, _ = data.read(data_path, image_root)
-    if broken := [r for r in records if isinstance(r, data.RecordError)]:
-        raise broken[0]
-    chosen = spread(records, count)
+    chosen = spread(read_whole(data_path, image_root), count)
     if not chosen:
         raise UserError(f"{data_path}: no record with an image")
     paths.append(
@@ -105,9 +110,7 @@ def write_page(
         image_root = image_root or settings.image_root
     if not data_path:
         raise UserError(f"{run_dir}: was trained on scenes made for it; --data names the records to ask")
-    records, _ = data.read(data_path, image_root)
-    if broken := data.broken(records):
-        raise broken[0]
+    records = read_whole(data_path, image_root)
     chosen = spread([record for record in records if record.answer], asked)
     if not chosen:
         raise UserError(f"{data_path}: no record with an image and an answer")

@@ -150,12 +150,11 @@ def panels(drawn):
 def samples(found):
     """Chosen questions: pictures, attention and answers."""
     said = [
-        "A picture is dark where the chosen token does not look and clear where it looks most"
-        + ("; both pictures of a question have one scale. " if found.two_paths else ". ")
-        + "The grids below it are layers by heads: the stronger a cell's colour, the more of that head's "
-        "attention goes there. Point at a cell to see where its head looks, click to keep it, and point at "
-        "the picture to read what a place gets. What is drawn at first is the mean over all layers and "
-        "heads, of the token that predicts the answer."
+        "A picture is dark where the chosen token does not look and clear where it looks most; how much that "
+        "is stands below it. The grids are layers by heads: the stronger a cell's colour, the more of that "
+        "head's attention goes there. Point at a cell to see where its head looks, click to keep it, and "
+        "point at the picture to read what a place gets. What is drawn at first is the mean over all layers "
+        "and heads, of the token that predicts the answer."
     ]
     if found.count:
         said.append(
@@ -190,7 +189,8 @@ def states(found):
             "If the latents carried nothing of the picture, each would lie on a spot of its own whatever "
             "the picture; where they lie in clouds, they differ from question to question. Of the latents' "
             f"own variance, in all dimensions, so much lies between questions: {shares}. Latents that are "
-            "learned embeddings begin at 0 %."
+            "learned embeddings begin at 0 %. To differ is not yet to be of use: latents that nobody trained "
+            "differ too, as every token does that sees picture and question."
         )
     if not found.count:
         said.append("There are no latents here: the dots are image and text alone.")

@@ -95,13 +95,13 @@ def thumbnail(image, name):
 def path(one, p, name):
     """One picture of a question with what looks at it."""
     width, height = size_of(one.images[p])
-    shown = one.image[:, 0, 0, 0]  # [P,N]
+    shown = one.image[p, 0, 0, 0]  # [N]
     peak = max(float(shown.max()), 1e-12)
     picture = (
         f'<svg class="picture" viewBox="0 0 {width} {height}" preserveAspectRatio="xMinYMin" role="img" '
         f'aria-label="the {PATHS[p]} picture, clear where the token looks">'
         f'<image id="{name}" href="{png(one.images[p])}" width="{width}" height="{height}"/>'
-        f'<g class="veil">{veil(shown[p] / peak, one.grid, width, height)}</g>{boxes(one, p)}</svg>'
+        f'<g class="veil">{veil(shown / peak, one.grid, width, height)}</g>{boxes(one, p)}</svg>'
     )
 
     share = one.share[p, 0, 0, 0].tolist()

@@ -43,12 +43,12 @@ function draw(section, view) {
   const [rows, columns] = sample.grid;
   const pictures = sample.paths.map((path) => weights(path.image, path.peak, at, rows * columns));
   const latents = sample.paths.map((path) => weights(path.latents, path.longest, at, sample.count));
-  const peak = Math.max(1e-12, ...pictures.flat()); // both paths have one scale
-  const longest = Math.max(1e-12, ...latents.flat());
+  const longest = Math.max(1e-12, ...latents.flat()); // both paths' bars have one scale, each picture its own
 
   for (const figure of section.querySelectorAll(".path")) {
     const p = Number(figure.dataset.path);
     const path = sample.paths[p];
+    const peak = Math.max(1e-12, ...pictures[p]);
     figure.classList.toggle("copied", p > 0 && sample.copied[view.token]);
 
     figure.querySelectorAll(".veil rect").forEach((rect, i) => {
