@@ -20,7 +20,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 ABOUT = {"name": "runs/x", "method": "crystal", "checkpoint": "step-7", "data": "some.jsonl"}
 METRICS = (
     {"loss": [(1, 2.0), (2, 1.0)], "mass_int": [(1, 0.1), (2, 0.2)], "mass_cor": [(1, 0.1), (2, 0.3)]},
-    {"gain": [(1, 0.1), (2, 0.25)], "gain_pm": [(1, 0.05), (2, 0.125)], "swap": [(2, 0.5)], "swap_pm": [(2, 1.0)]},
+    {
+        "gain": [(1, 0.1), (2, 0.25)],
+        "gain_pm": [(1, 0.05), (2, 0.125)],
+        "swap": [(2, 0.5)],
+        "swap_pm": [(2, 1.0)],
+    },
 )
 SUMMARY = {
     "conditions": [
@@ -49,8 +54,10 @@ def inside(two=True, latents=True, **changes):
         looks["latents"], points["latents"] = [numbers], torch.rand(2, 2)
     between = 0.5 if latents else None
     found = {
-        "samples": [made(2 if two else 1, count)], "looks": looks, "states": [States(0, points, (0.5, 0.25), between)],
-        "reliance": None, "why": "there is <no> reason", "right": [True, False, True], "two_paths": two, "count": count,
+        "samples": [made(2 if two else 1, count)], "looks": looks,
+        "states": [States(0, points, (0.5, 0.25), between)],
+        "reliance": None, "why": "there is <no> reason", "right": [True, False, True],
+        "two_paths": two, "count": count,
         "layers": 5, "heads": 6, "shown": 3, "corruption": "blur, r = 5 px",
     }  # fmt: skip
     return Inside(**(found | changes))
@@ -123,13 +130,18 @@ def test_what_comes_from_elsewhere_stays_text():
         assert not read.open and "img" not in [tag for tag, _ in read.tags]
         assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
         assert [tag for tag, _ in read.tags].count("script") == 2
-        (numbers,) = re.findall('<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL)
+        (numbers,) = re.findall(
+            '<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL
+        )
         assert "<" not in numbers and json.loads(numbers)[0]["sizes"] == [2, 2, 3]
 
 
 def test_the_heading_says_how_it_stands():
     text = prose(built())
-    assert "a run of the method crystal, its checkpoint step-7. Of 3 questions of some.jsonl it answers 67 %" in text
+    assert (
+        "a run of the method crystal, its checkpoint step-7. Of 3 questions of some.jsonl it answers 67 %"
+        in text
+    )
     assert "The latents are used. At the last validation gain was +0.250 ±0.125 nats." in text
     assert "At the last validation swap was +0.500 ±1.000 nats." in text
 
@@ -138,7 +150,9 @@ def test_each_section_says_what_would_be_seen_without_use():
     sections = built().split("<section ")[1:]
     assert [re.match('id="(.*?)"', section)[1] for section in sections] == list(page.SECTIONS)
     for section in sections[:5]:
-        assert "If the latents carried nothing" in prose(section) or "if the latents carried nothing" in prose(section)
+        assert "If the latents carried nothing" in prose(
+            section
+        ) or "if the latents carried nothing" in prose(section)
 
 
 @pytest.mark.parametrize("two, latents", [(False, False), (False, True), (True, True)])
@@ -192,25 +206,30 @@ def test_the_table_of_interventions():
     places = re.search('<line x1="(.*?)" x2="(.*?)" y1="7" y2="7"/><circle cx="(.*?)"', rows[2])
     assert [float(x) for x in places.groups()] == pytest.approx([5, 135, 5 + 1.5 * 26], abs=0.1)
     assert '<line class="zero" x1="109.0" x2="109.0"' in rows[2]
-    assert "Asked here. Every line keeps" in prose(text) and "The latents are used. The rule: used if so." in prose(text)
+    assert "Asked here. Every line keeps" in prose(
+        text
+    ) and "The latents are used. The rule: used if so." in prose(text)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_a_pointer_is_answered(tmp_path):
-    """In a browser: the view that the address names, a head that is pointed at, and no script of a record's."""
+    """In a browser: the view that the address names, a head that is pointed at, no script of a record."""
     found = inside()
     found.samples = [made(), made(question=NASTY)]
     text = built(found)
     probe = """
     const section = document.querySelectorAll(".sample")[1];
     const read = (path, what) => section.querySelectorAll(".path")[path].querySelector(what);
-    const veil = () => [...read(1, ".veil").children].map((rect) => rect.getAttribute("fill-opacity")).join(" ");
-    const said = [location.hash, section.querySelector("select").value, section.querySelectorAll(".path")[1].className];
+    const veil = () =>
+      [...read(1, ".veil").children].map((rect) => rect.getAttribute("fill-opacity")).join(" ");
+    const second = section.querySelectorAll(".path")[1];
+    const said = [location.hash, section.querySelector("select").value, second.className];
     section.querySelector("select").value = "0";
     section.querySelector("select").dispatchEvent(new Event("change"));
     const cell = read(0, '.heads.image [data-layer="1"][data-head="2"]');
     cell.dispatchEvent(new PointerEvent("pointerenter"));
-    said.push(section.querySelector(".pointed").textContent, veil(), read(0, "[data-fill=image]").textContent);
+    said.push(section.querySelector(".pointed").textContent, veil());
+    said.push(read(0, "[data-fill=image]").textContent);
     cell.dispatchEvent(new PointerEvent("pointerleave"));
     section.querySelector("button").click();
     said.push(location.hash, veil(), read(0, "[data-fill=image]").textContent);
@@ -222,7 +241,13 @@ def test_a_pointer_is_answered(tmp_path):
     text = text.replace("script-src ", f"script-src 'sha256-{digest}' ")
     file = tmp_path / "page.html"
     file.write_text(text.replace("</body>", f"<script>{probe}</script></body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command += ["--enable-logging=stderr", "--dump-dom", f"file://{file}#sample=2&token=1&layer=1&head=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -15,8 +15,20 @@ from crystal.runtime.config import UserError
 def test_a_run_gives_three_pictures(model_dirs, records_file, tmp_path, capsys, monkeypatch):
     run = train.main(
         [
-            "--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(tmp_path / "run"),
-            "--max_steps", "2", "--latents", "3", "--lora_r", "2", "--device", "cpu",
+            "--model",
+            str(model_dirs[True]),
+            "--data",
+            str(records_file),
+            "--output",
+            str(tmp_path / "run"),
+            "--max_steps",
+            "2",
+            "--latents",
+            "3",
+            "--lora_r",
+            "2",
+            "--device",
+            "cpu",
         ]
     )
     capsys.readouterr()
@@ -26,8 +38,16 @@ def test_a_run_gives_three_pictures(model_dirs, records_file, tmp_path, capsys, 
     )
     visualize.main(
         [
-            "--run", str(run), "--data", str(records_file), "--count", "2", "--attn_layers", "last",
-            "--device", "cpu:0",
+            "--run",
+            str(run),
+            "--data",
+            str(records_file),
+            "--count",
+            "2",
+            "--attn_layers",
+            "last",
+            "--device",
+            "cpu:0",
         ]
     )
     assert opened == [torch.device("cpu:0")]
@@ -67,8 +87,20 @@ def test_a_run_gives_a_page(model_dirs, records_file, tmp_path, capsys):
     """From the command to a file: three questions, two drawn, and the run's own terms."""
     run = train.main(
         [
-            "--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(tmp_path / "run"),
-            "--max_steps", "2", "--latents", "3", "--lora_r", "2", "--device", "cpu",
+            "--model",
+            str(model_dirs[True]),
+            "--data",
+            str(records_file),
+            "--output",
+            str(tmp_path / "run"),
+            "--max_steps",
+            "2",
+            "--latents",
+            "3",
+            "--lora_r",
+            "2",
+            "--device",
+            "cpu",
         ]
     )
     capsys.readouterr()
@@ -77,7 +109,9 @@ def test_a_run_gives_a_page(model_dirs, records_file, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB"
     text = file.read_text()
     assert text.count('<article class="sample"') == 2 and "What colour is the star?" in text
-    assert all(f"<figcaption>{term}</figcaption>" in text for term in ("loss", "ce_int", "ce_cor", "kl", "attn"))
+    assert all(
+        f"<figcaption>{term}</figcaption>" in text for term in ("loss", "ce_int", "ce_cor", "kl", "attn")
+    )
     assert text.count("<b>latents: swapped</b>") == 3  # of two samples, and in the table
     assert file.stat().st_size < 1e6
 
@@ -89,7 +123,10 @@ def test_a_run_gives_a_page(model_dirs, records_file, tmp_path, capsys):
         (["--data", "y", "--questions", "7"], "--questions changes nothing without --html"),
         ([], "--data names the records"),
         (["--html", "x.html", "--count", "0"], "--count 0, --questions 100: at least 1"),
-        (["--html", "x.html", "--count", "4", "--questions", "3"], "--count 4, --questions 3: .* as many questions"),
+        (
+            ["--html", "x.html", "--count", "4", "--questions", "3"],
+            "--count 4, --questions 3: .* as many questions",
+        ),
         (["--html", "x.html"], "no metrics.jsonl in it"),
     ],
 )
@@ -100,7 +137,7 @@ def test_flags_that_mean_nothing_are_one_line(flags, message, tmp_path):
 
 
 def test_a_run_without_records_of_its_own_wants_some(model_dirs, records_file, tmp_path, monkeypatch):
-    """Scenes that were made for a run may be gone; and records without a picture or an answer are none to ask."""
+    """Scenes made for a run may be gone; records without a picture or an answer are none to ask."""
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}))
     settings = methods.parse(["--model", str(model_dirs[True]), "--method", "sft"])
     monkeypatch.setattr(visualize, "open_model", lambda *args, **how: (None, None, settings))
