@@ -196,7 +196,9 @@ def main(argv=None):
     }
     masses, in_prompt = "", False
     for (name, directory), method in zip(runs.items(), chosen):
-        model, fmt, settings = opening.open_model(directory, LAST, procs.device, method=method)
+        model, fmt, settings = opening.open_model(
+            directory, which=LAST, device=procs.device, method=method
+        )
         asked, mass = evaluate.diagnose(model, fmt, methods.get(settings.method)(settings), records, **how)
         in_prompt = fmt.count > 0 and not (fmt.writes_own_latents or fmt.feeds_back)
         found |= {
