@@ -1199,7 +1199,7 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         opening,
         "open_model",
-        lambda run, method, **_: (
+        lambda run, which, method, **_: which == "last" and (
             str(run),
             SimpleNamespace(count=8 * (method != "sft"), writes_own_latents=False, feeds_back=False),
             SimpleNamespace(method="sft"),
@@ -1250,8 +1250,8 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     )
     assert intervened == [
         [
-            "--model", "to/mine", "--method", "mine.py", "--data", "runs/toy-4/test.jsonl", "--limit", "1000",
-            "--reliance", "--batch_size", "100", "--max_new_tokens", "8", "--overwrite",
+            "--model", "to/mine", "--checkpoint", "last", "--method", "mine.py",
+            "--data", "runs/toy-4/test.jsonl", "--limit", "1000", "--reliance", "--batch_size", "100", "--max_new_tokens", "8", "--overwrite",
         ]
     ]
     assert "== 4. Accuracy on 2 held-out questions" in capsys.readouterr().out
