@@ -37,7 +37,12 @@ def test_data_becomes_pixels():
 
 @pytest.mark.parametrize(
     "low, high, expected",
-    [(0, 1, [0, 0.5, 1]), (0, 500, [0, 200, 400]), (-0.1, 0.3, [-0.1, 0, 0.1, 0.2, 0.3]), (1, 1.1, [1, 1.05, 1.1])],
+    [
+        (0, 1, [0, 0.5, 1]),
+        (0, 500, [0, 200, 400]),
+        (-0.1, 0.3, [-0.1, 0, 0.1, 0.2, 0.3]),
+        (1, 1.1, [1, 1.05, 1.1]),
+    ],
 )
 def test_ticks_are_round(low, high, expected):
     assert charts.ticks(low, high) == pytest.approx(expected)
@@ -45,7 +50,9 @@ def test_ticks_are_round(low, high, expected):
 
 def test_ticks_of_a_logarithm():
     assert charts.powers(0.02, 30) == pytest.approx([0.1, 1, 10])
-    assert charts.powers(0.036, 0.48) == pytest.approx([0.05, 0.1, 0.2])  # a single power of ten would say little
+    assert charts.powers(0.036, 0.48) == pytest.approx(
+        [0.05, 0.1, 0.2]
+    )  # a single power of ten would say little
 
 
 def test_every_term_has_a_panel():
@@ -71,7 +78,9 @@ def test_every_term_has_a_panel():
     zero = lines(panels["gain"], "zero")[0]
     assert zero[0][1] == zero[1][1] == pytest.approx(TOP + height * 0.7 / 0.8, abs=0.06)
     ends = re.findall(r'<line class="intact" x1="(.*?)" x2="\1" y1="(.*?)" y2="(.*?)"', panels["gain"])
-    assert float(ends[1][1]) == pytest.approx(TOP + height, abs=0.06) and float(ends[1][2]) == pytest.approx(TOP, abs=0.06)
+    assert float(ends[1][1]) == pytest.approx(TOP + height, abs=0.06) and float(ends[1][2]) == pytest.approx(
+        TOP, abs=0.06
+    )
 
     assert len(lines(panels["loss"], "faint intact")[0]) == 100 and circles(panels["loss"], "held intact")
     # 20 to 0.2 is logarithmic: half way up stands 2, the tenth update.
@@ -83,7 +92,11 @@ def test_every_term_has_a_panel():
 def test_a_long_curve_is_thinned_and_keeps_its_end():
     points = [(n, float(n)) for n in range(1001)]  # every third, 0 to 999, and 1000
     thin = charts.thinned(points)
-    assert len(thin) == 335 <= charts.DRAWN and thin[0] == (0, 0.0) and thin[-2:] == [(999, 999.0), (1000, 1000.0)]
+    assert (
+        len(thin) == 335 <= charts.DRAWN
+        and thin[0] == (0, 0.0)
+        and thin[-2:] == [(999, 999.0), (1000, 1000.0)]
+    )
     assert charts.thinned(points[:400]) == points[:400]
 
 
@@ -92,7 +105,9 @@ def test_a_histogram_counts_questions():
     path = [{"entropy": 1.0, "tokens": 8}] * 3 + [{"entropy": 2.05, "tokens": 8}]
     drawn = charts.entropies([path, [{"entropy": 1.5, "tokens": 8}] * 4], "answer")
     bars = re.findall(r'<rect class="bar (\w+)" x="(.*?)" y=".*?" width=".*?" height="(.*?)"', drawn)
-    tall = {css: [float(height) for name, _, height in bars if name == css] for css in ("intact", "corrupted")}
+    tall = {
+        css: [float(height) for name, _, height in bars if name == css] for css in ("intact", "corrupted")
+    }
     height = 180 - TOP - BOTTOM
     assert sorted(tall["intact"])[-2:] == pytest.approx([height / 4, height * 3 / 4], abs=0.1)
     assert sorted(tall["corrupted"])[-2:] == pytest.approx([0, height], abs=0.1)
@@ -123,7 +138,10 @@ def test_states_keep_their_kinds_and_say_what_is_kept():
     assert len(circles(drawn, "point image")) == 2 and len(circles(drawn, "point latents")) == 1
     assert "before layer 2 of 0 to 4: 75 % of the variance kept" in drawn
     assert "first component, 50 % of the variance" in drawn and "second, 25 %" in drawn
-    assert [charts.where(depth, 5) for depth in (0, 5)] == ["before the first layer", "after the last of 5 layers"]
+    assert [charts.where(depth, 5) for depth in (0, 5)] == [
+        "before the first layer",
+        "after the last of 5 layers",
+    ]
 
 
 def test_names_stay_text():

@@ -21,7 +21,9 @@ def test_the_mean_is_over_heads_and_rows_that_are_there():
         for row in own:
             for head in range(2):
                 weights = (0.7 * q[b, head, row] @ k[b, 0, : row + 1].T).softmax(0)
-                expected += torch.stack([weights[c] if c <= row else torch.tensor(0.0) for c in cols[b].tolist()])
+                expected += torch.stack(
+                    [weights[c] if c <= row else torch.tensor(0.0) for c in cols[b].tolist()]
+                )
         assert torch.allclose(found[b], expected / (2 * len(own)), atol=1e-6)
 
 
@@ -54,15 +56,22 @@ def test_the_corrupted_path_does_not_look_from_what_it_copies():
 
 def test_a_record_is_judged_by_the_papers_definitions():
     """A = (S - 0.1) / 0.2 = 0, 1, 0.5, 0: two thirds and a third; more than 1.5 times the mean (0.375) is one."""
-    means = {"text": torch.tensor([[0.1, 0.3, 0.2, 0.1, 9.0]]), "answer": torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]])}
+    means = {
+        "text": torch.tensor([[0.1, 0.3, 0.2, 0.1, 9.0]]),
+        "answer": torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]),
+    }
     record = SimpleNamespace(boxes=[[5, 0, 7, 3]])  # of 8 x 8 pixels: the upper right of 2 x 2 tokens
     found = gaze.judge(record, (8, 8), [Grid(2, 2)], means)
     (text,), (answer,) = found["text"], found["answer"]
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
-    assert text == pytest.approx({"entropy": entropy, "salient": 1, "tokens": 4, "focus": 2 / 3, "chance": 0.25})
+    assert text == pytest.approx(
+        {"entropy": entropy, "salient": 1, "tokens": 4, "focus": 2 / 3, "chance": 0.25}
+    )
     assert answer == pytest.approx({"entropy": 0, "salient": 1, "tokens": 4, "focus": 0, "chance": 0.25})
     assert set(gaze.judge(SimpleNamespace(boxes=[]), (8, 8), [Grid(2, 2)], means)["text"][0]) == {
-        "entropy", "salient", "tokens",
+        "entropy",
+        "salient",
+        "tokens",
     }
 
 

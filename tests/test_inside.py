@@ -48,7 +48,9 @@ def records(records_file):
 
 
 @pytest.mark.parametrize("which", [0, 2])  # a one-token answer; two images
-@pytest.mark.parametrize("flags", [(), ("--method", "released"), ("--latent_copy", "hidden"), ("--method", "sft")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--method", "released"), ("--latent_copy", "hidden"), ("--method", "sft")]
+)
 def test_what_is_seen_is_the_full_softmax(setup, flags, which):
     """Every weight of both paths comes from transformers' eager attention; the means from all rows of it."""
     s = setup(*flags, which=[which])
@@ -75,7 +77,9 @@ def test_what_is_seen_is_the_full_softmax(setup, flags, which):
         rows = [t for t in rows if p == 0 or not copied[0, t]]
         expected = weights[:, p][:, :, rows][..., image].mean((0, 1, 2))
         assert (means["text"][p] - expected).abs().max() < 1e-6
-    assert len(seen) == (2 if two else 1) and set(means) == ({"text", "answer", "latents"} if two else {"text", "answer"})
+    assert len(seen) == (2 if two else 1) and set(means) == (
+        {"text", "answer", "latents"} if two else {"text", "answer"}
+    )
     if two:
         assert len(means["latents"]) == 1  # the corrupted path's are the intact one's
         expected = weights[:, 0][:, :, latents][..., image].mean((0, 1, 2))
@@ -119,8 +123,9 @@ def test_means_are_over_what_is_left_out_too():
     seen = torch.rand(2, 1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     batch = {"image": torch.arange(4)[None], "latents": torch.tensor([[9]])}
     view = SimpleNamespace(rows=2, columns=2)
-    grid, layers, heads, image, latents, share = inside.bounded(batch, seen, view, [4, 6, 8], 45)
-    assert (grid, layers, heads) == ((2, 2), [4, 8], [0, 3])  # 3 * 3 * 5
+    found = inside.bounded(batch, seen, view, [4, 6, 8], 45)
+    assert (found["grid"], found["layers"], found["heads"]) == ((2, 2), [4, 8], [0, 3])  # 3 * 3 * 5
+    image, latents, share = found["image"], found["latents"], found["share"]
     assert torch.allclose(image[:, :, 0, 0], seen[..., :4].mean((2, 3)))
     assert torch.allclose(image[:, :, 0, 2], seen[:, :, :, 3, :4].mean(2))
     assert torch.allclose(image[:, :, 2, 1], seen[:, :, 2, 0, :4])
@@ -155,13 +160,20 @@ def test_every_method_is_looked_into(model_dirs, records, method):
     sample = found.samples[0]
     assert len(sample.images) == (2 if two else 1) and sample.images[0].size == (112, 84)
     assert sample.grid == (3, 4) and sample.image.shape[1:] == (len(sample.tokens), 4, 5, 12)
-    assert [each.depth for each in found.states] == [0, 1, 3] and set(found.states[0].points) >= {"image", "text"}
+    assert [each.depth for each in found.states] == [0, 1, 3] and set(found.states[0].points) >= {
+        "image",
+        "text",
+    }
     assert sum(found.states[-1].kept) < 1
     if two:
         assert sum(sample.copied) >= 3 and sample.images[0] != sample.images[1]
     if method in ("sft", "valr"):
         assert found.reliance is None and found.why
-        names = ["as trained", "image corrupted"] if method == "sft" else ["as trained", "latents dropped", "image corrupted"]
+        names = (
+            ["as trained", "image corrupted"]
+            if method == "sft"
+            else ["as trained", "latents dropped", "image corrupted"]
+        )
         assert list(sample.answers) == names and sample.other == ""
     else:
         assert list(sample.answers) == [condition.name for condition in reliance.CONDITIONS]
@@ -185,7 +197,9 @@ def test_every_family_is_looked_into(family_dirs, records, family):
 
 def test_the_pictures_are_those_that_were_asked(model_dirs, records):
     """The corrupted picture of a question is drawn with the strength that its answer was given to."""
-    model, fmt, kind, settings = opened(model_dirs[True], "crystal", "--corruption", "noise=5:200", "--seed", "3")
+    model, fmt, kind, settings = opened(
+        model_dirs[True], "crystal", "--corruption", "noise=5:200", "--seed", "3"
+    )
     found = inside.measure(model, fmt, kind, settings, records, 2)
     asked = reliance.questions(model, fmt, records, "keep", Corruption("noise=5:200"), 3)
     for i, sample in enumerate(found.samples):
@@ -216,7 +230,9 @@ def test_questions_that_cannot_be_swapped_are_told(model_dirs, records, alike):
     model, fmt, kind, settings = opened(model_dirs[True])
     twins = [data.Record(**(vars(r) | {"answer": "red"})) for r in records[:2]] if alike else records[:1]
     found = inside.measure(model, fmt, kind, settings, twins, 1)
-    assert found.reliance is None and ("another answer" in found.why if alike else "one question" in found.why)
+    assert found.reliance is None and (
+        "another answer" in found.why if alike else "one question" in found.why
+    )
     assert list(found.samples[0].answers) == ["as trained", "latents dropped", "image corrupted"]
 
 
@@ -241,7 +257,10 @@ def test_the_newest_result_is_read_if_it_is_of_the_checkpoint(run, tmp_path):  #
     old, new = left(run, "z", questions=5), left(run, "a")
     os.utime(old, (1, 1))
     result, source = inside.evaluated(run, "step-2")
-    assert result["questions"] == 7 and source == f"Read from {new}: 7 questions of some.jsonl, corruption blur=5."
+    assert (
+        result["questions"] == 7
+        and source == f"Read from {new}: 7 questions of some.jsonl, corruption blur=5."
+    )
     result, source = inside.evaluated(run, "step-1")
     assert result is None and "checkpoint step-2 (--checkpoint 2) and not shown" in source
     new.unlink(), old.unlink()

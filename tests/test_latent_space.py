@@ -84,8 +84,20 @@ def test_fed_back_latents_are_those_of_the_whole_sequence(setup):
 
 def test_kinds_stay_apart():
     g = torch.Generator().manual_seed(0)
-    one = {0: {"image": torch.randn(4, 3, generator=g), "text": torch.randn(2, 3, generator=g), "latents": torch.zeros(0, 3)}}
-    two = {0: {"image": torch.randn(4, 3, generator=g), "text": torch.randn(1, 3, generator=g), "latents": torch.zeros(0, 3)}}
+    one = {
+        0: {
+            "image": torch.randn(4, 3, generator=g),
+            "text": torch.randn(2, 3, generator=g),
+            "latents": torch.zeros(0, 3),
+        }
+    }
+    two = {
+        0: {
+            "image": torch.randn(4, 3, generator=g),
+            "text": torch.randn(1, 3, generator=g),
+            "latents": torch.zeros(0, 3),
+        }
+    }
     (found,) = drawn([one, two])
     assert {kind: len(points) for kind, points in found.points.items()} == {"image": 8, "text": 3}
     assert found.depth == 0 and found.between is None

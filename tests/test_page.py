@@ -20,7 +20,12 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 ABOUT = {"name": "runs/x", "method": "crystal", "checkpoint": "step-7", "data": "some.jsonl"}
 METRICS = (
     {"loss": [(1, 2.0), (2, 1.0)], "mass_int": [(1, 0.1), (2, 0.2)], "mass_cor": [(1, 0.1), (2, 0.3)]},
-    {"gain": [(1, 0.1), (2, 0.25)], "gain_pm": [(1, 0.05), (2, 0.125)], "swap": [(2, 0.5)], "swap_pm": [(2, 1.0)]},
+    {
+        "gain": [(1, 0.1), (2, 0.25)],
+        "gain_pm": [(1, 0.05), (2, 0.125)],
+        "swap": [(2, 0.5)],
+        "swap_pm": [(2, 1.0)],
+    },
 )
 SUMMARY = {
     "conditions": [
@@ -123,13 +128,18 @@ def test_what_comes_from_elsewhere_stays_text():
         assert not read.open and "img" not in [tag for tag, _ in read.tags]
         assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
         assert [tag for tag, _ in read.tags].count("script") == 2
-        (numbers,) = re.findall('<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL)
+        (numbers,) = re.findall(
+            '<script type="application/json" id="numbers">(.*?)</script>', text, re.DOTALL
+        )
         assert "<" not in numbers and json.loads(numbers)[0]["sizes"] == [2, 2, 3]
 
 
 def test_the_heading_says_how_it_stands():
     text = prose(built())
-    assert "a run of the method crystal, its checkpoint step-7. Of 3 questions of some.jsonl it answers 67 %" in text
+    assert (
+        "a run of the method crystal, its checkpoint step-7. Of 3 questions of some.jsonl it answers 67 %"
+        in text
+    )
     assert "The latents are used. At the last validation gain was +0.250 ±0.125 nats." in text
     assert "At the last validation swap was +0.500 ±1.000 nats." in text
 
@@ -138,7 +148,9 @@ def test_each_section_says_what_would_be_seen_without_use():
     sections = built().split("<section ")[1:]
     assert [re.match('id="(.*?)"', section)[1] for section in sections] == list(page.SECTIONS)
     for section in sections[:5]:
-        assert "If the latents carried nothing" in prose(section) or "if the latents carried nothing" in prose(section)
+        assert "If the latents carried nothing" in prose(
+            section
+        ) or "if the latents carried nothing" in prose(section)
 
 
 @pytest.mark.parametrize("two, latents", [(False, False), (False, True), (True, True)])
@@ -192,7 +204,9 @@ def test_the_table_of_interventions():
     places = re.search('<line x1="(.*?)" x2="(.*?)" y1="7" y2="7"/><circle cx="(.*?)"', rows[2])
     assert [float(x) for x in places.groups()] == pytest.approx([5, 135, 5 + 1.5 * 26], abs=0.1)
     assert '<line class="zero" x1="109.0" x2="109.0"' in rows[2]
-    assert "Asked here. Every line keeps" in prose(text) and "The latents are used. The rule: used if so." in prose(text)
+    assert "Asked here. Every line keeps" in prose(
+        text
+    ) and "The latents are used. The rule: used if so." in prose(text)
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
@@ -222,7 +236,13 @@ def test_a_pointer_is_answered(tmp_path):
     text = text.replace("script-src ", f"script-src 'sha256-{digest}' ")
     file = tmp_path / "page.html"
     file.write_text(text.replace("</body>", f"<script>{probe}</script></body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command += ["--enable-logging=stderr", "--dump-dom", f"file://{file}#sample=2&token=1&layer=1&head=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -27,7 +27,9 @@ def made(paths=2, K=2, question="<image>\nWhat is there?", answer="a cat"):
     for p in range(paths):
         image[p, 0, 0, 0] = torch.tensor([1.0, 2, 3, 4]) / 100 / (p + 1)
         latents[p, 0, 0, 0] = torch.arange(1, K + 1) / 50 / (p + 1)
-    record = data.Record("here:1", "1", [("user", question)], answer, ["x.png"], boxes=[[10, 0, 30, 20]], family="f")
+    record = data.Record(
+        "here:1", "1", [("user", question)], answer, ["x.png"], boxes=[[10, 0, 30, 20]], family="f"
+    )
     return Sample(
         record=record,
         images=[Image.new("RGB", (40, 20), (200, 10 * p, 0)) for p in range(paths)],
@@ -59,7 +61,10 @@ def test_the_veil_lifts_where_the_token_looks():
         assert opacities == pytest.approx(expected, abs=1e-3)
         places = re.findall('x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', veil)
         assert [tuple(map(float, place)) for place in places] == [
-            (0, 0, 20, 10), (20, 0, 20, 10), (0, 10, 20, 10), (20, 10, 20, 10),
+            (0, 0, 20, 10),
+            (20, 0, 20, 10),
+            (0, 10, 20, 10),
+            (20, 10, 20, 10),
         ]
     assert '<b data-fill="image">10.0 %</b>' in intact and '<b data-fill="image">5.0 %</b>' in corrupted
     assert '<b data-fill="peak">4.0 %</b>' in intact and '<b data-fill="peak">2.0 %</b>' in corrupted
@@ -105,7 +110,10 @@ def test_pictures_stand_in_the_page():
     assert [name for name, _ in urls] == ["picture-3-0", "picture-3-1"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(raw))) for _, raw in urls]
     assert [x.getpixel((0, 0)) for x in pictures] == [(200, 0, 0), (200, 10, 0)]
-    assert re.findall('<use href="#(.*?)"', text) == ["picture-3-0", "picture-3-1"]  # and small, without a veil
+    assert re.findall('<use href="#(.*?)"', text) == [
+        "picture-3-0",
+        "picture-3-1",
+    ]  # and small, without a veil
 
 
 def test_what_comes_from_records_stays_text():
@@ -115,7 +123,9 @@ def test_what_comes_from_records_stays_text():
     one.answers = {"latents: swapped": (NASTY, False), NASTY: ("", True)}
     text = page_samples.sample(one, 0)
     assert "<img" not in text and "</script" not in text and "&amp;amp;" in text
-    assert text.count("&lt;/script&gt;&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;amp;") == 9  # each of them once, `said` of both paths
+    assert (
+        text.count("&lt;/script&gt;&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;amp;") == 9
+    )  # each of them once, `said` of both paths
 
 
 def test_answers_say_what_was_done():
@@ -123,7 +133,9 @@ def test_answers_say_what_was_done():
     rows = re.findall("<tr>(.*?)</tr>", text)
     assert "Everything is as the model learned it." in rows[1] and "right" in rows[1]
     assert "That picture's answer is “a dog”." in rows[2] and "wrong" in rows[2]
-    assert "<i>nothing</i>" in page_samples.answered(Sample(**(vars(made()) | {"answers": {"x": ("", False)}})))
+    assert "<i>nothing</i>" in page_samples.answered(
+        Sample(**(vars(made()) | {"answers": {"x": ("", False)}}))
+    )
 
 
 def test_without_latents_there_are_no_bars():
@@ -160,5 +172,8 @@ def test_a_token_that_looks_nowhere_is_no_division_by_zero():
 
 def test_shares_as_text():
     assert [page_samples.share_text(x) for x in (0.0, 0.0004, 0.0006, 0.25)] == [
-        "0.0 %", "under 0.1 %", "0.1 %", "25.0 %",
+        "0.0 %",
+        "under 0.1 %",
+        "0.1 %",
+        "25.0 %",
     ]
