@@ -25,7 +25,7 @@ def circles(svg, css):
 
 
 def test_data_becomes_pixels():
-    """A plot of 100 by 100 pixels between the margins: the middle of either range, of a logarithm its root."""
+    """A plot of 100 by 100 pixels between the margins: the middle of a range, of a logarithm its root."""
     size = {"width": LEFT + RIGHT + 100, "height": TOP + BOTTOM + 100}
     chart = Chart((0, 10), (-1, 1), **size)
     assert chart.at(0, -1) == (f"{LEFT:.1f}", f"{TOP + 100:.1f}")

@@ -1,4 +1,4 @@
-"""Inside a run: weights against a full softmax, what is left out by hand, every method, what a run left behind."""
+"""Inside a run: weights against a full softmax, what is left out by hand, every method, what a run left."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_a_large_grid_is_merged_by_its_means():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_looked_into(model_dirs, records, method):
-    """Three questions, two of them drawn: what there is of each method, and that what there is not is told."""
+    """Three questions, two of them drawn: what there is of each method; what there is not is told."""
     model, fmt, kind, settings = opened(model_dirs[True], method)
     found = inside.measure(model, fmt, kind, settings, records, 2)
     two, latents = method in ("crystal", "released"), method != "sft"
@@ -252,7 +252,7 @@ def left(run, name, **changes):
     return file
 
 
-def test_the_newest_result_is_read_if_it_is_of_the_checkpoint(run, tmp_path):  # noqa: F811
+def test_the_newest_result_is_read_if_it_is_of_the_checkpoint(run, tmp_path):
     assert inside.evaluated(run, "step-2") == (None, "")
     old, new = left(run, "z", questions=5), left(run, "a")
     os.utime(old, (1, 1))
@@ -267,7 +267,7 @@ def test_the_newest_result_is_read_if_it_is_of_the_checkpoint(run, tmp_path):  #
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"conditions": [{}], "rule": "", "verdict": ""}', "{}"])
-def test_a_broken_result_is_one_line(run, text):  # noqa: F811
+def test_a_broken_result_is_one_line(run, text):
     file = left(run, "broken")
     file.write_text(text)
     with pytest.raises(UserError, match="not a result of crystal.evaluate --reliance") as refused:

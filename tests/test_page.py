@@ -54,8 +54,9 @@ def inside(two=True, latents=True, **changes):
         looks["latents"], points["latents"] = [numbers], torch.rand(2, 2)
     between = 0.5 if latents else None
     found = {
-        "samples": [made(2 if two else 1, count)], "looks": looks, "states": [States(0, points, (0.5, 0.25), between)],
-        "reliance": None, "why": "there is <no> reason", "right": [True, False, True], "two_paths": two, "count": count,
+        "samples": [made(2 if two else 1, count)], "looks": looks,
+        "states": [States(0, points, (0.5, 0.25), between)], "reliance": None, "why": "there is <no> reason",
+        "right": [True, False, True], "two_paths": two, "count": count,
         "layers": 5, "heads": 6, "shown": 3, "corruption": "blur, r = 5 px",
     }  # fmt: skip
     return Inside(**(found | changes))
@@ -211,20 +212,23 @@ def test_the_table_of_interventions():
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_a_pointer_is_answered(tmp_path):
-    """In a browser: the view that the address names, a head that is pointed at, and no script of a record's."""
+    """In a browser: the view that the address names, a head that is pointed at, no script of a record's."""
     found = inside()
     found.samples = [made(), made(question=NASTY)]
     text = built(found)
     probe = """
     const section = document.querySelectorAll(".sample")[1];
     const read = (path, what) => section.querySelectorAll(".path")[path].querySelector(what);
-    const veil = () => [...read(1, ".veil").children].map((rect) => rect.getAttribute("fill-opacity")).join(" ");
-    const said = [location.hash, section.querySelector("select").value, section.querySelectorAll(".path")[1].className];
-    section.querySelector("select").value = "0";
-    section.querySelector("select").dispatchEvent(new Event("change"));
+    const opacity = (rect) => rect.getAttribute("fill-opacity");
+    const veil = () => [...read(1, ".veil").children].map(opacity).join(" ");
+    const select = section.querySelector("select");
+    const said = [location.hash, select.value, section.querySelectorAll(".path")[1].className];
+    select.value = "0";
+    select.dispatchEvent(new Event("change"));
     const cell = read(0, '.heads.image [data-layer="1"][data-head="2"]');
     cell.dispatchEvent(new PointerEvent("pointerenter"));
-    said.push(section.querySelector(".pointed").textContent, veil(), read(0, "[data-fill=image]").textContent);
+    said.push(section.querySelector(".pointed").textContent, veil());
+    said.push(read(0, "[data-fill=image]").textContent);
     cell.dispatchEvent(new PointerEvent("pointerleave"));
     section.querySelector("button").click();
     said.push(location.hash, veil(), read(0, "[data-fill=image]").textContent);

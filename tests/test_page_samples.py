@@ -1,4 +1,4 @@
-"""Single questions on the page: veils, bars and grids by hand, bytes that page.js can read, text that stays text."""
+"""Single questions on the page: veils, bars and grids by hand, bytes for page.js, text that stays text."""
 
 import base64
 import io
@@ -52,7 +52,7 @@ def figures_of(text):
 
 
 def test_the_veil_lifts_where_the_token_looks():
-    """Of the largest weight, 4 %, the darkest square has a quarter; the other path is clear where it looks most."""
+    """Of the largest weight, 4 %, the darkest square has a quarter; the other path has its own scale."""
     intact, corrupted = figures_of(page_samples.sample(made(), 0))
     for figure in (intact, corrupted):
         veil = re.search('<g class="veil">(.*?)</g>', figure)[1]
