@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from crystal import attention, losses
-from crystal.runtime import ops
+from crystal.runtime import ops, sliced_attention
 from crystal.runtime.config import UserError
 
 
@@ -219,7 +219,7 @@ def attention_case(a, sizes, device):
         return attention.attention_with_slice(q, k, v, rows, cols)
 
     peers = {
-        "compiled": lambda q, k, v: ops.attention_with_slice(q, k, v, rows, cols),
+        "compiled": lambda q, k, v: sliced_attention.attention_with_slice(q, k, v, rows, cols),
         "eager": eager,
         "torch.compile": compiled_by_torch(eager, a.compile),
         "attention alone": lambda *x: (attention.attend(*x),),

@@ -20,6 +20,11 @@ KINDS = {
     "merged": "the whole model, an ordinary directory of its family",
     "adapter": "a PEFT adapter: what was trained, without its base",
 }
+# evaluation/carrying.py has the numbers.
+NATS = {
+    "gain": "the intact picture's latents, given to the corrupted one, are worth",
+    "swap": "another record's latents cost",
+}
 PAPERS = {
     "crystal": "CrystaL: latents that are shared by an intact and a corrupted path",
     "released": "CrystaL as its authors' code trains it",
@@ -179,19 +184,27 @@ def carries(run, which, settings, fmt):
     if verdicts:
         return "\n\n".join(verdicts)
 
-    # Failing that, what the last validation up to this checkpoint told in nats.
+    # Failing that, what the last validation up to this checkpoint told.
     step = int(find(run, which).name.removeprefix("step-"))
     log = Path(run) / "metrics.jsonl"
     lines = logged_lines(log) if log.exists() else []
     lines = [line for line in lines if "val_swap" in line and line["step"] <= step]
     if lines:
-        value, half = lines[-1]["val_swap"], lines[-1]["val_swap_pm"]
-        carry = "they carry something" if value > half else "that they carry anything is not shown"
-        return (
-            f"At update {lines[-1]['step']} another record's latents cost {value:.3f} ±{half:.3f} nats of "
-            f"the answer: {carry}. In answers it was not measured; `{command}` would."
-        )
+        said = " ".join(in_nats(lines[-1]))
+        return f"{said} In answers it was not measured; `{command}` would."
     return f"Not measured. `{command}` would tell."
+
+
+def in_nats(line):
+    """A validation's line of metrics.jsonl -> sentences: what its latents were worth to the answer."""
+    told = []
+    for name, what in NATS.items():
+        if f"val_{name}" in line:
+            value, half = line[f"val_{name}"], line[f"val_{name}_pm"]
+            shown = "they carry something" if value > half else "that they carry anything is not shown by it"
+            numbers = f"{value:.3f} ±{half:.3f} nats of the answer"
+            told.append(f"At update {line['step']} {what} {numbers}: {shown}.")
+    return told
 
 
 def loading(settings, fmt, kind):

@@ -32,6 +32,8 @@ BATCH = 16
 UPDATES = 500
 UPDATES_OF = {"valr": 240}  # it reads its latents one after the other, and takes three times as long
 ASKED = 1000  # questions under every intervention
+# The learning rate has fallen to nothing by then; 64 records are too few to choose a checkpoint by.
+LAST = "last"
 ANSWERS = ["--batch_size", "100", "--max_new_tokens", "8", "--overwrite"]
 # Run as a program: crystal imports nothing from data_prep.
 TEACHER = Path(__file__).resolve().parents[1] / "data_prep" / "lavit_teacher.py"
@@ -153,10 +155,7 @@ def main(argv=None):
         name = Path(method).stem
         say(f"{n + 2}. Training {name}: {args.max_steps} updates of {BATCH} from the same base")
         if "--encoders" in recipe(method):
-            procs.print(
-                "its encoder is small and has random weights: it shows that everything runs, and teaches "
-                "little"
-            )
+            procs.print("its encoder is small, and was taught what the patches of such scenes show")
         flags = [
             *data_of(method, scenes, out / "sft", procs),
             "--max_steps",
@@ -197,7 +196,9 @@ def main(argv=None):
     }
     masses, in_prompt = "", False
     for (name, directory), method in zip(runs.items(), chosen):
-        model, fmt, settings = opening.open_model(directory, device=procs.device, method=method)
+        model, fmt, settings = opening.open_model(
+            directory, which=LAST, device=procs.device, method=method
+        )
         asked, mass = evaluate.diagnose(model, fmt, methods.get(settings.method)(settings), records, **how)
         in_prompt = fmt.count > 0 and not (fmt.writes_own_latents or fmt.feeds_back)
         found |= {
@@ -250,7 +251,7 @@ def reliance_flags(run, method, scenes):
     """Flags of evaluate.py that ask a run under every intervention."""
     own = ["--method", method] if method.endswith(".py") else []
     questions = ["--data", str(scenes / "test.jsonl"), "--limit", str(ASKED)]
-    return ["--model", str(run), *own, *questions, "--reliance", *ANSWERS]
+    return ["--model", str(run), "--checkpoint", LAST, *own, *questions, "--reliance", *ANSWERS]
 
 
 def show(run, method, record, scenes, out, n, device):
@@ -259,12 +260,12 @@ def show(run, method, record, scenes, out, n, device):
     """
     print(f"\n== {n}. Pictures", flush=True)
     for path in visualize.pictures(
-        run, scenes / "test.jsonl", out / "pictures", device=device, method=method
+        run, scenes / "test.jsonl", out / "pictures", which=LAST, device=device, method=method
     ):
         print(path)
 
     print(f"\n== {n + 1}. Export and one question", flush=True)
-    export.main(["--run", str(run), "--method", method])
+    export.main(["--run", str(run), "--checkpoint", LAST, "--method", method])
     question = record.turns[-1][1].removeprefix("<image>").strip()
     print(f"{record.images[0]}\n{question}")
     generate.main(["--model", str(run / "merged"), "--image", str(record.images[0]), "--question", question])

@@ -142,7 +142,7 @@ def make_parser():
         description="Accuracy on records or a benchmark, with intervals; --reliance: are the latents used?",
     )
     parser.add_argument(
-        "--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name"
+        "--model", default="tiny", help="a run directory, an export, tiny, tiny-crystal, or a hub name"
     )
     model_flags(parser)
     parser.add_argument(

@@ -229,7 +229,7 @@ def main(argv=None):
         prog="generate.py", description="Ask a run, a checkpoint or an exported directory one question."
     )
     parser.add_argument(
-        "--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name"
+        "--model", default="tiny", help="a run directory, an export, tiny, tiny-crystal, or a hub name"
     )
     model_flags(parser)
     parser.add_argument(

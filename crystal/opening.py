@@ -1,8 +1,9 @@
 """What --model takes becomes a model to ask: a run directory, an export, "tiny", a directory, a hub name.
 
-A run holds only what it trained, so its base is loaded and the checkpoint's tensors are put into
-it; an adapter's directory, ours or peft's, likewise. A merged export is an ordinary model directory, and
-crystal.json in either says what stock tools cannot know of its latents.
+"tiny-crystal" is a shipped adapter of the tiny base: CrystaL after the demo's updates, whose latents carry
+(made by data_prep/tiny/carrying.py). A run holds only what it trained, so its base is loaded and the
+checkpoint's tensors are put into it; an adapter's directory, ours or peft's, likewise. A merged export is an
+ordinary model directory, and crystal.json in either says what stock tools cannot know of its latents.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from crystal.layout import Format
 from crystal.runtime import checkpoint
 from crystal.runtime.config import UserError
 
+SHIPPED = {"tiny-crystal": crystal.backbone.model.TINY.parent / "tiny-crystal"}
 MARK = "crystal.json"  # in an export that stock tools use in part
 
 
@@ -74,6 +76,8 @@ def open_model(
     what a run that was made by a file of its own needs, see methods.of_run; the settings then name the
     file that was run.
     """
+    asked = name
+    name = SHIPPED.get(name, name)
     run = Path(name)
     if not (run / "checkpoints").is_dir():
         if (run / "metrics.jsonl").exists():
@@ -85,6 +89,7 @@ def open_model(
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
         if adapter.is_adapter(name):
             model = adapter.load(name, dtype, device, min_pixels, max_pixels)
+            model.name = str(asked)
             return model, exported_format(name, model.tokenizer), None
         model = crystal.backbone.model.load(name, dtype, device, min_pixels, max_pixels)
         fmt = exported_format(crystal.backbone.model.resolve(name), model.tokenizer)
@@ -135,9 +140,20 @@ def exported_format(directory, tokenizer):
 
     UserError if that file is broken.
     """
-    file = Path(directory) / MARK
-    if not file.is_file():
+    settings = exported_settings(directory)
+    if settings is None:
         return Format(tokenizer)
+    return methods.get(settings.method)(settings).format(tokenizer)
+
+
+def exported_settings(name):
+    """The Settings that a directory's crystal.json holds, None where there is no such file.
+
+    UserError if it is broken.
+    """
+    file = Path(SHIPPED.get(name, name)) / MARK
+    if not file.is_file():
+        return None
 
     try:
         saved = json.loads(file.read_text())
@@ -145,9 +161,9 @@ def exported_format(directory, tokenizer):
             raise UserError(
                 f"{file}: exported by {saved['method']}, a method of its own; open the run directory instead"
             )
-
-        method = methods.get(saved["method"])
-        return method(method.Settings(**saved)).format(tokenizer)
+        settings = methods.get(saved["method"]).Settings(**saved)
+        methods.get(settings.method)(settings)  # what no method can be made of is told here
+        return settings
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not what crystal.export wrote: {error}") from None
 
@@ -159,6 +175,7 @@ def content_of(name, which="best"):
     each file's name, size and time of writing: to read a large model's bytes again would take minutes. An
     adapter's base counts too.
     """
+    name = SHIPPED.get(name, name)
     if (Path(name) / "checkpoints").is_dir():
         manifest = find(Path(name), which) / checkpoint.MANIFEST
         return hashlib.sha256(manifest.read_bytes()).hexdigest()

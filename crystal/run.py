@@ -20,7 +20,7 @@ from crystal.attention import AttentionRecorder, attn_slice
 from crystal.evaluation.interventions import recorded
 from crystal.generate import ask
 from crystal.latent_copy import dual_forward
-from crystal.opening import find, open_model
+from crystal.opening import exported_settings, find, open_model
 from crystal.runtime import checkpoint, config, data
 
 
@@ -54,13 +54,13 @@ class Attention:
 class Run:
     """A model to ask and to look into.
 
-    name: a run directory, an export, "tiny", a model's directory or a hub name. checkpoint: of a run, "best",
-    "last" or a step. device: "auto", "cpu" or "cuda". min_pixels, max_pixels: bounds on an image's area.
-    method, trust_method: which file may be run if the run's method is a file of its own, see methods.of_run.
-    UserError, in one line, if it cannot be opened.
+    name: a run directory, an export, "tiny", "tiny-crystal", a model's directory or a hub name.
+    checkpoint: of a run, "best", "last" or a step. device: "auto", "cpu" or "cuda". min_pixels,
+    max_pixels: bounds on an image's area. method, trust_method: which file may be run if the run's method
+    is a file of its own, see methods.of_run. UserError, in one line, if it cannot be opened.
 
-    model: backbone.model.Model. format: layout.Format. settings, method: the run's, plain fine-tuning's for
-    what is no run.
+    model: backbone.model.Model. format: layout.Format. settings, method: the run's, those that an export's
+    crystal.json names, plain fine-tuning's for what is neither.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class Run:
         )
 
         self.is_run = settings is not None
-        self.settings: Any = settings or config.Settings(method="sft")
+        told = settings or exported_settings(name)
+        self.settings: Any = told or config.Settings(method="sft")
         self.method = methods.get(self.settings.method)(self.settings)
 
     def answer(self, image, question, max_new_tokens=64, latents="keep"):

@@ -7,7 +7,10 @@
 Seeds are the outer loop, so that a table of all rows is there as early as can be. A run has a directory below
 --output, named by its method and a digest of everything that makes it: studies share runs, one that is
 finished is not repeated, and one that was killed goes on from its last checkpoint. After each run NAME.json
-and NAME.md are written to --output. A second process started with the same command takes other runs.
+and NAME.md are written to --output. A second process started with the same command takes other runs. What the
+JSON files of --output say came out of a run is not run again, so a study goes on from results of elsewhere:
+
+    cp tutorials/studies/*.json runs/studies/                      take what is shipped as done
 """
 
 import fcntl
@@ -78,9 +81,9 @@ def finish(plan, seed, records, where, procs):
     where: {method: flags that name its data}, filled here.
     """
     run = plan.run(seed)
-    found = outcome_of(run)
+    found = [outcome_of(run), outcomes(plan.args.output).get((plan.whole, seed))]
     procs.barrier()  # all ranks have looked
-    if found and plan.made(found):
+    if any(outcome and plan.made(outcome) for outcome in found):
         return
 
     started = time.perf_counter()
@@ -157,6 +160,10 @@ class Plan:
             what.append(self.teacher.key)
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
+    @property
+    def whole(self):
+        return whole(self.key, self.asked)
+
     def made(self, outcome):
         """Whether an outcome is of these settings."""
         return outcome.get("key") == self.key and outcome.get("asked") == self.asked
@@ -187,6 +194,13 @@ class Plan:
         if self.args.data:
             return ["--data", self.args.data]
         teacher = self.teacher.run(0) if self.taught else None
+        if teacher and not checkpoint.step_dir(teacher, self.teacher.updates).is_dir():
+            # What came out of it is known from elsewhere, but it itself is not here.
+            with held(teacher, procs) as mine:
+                if not mine:
+                    raise UserError(f"{teacher}: another process trains this teacher; start again after it")
+                files = demo.data_of(self.teacher.method, Path(self.args.output) / "toy", None, procs)
+                trained(teacher, [*self.teacher.flags(0, procs.world), *files], self.teacher.updates)
         return demo.data_of(self.method, Path(self.args.output) / "toy", teacher, procs)
 
 
@@ -249,6 +263,22 @@ def outcome_of(run):
     return load(run / NOTE) or None
 
 
+def whole(key, asked):
+    """All that an outcome depends on but the seed, as one text."""
+    return json.dumps([key, asked], sort_keys=True)
+
+
+def outcomes(folder):
+    """{(Plan.whole, seed): outcome} of all studies whose results stand in a folder."""
+    known = {}
+    for file in sorted(Path(folder).glob("*.json")):
+        for runs in load(file).values():
+            for seed, outcome in runs.items() if isinstance(runs, dict) else ():
+                if isinstance(outcome, dict) and seed.isdecimal():
+                    known[whole(outcome.get("key"), outcome.get("asked")), int(seed)] = outcome
+    return known
+
+
 def load(file):
     """A JSON object of a file, {} where there is none. UserError for what is not one."""
     if not file.is_file():
@@ -296,17 +326,18 @@ def write_page(chosen, args, more):
 
 
 def gathered(chosen, args, more, before):
-    """Outcomes of runs and of an earlier NAME.json -> all of them, and those of these settings.
+    """Outcomes of runs, of an earlier NAME.json and of other studies' -> all, and those of these settings.
 
     Both are {row: {seed: outcome}}.
     """
     kept, results = {}, {}
+    elsewhere = outcomes(args.output)
     for row in chosen.rows:
         plan = Plan(chosen, row, args, more)
         known = {int(seed): outcome for seed, outcome in before.get(row.name, {}).items()}
         for seed in range(seeds_of(args, known)):
-            both = [outcome_of(plan.run(seed)), known.get(seed)]
-            found = [outcome for outcome in both if outcome]
+            places = [outcome_of(plan.run(seed)), known.get(seed), elsewhere.get((plan.whole, seed))]
+            found = [outcome for outcome in places if outcome]
             fit = [outcome for outcome in found if plan.made(outcome)]
             if found:
                 kept.setdefault(row.name, {})[seed] = [*fit, *found][0]

@@ -70,7 +70,7 @@ def main(argv=None):
         prog="serve.py", description="Serve a model at an OpenAI-compatible chat endpoint."
     )
     parser.add_argument(
-        "--model", default="tiny", help="a run directory, an exported directory, tiny, or a hub name"
+        "--model", default="tiny", help="a run directory, an export, tiny, tiny-crystal, or a hub name"
     )
     model_flags(parser)
     parser.add_argument("--name", default="", help="the model's name for clients; empty: the directory's")

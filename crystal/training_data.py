@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext, redirect_stdout
 
+from crystal import methods
 from crystal.runtime import data, distributed, sampling
 from crystal.runtime.config import UserError
 
@@ -38,9 +39,10 @@ def open_data(settings, method, model, fmt, procs):
         procs.print(said)
 
     def examples(split, path, stage):
+        recipe = methods.Recipe(method, fmt, stage)
         return data.RecordDataset(
             known[split, path],
-            lambda record, n: method.layout(fmt, record, n, stage),
+            recipe.layout,
             model.image_processor,
             method.corruption,
             seed=settings.seed + (split == "val"),
@@ -48,6 +50,7 @@ def open_data(settings, method, model, fmt, procs):
             copies=fmt.copies,
             extras=method.extras,
             grey=settings.blind,
+            recipe=recipe,
         )
 
     train_sets = [examples("train", path, i) for i, path in enumerate(train)]

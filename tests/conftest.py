@@ -4,6 +4,7 @@ one batch of them.
 
 import functools
 import json
+import multiprocessing
 import shutil
 from types import SimpleNamespace
 
@@ -281,6 +282,14 @@ def setup(model_dirs, family_dirs, records_file):
         )
 
     return make
+
+
+@pytest.fixture
+def start_by():
+    """Sets how processes are started, as Python 3.14 does by itself and a caller may at any time."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    yield lambda how: multiprocessing.set_start_method(how, force=True)
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture

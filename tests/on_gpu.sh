@@ -154,8 +154,8 @@ tests() {
     if "$PYTHON" -c "import xdist"; then
         side_by_side="-n $((CORES < 10 ? CORES : 10)) --dist worksteal"
     fi
-    pytest_and_count --require-cuda $side_by_side tests/test_ops.py tests/test_kernels.py \
-        tests/test_corrupt.py -k "$CUDA_TESTS"
+    pytest_and_count --require-cuda $side_by_side tests/test_ops.py tests/test_sliced_attention.py \
+        tests/test_kernels.py tests/test_corrupt.py -k "$CUDA_TESTS"
 }
 
 train() {

@@ -32,7 +32,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    DINOv3ViTConfig,
     DINOv3ViTModel,
 )
 
@@ -866,14 +865,9 @@ def projection(net, m, f):
 
 @functools.cache
 def tiny_encoder():
-    """The encoder `tiny`: a DINOv3 of two small layers, its weights drawn with seed 0."""
-    config = DINOv3ViTConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, patch_size=14,
-        image_size=112, initializer_range=0.1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return DINOv3ViTModel(config).eval()
+    """The encoder `tiny`: a DINOv3 of four small layers, as it lies in the package."""
+    folder = Path(__file__).parents[1] / "crystal" / "assets" / "encoder"
+    return DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()

@@ -83,6 +83,12 @@ def test_a_card_says_whether_its_latents_carry(run):
     assert "cost 0.250 ±0.125 nats of the answer: they carry something" in cards(run)[0]
     measured(val_swap=0.125, val_swap_pm=0.25)
     assert "±0.250 nats of the answer: that they carry anything is not shown" in cards(run)[1]
+    measured(val_gain=0.5, val_gain_pm=0.125, val_swap=0.125, val_swap_pm=0.25)
+    both = (
+        f"At update {step} the intact picture's latents, given to the corrupted one, are worth 0.500 ±0.125 "
+        f"nats of the answer: they carry something. At update {step} another record's latents cost 0.125 ±"
+    )
+    assert both in cards(run)[0]
     measured(val_loss=1.0)
     assert "Not measured. `python -m crystal.evaluate --model" in cards(run)[0]
 

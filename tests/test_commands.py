@@ -267,11 +267,24 @@ TABLE = {
         "--seed": "test_tiny_base.py::test_the_command_trains_what_was_asked",
         "--compile": "test_tiny_base.py::test_the_command_trains_what_was_asked",
     },
+    "data_prep.tiny.carrying": {
+        "--run": "test_tiny_crystal.py::test_a_run_is_shipped",
+        "--out": "test_tiny_crystal.py::test_a_run_is_shipped",
+    },
     "data_prep.tiny.check": {
         "--base": "test_tiny_base.py::test_the_check_measures_what_was_asked",
         "--blind": "test_tiny_base.py::test_the_check_measures_what_was_asked",
         "--per_family": "test_tiny_base.py::test_the_check_measures_what_was_asked",
         "--seed": "test_tiny_base.py::test_the_check_measures_what_was_asked",
+    },
+    "data_prep.tiny.encoder": {
+        "--out": "test_tiny_encoder.py::test_it_trains_and_writes_what_opens",
+        "--steps": "test_tiny_encoder.py::test_it_trains_and_writes_what_opens",
+        "--images": "test_tiny_encoder.py::test_each_flag_does_what_it_says",
+        "--lr": "test_tiny_encoder.py::test_each_flag_does_what_it_says",
+        "--muon_lr": "test_tiny_encoder.py::test_each_flag_does_what_it_says",
+        "--seed": "test_tiny_encoder.py::test_each_flag_does_what_it_says",
+        "--probe": "test_tiny_encoder.py::test_it_trains_and_writes_what_opens",
     },
     "data_prep.toy": {
         "--out": "test_toy.py::test_the_command_draws_what_was_asked",

@@ -218,7 +218,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
 
 
 def test_one_of_several_processes_ends_before_anything_can_abort():
-    """What an open process group does at the interpreter's end (here abort()) does not become the exit code."""
+    """What an open process group does at the end (here abort()) does not become the exit code."""
     code = (
         "import atexit, os; from crystal.runtime.config import UserError, run_cli\n"
         "def mistaken(): raise UserError('--x: no')\n"

@@ -143,8 +143,12 @@ def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
     run, scenes, out = tmp_path / "run", tmp_path / "toy", tmp_path / "out"
     demo.show(run, "livr", record, scenes, out, 5, "cpu")
     assert told == [
-        ("pictures", (run, scenes / "test.jsonl", out / "pictures"), {"device": "cpu", "method": "livr"}),
-        ("export", ["--run", str(run), "--method", "livr"]),
+        (
+            "pictures",
+            (run, scenes / "test.jsonl", out / "pictures"),
+            {"which": "last", "device": "cpu", "method": "livr"},
+        ),
+        ("export", ["--run", str(run), "--checkpoint", "last", "--method", "livr"]),
         (
             "generate",
             ["--model", str(run / "merged"), "--image", "/x/1.png", "--question", "What colour is the star?"],
@@ -154,6 +158,13 @@ def test_the_last_question_goes_to_the_export(tmp_path, monkeypatch, capsys):
         capsys.readouterr().out == "\n== 5. Pictures\na.png\n\n== 6. Export and one question\n"
         "/x/1.png\nWhat colour is the star?\n(the answer is red)\n"
     )
+
+
+def test_the_end_of_the_training_is_asked(tmp_path):
+    """Its last checkpoint: 64 validation records are too few to choose one by."""
+    flags = demo.reliance_flags(tmp_path / "run", "mine.py", tmp_path)
+    assert flags[flags.index("--checkpoint") + 1] == "last"
+    assert flags[flags.index("--method") + 1] == "mine.py"
 
 
 SMALL = """

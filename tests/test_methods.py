@@ -7,11 +7,14 @@ their own (test_crystal.py and so on), their settings test_config.py.
 
 import hashlib
 import json
+import pickle
 import shutil
 import sys
 from dataclasses import FrozenInstanceError
 
 import pytest
+import torch
+from PIL import Image
 
 import crystal
 from crystal import compare, evaluate, export, generate, methods, opening, serve, train, visualize
@@ -340,3 +343,33 @@ def test_settings_do_not_change(tmp_path):
         str(refused.value)
         == f"--method {file}: settings do not change once they are made; write @dataclass(frozen=True)"
     )
+
+
+# --- in a loader's workers ---
+
+
+@pytest.mark.parametrize("name", ["sft", "crystal", "released", "livr", "lavit", "valr"])
+def test_a_recipe_is_made_anew_from_settings(setup, name):
+    """Pickled, it brings no weights, and makes the same of a record as the method that has seen the model."""
+    more = {"valr": ["--encoders", "own,tiny"], "lavit": ["--w_gaze", "0", "--w_semantics", "0"]}
+    s = setup("--method", name, *more.get(name, []))
+    images = [Image.new("RGB", (40, 60), "teal")]
+    for stage in (0, -1):
+        recipe = methods.Recipe(s.method, s.fmt, stage)
+        sent = pickle.dumps(recipe)
+        there = pickle.loads(sent)
+        assert there.method is not s.method and there.method.settings == s.settings
+        assert not any(isinstance(x, torch.nn.Module) for x in vars(there.method).values())
+        assert there.layout(s.records[1], [4, 4]) == recipe.layout(s.records[1], [4, 4])
+        assert there()["corruption"] == s.method.corruption and set(there()) == set(recipe())
+
+        ours, theirs = s.method.extras(s.records[0], images), there()["extras"](s.records[0], images)
+        assert ours.keys() == theirs.keys() and all(torch.equal(x, theirs[n]) for n, x in ours.items())
+        assert (name == "valr") == bool(ours)
+
+
+def test_a_worker_gets_what_a_method_has_found_out_of_the_model(setup):
+    """LaViT refuses a teacher's V_sem of another length than the model's hidden size, in a worker too."""
+    s = setup("--method", "lavit")
+    there = pickle.loads(pickle.dumps(methods.Recipe(s.method, s.fmt)))
+    assert there.method.size == s.method.size == s.model.hf.config.text_config.hidden_size

@@ -226,7 +226,7 @@ def fits(name, words):
 def test_every_selection_selects():
     """The words that choose tests still fit the names that there are, and each choice is of its kind."""
     script = SCRIPT.read_text()
-    cuda = names_on_a_gpu(["test_ops.py", "test_kernels.py", "test_corrupt.py"])
+    cuda = names_on_a_gpu(["test_ops.py", "test_sliced_attention.py", "test_kernels.py", "test_corrupt.py"])
     cpu = {name.replace("cuda", "cpu") for name in cuda}
     of = {"CUDA_TESTS": cuda, "SANITIZED": cuda, "DRY_TESTS": cpu}
 
@@ -234,7 +234,7 @@ def test_every_selection_selects():
     for variable in ("CUDA_TESTS", "SANITIZED", "DRY_TESTS"):
         words = re.search(rf'^{variable}="(.*)"$', script, re.MULTILINE)[1]
         chosen[variable] = {name for name in of[variable] if fits(name.lower(), words)}
-    for file in ("test_ops.py", "test_kernels.py", "test_corrupt.py"):
+    for file in ("test_ops.py", "test_sliced_attention.py", "test_kernels.py", "test_corrupt.py"):
         assert any(file in name for name in chosen["CUDA_TESTS"]), file
         assert file in script
     assert chosen["SANITIZED"] < chosen["CUDA_TESTS"] and chosen["DRY_TESTS"]

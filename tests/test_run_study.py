@@ -175,6 +175,30 @@ def test_runs_are_made_once_and_shared(world):
         assert len(world.asked) == 15
 
 
+def test_results_of_elsewhere_are_not_run_again(world):
+    """A study's JSON in --output is enough: those of its settings and seeds, whichever study they are of."""
+    world.run("--seeds", "1")
+    results = json.loads((world.folder / "out" / "mine.json").read_text())
+    page = (world.folder / "out" / "mine.md").read_text()
+    shutil.rmtree(world.folder / "out")
+    (world.folder / "out").mkdir()
+    (world.folder / "out" / "theirs.json").write_text(json.dumps(results) + "\n")
+    (world.folder / "out" / "notes.json").write_text('{"a": 1, "b": {"x": 2, "3": []}}')
+    others = json.loads(json.dumps(results))
+    others["plain"]["0"]["asked"]["questions"] += 1
+    (world.folder / "out" / "zz.json").write_text(json.dumps(others) + "\n")
+    world.run("--seeds", "1")
+    assert len(world.trained) == 3 and len(world.asked) == 4
+    assert (world.folder / "out" / "mine.md").read_text() == page
+    world.run()  # the second seed is new
+    assert [argv[argv.index("--seed") + 1] for argv in world.trained[3:]] == ["1"] * 3
+    shutil.rmtree(world.folder / "out")
+    (world.folder / "out").mkdir()
+    (world.folder / "out" / "theirs.json").write_text(json.dumps(others) + "\n")
+    world.run("--seeds", "1")
+    assert len(world.trained) == 7 and "sft-" in world.trained[6][world.trained[6].index("--output") + 1]
+
+
 def test_what_was_asked_is_done(world, capsys):
     """--page makes no run, marks what is not there, does not mix settings, and loses none."""
     world.run("--seeds", "1")
@@ -257,9 +281,23 @@ def test_lavits_teacher_is_the_first_row_to_beat(tmp_path, monkeypatch):
     assert [plan.taught for plan in plans.values()] == [False, False, False, True]
     told = []
     monkeypatch.setattr(demo, "data_of", lambda *of: told.append(of[:3]) or ["DATA"])
-    assert plans["mine"].data(None) == plans["plain"].data(None) == ["DATA"]
-    toy = Path("runs/studies/toy")
-    assert told == [("lavit", toy, plans["plain"].run(0)), ("sft", toy, None)]
+    alone, toy, teacher = distributed.Processes(), Path("runs/studies/toy"), plans["plain"].run(0)
+    monkeypatch.chdir(tmp_path)
+    checkpoint.step_dir(teacher, 7).mkdir(parents=True)
+    assert plans["mine"].data(alone) == plans["plain"].data(alone) == ["DATA"]
+    assert told == [("lavit", toy, teacher), ("sft", toy, None)]
+
+    # A teacher that is not there, or not at its end, is trained first.
+    shutil.rmtree(checkpoint.step_dir(teacher, 7))
+    learned = []
+
+    def learn(argv):
+        learned.append(argv)
+        checkpoint.step_dir(teacher, 7).mkdir(parents=True)
+
+    monkeypatch.setattr(train, "main", learn)
+    assert plans["mine"].data(alone) == ["DATA"] and told[2:] == [("sft", toy, None), ("lavit", toy, teacher)]
+    assert learned == [[*plans["plain"].flags(0), "DATA", "--output", str(teacher), "--overwrite"]]
 
     # Another teacher makes another run; none is told.
     (tmp_path / "mine.toml").write_text(text.replace('against = ["plain"]', 'against = ["longer"]'))

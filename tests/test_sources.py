@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -252,3 +253,25 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     for name in ("me/set.jsonl", "set.parquet", "deep/er/and/deeper"):  # a wrong path is that alone
         with pytest.raises(UserError, match=f"{name}: cannot be read"):
             opened(name)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.parquet"])
+def test_another_process_reads_the_same(tmp_path, name):
+    """Pickled, as a worker gets it, a source has its file by the path: none is open, and nothing is lost."""
+    path = tmp_path / name
+    if name == "x.parquet":
+        table(tmp_path, ROWS)
+    else:
+        written(path, LIST if name == "x.json" else LINES)
+    source = opened(path)
+    there = pickle.loads(pickle.dumps(source))
+    assert len(there) == len(source) and there.size == source.size
+    assert [there[i] for i in range(len(there))] == [source[i] for i in range(len(source))]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_a_file_that_was_written_to_before_another_process_opened_it_is_told(tmp_path, name):
+    sent = pickle.dumps(opened(written(tmp_path / name, LINES)))
+    written(tmp_path / name, LINES + "\n")
+    _, told = pickle.loads(sent)[0]
+    assert isinstance(told, RecordError) and "changed while it was being read" in str(told)

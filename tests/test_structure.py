@@ -18,8 +18,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "runtime",
-            "config renamed plan ops machine distributed shard images sampling sources fields records data "
-            "sight silhouettes toy toy_steps named_state checkpoint",
+            "config renamed plan ops_gradients ops sliced_attention machine distributed shard images "
+            "sampling sources fields records data sight silhouettes toy toy_steps named_state checkpoint",
         )
     ],
     [("backbone", "files families attention_functions model adapter widths record encoders")],

@@ -898,7 +898,10 @@ def test_a_resume_in_the_middle_of_a_stage_and_an_epoch_may_split_its_updates_an
 # --- data, validation, broken records ---
 
 
-def test_workers_make_the_same_batches(flags):
+@pytest.mark.parametrize("how", ["fork", "forkserver"])
+def test_workers_make_the_same_batches(flags, start_by, how):
+    """However this Python starts them: from 3.14 on by forkserver."""
+    start_by(how)
     a, b = (metrics(train.main(flags(f"w{n}", "--max_steps", "2", "--workers", n))) for n in ("0", "2"))
     assert [x["loss"] for x in a] == [x["loss"] for x in b] and len(a) == 2
 

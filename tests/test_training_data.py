@@ -6,9 +6,14 @@ say.
 
 import json
 import shutil
+from dataclasses import replace
+
+import pytest
+import torch
 
 from crystal import training_data
 from crystal.runtime import data, distributed
+from crystal.runtime.config import UserError
 from crystal.runtime.distributed import Processes
 
 
@@ -93,3 +98,87 @@ def test_the_loader_is_told_how_to_make_batches(setup, monkeypatch):
     assert (order.count, order.batch_size, order.accumulation, order.rank, order.world, order.seed) == (
         3, 2, 3, 1, 4, 7,
     )
+
+
+# --- workers ---
+
+MINE = """from dataclasses import dataclass
+
+import torch
+
+from crystal.corrupt import Mode
+from crystal.layout import Format
+from crystal.methods import crystal
+from crystal.runtime.config import setting
+
+
+class Shouted(Format):
+    def text(self, text):
+        return super().text(text.upper())
+
+
+@dataclass(frozen=True)
+class Settings(crystal.Settings):
+    corruptions = crystal.Settings.corruptions | {
+        "stripes": Mode(lambda x, share, g: x * (torch.rand(x.shape[1], 1, generator=g) > share), 0.2, 0.6, 1)
+    }
+    corruption: str = setting("stripes,noise=3:9", "as crystal's")
+    marked: int = setting(3, "a number")
+
+
+class Method(crystal.Method):
+    Settings = Settings
+
+    def format(self, tokenizer):
+        return Shouted(tokenizer, self.settings.latents)
+
+    def modules(self, model):
+        self.width = model.hf.config.text_config.hidden_size
+        self.heads = super().modules(model)
+        return self.heads
+
+    def extras(self, record, images):
+        return {"own": torch.tensor([self.width, self.settings.marked, len(images)])}
+"""
+
+
+@pytest.fixture
+def own(setup, records_file, tmp_path):
+    """A file whose settings, format and lambdas no pickle takes -> (settings, sets to train on, the file)."""
+    file = tmp_path / "own.py"
+    file.write_text(MINE)
+    s = setup("--method", str(file), "--data", str(records_file), "--marked", "5", "--batch_size", "2")
+    sets, _, _ = training_data.open_data(s.settings, s.method, s.model, s.fmt, Processes())
+    return s.settings, sets, file
+
+
+def equal(x, y):
+    """Whether two values of batches are the same, tensors to the bit."""
+    return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+@pytest.mark.parametrize("how", ["spawn", "forkserver"])
+def test_a_worker_makes_the_method_anew(own, start_by, how):
+    """Whatever a file holds, a worker that is no fork makes the same batches, by the file as it was run."""
+    settings, (examples,), file = own
+    file.write_text("raise RuntimeError('edited since')")
+    start_by(how)
+
+    def batches(workers):
+        chosen = replace(settings, workers=workers, max_steps=3)
+        return list(training_data.stage_batches(0, examples, 0, chosen, 0, Processes()))
+
+    right, found = batches(0), batches(2)
+    assert len(right) == 3 and right[0]["own"][:, 1].tolist() == [5, 5]
+    for x, y in zip(right, found, strict=True):
+        assert x.keys() == y.keys() and all(equal(value, y[name]) for name, value in x.items())
+
+
+def test_what_no_worker_can_be_given_is_told(own, start_by):
+    settings, (examples,), file = own
+    examples.recipe.method.trace = lambda x: x
+    start_by("spawn")
+    chosen = replace(settings, workers=1)
+    told = f"--workers: self.trace of the method {file} cannot be given"
+    with pytest.raises(UserError, match=told):
+        list(training_data.stage_batches(0, examples, 0, chosen, 0, Processes()))

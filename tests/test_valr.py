@@ -388,7 +388,7 @@ def test_precomputed_features_train_like_the_encoder(run, records_file, tmp_path
     more = ("--max_steps", "2", "--first_share", "0")
     online = run("online", *more)
     stored = run(
-        "stored", *more, "--data", str(tmp_path / "d" / "train.t.jsonl"), "--encoders", "features:t:64"
+        "stored", *more, "--data", str(tmp_path / "d" / "train.t.jsonl"), "--encoders", "features:t:96"
     )
     for a, b in zip(lines(online), lines(stored)):
         assert a["ce"] == pytest.approx(b["ce"], rel=1e-5) and a["repa"] == pytest.approx(b["repa"], rel=1e-4)

@@ -189,6 +189,21 @@ def measure_reliance():
     return found
 
 
+def measure_carrying():
+    """data_prep/tiny/carrying.log -> {run: {"gain", "swap": [(update, nats, half of the interval)]}}."""
+    number = r"(-?\d+\.\d+)"
+    line = re.compile(rf"step (\d+)  gain {number} ±{number}  swap {number} ±{number}")
+    found, run = {}, {}
+    for text in (ROOT / "data_prep/tiny/carrying.log").read_text(encoding="utf-8").splitlines():
+        if title := re.match(r"([a-z ]+), seed \d+:", text):
+            run = found.setdefault(title[1], {"gain": [], "swap": []})
+        elif match := line.fullmatch(text):
+            step, *values = [float(x) for x in match.groups()]
+            run["gain"].append([step, *values[:2]])
+            run["swap"].append([step, *values[2:]])
+    return found
+
+
 # --- runs ---
 
 
@@ -377,6 +392,20 @@ def draw_reliance(path):
     return figures.save(fig, path)
 
 
+def draw_carrying(path):
+    fig = figures.figure(6.4, 3.0)
+    ax = fig.add_subplot()
+    ax.axhline(0, color="#999", linewidth=0.8)
+    for (run, numbers), colour in zip(measure_carrying().items(), ("#1f77b4", "#d62728")):
+        step, gain, half = zip(*numbers["gain"])
+        ax.errorbar(step, gain, half, color=colour, marker="o", markersize=4, capsize=3, label=run)
+    ax.set_xlabel("updates")
+    ax.set_ylabel("gain, nats of the answer")
+    ax.set_xlim(0, None)
+    ax.legend(frameon=False, loc="upper left")
+    return figures.save(fig, path)
+
+
 def draw_own_term(path):
     training, _ = figures.read_metrics(FOLDER / "sketch")
     steps, values = zip(*training["sketch"])
@@ -419,6 +448,7 @@ DRAWN = {
     "losses": draw_losses,
     "mass_kl": draw_mass_kl,
     "reliance": draw_reliance,
+    "carrying": draw_carrying,
     "own_term": draw_own_term,
 }
 

@@ -3,10 +3,13 @@
 I images, h and w their size in pixels as the encoder wants it, P patches, E feature size.
 
 Any checkpoint of a kind in KINDS, a directory or a hub name: DINOv3, DINOv2, and SigLIP and SigLIP 2 with a
-fixed resolution. `tiny` is a DINOv3 of two small layers with RANDOM weights: it shows that everything runs,
-and teaches little. Images are prepared here, from the checkpoint's own preprocessor_config.json:
-transformers' DINOv3 processor needs torchvision.
+fixed resolution. `tiny` is a DINOv3 of four small layers that was taught what each patch of a toy scene
+shows: a shape, a colour, a size. Of other pictures it knows nothing. Images are prepared here, from the
+checkpoint's own preprocessor_config.json: transformers' DINOv3 processor needs torchvision.
 """
+
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,7 +18,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     Dinov2Model,
-    DINOv3ViTConfig,
     DINOv3ViTModel,
     ImageProcessingMixin,
     SiglipVisionModel,
@@ -31,38 +33,14 @@ KINDS = {
     "siglip": SiglipVisionModel,
     "siglip_vision_model": SiglipVisionModel,
 }
-TINY = dict(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    patch_size=14,
-    image_size=112,
-    initializer_range=0.1,
-)
-IMAGENET = {
-    "size": {"height": 112, "width": 112},
-    "resample": 2,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
+TINY = Path(__file__).parents[1] / "assets" / "encoder"  # made by data_prep/tiny/encoder.py
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in which processors are configured
 
 
-class Encoder(nn.Module):
-    """A frozen encoder in evaluation mode, float32. dim: E."""
+class Preparation(NamedTuple):
+    """How an encoder wants its pictures; it has no weights. rules: its preprocessor_config.json."""
 
-    def __init__(self, name, hf, rules):
-        super().__init__()
-        self.name = name
-        self.hf = hf.eval().requires_grad_(False)
-        self.rules = rules
-        self.dim = hf.config.hidden_size
-
-        # DINO puts its class token and registers in front of the patches, SigLIP has none.
-        self.prefix = 0
-        if not isinstance(hf, SiglipVisionModel):
-            self.prefix = 1 + getattr(hf.config, "num_register_tokens", 0)
+    rules: dict
 
     def pixels(self, image):
         """PIL image, RGB -> [3,h,w], resized, cropped where the checkpoint says so, normalised."""
@@ -92,6 +70,26 @@ class Encoder(nn.Module):
         std = torch.tensor(rules["image_std"])[:, None, None]
         return (x - mean) / std
 
+
+class Encoder(nn.Module):
+    """A frozen encoder in evaluation mode, float32. dim: E."""
+
+    def __init__(self, name, hf, rules):
+        super().__init__()
+        self.name = name
+        self.hf = hf.eval().requires_grad_(False)
+        self.rules = rules
+        self.dim = hf.config.hidden_size
+
+        # DINO puts its class token and registers in front of the patches, SigLIP has none.
+        self.prefix = 0
+        if not isinstance(hf, SiglipVisionModel):
+            self.prefix = 1 + getattr(hf.config, "num_register_tokens", 0)
+
+    def pixels(self, image):
+        """PIL image, RGB -> [3,h,w], as the encoder wants it."""
+        return Preparation(self.rules).pixels(image)
+
     @torch.no_grad()
     def forward(self, pixels):
         """[I,3,h,w] -> patch features [I,P,E] of the last layer, row by row over the image, float32."""
@@ -108,24 +106,19 @@ def load(name, device="cpu"):
 
     UserError if it cannot be loaded or is of an unknown kind.
     """
-    if name == "tiny":
-        with torch.random.fork_rng(devices=[]):  # drawn once for all runs and ranks, and no other draw moves
-            torch.manual_seed(0)
-            hf = DINOv3ViTModel(DINOv3ViTConfig(**TINY))
-        return Encoder(name, hf, IMAGENET).to(device)
-
+    path = str(TINY) if name == "tiny" else name
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type not in KINDS:
             raise UserError(
                 f"--encoders {name}: model type {config.model_type!r} is none of {', '.join(KINDS)}; "
                 "features of another can be precomputed: features:NAME:SIZE"
             )
-        refuse_quantised(f"--encoders {name}", name, config)
-        rules, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        refuse_quantised(f"--encoders {name}", path, config)
+        rules, _ = ImageProcessingMixin.get_image_processor_dict(path)
 
         # SigLIP's text tower has no place here.
-        hf = load_weights(KINDS[config.model_type], name, torch.float32, part=True)
+        hf = load_weights(KINDS[config.model_type], path, torch.float32, part=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"--encoders {name}: cannot be loaded: {why(error)}") from error
 

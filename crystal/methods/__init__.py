@@ -12,6 +12,7 @@ which inherits from sft's (or another's) what it does not change:
     layout(fmt, record, image_tokens, stage) -> layout.Layout; stage -1 is the last one, validation's
     extras(record, images) -> {name: tensor [n,..]}, put into the batch as [B,n,..], padded with zeros
     modules(model)    -> nn.ModuleDict of extra trainable heads (may be empty)
+    for_workers()     -> {attribute: value}, what layout and extras read of what `modules` has found out
     hidden(model, batch, recorder, biases) -> the last states without losses, for evaluation's looks inside
     biases(model, batch) -> [attention_bias.AttentionBias], the mask of `evaluate --bottleneck`
     losses(model, batch, progress) -> {name: scalar}, each the mean over the batch's pairs; a config.Progress
@@ -23,8 +24,10 @@ which inherits from sft's (or another's) what it does not change:
 import hashlib
 import importlib
 import importlib.util
+import pickle
 import sys
 from dataclasses import fields, replace
+from importlib.abc import SourceLoader
 from pathlib import Path
 
 from crystal.backbone.model import prepare
@@ -63,20 +66,28 @@ def of_file(name):
     if key in sys.modules:
         return sys.modules[key]
 
-    spec = importlib.util.spec_from_file_location(key, name)
-    assert spec is not None and spec.loader is not None  # of a .py file that is there
-    module = sys.modules[key] = importlib.util.module_from_spec(spec)
-    _sources[key] = Path(name).read_bytes()
     try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
+        return run_source(key, Path(name).read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
+    except TypeError as error:
+        if "non-frozen dataclass" not in str(error):
+            raise
+        raise UserError(
+            f"--method {name}: settings do not change once they are made; write @dataclass(frozen=True)"
+        ) from None
+
+
+def run_source(key, source):
+    """The path of a method's file and the bytes in it -> the module that they make, known by the path."""
+    spec = importlib.util.spec_from_file_location(key, key)
+    assert spec is not None and isinstance(spec.loader, SourceLoader)  # of a .py file
+    module = sys.modules[key] = importlib.util.module_from_spec(spec)
+    _sources[key] = source
+    try:
+        exec(spec.loader.source_to_code(source, key), vars(module))
+    except BaseException:
         del sys.modules[key]
-        if isinstance(error, SyntaxError):
-            raise UserError(f"--method {name}: line {error.lineno}: {error.msg}") from None
-        if isinstance(error, TypeError) and "non-frozen dataclass" in str(error):
-            raise UserError(
-                f"--method {name}: settings do not change once they are made; write @dataclass(frozen=True)"
-            ) from None
         raise
     return module
 
@@ -218,3 +229,53 @@ def check_template(model, tokens):
             "twice; take the base that it was made from, export that run anew, or give its "
             "chat_template.jinja a bare generation prompt"
         )
+
+
+# --- in a loader's workers ---
+
+class Recipe:
+    """What a method makes of a record, in the process that trains and in the workers of its loader.
+
+    A worker that is no fork of it gets objects pickled, which classes and lambdas of a user's file cannot be.
+    So this pickles as the method's settings, and a worker makes the method anew from them.
+    """
+
+    def __init__(self, method, fmt, stage=-1):
+        self.method = method
+        self.fmt = fmt
+        self.stage = stage
+
+    def layout(self, record, image_tokens):
+        """The method's layout of a record, in this stage."""
+        return self.method.layout(self.fmt, record, image_tokens, self.stage)
+
+    def __call__(self):
+        """What a data.RecordDataset has of a method -> {its attribute: value}."""
+        return {"layout": self.layout, "corruption": self.method.corruption, "extras": self.method.extras}
+
+    def __reduce__(self):
+        settings = self.method.settings
+        name = settings.method
+        source = _sources.get(name)  # as it was run: the file may have been edited since
+        values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        own = self.method.for_workers()
+        for attribute, value in own.items():
+            try:
+                pickle.dumps(value)
+            except Exception as error:  # whatever an object of the user's own raises
+                raise UserError(
+                    f"--workers: self.{attribute} of the method {name} cannot be given to another process "
+                    f"({error}): leave it out of for_workers, or prepare batches in this one (--workers 0)"
+                ) from None
+        return remade, (source, values, own, self.fmt.tokenizer, self.stage)
+
+
+def remade(source, values, own, tokenizer, stage):
+    """What a Recipe was pickled as -> the Recipe, its method made anew."""
+    name = values["method"]
+    if source is not None and name not in sys.modules:
+        run_source(name, source)
+    kind = get(name)
+    method = kind(kind.Settings(**values))
+    vars(method).update(own)
+    return Recipe(method, method.format(tokenizer), stage)

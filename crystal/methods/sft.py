@@ -55,6 +55,14 @@ class Method:
     def modules(self, model: Model) -> nn.ModuleDict:
         return nn.ModuleDict()
 
+    def for_workers(self) -> dict[str, Any]:
+        """What a loader's worker, which has no model, needs of `modules`: attributes for layout and extras.
+
+        Here it is all that this method has beside its settings and is no module: weights stay where they are.
+        """
+        own = vars(self).items()
+        return {name: x for name, x in own if name != "settings" and not isinstance(x, nn.Module)}
+
     def hidden(
         self, model: Model, batch: Batch, recorder: Callable | None = None, biases: tuple | list = ()
     ) -> torch.Tensor:

@@ -59,7 +59,7 @@ class Settings(config.Settings):
     )
     encoders: str = setting(
         "tiny",
-        "comma-separated: tiny (shipped as a recipe, random weights), a directory or hub name of "
+        "comma-separated: tiny (shipped, knows toy scenes alone), a directory or hub name of "
         "DINOv3, DINOv2 or SigLIP; features:NAME:SIZE for precomputed ones of the records' "
         "`features`; own for the model's own image tokens; none for no alignment",
     )
@@ -203,6 +203,11 @@ class Method(SFT):
                 self.projections[str(m)] = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, E))
         dtype = torch.promote_types(model.hf.dtype, torch.float32)
         return self.projections.to(model.device, dtype)
+
+    def for_workers(self):
+        """Of the encoders how they want their pictures, without their weights."""
+        ways = [encoder and encoders.Preparation(encoder.rules) for encoder in self.encoders]
+        return {"encoders": ways}
 
     def extras(self, record, images):
         """What the encoders want of a record: pixels_m [I,3,h,w] of its images, or features_m [P,E].

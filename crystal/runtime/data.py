@@ -4,6 +4,7 @@ B pairs, L sequence length, I images of a batch, P patches of all of them, K lat
 image tokens. Where records come from, records.py says; whoever reads them has its names here too.
 """
 
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -37,7 +38,8 @@ class RecordDataset(Dataset):
     Its generator is seeded by (seed, epoch, index, image), so that what it draws depends neither on ranks nor
     on workers nor on a resume. grey: feed uniformly grey images, what a blind model sees. copies: how often
     each image stands in the sequence. extras: function (record, its RGB PIL images) -> {name: tensor [n,..]},
-    what else a method wants in the batch.
+    what else a method wants in the batch. recipe: function without arguments that gives layout, corruption
+    and extras, {name: function}: pickled, a set has it in their place, and they are made anew by it.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class RecordDataset(Dataset):
         grey=False,
         copies=1,
         extras=None,
+        recipe=None,
     ):
         self.records = records
         self.layout = layout
@@ -61,6 +64,16 @@ class RecordDataset(Dataset):
         self.grey = grey
         self.copies = copies
         self.extras = extras
+        self.recipe = recipe
+
+    def __getstate__(self):
+        made = ("layout", "corruption", "extras") if self.recipe else ()
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.recipe:
+            self.__dict__.update(self.recipe())
 
     def __len__(self):
         return len(self.records)
@@ -254,12 +267,13 @@ def to_device(batch, device, dtype):
 def loader(examples, order, pad, workers=0, worker_init=None):
     """Batches in the given order -> a torch DataLoader of what `collate` returns.
 
-    order: any iterable of lists of (epoch, index).
+    order: any iterable of lists of (epoch, index). Workers start as processes of this Python do: by fork, or
+    (from 3.14 on, or where a caller says so) by forkserver or spawn, which get `examples` pickled.
     """
     return DataLoader(
         examples,
         batch_sampler=order,
-        collate_fn=lambda e: collate(e, pad),
+        collate_fn=partial(collate, pad=pad),
         num_workers=workers,
         worker_init_fn=worker_init,
     )

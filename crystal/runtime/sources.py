@@ -66,6 +66,7 @@ def unpacked(path):
     try:
         with gzip.open(path) as packed:
             shutil.copyfileobj(packed, out)
+        out.flush()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: cannot be unpacked: {error}") from None
     return out
@@ -135,6 +136,16 @@ class Lines:
         self.starts.append(at)
         self.size = at
 
+    def __getstate__(self):
+        return vars(self) | {"file": None}  # another process opens it for itself
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        packed = self.path.suffix == ".gz"
+        self.file = unpacked(self.path) if packed else open(self.path, "rb")  # noqa: SIM115 (it keeps it)
+        if packed and self.changed_at()[0] == self.size:
+            self.stamp = self.changed_at()  # of this process's own copy
+
     def changed_at(self):
         """What changes when somebody writes into the file."""
         status = os.fstat(self.file.fileno())
@@ -192,6 +203,7 @@ class ParquetRows:
         except ImportError:
             raise UserError(f"{path}: to read Parquet, pyarrow is needed (the extra `data`)") from None
 
+        self.path = path
         paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not paths:
             raise UserError(f"{path}: a folder without a .parquet file in it")
@@ -211,6 +223,9 @@ class ParquetRows:
 
         self.ends = list(accumulate(counts))
         self.held = None
+
+    def __reduce__(self):
+        return ParquetRows, (self.path,)  # another process opens the files for itself
 
     def __len__(self):
         return self.ends[-1] if self.ends else 0
