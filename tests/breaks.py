@@ -3327,7 +3327,7 @@ COMMANDS = [
     Break(
         "visualize-page-other-checkpoint", "crystal/visualize.py",
         "inside.evaluated(run_dir, step)",
-        'inside.evaluated(run_dir, "step-1")',
+        'inside.evaluated(run_dir, "step-2")',
         "The page of one checkpoint shows another one's table of interventions.",
         "tests/test_commands.py::test_visualize_writes_the_page_that_was_asked",
     ),
@@ -3382,8 +3382,8 @@ COMMANDS = [
     ),
     Break(
         "latent_space-pieces", "crystal/evaluation/latent_space.py",
-        "if n in depths and h.shape[1] == L:",
-        "if n in depths:",
+        "kept[n] = h[0].float().cpu()",
+        "kept.setdefault(n, h[0].float().cpu())",
         "A short piece of VaLR's recurrence is taken for the sequence.",
         "tests/test_latent_space.py::test_fed_back_latents_are_those_of_the_whole_sequence",
     ),
@@ -3444,9 +3444,9 @@ COMMANDS = [
         "tests/test_charts.py::test_names_stay_text",
     ),
     Break(
-        "page-json-tag", "crystal/evaluation/page.py",
-        '.replace("<", "\\\\u003c")',
-        "",
+        "page_samples-json-text", "crystal/evaluation/page_samples.py",
+        '"layers": one.layers,',
+        '"layers": one.tokens,',
         "A question's text can end the page's data and begin a script.",
         "tests/test_page.py::test_what_comes_from_elsewhere_stays_text",
     ),

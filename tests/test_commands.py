@@ -599,8 +599,8 @@ def test_visualize_draws_what_was_asked(run, records_file, monkeypatch, tmp_path
 
 
 def test_visualize_writes_the_page_that_was_asked(run, records_file, monkeypatch, tmp_path, capsys):
-    """Records from another folder than their images, two of three, families in turn, one drawn; layers,
-    checkpoint and device of the model; the page is what page.build made of it.
+    """Records from another folder than their images, two of three, families in turn, one of them drawn;
+    layers, checkpoint and device of the model; the page is what page.build made of it.
     """
     records, file = tmp_path / "elsewhere.jsonl", tmp_path / "new" / "page.html"
     records.write_text(records_file.read_text())
@@ -620,8 +620,8 @@ def test_visualize_writes_the_page_that_was_asked(run, records_file, monkeypatch
     monkeypatch.setattr(visualize.page, "build", lambda *args: measured.update(built=args) or "<html>é")
     flags = [
         "--run", str(run), "--checkpoint", "1", "--data", str(records),
-        "--image_root", str(records_file.parent),
-        "--html", str(file), "--count", "1", "--questions", "2", "--attn_layers", "0,-1", "--device", "cpu:0",
+        "--image_root", str(records_file.parent), "--html", str(file), "--count", "1", "--questions", "2",
+        "--attn_layers", "0,-1", "--device", "cpu:0",
     ]  # fmt: skip
     visualize.main(flags)
     assert file.read_text(encoding="utf-8") == "<html>é"
@@ -634,16 +634,16 @@ def test_visualize_writes_the_page_that_was_asked(run, records_file, monkeypatch
     assert opened[0]["device"] == torch.device("cpu:0")
     about, found, (training, _), reliance = measured["built"]
     assert about == {"name": str(run), "method": "crystal", "checkpoint": "step-1", "data": str(records)}
-    assert "loss" in training
-    assert reliance == ({"of": "these"}, f"Asked for this page: 2 questions of {records}.")
+    source = f"Asked for this page: 2 questions of {records}."
+    assert "loss" in training and reliance == ({"of": "these"}, source)
 
     # Without --data it asks what the run was trained on; a result of the checkpoint comes first.
     monkeypatch.setattr(visualize.inside, "evaluated", lambda run, step: ({"of": step}, "Read."))
     flags = ["--run", str(run), "--checkpoint", "1", "--html", str(file), "--count", "2", "--device", "cpu"]
     visualize.main(flags)
     assert len(measured["records"]) == 3 and measured["count"] == 2
-    assert measured["built"][0]["data"] == str(records_file)
-    assert measured["built"][3] == ({"of": "step-1"}, "Read.")
+    about, _, _, reliance = measured["built"]
+    assert about["data"] == str(records_file) and reliance == ({"of": "step-1"}, "Read.")
 
 
 # --- evaluate ---

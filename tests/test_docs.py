@@ -147,7 +147,7 @@ def test_a_page_runs_by_its_number(tmp_path):
     assert (
         listed.returncode == 2
         and "  13. The two paths" in listed.stdout
-        and len(listed.stdout.splitlines()) == 16
+        and len(listed.stdout.splitlines()) == 17
     )
 
 

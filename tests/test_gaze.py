@@ -55,7 +55,7 @@ def test_the_corrupted_path_does_not_look_from_what_it_copies():
 
 
 def test_a_record_is_judged_by_the_papers_definitions():
-    """A = (S - 0.1) / 0.2 = 0, 1, 0.5, 0: two thirds and a third; one is above 1.5 times the mean, 0.375."""
+    """A = (S - 0.1) / 0.2 = 0, 1, 0.5, 0: two thirds, one third; one is above 1.5 times the mean, 0.375."""
     means = {
         "text": torch.tensor([[0.1, 0.3, 0.2, 0.1, 9.0]]),
         "answer": torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]),
@@ -76,7 +76,7 @@ def test_a_record_is_judged_by_the_papers_definitions():
 
 
 def test_all_views_of_the_first_image_count():
-    """The whole image and its tiles, a newline behind each row, as LLaVA has them: those are in no box."""
+    """The whole image and its tiles, a newline behind each row, as LLaVA has them: a newline is in no box."""
     means = {"text": torch.tensor([[0.0, 1.0, 1.0, 0.0, 5.0, 7.0]])}
     record = SimpleNamespace(boxes=[[0, 0, 1, 8]])  # the left column
     views = [Grid(1, 2), Grid(1, 2, 1)]
@@ -92,7 +92,7 @@ def test_numbers_over_questions():
 
 
 def test_accuracy_is_of_the_questions_at_or_above_a_threshold():
-    """Eleven scores, 0 to 1: the thresholds go to the tenth, 0.9; the last holds two questions, one right."""
+    """Eleven scores, 0 to 1: the thresholds go to the tenth, 0.9, which holds two questions, one right."""
     numbers = [{"focus": i / 10, "right": i in (0, 9)} for i in range(11)]
     found = gaze.by_threshold(numbers, steps=4)
     assert [at for at, _, _ in found] == pytest.approx([0, 0.3, 0.6, 0.9])

@@ -1,4 +1,4 @@
-"""Inside a run: weights against a full softmax, what is left out, every method, what a run left behind."""
+"""Inside a run: weights against a full softmax, what is left out by hand, every method, what a run left."""
 
 import json
 import os
@@ -123,8 +123,9 @@ def test_means_are_over_what_is_left_out_too():
     seen = torch.rand(2, 1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     batch = {"image": torch.arange(4)[None], "latents": torch.tensor([[9]])}
     view = SimpleNamespace(rows=2, columns=2)
-    grid, layers, heads, image, latents, share = inside.bounded(batch, seen, view, [4, 6, 8], 45)
-    assert (grid, layers, heads) == ((2, 2), [4, 8], [0, 3])  # 3 * 3 * 5
+    found = inside.bounded(batch, seen, view, [4, 6, 8], 45)
+    assert (found["grid"], found["layers"], found["heads"]) == ((2, 2), [4, 8], [0, 3])  # 3 * 3 * 5
+    image, latents, share = found["image"], found["latents"], found["share"]
     assert torch.allclose(image[:, :, 0, 0], seen[..., :4].mean((2, 3)))
     assert torch.allclose(image[:, :, 0, 2], seen[:, :, :, 3, :4].mean(2))
     assert torch.allclose(image[:, :, 2, 1], seen[:, :, 2, 0, :4])

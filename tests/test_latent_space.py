@@ -44,7 +44,7 @@ def test_variance_between_questions_by_hand():
 
 @pytest.mark.parametrize("flags", [(), ("--method", "sft")])
 def test_states_are_the_models_own(setup, flags, monkeypatch):
-    """Before the first and the second layer, after the final norm; three image tokens, three of text."""
+    """Before the first and the second layer, and after the final norm; three tokens of image and text."""
     monkeypatch.setattr(latent_space, "POINTS", 3)
     s = setup(*flags, which=[0])
     s.model.eval()

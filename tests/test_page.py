@@ -55,9 +55,8 @@ def inside(two=True, latents=True, **changes):
     between = 0.5 if latents else None
     found = {
         "samples": [made(2 if two else 1, count)], "looks": looks,
-        "states": [States(0, points, (0.5, 0.25), between)],
-        "reliance": None, "why": "there is <no> reason", "right": [True, False, True],
-        "two_paths": two, "count": count,
+        "states": [States(0, points, (0.5, 0.25), between)], "reliance": None, "why": "there is <no> reason",
+        "right": [True, False, True], "two_paths": two, "count": count,
         "layers": 5, "heads": 6, "shown": 3, "corruption": "blur, r = 5 px",
     }  # fmt: skip
     return Inside(**(found | changes))
@@ -213,19 +212,19 @@ def test_the_table_of_interventions():
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_a_pointer_is_answered(tmp_path):
-    """In a browser: the view that the address names, a head that is pointed at, no script of a record."""
+    """In a browser: the view that the address names, a head that is pointed at, no script of a record's."""
     found = inside()
     found.samples = [made(), made(question=NASTY)]
     text = built(found)
     probe = """
     const section = document.querySelectorAll(".sample")[1];
     const read = (path, what) => section.querySelectorAll(".path")[path].querySelector(what);
-    const veil = () =>
-      [...read(1, ".veil").children].map((rect) => rect.getAttribute("fill-opacity")).join(" ");
-    const second = section.querySelectorAll(".path")[1];
-    const said = [location.hash, section.querySelector("select").value, second.className];
-    section.querySelector("select").value = "0";
-    section.querySelector("select").dispatchEvent(new Event("change"));
+    const opacity = (rect) => rect.getAttribute("fill-opacity");
+    const veil = () => [...read(1, ".veil").children].map(opacity).join(" ");
+    const select = section.querySelector("select");
+    const said = [location.hash, select.value, section.querySelectorAll(".path")[1].className];
+    select.value = "0";
+    select.dispatchEvent(new Event("change"));
     const cell = read(0, '.heads.image [data-layer="1"][data-head="2"]');
     cell.dispatchEvent(new PointerEvent("pointerenter"));
     said.push(section.querySelector(".pointed").textContent, veil());

@@ -52,7 +52,7 @@ def figures_of(text):
 
 
 def test_the_veil_lifts_where_the_token_looks():
-    """Of the largest weight, 4 %, the darkest square has a quarter; each is clear where it looks most."""
+    """Of the largest weight, 4 %, the darkest square has a quarter; the other path has its own scale."""
     intact, corrupted = figures_of(page_samples.sample(made(), 0))
     for figure in (intact, corrupted):
         veil = re.search('<g class="veil">(.*?)</g>', figure)[1]

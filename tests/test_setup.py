@@ -93,6 +93,7 @@ def test_the_source_distribution_can_be_built_from(tmp_path):
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     others = {"crystal/assets/tiny/config.json", "setup.py", "tests/oracle.py", "data_prep/toy.py"}
+    others |= {"crystal/assets/page/page.js", "crystal/assets/page/page.css"}
     assert sources | others <= names and not any(name.endswith((".so", ".pyc")) for name in names)
 
 

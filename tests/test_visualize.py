@@ -109,9 +109,8 @@ def test_a_run_gives_a_page(model_dirs, records_file, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {file}, {file.stat().st_size / 1e6:.1f} MB"
     text = file.read_text()
     assert text.count('<article class="sample"') == 2 and "What colour is the star?" in text
-    assert all(
-        f"<figcaption>{term}</figcaption>" in text for term in ("loss", "ce_int", "ce_cor", "kl", "attn")
-    )
+    terms = ("loss", "ce_int", "ce_cor", "kl", "attn")
+    assert all(f"<figcaption>{term}</figcaption>" in text for term in terms)
     assert text.count("<b>latents: swapped</b>") == 3  # of two samples, and in the table
     assert file.stat().st_size < 1e6
 
@@ -123,10 +122,7 @@ def test_a_run_gives_a_page(model_dirs, records_file, tmp_path, capsys):
         (["--data", "y", "--questions", "7"], "--questions changes nothing without --html"),
         ([], "--data names the records"),
         (["--html", "x.html", "--count", "0"], "--count 0, --questions 100: at least 1"),
-        (
-            ["--html", "x.html", "--count", "4", "--questions", "3"],
-            "--count 4, --questions 3: .* as many questions",
-        ),
+        (["--html", "x.html", "--questions", "3"], "--count 4, --questions 3: .* as many questions"),
         (["--html", "x.html"], "no metrics.jsonl in it"),
     ],
 )
@@ -137,7 +133,7 @@ def test_flags_that_mean_nothing_are_one_line(flags, message, tmp_path):
 
 
 def test_a_run_without_records_of_its_own_wants_some(model_dirs, records_file, tmp_path, monkeypatch):
-    """Scenes made for a run may be gone; records without a picture or an answer are none to ask."""
+    """Scenes that were made for a run may be gone; records without a picture or an answer are not asked."""
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}))
     settings = methods.parse(["--model", str(model_dirs[True]), "--method", "sft"])
     monkeypatch.setattr(visualize, "open_model", lambda *args, **how: (None, None, settings))

@@ -123,27 +123,17 @@ def measure(model, fmt, method, settings, records, count=4, layers=None, progres
             states.append(latent_space.states_of(model, method, batch))
         if seen is not None:
             heads = seen.shape[3]
-            copied = method.copied(batch)[0, looking(batch)].tolist() if two_paths else []
-            said = [model.tokenizer.decode([int(token)]).strip() for token in logits.argmax(-1)]
-            other = records[partner[i]].answer if partner else ""
-            grid, kept, some_heads, image, latents, share = bounded(batch, seen, views[0], layers, budget)
-            samples.append(
-                Sample(
-                    record=record,
-                    images=examples.images,
-                    tokens=names_of(model, batch),
-                    copied=copied,
-                    grid=grid,
-                    layers=kept,
-                    heads=some_heads,
-                    image=image,
-                    latents=latents,
-                    share=share,
-                    said=said,
-                    answers=found[i],
-                    other=other,
-                )
+            sample = Sample(
+                record=record,
+                images=examples.images,
+                tokens=names_of(model, batch),
+                copied=method.copied(batch)[0, looking(batch)].tolist() if two_paths else [],
+                said=[model.tokenizer.decode([int(token)]).strip() for token in logits.argmax(-1)],
+                answers=found[i],
+                other=records[partner[i]].answer if partner else "",
+                **bounded(batch, seen, views[0], layers, budget),
             )
+            samples.append(sample)
 
     corruption = figures.described(method.corruption or Corruption())
     return Inside(
@@ -292,7 +282,7 @@ def look(model, method, settings, batch, layers):
 
 
 def bounded(batch, seen, view, layers, budget):
-    """What `look` saw of a record -> (grid, layers, heads, image, latents, share), as Sample has them.
+    """What `look` saw of a record -> {"grid", "layers", "heads", "image", "latents", "share"} of Sample.
 
     view: the grid of the first image's first view. budget: numbers of maps that a path may keep.
     """
@@ -312,7 +302,11 @@ def bounded(batch, seen, view, layers, budget):
     latents = seen[..., N:]
     share = torch.stack([seen[..., :N].sum(-1), latents.sum(-1)], -1)
     image = merged(seen[..., : view.rows * view.columns], (view.rows, view.columns), grid)
-    return grid, [layers[i] for i in some_layers], some_heads, image, latents, share
+    kept = [layers[i] for i in some_layers]
+    return {
+        "grid": grid, "layers": kept, "heads": some_heads,
+        "image": image, "latents": latents, "share": share,
+    }  # fmt: skip
 
 
 def fitting(layers, heads, cells, budget):

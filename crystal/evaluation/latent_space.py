@@ -45,13 +45,12 @@ def states_of(model, method, batch):
 
     Depths: before the first layer, before the middle one, and after the last and the final norm.
     """
-    L = batch["input_ids"].shape[1]
     depths = sorted({0, len(model.layers) // 2})
     kept = {}
 
     def change(n, h, kwargs):
-        # Where latents are fed back, shorter forwards come before the one over the whole sequence.
-        if n in depths and h.shape[1] == L:
+        # Where latents are fed back, shorter forwards come first; the last one is over the whole sequence.
+        if n in depths:
             kept[n] = h[0].float().cpu()
         return h, kwargs
 

@@ -1,9 +1,9 @@
 """The page of a run: what inside.py measured becomes one HTML file that needs no server and no network.
 
 Everything that it shows stands in its HTML already, so that it reads on paper and without a script; page.js
-only answers a pointer, out of the numbers in a JSON tag. What comes from records and models is text: it goes
-through `html.escape`, in the JSON no `<` is left, and a policy in the head lets no script run but page.js
-and nothing be loaded.
+only answers a pointer, out of a JSON tag that holds numbers alone. What comes from records and models is
+text: it goes through `html.escape`, and a policy in the head lets no script run but page.js and nothing be
+loaded.
 
 The question that each section ends with: what would be seen if the latents carried nothing?
 """
@@ -58,7 +58,7 @@ def build(about, found, metrics, reliance):
     script = (ASSETS / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    numbers = json.dumps([maps(one) for one in found.samples]).replace("<", "\\u003c")
+    numbers = json.dumps([maps(one) for one in found.samples])
     return f"""<!doctype html>
 <html lang="en">
 <head>
