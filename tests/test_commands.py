@@ -1251,7 +1251,8 @@ def test_demo_passes_its_flags_on(tmp_path, monkeypatch, capsys):
     assert intervened == [
         [
             "--model", "to/mine", "--checkpoint", "last", "--method", "mine.py",
-            "--data", "runs/toy-4/test.jsonl", "--limit", "1000", "--reliance", "--batch_size", "100", "--max_new_tokens", "8", "--overwrite",
+            "--data", "runs/toy-4/test.jsonl", "--limit", "1000", "--reliance",
+            "--batch_size", "100", "--max_new_tokens", "8", "--overwrite",
         ]
     ]
     assert "== 4. Accuracy on 2 held-out questions" in capsys.readouterr().out
