@@ -15,20 +15,8 @@ from crystal.runtime.config import UserError
 def test_a_run_gives_three_pictures(model_dirs, records_file, tmp_path, capsys, monkeypatch):
     run = train.main(
         [
-            "--model",
-            str(model_dirs[True]),
-            "--data",
-            str(records_file),
-            "--output",
-            str(tmp_path / "run"),
-            "--max_steps",
-            "2",
-            "--latents",
-            "3",
-            "--lora_r",
-            "2",
-            "--device",
-            "cpu",
+            "--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(tmp_path / "run"),
+            "--max_steps", "2", "--latents", "3", "--lora_r", "2", "--device", "cpu",
         ]
     )
     capsys.readouterr()
@@ -38,16 +26,8 @@ def test_a_run_gives_three_pictures(model_dirs, records_file, tmp_path, capsys, 
     )
     visualize.main(
         [
-            "--run",
-            str(run),
-            "--data",
-            str(records_file),
-            "--count",
-            "2",
-            "--attn_layers",
-            "last",
-            "--device",
-            "cpu:0",
+            "--run", str(run), "--data", str(records_file), "--count", "2", "--attn_layers", "last",
+            "--device", "cpu:0",
         ]
     )
     assert opened == [torch.device("cpu:0")]
@@ -87,20 +67,8 @@ def test_a_run_gives_a_page(model_dirs, records_file, tmp_path, capsys):
     """From the command to a file: three questions, two drawn, and the run's own terms."""
     run = train.main(
         [
-            "--model",
-            str(model_dirs[True]),
-            "--data",
-            str(records_file),
-            "--output",
-            str(tmp_path / "run"),
-            "--max_steps",
-            "2",
-            "--latents",
-            "3",
-            "--lora_r",
-            "2",
-            "--device",
-            "cpu",
+            "--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(tmp_path / "run"),
+            "--max_steps", "2", "--latents", "3", "--lora_r", "2", "--device", "cpu",
         ]
     )
     capsys.readouterr()
