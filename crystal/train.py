@@ -165,7 +165,9 @@ def main(argv=None):
 
     # --- loop ---
     wrapped = whole or procs.wrap(objective)
-    stages = [stage_batches(i, examples, step, settings, pad, procs) for i, examples in enumerate(train_sets)]
+    stages = []
+    for i, examples in enumerate(train_sets):
+        stages.append(stage_batches(i, examples, step, settings, pad, procs, weights_dtype))
     batches = itertools.chain.from_iterable(stages)
     hide_bar = not (procs.is_first and sys.stderr.isatty())
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=hide_bar)

@@ -213,7 +213,7 @@ SHARED = dict(
     turns="first", blind=False, tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
     max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
     decay="cosine", clip=1.0, device="auto", dtype="auto",
-    checkpointing=False, compile=False, shard="none", workers=0, min_pixels=None,
+    checkpointing=False, compile=False, shard="none", workers=None, min_pixels=None,
     max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500, keep=2,
     log_every=10, resume=False, overwrite=False, tensorboard=False,
 )

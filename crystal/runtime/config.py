@@ -161,7 +161,11 @@ class Settings:
         "of several processes each has the whole model, or its part of every layer (FSDP2)",
         ("none", "full"),
     )
-    workers: int = setting(0, "processes that prepare batches")
+    workers: int = setting(
+        None,
+        "processes that prepare batches, of each GPU's; default: beside a GPU as many as there are cores "
+        "for it, less one, at most 8; on a CPU 0, since the model takes all of its cores",
+    )
     min_pixels: int = setting(
         None,
         "images are scaled up to at least this area; default: the model's own",
@@ -205,7 +209,7 @@ class Settings:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("eval_every", "eval_records", "workers", "weight_decay"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
 
         if not 0 <= self.seed < 2**63:
