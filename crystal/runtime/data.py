@@ -248,6 +248,8 @@ def to_device(batch, device, dtype):
         if isinstance(value, torch.Tensor):
             value = value.to(device, dtype) if name.startswith("pixel_values") else value.to(device)
         moved[name] = value
+    if "ahead" in batch:
+        moved["ahead"] = batch["ahead"].to(device, moved)
     return moved
 
 
