@@ -112,7 +112,7 @@ class Update:
         self.batch = data.to_device(self.ahead(self.plain), *self.place)
 
     def step(self):
-        """What lies between the batch's arrival and the end of the optimiser's update -> the loss, a tensor."""
+        """From the batch's arrival to the end of the optimiser's update -> the loss, a tensor."""
         loss = self.loss()
         loss.backward()
         self.update()

@@ -149,7 +149,8 @@ def parallel(model, inputs, latents, updates, layers=(), cuts=None):
 
     updates: T >= 0. What precedes the first latent runs once; the rest runs T + 1 times, the last to be read.
     The first guess for every latent is the state in front of the first one, which is exact for that one, so
-    that T = n - 1 is exact for n latents. Gradients flow through all updates. cuts: cut(inputs, latents, True).
+    that T = n - 1 is exact for n latents. Gradients flow through all updates. cuts: cut(inputs,
+    latents, True), as there.
     """
     if updates < 0:
         raise ValueError(f"{updates} updates: at least 0")

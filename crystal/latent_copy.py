@@ -226,9 +226,9 @@ def packed_forward(model, batch, copied, recorder=None, packed=None):
 
 @dataclass
 class Packing:
-    """A batch packed: its sequences, a Packed, and its images as they stand there: a pair's corrupted ones first.
+    """A batch packed: its sequences, and its images as they stand there, a pair's corrupted ones first.
 
-    patches: of each pair, list of int. grids [2I,3]; tower: their families.Tower.
+    sequences: a Packed. patches: of each pair, list of int. grids [2I,3]; tower: their families.Tower.
     """
 
     sequences: Packed

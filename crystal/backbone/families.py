@@ -177,8 +177,11 @@ class Tower(NamedTuple):
 
 def tower_of(grids, tensors, bounds):
     """Grids [I,3], the tower's tensors, {kind: bounds of windows [n+1]}, all on the CPU -> Tower."""
-    lists = {kind: cuts.tolist() for kind, cuts in bounds.items()}
-    return Tower(grids.tolist(), tensors, {kind: (cuts, sorted_windows(cuts)) for kind, cuts in lists.items()})
+    windows = {}
+    for kind, cuts in bounds.items():
+        numbers = cuts.tolist()
+        windows[kind] = numbers, sorted_windows(numbers)
+    return Tower(grids.tolist(), tensors, windows)
 
 
 class Tiles(Images):

@@ -138,8 +138,8 @@ class Read(NamedTuple):
     """The rows of logits that the losses read, R of the intact path and R' of the corrupted one.
 
     at_int [R], at_cor [R']: in a batch laid out as [B*L]. targets_int, targets_cor, is_answer [N]: of the N
-    positions that any loss reads, as vocab_kl_ce takes them. pairs: {term: (which of the N positions it reads,
-    pair by pair; how many there are of each pair, a list of int)}.
+    positions that any loss reads, as vocab_kl_ce takes them. pairs: {term: (which of the N it reads, pair
+    by pair; how many of each pair, a list of int)}.
     """
 
     at_int: torch.Tensor

@@ -93,7 +93,7 @@ def sent(value, device):
         if value.device.type == "cpu" and device.type == "cuda":
             return value.pin_memory().to(device, non_blocking=True)
         return value.to(device)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: sent(getattr(value, f.name), device) for f in fields(value)})
     if isinstance(value, dict):
         return {name: sent(x, device) for name, x in value.items()}
