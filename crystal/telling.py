@@ -19,7 +19,7 @@ from crystal.runtime.late import Numbers
 
 
 class Update(NamedTuple):
-    """What is to be told of an update: its number from 0, its rate, the places of its records, its Numbers."""
+    """What is to be told of an update: number from 0, rate, the places of its records, Numbers."""
 
     step: int
     rate: float
@@ -53,8 +53,9 @@ class Teller:
         """
         told = update.numbers.read()
         if not told.finite:
+            found = f"loss {told.means['loss']} or gradient norm {told.norm}"
             raise UserError(
-                f"update {update.step}: loss {told.means['loss']} or gradient norm {told.norm} is not finite; "
+                f"update {update.step}: {found} is not finite; "
                 f"stopped before the update, the last good checkpoint is {good() or 'none'}; "
                 f"its records: {', '.join(self.procs.gather(update.where))}"
             )

@@ -291,7 +291,7 @@ def main(argv=None):
             teller.tell(update, told)
             stopping = stopping or told.stop
 
-        # Ranks learn of a stop by those numbers, so that all end after the same update; one process alone asks
+        # Ranks learn of a stop by those numbers, so that all end after the same update; one process asks
         # itself. A stop saves and does nothing else: who sends a signal waits half a minute, and a validation
         # may take longer.
         if procs.world == 1:
@@ -360,8 +360,15 @@ def optimizer_of(named, model, settings):
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": tokens, "weight_decay": 0.0, "lr_scale": settings.lr_tokens},
     ]
-    fused = settings.adamw == "fused" or (settings.adamw == "auto" and named[0][1].device.type == "cuda")
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, fused=fused or None)
+    fused = is_fused(settings, named) or None  # None: as torch chooses
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, fused=fused)
+
+
+def is_fused(settings, named):
+    """Whether --adamw means the update in one kernel; auto: where a GPU holds the parameters."""
+    if settings.adamw == "auto":
+        return named[0][1].device.type == "cuda"
+    return settings.adamw == "fused"
 
 
 # --- in the loop ---

@@ -200,10 +200,13 @@ def test_nobody_waits_from_a_batch_that_has_come_to_the_update(setup, name, monk
     assert found["waits"] == found["waits_of_others"], found["waits_at"]
 
 
-# Qwen3-VL's DeepStack adds features to two layers by a mask: read once and written once, and three times in the
-# backward pass, where no line of anybody runs. LLaVA-OneVision sends the lengths of its images to the device, and
-# its decoder looks whether positions are packed.
-@pytest.mark.parametrize(("family", "more", "behind"), [("qwen3_vl", 2 * 2, 2 * 3), ("llava_onevision", 2, 0)])
+# Qwen3-VL's DeepStack adds features to two layers by a mask: read once and written once, and three times in
+# the backward pass, where no line of anybody runs. LLaVA-OneVision sends the lengths of its images to the
+# device, and its decoder looks whether positions are packed.
+MORE = [("qwen3_vl", 2 * 2, 2 * 3), ("llava_onevision", 2, 0)]
+
+
+@pytest.mark.parametrize(("family", "more", "behind"), MORE)
 def test_nobody_but_transformers_waits_in_other_families(setup, family, more, behind):
     s = made(setup, "kv", family=family)
     arrive, step = step_of(s)

@@ -104,9 +104,9 @@ def run(model_dirs, records_file, tmp_path):
     def go(name, *more):
         return train.main(
             [
-                "--model", str(model_dirs[True]), "--data", str(records_file), "--output", str(tmp_path / name),
-                "--latents", "3", "--lora_r", "2", "--lr", "1e-2", "--batch_size", "2", "--eval_every", "0",
-                *more,
+                "--model", str(model_dirs[True]), "--data", str(records_file), "--lr", "1e-2",
+                "--output", str(tmp_path / name), "--latents", "3", "--lora_r", "2", "--batch_size", "2",
+                "--eval_every", "0", *more,
             ]
         )  # fmt: skip
 

@@ -18,8 +18,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "runtime",
-            "config renamed ahead plan ops machine distributed late shard images sampling sources fields records "
-            "data sight silhouettes toy toy_steps named_state checkpoint",
+            "config renamed ahead plan ops machine distributed late shard images sampling sources fields "
+            "records data sight silhouettes toy toy_steps named_state checkpoint",
         )
     ],
     [("backbone", "files attention_functions families model adapter widths record encoders")],
