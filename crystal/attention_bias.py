@@ -65,5 +65,4 @@ def filled(cells, value, dtype):
 
     Not a product with the cells: 0 times -inf is not a number.
     """
-    value = torch.as_tensor(value, dtype=dtype, device=cells.device)
-    return torch.where(cells, value, torch.zeros_like(value))
+    return torch.zeros(cells.shape, dtype=dtype, device=cells.device).masked_fill_(cells, value)

@@ -148,6 +148,12 @@ class Settings:
         "of the frozen weights; auto: bfloat16 on a GPU, float32 elsewhere",
         ("auto", "float32", "bfloat16", "float64"),
     )
+    adamw: str = setting(
+        "auto",
+        "the optimiser's update as one kernel, which the losses are then read behind, or as torch "
+        "chooses; auto: fused on a GPU",
+        ("auto", "fused", "plain"),
+    )
     checkpointing: bool = setting(
         False,
         "recompute activations in the backward pass (non-reentrant)",

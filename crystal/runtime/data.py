@@ -265,6 +265,8 @@ def to_device(batch, device, dtype):
             own = dtype if name.startswith("pixel_values") else value.dtype
             value = value.to(device, own, non_blocking=value.is_pinned())
         moved[name] = value
+    if "ahead" in batch:
+        moved["ahead"] = batch["ahead"].to(device, moved)
     return moved
 
 
