@@ -7323,8 +7323,8 @@ DATA = [
     ),
     Break(
         "data-all-floats-cast", "crystal/runtime/data.py",
-        'if name.startswith("pixel_values") else value.to',
-        "if value.is_floating_point() else value.to",
+        'dtype if name.startswith("pixel_values") else value.dtype',
+        "dtype if value.is_floating_point() else value.dtype",
         "Extras would lose their precision under bf16.",
         "tests/test_data_by_hand.py::test_only_pixels_take_the_weights_dtype",
     ),
@@ -7337,8 +7337,8 @@ DATA = [
     ),
     Break(
         "data-loader-pads-with-0", "crystal/runtime/data.py",
-        "partial(collate, pad=pad)",
-        "partial(collate, pad=0)",
+        "partial(prepared, pad=pad,",
+        "partial(prepared, pad=0,",
         "The pad token would be ignored.",
         "tests/test_data_by_hand.py::test_the_loader_pads_in_the_given_order_in_the_process_or_beside_it",
     ),

@@ -74,7 +74,7 @@ def test_waits_of_the_host():
 
 
 def test_what_lies_in_the_hosts_memory_is_no_wait():
-    """Made of Python's numbers without a device, and what comes of such alone; sent to a device, it is one."""
+    """Made of Python's numbers without a device, and what comes of such alone; sent to one, it is a wait."""
     x = torch.arange(6)
 
     def step():
@@ -98,7 +98,8 @@ def test_where_the_host_waits():
     inputs = {"attention_mask": torch.ones(1, 6), "mm_token_type_ids": torch.zeros(1, 6)}
     latents = torch.tensor([[False, False, True, False, True, False]])
     found = host_waits(lambda: feedback.pieces(inputs, latents))
-    assert found["waits_at"] and all(place.startswith("crystal/feedback.py:") for place, _ in found["waits_at"])
+    places = [place for place, _ in found["waits_at"]]
+    assert places and all(place.startswith("crystal/feedback.py:") for place in places)
 
 
 def test_clocks_are_none_without_a_gpu(monkeypatch):

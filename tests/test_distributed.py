@@ -263,7 +263,7 @@ def test_the_group_is_made_for_the_device_and_waits_for_the_timeout(monkeypatch,
     procs = start("auto", timeout=7)
     here = torch.device("cuda", 1) if device == "cuda" else torch.device("cpu")
     assert (
-        procs == Processes(3, 4, 1, here)
+        procs == Processes(3, 4, 1, here, local_world=2)
         and asked["backend"] == backend
         and asked["timeout"].total_seconds() == 7
     )

@@ -210,7 +210,8 @@ def test_a_worker_that_the_system_ends_is_told_as_an_error(own):
     examples.layout = lambda record, n: os.kill(os.getpid(), signal.SIGKILL)
     chosen = replace(settings, workers=1)
     (batch,) = training_data.stage_batches(0, examples, 0, chosen, 0, Processes())
-    assert re.match(r"--workers 1: DataLoader worker \(pid.*; fewer of them take less memory$", batch["error"])
+    said = r"--workers 1: DataLoader worker \(pid.*; fewer of them take less memory$"
+    assert re.match(said, batch["error"])
     assert batch["bad"] == []
 
 

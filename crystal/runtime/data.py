@@ -258,7 +258,7 @@ def collate(examples, pad):
 
 
 def to_device(batch, device, dtype):
-    """Tensors to the device; pixels to the weights' dtype too. What is pinned is copied while others compute."""
+    """Tensors to the device; pixels to the weights' dtype too. The host does not wait for pinned copies."""
     moved = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
