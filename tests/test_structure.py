@@ -18,7 +18,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "runtime",
-            "config renamed ahead plan ops ops_gradients sliced_attention machine distributed late shard "
+            "config renamed plan ahead ops ops_gradients sliced_attention machine distributed late shard "
             "images sampling sources fields records data sight silhouettes toy toy_steps named_state "
             "checkpoint",
         )
