@@ -65,4 +65,5 @@ def filled(cells, value, dtype):
 
     Not a product with the cells: 0 times -inf is not a number.
     """
-    return torch.zeros(cells.shape, dtype=dtype, device=cells.device).masked_fill_(cells, value)
+    value = torch.as_tensor(value, dtype=dtype, device=cells.device)
+    return torch.where(cells, value, torch.zeros_like(value))

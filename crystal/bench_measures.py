@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 # --- time ---
@@ -167,11 +166,7 @@ READS = (
 
 
 class WaitCounter(TorchDispatchMode):
-    """Counts, on any device, the operations that would make the host wait for a GPU, by line of code.
-
-    What is made of Python's numbers without a device, and of such tensors alone, lies in the host's memory
-    wherever the step runs, so to read it is no wait; to make one on a device is.
-    """
+    """Counts, on any device, the operations that would make the host wait for a GPU, by line of code."""
 
     def __init__(self):
         super().__init__()
@@ -180,51 +175,9 @@ class WaitCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operations += 1
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        host = bool(given) and all(map(on_host, given))
-        if not host and waits(func.name().removeprefix("aten::"), args):
+        if waits(func.name().removeprefix("aten::"), args):
             self.sites[site()] += 1
-        out = func(*args, **(kwargs or {}))
-        if host:
-            for x in tree_leaves(out):
-                mark(x)
-        return out
-
-    def tolist(self, plain):
-        """Tensor.tolist, counted once: it reaches the dispatcher as no operation of its own."""
-
-        def counted(tensor):
-            if not on_host(tensor):
-                self.sites[site()] += 1
-            return plain(tensor)
-
-        return counted
-
-    def made(self, plain):
-        """torch.tensor or torch.as_tensor, which send what they are given to the device that is named."""
-
-        def counted(data, *args, device=None, **kwargs):
-            out = plain(data, *args, device=device, **kwargs)
-            if isinstance(data, torch.Tensor):
-                return out
-            if device is None:
-                mark(out)
-            else:
-                self.sites[site()] += 1
-            return out
-
-        return counted
-
-
-def on_host(tensor):
-    """Whether WaitCounter has seen it made in the host's memory."""
-    return getattr(tensor, "on_host", False)
-
-
-def mark(x):
-    """Says of a tensor that it lies in the host's memory."""
-    if isinstance(x, torch.Tensor):
-        x.on_host = True
+        return func(*args, **(kwargs or {}))
 
 
 def waits(name, args):
@@ -237,35 +190,35 @@ def waits(name, args):
 
 
 def site():
-    """The innermost line of crystal or transformers that is being run, as crystal/file.py:7."""
+    """The innermost line of crystal or transformers that is being run, as file.py:7."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path == Path(__file__):
-            continue
-        for package in ("transformers", "crystal"):
-            if package in path.parts:
-                return f"{package}/{path.name}:{frame.lineno}"
+        inside = {"crystal", "transformers"} & set(path.parts)
+        if inside and path != Path(__file__):
+            return f"{path.name}:{frame.lineno}"
     return "?"
 
 
 def host_waits(step):
-    """One update on any device -> {"waits", "waits_of_others", "waits_at": [[line, times]], "operations"}.
+    """One update on any device -> {"waits", "waits_at": [[line, times]], "operations"}: by operation.
 
-    waits_of_others: those of them whose innermost line is transformers'.
+    `tolist` is one wait, as of a whole tensor; it reaches the dispatcher as no operation of its own.
     """
     counter = WaitCounter()
-    plain = torch.Tensor.tolist, torch.tensor, torch.as_tensor
-    torch.Tensor.tolist = counter.tolist(plain[0])
-    torch.tensor, torch.as_tensor = map(counter.made, plain[1:])
+    plain = torch.Tensor.tolist
+
+    def tolist(tensor):
+        counter.sites[site()] += 1
+        return plain(tensor)
+
+    torch.Tensor.tolist = tolist
     try:
         with counter:
             step()
     finally:
-        torch.Tensor.tolist, torch.tensor, torch.as_tensor = plain
-    others = [n for place, n in counter.sites.items() if place.startswith("transformers/")]
+        torch.Tensor.tolist = plain
     return {
         "waits": sum(counter.sites.values()),
-        "waits_of_others": sum(others),
         "waits_at": [list(item) for item in counter.sites.most_common()],
         "operations": counter.operations,
     }

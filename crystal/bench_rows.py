@@ -27,7 +27,6 @@ from crystal.evaluation.interventions import recorded, replaced
 from crystal.layout import IGNORE
 from crystal.methods.crystal import position_mask
 from crystal.runtime import data
-from crystal.runtime.ahead import Ahead
 from crystal.runtime.config import UserError
 
 
@@ -94,29 +93,17 @@ class Update:
         # The same record B times.
         example = example_of(model, method, fmt, length)
         batch = data.collate([example] * row.batch, model.tokenizer.pad_token_id)
-        self.ahead, self.place = Ahead(), (device, dtype)
-        self.plain = batch
-        self.arrive()
+        self.batch = data.to_device(batch, device, dtype)
         self.paths = 2 if method.corruption else 1
         patches = len(example["pixel_values"])
         work = planning.of_model(model, method, settings, example["layout"], patches, nn.ModuleDict())
         self.work = replace(work, batch=row.batch)
 
     def __call__(self):
-        """An update of a batch that has just come -> the loss, a number."""
-        self.arrive()
-        return float(self.step())
-
-    def arrive(self):
-        """The batch as train.py gets it, with what the last update asked of it."""
-        self.batch = data.to_device(self.ahead(self.plain), *self.place)
-
-    def step(self):
-        """From the batch's arrival to the end of the optimiser's update -> the loss, a tensor."""
         loss = self.loss()
         loss.backward()
         self.update()
-        return loss.detach()
+        return float(loss.detach())
 
     def loss(self):
         return self.forward(self.batch)

@@ -154,8 +154,8 @@ def measure(row, length, a, device, dtype):
         kept, _ = bench_measures.saved_bytes(update.loss, there)
         parts = bench_measures.parts(update, device)
         counted = {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
-        counted |= bench_measures.on_the_gpu(update.step) if gpu else {}
-        counted |= bench_measures.host_waits(update.step)
+        counted |= bench_measures.on_the_gpu(update) if gpu else {}
+        counted |= bench_measures.host_waits(update)
         counted["flops"] = bench_measures.flops(update)
 
     tokens = int(update.batch["attention_mask"].sum()) * update.paths

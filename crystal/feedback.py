@@ -16,7 +16,6 @@ Both give gradients through every latent into what precedes it. The cache is our
 drops its own under activation checkpointing: feedback would then be switched off without a word.
 """
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
@@ -112,25 +111,26 @@ def outputs_of(model, layers):
             hook.remove()
 
 
-def recurrence(model, inputs, latents, layers=(), cuts=None):
+def recurrence(model, inputs, latents, layers=()):
     """The exact states, piece by piece -> (h [B,L,D] after the final norm, {layer: its output [B,L,D]}).
 
     inputs: a right-padded batch of data.py, images before the latents. latents: bool [B,L], positions whose
-    input is the state before them; their token ids are not read. layers: see Stream. cuts: cut(inputs,
-    latents) where the caller has it (on a GPU, making it waits). It runs one forward more
+    input is the state before them; their token ids are not read. layers: see Stream. It runs one forward more
     than the longest sequence has latents. Keys and values are copied once a piece, so training keeps about
     R/2 times the cache of one forward. Raises ValueError for a latent at position 0 or in padding, and for an
     image after a latent.
     """
-    cuts = cuts or cut(inputs, latents)
+    starts, lengths = pieces(inputs, latents)                                  # [B,R] each
     positions = model.positions(inputs)                                        # [3,B,L]
     embed = model.hf.get_input_embeddings()
     stream, outs = Stream(model, layers), []
     fed = torch.empty(0)  # the state in front of the next piece
-    for r, (at, valid, last) in enumerate(cuts.pieces):                        # [B,n], [B,n], [B,1]
+    for r, (start, length) in enumerate(zip(starts.T, lengths.T)):
+        at, valid = window(start, length)                                      # [B,n]
+
         # Every piece but the first begins with a latent, whose input is the state in front of it.
         if r == 0:
-            given = first_piece(model, inputs, at)
+            given = first_piece(inputs, at)
         else:
             x = embed(inputs["input_ids"].gather(1, at))                       # [B,n,D]
             x = torch.cat([fed.to(x.dtype), x[:, 1:]], 1)
@@ -140,37 +140,39 @@ def recurrence(model, inputs, latents, layers=(), cuts=None):
         outs.append({0: h, **seen})
 
         # A sequence without a piece in this round has no further one, and whatever is fed to it is padding.
-        fed = states_at(h, last)                                               # [B,1,D]
-    return whole(outs, cuts.place)
+        last = (length - 1).clamp(min=0)                                       # [B]
+        fed = states_at(h, last[:, None])                                      # [B,1,D]
+    return whole(outs, starts, lengths, latents.shape[1])
 
 
-def parallel(model, inputs, latents, updates, layers=(), cuts=None):
+def parallel(model, inputs, latents, updates, layers=()):
     """The states after T fixed-point updates of all latents at once; arguments and result as in `recurrence`.
 
     updates: T >= 0. What precedes the first latent runs once; the rest runs T + 1 times, the last to be read.
     The first guess for every latent is the state in front of the first one, which is exact for that one, so
-    that T = n - 1 is exact for n latents. Gradients flow through all updates. cuts: cut(inputs,
-    latents, True), as there.
+    that T = n - 1 is exact for n latents. Gradients flow through all updates.
     """
     if updates < 0:
         raise ValueError(f"{updates} updates: at least 0")
-    cuts = cuts or cut(inputs, latents, True)
-    if len(cuts.pieces) == 1:  # no latents at all
-        return recurrence(model, inputs, latents, layers, cuts)
+    starts, lengths = pieces(inputs, latents)
+    if starts.shape[1] == 1:  # no latents at all
+        return recurrence(model, inputs, latents, layers)
 
     # Two pieces a sequence: what precedes its first latent, and all the rest.
-    (at, valid, last), rest = cuts.pieces
+    start, start_rest = starts[:, 0], starts[:, 1]
+    length, length_rest = lengths[:, 0], lengths[:, 1:].sum(1)                 # [B] each
     positions = model.positions(inputs)
     stream = Stream(model, layers)
 
-    given = first_piece(model, inputs, at)
+    at, valid = window(start, length)
+    given = first_piece(inputs, at)
     first, seen, piece = stream.run(take(positions, at), valid, **given)
     stream.keep(piece)
     outs = [{0: first, **seen}]
-    before = states_at(first, last)                                            # [B,1,D]
+    before = states_at(first, length[:, None] - 1)                             # [B,1,D]
 
     # The rest, again and again: each latent's input is the state before it, as the last round left it.
-    at, valid, _ = rest                                                        # [B,n]
+    at, valid = window(start_rest, length_rest)                                # [B,n]
     at_rest = take(positions, at)                                              # [3,B,n]
     embed = model.hf.get_input_embeddings()
     x = embed(inputs["input_ids"].gather(1, at))                               # [B,n,D]
@@ -181,14 +183,17 @@ def parallel(model, inputs, latents, updates, layers=(), cuts=None):
         h, seen, _ = stream.run(at_rest, valid, inputs_embeds=given)
         guess = torch.cat([before, h[:, :-1]], 1)
     outs.append({0: h, **seen})
-    return whole(outs, cuts.place)
+
+    starts = torch.stack([start, start_rest], 1)
+    lengths = torch.stack([length, length_rest], 1)
+    return whole(outs, starts, lengths, latents.shape[1])
 
 
-def forward(model, inputs, latents, updates=None, layers=(), cuts=None):
+def forward(model, inputs, latents, updates=None, layers=()):
     """`recurrence` for updates None, else `parallel` with so many."""
     if updates is None:
-        return recurrence(model, inputs, latents, layers, cuts)
-    return parallel(model, inputs, latents, updates, layers, cuts)
+        return recurrence(model, inputs, latents, layers)
+    return parallel(model, inputs, latents, updates, layers)
 
 
 @contextmanager
@@ -234,38 +239,6 @@ def parallel_error(model, inputs, latents, updates):
 
 # --- where the pieces are ---
 
-class Cuts(NamedTuple):
-    """A batch cut into pieces.
-
-    pieces: (at, valid, last) of each, as `window` has the first two; last [B,1]: where in it a sequence ends.
-    place [B,L]: where each position lies in the pieces laid one after the other.
-    """
-
-    pieces: list
-    place: torch.Tensor
-
-
-def cut(inputs, latents, whole_rest=False):
-    """A batch and its latents as in `recurrence` -> Cuts.
-
-    whole_rest: two pieces a sequence, as in `parallel`: what precedes its first latent, and all the rest.
-    """
-    starts, lengths = pieces(inputs, latents)                                  # [B,R] each
-    if whole_rest and starts.shape[1] > 1:
-        starts = starts[:, :2]
-        lengths = torch.stack([lengths[:, 0], lengths[:, 1:].sum(1)], 1)
-
-    found, offset = [], 0
-    place = torch.zeros(latents.shape, dtype=torch.long, device=starts.device)
-    for start, length in zip(starts.T, lengths.T):
-        at, valid = window(start, length)                                      # [B,n]
-        found.append((at, valid, (length - 1).clamp(min=0)[:, None]))
-        row, column = valid.nonzero(as_tuple=True)
-        place[row, at[row, column]] = offset + column
-        offset += at.shape[1]
-    return Cuts(found, place)
-
-
 def pieces(inputs, latents):
     """Every sequence cut before each of its latents -> (starts, lengths), int64 [B,R] each.
 
@@ -300,11 +273,10 @@ def window(start, length):
     return at.masked_fill(~valid, 0), valid
 
 
-def first_piece(model, inputs, at):
+def first_piece(inputs, at):
     """The piece that holds the images, as the model's forward takes it."""
     n = at.shape[1]
     piece = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
-    piece["tower"] = model.tower(inputs)
     return piece | {"input_ids": inputs["input_ids"][:, :n]}
 
 
@@ -319,8 +291,17 @@ def states_at(h, at):
     return h.gather(1, index.expand(-1, -1, h.shape[2]))
 
 
-def whole(outs, place):
-    """Outputs of the pieces [B,n,D], Cuts.place [B,L] -> (states, {layer: states}), [B,L,D] each."""
+def whole(outs, starts, lengths, L):
+    """Outputs of the pieces [B,n,D] -> (states, {layer: states}), [B,L,D] each."""
+    # Where each position of the sequence lies in the pieces laid one after the other.
+    place = torch.zeros(len(starts), L, dtype=torch.long, device=starts.device)
+    offset = 0
+    for start, length in zip(starts.T, lengths.T):
+        at, valid = window(start, length)                                      # [B,n]
+        row, column = valid.nonzero(as_tuple=True)
+        place[row, at[row, column]] = offset + column
+        offset += at.shape[1]
+
     gathered = {}
     for name in outs[0]:
         x = torch.cat([out[name] for out in outs], 1)                          # [B,S,D]

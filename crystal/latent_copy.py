@@ -167,13 +167,12 @@ def parts_of(attention_mask, image, copied, b):
     return [(0, first), (first, start), (first, end), (end, n), (end, n)]
 
 
-def dual_forward(model, batch, copied, realisation, recorder=None, packed=None):
+def dual_forward(model, batch, copied, realisation, recorder=None):
     """Both paths through the model -> last hidden states (h_int [B,L,D], h_cor [B,L,D]).
 
     batch: see data.py; `pixel_values_cor` holds the corrupted images. copied: bool [B,L], or None for
     two paths that share nothing. recorder: an attention.AttentionRecorder whose rows and columns are
-    those of both halves, [2B, ...]. packed: for `packed`, the batch's Packing where the caller has it (on a
-    GPU, making it waits). Nobody may read a copied position of h_cor: there each realisation
+    those of both halves, [2B, ...]. Nobody may read a copied position of h_cor: there each realisation
     leaves something else. ValueError for an unknown realisation, a batch without corrupted images, and for
     `packed` where the copied positions are not one run.
     """
@@ -183,27 +182,27 @@ def dual_forward(model, batch, copied, realisation, recorder=None, packed=None):
             "the method's corruption"
         )
     if realisation == "packed":
-        return packed_forward(model, batch, copied, recorder, packed)
+        return packed_forward(model, batch, copied, recorder)
 
     # One batch of 2B: the intact half, then the corrupted one, which differs in its pixels alone.
     alike = ("input_ids", "attention_mask", "image_grid_thw")
     twice = {name: batch[name].repeat(2, 1) for name in alike}
     twice["pixel_values"] = torch.cat([batch["pixel_values"], batch["pixel_values_cor"]])
     twice["position_ids"] = model.positions(batch).repeat(1, 2, 1)                     # [3,2B,L]
-    twice["tower"] = model.tower(batch, 2)
     copy = None if copied is None else LatentCopy(copied, realisation)
     h = model.hidden(twice, latent_copy=copy, recorder=recorder)                       # [2B,L,D]
     return h.chunk(2)
 
 
-def packed_forward(model, batch, copied, recorder=None, packed=None):
+def packed_forward(model, batch, copied, recorder=None):
     """dual_forward's packed realisation: one sequence a pair, P < 2L.
 
     There is no copy, since a copied position stands once.
     """
-    if packed is None:
-        packed = model.packing(batch, copied)
-    p = packed.sequences
+    image = batch["mm_token_type_ids"] == 1                                            # [B,L]
+    if copied is None:
+        copied = torch.zeros_like(image)
+    p = pack(batch["attention_mask"], image, copied)
     real = p.source >= 0                                                               # [B,P]
     at = p.source.clamp(min=0)
     ids = batch["input_ids"].gather(1, at)
@@ -212,7 +211,7 @@ def packed_forward(model, batch, copied, recorder=None, packed=None):
         "input_ids": ids.masked_fill(~real, model.tokenizer.pad_token_id),
         "attention_mask": real.long(),
         "position_ids": positions,
-        **packed.images(batch),
+        **packed_images(model, batch, image),
     }
 
     # Queries and keys go to the recorder as the unpacked paths have them: there causality alone
@@ -224,42 +223,19 @@ def packed_forward(model, batch, copied, recorder=None, packed=None):
     return p.unpack(h[:, None])[:, 0].chunk(2)
 
 
-@dataclass
-class Packing:
-    """A batch packed: its sequences, and its images as they stand there, a pair's corrupted ones first.
-
-    sequences: a Packed. patches: of each pair, list of int. grids [2I,3]; tower: their families.Tower.
-    """
-
-    sequences: Packed
-    patches: list
-    grids: torch.Tensor
-    tower: object
-
-    def images(self, batch):
-        """Pixels and grids of both paths."""
-        cor = batch["pixel_values_cor"].split(self.patches)
-        intact = batch["pixel_values"].split(self.patches)
-        pixels = torch.cat([x for both in zip(cor, intact) for x in both])
-        return {"pixel_values": pixels, "image_grid_thw": self.grids, "tower": self.tower}
-
-
-def packing(batch, images, copied):
-    """A batch on the CPU and its families.Images -> Packing.
-
-    copied: bool [B,L], or None for paths that share nothing.
-    """
-    image = batch["mm_token_type_ids"] == 1                                            # [B,L]
-    if copied is None:
-        copied = torch.zeros_like(image)
-    sequences = pack(batch["attention_mask"], image, copied)
+def packed_images(model, batch, image):
+    """Pixels and grids of both paths as the packed sequence has them: a pair's corrupted images first."""
+    grids = batch["image_grid_thw"]                                                    # [I,3]
 
     # Whose each image is: the tokens up to its end, among the tokens of the pairs up to each.
-    grids = batch["image_grid_thw"]                                                    # [I,3]
-    ends = torch.tensor(images.tokens(grids), device=image.device).cumsum(0)           # [I]
+    ends = torch.tensor(model.image_tokens(grids), device=image.device).cumsum(0)      # [I]
     owner = torch.searchsorted(image.sum(1).cumsum(0), ends)                           # [I]
     own = [grids[owner == b] for b in range(len(image))]
 
-    patches = [sum(images.rows(grid)) for grid in own]
-    twice = torch.cat([grid.repeat(2, 1) for grid in own])
-    return Packing(sequences, patches, twice, images.tower(twice))
+    # The patches of each pair, corrupted and intact.
+    patches = [sum(model.image_processor.rows(grid)) for grid in own]
+    cor = batch["pixel_values_cor"].split(patches)
+    intact = batch["pixel_values"].split(patches)
+    pixels = [x for both in zip(cor, intact) for x in both]
+    twice = [grid.repeat(2, 1) for grid in own]
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(twice)}

@@ -108,26 +108,20 @@ def mean_per_pair(values, pair, pairs, share=1.0):
     if not 0 < share <= 1:
         raise ValueError(f"share {share}: must be above 0 and at most 1")
 
-    own = [values[pair == b] for b in range(pairs)]
-    lost = len(values) - sum(map(len, own))
-    if lost:
-        raise ValueError(f"{lost} of {len(values)} rows belong to no pair in 0..{pairs - 1}")
-    return mean_of_each(own, share)
-
-
-def mean_of_each(parts, share=1.0):
-    """mean_per_pair where each pair's values [n] stand by themselves -> [B].
-
-    Their numbers are known on the host, so that on a GPU nobody waits.
-    """
-    means = []
-    for own in parts:
+    means, used = [], 0
+    for b in range(pairs):
+        own = values[pair == b]                                             # [n]
+        used += len(own)
         if share < 1 and len(own):
             # 0.29 * 100 is 28.999999999999996: the small number makes the floor that of
             # the decimals as written.
             largest = max(1, math.floor(share * len(own) + 1e-9))
             own = own.topk(largest).values
         means.append(own.sum() / max(1, len(own)))
+
+    lost = len(values) - used
+    if lost:
+        raise ValueError(f"{lost} of {len(values)} rows belong to no pair in 0..{pairs - 1}")
     return torch.stack(means)
 
 

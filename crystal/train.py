@@ -12,6 +12,7 @@ import gc
 import itertools
 import math
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if not __package__:  # run as a script: the repository root, not this folder, is
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 import crystal.backbone.model
 from crystal import calibrate, methods, planning
@@ -39,12 +41,10 @@ from crystal.run_directory import (
     summary_writer,
     unlock,
     validated,
+    write,
 )
 from crystal.runtime import checkpoint, config, data, distributed, ops, shard, sight
-from crystal.runtime.ahead import Ahead
 from crystal.runtime.config import UserError
-from crystal.runtime.late import Numbers, hold_back, holds_back
-from crystal.telling import Teller, Update
 from crystal.training_data import open_data, stage_batches
 
 
@@ -165,11 +165,11 @@ def main(argv=None):
 
     # --- loop ---
     wrapped = whole or procs.wrap(objective)
-    stages = []
-    for i, examples in enumerate(train_sets):
-        stages.append(stage_batches(i, examples, step, settings, pad, procs, weights_dtype))
+    stages = [stage_batches(i, examples, step, settings, pad, procs) for i, examples in enumerate(train_sets)]
     batches = itertools.chain.from_iterable(stages)
-    teller = Teller(settings, method.monitored, procs, step)
+    hide_bar = not (procs.is_first and sys.stderr.isatty())
+    bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=hide_bar)
+    log = board = None
     begun = False
     bad_count = 0
     last_saved = step if settings.resume else None
@@ -177,9 +177,6 @@ def main(argv=None):
     news = carrying.News(run if settings.resume else None)
     stop, stopping = distributed.StopSignal(), False
     terms = loss = None
-    ahead = Ahead()
-    can_wait = holds_back(optimizer) and not sharded
-    running: Update | None = None  # the last update, where the host has not read its numbers yet
 
     def is_due(step):
         """Whether a validation follows update `step`."""
@@ -208,11 +205,10 @@ def main(argv=None):
             elif procs.is_first:
                 checkpoint.mark_best(run, **best)
         if procs.is_first:
-            teller.tell_validation(step, numbers, best["step"] == step, news.of(step, numbers))
-
-    def last_good():
-        """The newest checkpoint of this run, or None."""
-        return checkpoint.newest(run, procs.print) if last_saved is not None else None
+            write(log, board, {"step": step, **{f"val_{n}": v for n, v in numbers.items()}})
+            is_best = "  (best)" if best["step"] == step else ""
+            said = f"step {step}  validation  {listed(numbers)}{is_best}"
+            bar.write("\n".join([said, *news.of(step, numbers)]))
 
     # A validation that a signal or a kill came before is made up for: the log and the best are then those of
     # a run that went through.
@@ -222,25 +218,19 @@ def main(argv=None):
         stopping = late is None
 
     while step < settings.max_steps and not stopping:
-        if running is None:
-            teller.start_clock()
+        started = time.perf_counter()
         rate = learning_rate(step, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
 
         # Forward and backward, in `accumulation` parts whose gradients add up.
-        logged, tokens, where = {}, 0, []
+        logged, tokens, read = {}, 0, []
         for part in range(settings.accumulation):
-            batch = next(batches)
-            where += batch.get("where", [])
+            batch = data.to_device(next(batches), device, weights_dtype)
+            read += batch.get("where", [])
             broken = report_bad(batch, bad_count, step, settings, procs)
             bad_count += len(broken)
             unlisted = unlisted + broken
-            paths = 2 if method.corruption else 1
-            tokens += int(batch["attention_mask"].sum()) * paths
-
-            # From here to the end of the update the host waits for nothing that the device does.
-            batch = data.to_device(ahead(batch), device, weights_dtype)
 
             # Dropout is seeded by update, part and rank, so a resumed run draws what the
             # unbroken one would have.
@@ -253,28 +243,24 @@ def main(argv=None):
 
             for name, value in {"loss": loss, **terms}.items():
                 logged[name] = logged.get(name, 0.0) + value.detach().double() / settings.accumulation
+            paths = 2 if method.corruption else 1
+            tokens += int(batch["attention_mask"].sum()) * paths
 
-        # What is logged is summed over the ranks in one piece. Ranks share gradients but not losses: either
-        # may be the first to break, and all must stop together.
+        # Ranks share gradients but not losses: either may be the first to break, and all must stop together.
         norm = shard.clip([p for _, p in named], settings.clip)
-        update = Update(step, rate, where, Numbers(logged, tokens, stop.asked, norm, procs))
-
-        # The host reads the numbers of the update before, and this one's at once only where nothing but that
-        # keeps a loss that is not finite from the weights.
-        stopping = False
-        if running:
-            told = teller.read(running, last_good)
-            teller.tell(running, told)
-            stopping = told.stop
-        at_once = not (begun and can_wait)
-        if at_once:
-            told = teller.read(update, last_good)
-        running = None if at_once else update
+        finite = math.isfinite(float(logged["loss"])) and math.isfinite(float(norm))
+        if procs.any(not finite):
+            good = checkpoint.newest(run, procs.print) if last_saved is not None else None
+            raise UserError(
+                f"update {step}: loss {float(logged['loss'])} or gradient norm {float(norm)} is not finite; "
+                f"stopped before the update, the last good checkpoint is {good or 'none'}; "
+                f"its records: {', '.join(procs.gather(read))}"
+            )
 
         # Only now, with a first update that works on all ranks, does the directory become this run's:
         # whatever fails before leaves an older run whole.
         if not begun and procs.is_first:
-            teller.log, teller.board = begin(run, step, settings, procs)
+            log, board = begin(run, step, settings, procs)
             owner = lock(run, distributed.Processes()) if owner is None else owner
         if late and not begun:
             keep(late)
@@ -283,26 +269,31 @@ def main(argv=None):
         unlisted = []
 
         # The update.
-        if can_wait:
-            hold_back(optimizer, update.numbers.broken)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.after_update()
         step += 1
-        if at_once:
-            teller.tell(update, told)
-            stopping = stopping or told.stop
 
-        # Ranks learn of a stop by those numbers, so that all end after the same update; one process asks
-        # itself. A stop saves and does nothing else: who sends a signal waits half a minute, and a validation
-        # may take longer.
-        if procs.world == 1:
-            stopping = bool(stop.asked)
-        saves = step % settings.save_every == 0 or step == settings.max_steps
-        if running and (stopping or saves or is_due(step)):
-            told = teller.read(running, last_good)
-            teller.tell(running, told)
-            stopping, running = stopping or told.stop, None
+        # What is logged is the mean over all ranks.
+        means = {name: float(procs.sum(value)) / procs.world for name, value in logged.items()}
+        tokens = procs.sum(tokens)
+        if procs.is_first:
+            line = {
+                "step": step, **means, "lr": rate, "grad_norm": float(norm),
+                "tokens_per_s": tokens / (time.perf_counter() - started),
+                "peak_memory_gb": peak_memory(device),
+            }
+            write(log, board, line)
+            shown = {n: f"{v:.3f}" for n, v in means.items() if n not in method.monitored}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if bar.disable and (step % settings.log_every == 0 or step == settings.max_steps):
+                speed = f"{line['tokens_per_s']:.0f} tokens/s"
+                print(f"step {step}/{settings.max_steps}  {listed(means)}  {speed}", flush=True)
+
+        # Asked once a step, so that all ranks end after the same one. A stop saves and does nothing else: who
+        # sends a signal waits half a minute, and a validation may take longer.
+        stopping = procs.any(stop.asked)
         if is_due(step) and not stopping:
             numbers = measured()
             stopping = numbers is None
@@ -310,16 +301,17 @@ def main(argv=None):
                 keep(numbers)
 
         # A checkpoint every so often, and of the last update.
-        if (saves or stopping) and last_saved != step:
+        last = stopping or step == settings.max_steps
+        if (step % settings.save_every == 0 or last) and last_saved != step:
             store(run, step, settings, optimizer, named, procs, None)
             last_saved = step
 
     # --- end ---
     if late and not begun:  # it was all that was missing
         if procs.is_first:
-            teller.log, teller.board = begin(run, step, settings, procs)
+            log, board = begin(run, step, settings, procs)
         keep(late)
-    teller.bar.close()
+    bar.close()
     if stopping and (step < settings.max_steps or is_due(step)):
         by = stop.asked or "a signal"
         procs.print(f"stopped by {by} after update {step}; the same command with --resume goes on from there")
@@ -327,8 +319,8 @@ def main(argv=None):
     else:
         procs.print(f"{run}: {step} updates. Next: python -m crystal.evaluate --model {run} --data TEST")
     stop.restore()
-    if teller.log:
-        teller.log.close()
+    if log:
+        log.close()
     unlock(run, owner)
     procs.barrier()
 
@@ -362,15 +354,7 @@ def optimizer_of(named, model, settings):
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": tokens, "weight_decay": 0.0, "lr_scale": settings.lr_tokens},
     ]
-    fused = is_fused(settings, named) or None  # None: as torch chooses
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, fused=fused)
-
-
-def is_fused(settings, named):
-    """Whether --adamw means the update in one kernel; auto: where a GPU holds the parameters."""
-    if settings.adamw == "auto":
-        return named[0][1].device.type == "cuda"
-    return settings.adamw == "fused"
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
 
 
 # --- in the loop ---
@@ -479,6 +463,23 @@ def leave_out(broken, examples, settings, procs):
             f"{count} of {len(examples)} validation records are broken, more than 1 %; "
             f"they are listed in {settings.run_dir}/bad_records.jsonl"
         )
+
+
+# --- small things ---
+
+def listed(numbers):
+    """{name: number} as it is printed."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+
+
+def peak_memory(device):
+    """Peak memory of this process in GB: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 if __name__ == "__main__":

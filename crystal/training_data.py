@@ -91,27 +91,12 @@ def read_records(path, root, settings):
     return data.whole(found), broken, dropped
 
 
-def stage_batches(stage, examples, step, settings, pad, procs, dtype=None):
-    """This rank's batches of a stage (from 0), from update `step` on; a stage that lies behind has none.
-
-    Their pixels are in `dtype`. A worker that the system ends is told as a record's error is, so that all
-    ranks stop: {"error": why, "bad": []}.
-    """
+def stage_batches(stage, examples, step, settings, pad, procs):
+    """This rank's batches of a stage (from 0), from update `step` on; a stage that lies behind has none."""
     start, stop = settings.span(stage)
     order = sampling.BatchSampler(
         len(examples), settings.batch_size, settings.accumulation, procs.rank, procs.world,
         seed=settings.seed, start=max(start, step), stop=stop,
     )
-    if step >= stop:
-        return
-    workers = settings.workers
-    if workers is None:
-        workers = procs.loader_workers()
-    on_gpu = procs.device.type == "cuda"
-    try:
-        yield from data.loader(examples, order, pad, workers, distributed.ignore_signals, dtype, on_gpu)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        said = str(error).splitlines()[0]
-        yield {"error": f"--workers {workers}: {said}; fewer of them take less memory", "bad": []}
+    if step < stop:
+        yield from data.loader(examples, order, pad, settings.workers, distributed.ignore_signals)

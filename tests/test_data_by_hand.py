@@ -819,36 +819,6 @@ def test_only_pixels_take_the_weights_dtype():
     )
 
 
-def test_batches_come_in_the_weights_dtype(tmp_path):
-    """Cast in the worker: to_device then has nothing left to cast."""
-    examples = {(0, i): example for i, example in enumerate(three())}
-    whole = data.collate(three(), 0)
-    for dtype in (None, torch.bfloat16, torch.float64):
-        (batch,) = data.loader(examples, [[(0, 0), (0, 1), (0, 2)]], 0, 1, dtype=dtype)
-        for name in ("pixel_values", "pixel_values_cor"):
-            assert torch.equal(batch[name], whole[name].to(dtype or whole[name].dtype))
-            assert batch[name].dtype == (dtype or torch.float32)
-        assert batch["input_ids"].dtype == torch.int64 and batch["gaze"].dtype == torch.float32
-        assert torch.equal(batch["gaze"], whole["gaze"])
-
-
-def test_what_is_pinned_is_copied_beside_the_computation(monkeypatch):
-    assert data.loader({}, [], 0, pin=True).pin_memory and not data.loader({}, [], 0).pin_memory
-    asked = []
-
-    def to(self, device, dtype, non_blocking):
-        asked.append((dtype, non_blocking))
-        return self
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    for pinned in (True, False):
-        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
-        data.to_device({"pixel_values": torch.zeros(2), "answer": torch.ones(1)}, "there", torch.float16)
-    assert asked == [
-        (torch.float16, True), (torch.float32, True), (torch.float16, False), (torch.float32, False),
-    ]
-
-
 # --- pixels ---
 
 

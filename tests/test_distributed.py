@@ -9,10 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,7 +261,7 @@ def test_the_group_is_made_for_the_device_and_waits_for_the_timeout(monkeypatch,
     procs = start("auto", timeout=7)
     here = torch.device("cuda", 1) if device == "cuda" else torch.device("cpu")
     assert (
-        procs == Processes(3, 4, 1, here, local_world=2)
+        procs == Processes(3, 4, 1, here)
         and asked["backend"] == backend
         and asked["timeout"].total_seconds() == 7
     )
@@ -457,40 +455,6 @@ def test_a_process_takes_its_share_of_this_machines_cores(monkeypatch, more, thr
     procs = start("cpu", timeout=9)
     assert asked.get("threads") == threads and asked["timeout"].total_seconds() == 9
     assert (procs.rank, procs.world, procs.local_rank, procs.guest, procs.is_first) == (5, 6, 2, False, False)
-
-
-@pytest.mark.parametrize(
-    "device, cores, processes, room, workers",
-    [
-        ("cpu", 64, 1, 2**40, 0),  # the model's own
-        ("cuda", 16, 1, 2**40, 8),  # at most
-        ("cuda", 24, 4, 2**40, 5),  # 6 cores each, one of them its own
-        ("cuda", 1, 1, 2**40, 0),
-        ("cuda", 2, 4, 2**40, 0),
-        ("cuda", 16, 2, 2**30, 2),  # 512 MiB each: of a container, say
-        ("cuda", 16, 1, 64 * 2**20, 0),  # docker's own measure
-    ],
-)
-def test_how_many_workers_prepare_batches(device, cores, processes, room, workers):
-    assert distributed.loader_workers(torch.device(device), cores, processes, room) == workers
-
-
-def test_a_process_counts_its_own_share_of_cores_and_shared_memory(monkeypatch):
-    described(monkeypatch, **RUN, **HERE)
-    procs = start("cpu")
-    assert procs.loader_workers() == 0
-    gpu = replace(procs, device=torch.device("cuda", 2))
-    free = SimpleNamespace(f_bavail=15 * 2**16, f_frsize=4096)  # 3.75 GiB, 1.25 for each of three
-    monkeypatch.setattr(os, "statvfs", lambda path: free if path == "/dev/shm" else None)
-    assert gpu.loader_workers() == 5
-    free.f_bavail = 2**30
-    assert gpu.loader_workers() == 7  # of 24 cores over three
-
-    def missing(path):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(os, "statvfs", missing)
-    assert gpu.loader_workers() == 7
 
 
 def test_one_process_takes_all_cores_and_reads_no_rank(monkeypatch):

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import crystal.backbone.model
-from crystal import methods, telling, train
+from crystal import methods, train
 from crystal.corrupt import Corruption
 from crystal.runtime import data, distributed
 from crystal.runtime.config import Progress
@@ -448,7 +448,7 @@ def test_six_updates_equal_the_plain_loop_to_the_bit(name, arguments, files, tmp
         return models[-1]
 
     monkeypatch.setattr(crystal.backbone.model, "load", kept)
-    monkeypatch.setattr(telling, "time", one_second_each())
+    monkeypatch.setattr(train, "time", one_second_each())
     run = train.main(arguments(case))
     log, trained, model = plain_loop(case, arguments(case), files)
 
@@ -522,7 +522,7 @@ def test_two_processes_equal_the_plain_loop(arguments, files, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     group = distributed.start("cpu", timeout=120)
-    telling.time = one_second_each()
+    train.time = one_second_each()
     for flags in json.loads(sys.argv[1]):
         train.main(flags)  # a guest of the group above
     group.stop()

@@ -236,7 +236,7 @@ ELSEWHERE = {
     "lr, lr_tokens, weight_decay, warmup, decay, clip, lr_latents": "the loop: test_train.py",
     "lora_dropout": "random: test_lora.py, test_train.py",
     "device, dtype, workers, on_bad_record": "how it runs: test_train.py, test_data.py",
-    "compile, adamw": "how it runs: test_settings.py",
+    "compile": "how it runs: test_settings.py",
     "shard": "how it runs: test_shard.py",
     "blind": "what it sees: test_settings.py",
     "eval_every, eval_records, save_every, keep, log_every": "what it writes: test_train.py",

@@ -212,8 +212,8 @@ SHARED = dict(
     model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8, latent_kind="diverse",
     turns="first", blind=False, tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
     max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
-    decay="cosine", clip=1.0, device="auto", dtype="auto", adamw="auto",
-    checkpointing=False, compile=False, shard="none", workers=None, min_pixels=None,
+    decay="cosine", clip=1.0, device="auto", dtype="auto",
+    checkpointing=False, compile=False, shard="none", workers=0, min_pixels=None,
     max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500, keep=2,
     log_every=10, resume=False, overwrite=False, tensorboard=False,
 )
@@ -1158,37 +1158,6 @@ def test_dtype_auto_is_float32_on_a_cpu(run):
     seen = run("auto", "--method", "sft")
     assert json.loads((seen.run / "config.json").read_text())["dtype"] == "float32"
     assert {p.dtype for p in seen.objective.parameters()} == {torch.float32}
-
-
-@holds("adamw")
-@pytest.mark.parametrize(("adamw", "fused"), [("auto", None), ("fused", True), ("plain", None)])
-def test_adamw_is_what_was_asked_for(run, monkeypatch, adamw, fused):
-    """By itself it is fused on a GPU alone; the weights after an update are the same within rounding."""
-    plain, held = run("base", "--method", "sft"), []
-    monkeypatch.setattr(train, "optimizer_of", watched(train.optimizer_of, held))
-    seen = run("asked", "--method", "sft", "--adamw", adamw)
-    assert held == [fused]
-    for name, (_, _, after) in seen.updates[0].items():
-        assert (after - plain.updates[0][name][2]).abs().max() < 1e-6, name
-
-
-def watched(optimizer_of, held):
-    """train.optimizer_of that notes whether each group's update is fused."""
-
-    def made(*args):
-        optimizer = optimizer_of(*args)
-        (fused,) = {group["fused"] for group in optimizer.param_groups}
-        held.append(fused)
-        return optimizer
-
-    return made
-
-
-def test_adamw_by_itself_is_fused_on_a_gpu():
-    x = torch.nn.Parameter(torch.zeros(2, 2, device="meta"))
-    settings = methods.parse(["--method", "sft"])
-    on_a_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    assert train.is_fused(settings, [("x", on_a_gpu)]) and not train.is_fused(settings, [("x", x)])
 
 
 @holds("checkpointing")

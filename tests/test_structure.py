@@ -18,12 +18,11 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "runtime",
-            "config renamed plan ahead ops ops_gradients sliced_attention machine distributed late shard "
-            "images sampling sources fields records data sight silhouettes toy toy_steps named_state "
-            "checkpoint",
+            "config renamed plan ops ops_gradients sliced_attention machine distributed shard images "
+            "sampling sources fields records data sight silhouettes toy toy_steps named_state checkpoint",
         )
     ],
-    [("backbone", "files attention_functions families model adapter widths record encoders")],
+    [("backbone", "files families attention_functions model adapter widths record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [
@@ -37,8 +36,8 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
     [
         (
             "",
-            "run planning training_data telling calibrate train evaluate card verify export visualize serve "
-            "claims demo run_study compare bench_cases bench bench_measures bench_rows bench_step __main__",
+            "run planning training_data calibrate train evaluate card verify export visualize serve claims "
+            "demo run_study compare bench_cases bench bench_measures bench_rows bench_step __main__",
         )
     ],
 ]

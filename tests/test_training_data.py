@@ -5,10 +5,7 @@ say.
 """
 
 import json
-import os
-import re
 import shutil
-import signal
 from dataclasses import replace
 
 import pytest
@@ -97,19 +94,7 @@ def test_the_loader_is_told_how_to_make_batches(setup, monkeypatch):
     made = [x if len(x) == 2 else (x[1].start, x[1].stop) for x in told]
     assert made == [(0, 0), (0, 4), (0, 3), (3, 4), (0, 4), (1, 0), (4, 10), (1, 6), (6, 10), (1, 10)]
     examples, order, *rest = told[1]
-    assert examples is s.examples and rest == [11, 5, distributed.ignore_signals, None, False]
-
-    # Where nobody says how many, the machine's share; beside a GPU pinned, in the weights' dtype.
-    del told[:]
-    gpu = Processes(device=torch.device("cuda", 0))
-    monkeypatch.setattr(Processes, "loader_workers", lambda self: 6 if self is gpu else 4)
-    unsaid = replace(s.settings, workers=None)
-    for procs in (Processes(), gpu):
-        list(training_data.stage_batches(0, s.examples, 0, unsaid, 11, procs, torch.bfloat16))
-    assert [x[3:] for x in told] == [
-        (4, distributed.ignore_signals, torch.bfloat16, False),
-        (6, distributed.ignore_signals, torch.bfloat16, True),
-    ]
+    assert examples is s.examples and rest == [11, 5, distributed.ignore_signals]
     assert (order.count, order.batch_size, order.accumulation, order.rank, order.world, order.seed) == (
         3, 2, 3, 1, 4, 7,
     )
@@ -187,42 +172,6 @@ def test_a_worker_makes_the_method_anew(own, start_by, how):
     assert len(right) == 3 and right[0]["own"][:, 1].tolist() == [5, 5]
     for x, y in zip(right, found, strict=True):
         assert x.keys() == y.keys() and all(equal(value, y[name]) for name, value in x.items())
-
-
-def test_no_draw_depends_on_workers_or_on_a_resume(own):
-    """Order and corruption of every record, by 0, 1 and 3 workers, from the start and from the middle."""
-    settings, (examples,), _ = own
-
-    def batches(workers, step=0):
-        chosen = replace(settings, workers=workers, max_steps=6)
-        return list(training_data.stage_batches(0, examples, step, chosen, 0, Processes()))
-
-    right = batches(0)
-    assert not torch.equal(right[0]["pixel_values_cor"], right[3]["pixel_values_cor"])  # another epoch
-    for workers, step in ((1, 0), (3, 0), (0, 2), (3, 2)):
-        for x, y in zip(right[step:], batches(workers, step), strict=True):
-            assert all(equal(value, y[name]) for name, value in x.items())
-
-
-def test_a_worker_that_the_system_ends_is_told_as_an_error(own):
-    """Not a traceback: the other ranks would wait for the one that has it."""
-    settings, (examples,), _ = own
-    examples.layout = lambda record, n: os.kill(os.getpid(), signal.SIGKILL)
-    chosen = replace(settings, workers=1)
-    (batch,) = training_data.stage_batches(0, examples, 0, chosen, 0, Processes())
-    said = r"--workers 1: DataLoader worker \(pid.*; fewer of them take less memory$"
-    assert re.match(said, batch["error"])
-    assert batch["bad"] == []
-
-
-def test_an_error_of_the_methods_own_code_is_none_of_the_systems(own):
-    settings, (examples,), _ = own
-    examples.layout = lambda record, n: 1 // 0
-    with pytest.raises(ZeroDivisionError):
-        list(training_data.stage_batches(0, examples, 0, replace(settings, workers=1), 0, Processes()))
-    examples.layout = lambda record, n: torch.zeros(2) @ torch.zeros(3)
-    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
-        list(training_data.stage_batches(0, examples, 0, replace(settings, workers=1), 0, Processes()))
 
 
 def test_what_no_worker_can_be_given_is_told(own, start_by):

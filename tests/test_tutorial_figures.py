@@ -16,10 +16,10 @@ from PIL import Image
 from test_docs import ROOT, name
 
 import crystal.backbone.model
-from crystal import methods, telling
+from crystal import methods, train
 
 FOLDER = ROOT / "tutorials" / "figures"
-OTHERS = {"attention.png", "page.png", "two_paths.svg"}  # by the demo, and by tutorials/two_paths.py
+OTHERS = {"attention.png", "two_paths.svg"}  # by the demo, and by tutorials/two_paths.py
 
 
 def module(path):
@@ -63,7 +63,7 @@ def test_the_first_updates_of_a_run_are_taken_again(run, tmp_path, monkeypatch):
     class Enough(Exception):
         pass
 
-    taken, write = [], telling.write
+    taken, write = [], train.write
 
     def stop_after_two(log, board, line):
         write(log, board, line)
@@ -71,7 +71,7 @@ def test_the_first_updates_of_a_run_are_taken_again(run, tmp_path, monkeypatch):
         if len(taken) == 2:
             raise Enough
 
-    monkeypatch.setattr(telling, "write", stop_after_two)
+    monkeypatch.setattr(train, "write", stop_after_two)
     monkeypatch.chdir(ROOT)  # the sketch's file is named from here
     with pytest.raises(Enough):
         draw.trained(run, tmp_path / "run", tmp_path / "scenes")

@@ -128,8 +128,7 @@ def test_alignment_equals_a_loop(made):
         s.model.hf.model.get_image_features(s.batch["pixel_values"], s.batch["image_grid_thw"]).pooler_output
     )
     s.batch["pixel_values"].requires_grad_()
-    image = (s.batch["mm_token_type_ids"] == 1).nonzero(as_tuple=True)
-    with valr.own_features(s.model, image) as seen:
+    with valr.own_features(s.model, s.batch) as seen:
         s.model.hidden(s.batch)
     assert torch.equal(seen[0], own) and not seen[0].requires_grad  # a target, even where the tower trains
     s.batch["pixel_values"].requires_grad_(False)

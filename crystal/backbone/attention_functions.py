@@ -14,7 +14,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from crystal.attention import attend
-from crystal.runtime.ahead import sent
 
 
 @torch.compiler.disable  # model.compile_layers compiles what stands around it
@@ -88,25 +87,21 @@ def windows_of(bounds):
     """cu_seq_lens [windows+1] -> Windows.
 
     Every block of a kind is given the same tensor, which keeps the answer: to read it, the host waits for
-    the GPU, once a forward instead of three times in every block. Where families.Images.tower has looked at
-    the grids before, the tensor brings the answer along, and nobody waits.
+    the GPU, once a forward instead of three times in every block.
     """
     if not hasattr(bounds, "windows"):
-        bounds.windows = sent(sorted_windows(bounds.tolist()), bounds.device)
+        starts = bounds.tolist()
+        patches = {}
+        for start, end in itertools.pairwise(starts):
+            patches.setdefault(end - start, []).extend(range(start, end))
+
+        if len(patches) == 1:
+            bounds.windows = Windows([(n, None) for n in patches], None)
+        else:
+            groups = [(n, torch.tensor(at, device=bounds.device)) for n, at in sorted(patches.items())]
+            order = torch.cat([at for _, at in groups])
+            bounds.windows = Windows(groups, order.argsort())
     return bounds.windows
-
-
-def sorted_windows(bounds):
-    """The bounds of windows, a list of int -> Windows, on the CPU."""
-    patches = {}
-    for start, end in itertools.pairwise(bounds):
-        patches.setdefault(end - start, []).extend(range(start, end))
-    if len(patches) == 1:
-        return Windows([(n, None) for n in patches], None)
-
-    groups = [(n, torch.tensor(at)) for n, at in sorted(patches.items())]
-    order = torch.cat([at for _, at in groups])
-    return Windows(groups, order.argsort())
 
 
 def attention_mask(*args, **kwargs):

@@ -4,16 +4,15 @@ tutorials/10_backbones.md adds a row. I images, P rows of pixel_values, B sequen
 """
 
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import LlavaOnevisionModel, vision_utils
+from transformers import LlavaOnevisionModel
 
 from crystal import layout
-from crystal.backbone.attention_functions import sorted_windows
 
 
 class Grid(NamedTuple):
@@ -95,93 +94,12 @@ class Images:
         positions, _ = model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=mask)
         return positions
 
-    def tower(self, image_grid_thw):
-        """What the vision tower would work out of the grids by itself, and wait for -> Tower, or None.
-
-        None: nothing that transformers lets one bring along.
-        """
-        return None
-
     def keywords(self, inputs):
-        """Tensors of a batch -> keywords of the transformers model's forward and generate.
-
-        `tower`, where it is there: the Tower of its images.
-        """
-        out = dict(inputs)
-        tower = out.pop("tower", None)
-        return out | tower.keywords() if tower else out
+        """Tensors of a batch -> keywords of the transformers model's forward and generate."""
+        return inputs
 
     def save_pretrained(self, directory):
         self.processor.save_pretrained(directory)
-
-
-class Windowed(Images):
-    """Qwen2.5-VL's tower: most blocks see windows of the image."""
-
-    def tower(self, image_grid_thw):
-        vision = self.config.vision_config
-        index, bounds = vision_utils.get_vision_window_index(
-            image_grid_thw, vision.spatial_merge_size, vision.window_size, vision.patch_size
-        )
-        tensors = {"position_ids": self.places(image_grid_thw), "window_index": index}
-        images = vision_utils.get_vision_cu_seqlens(image_grid_thw)
-        return tower_of(image_grid_thw, tensors, {"seqlens": images, "window_seqlens": bounds})
-
-    def places(self, image_grid_thw):
-        """Row and column of each patch [P,2]."""
-        merge = self.config.vision_config.spatial_merge_size
-        return vision_utils.get_vision_position_ids(image_grid_thw, merge)
-
-
-class Interpolated(Windowed):
-    """Qwen3-VL's tower: all blocks see the image, and learned positions are drawn out to its grid."""
-
-    def tower(self, image_grid_thw):
-        vision = self.config.vision_config
-        at, weights = vision_utils.get_vision_interpolation_indices_and_weights(
-            image_grid_thw,
-            int(vision.num_position_embeddings**0.5),
-            mode="bilinear",
-            align_corners=True,
-            spatial_merge_size=vision.spatial_merge_size,
-        )
-        places = {"position_ids": self.places(image_grid_thw)}
-        tensors = places | {"interp_indices": at, "interp_weights": weights}
-        images = vision_utils.get_vision_cu_seqlens(image_grid_thw)
-        return tower_of(image_grid_thw, tensors, {"seqlens": images})
-
-
-class Tower(NamedTuple):
-    """What a vision tower needs to know of its images' grids, so that the host never waits to learn it.
-
-    grids: the grids [[frames, rows, columns], ..], which transformers reads on the host. tensors: by
-    transformers' keyword of the tower. bounds: {kind of window: (its bounds, a list of int, and what
-    attention_functions.Windows is made of)}.
-    """
-
-    grids: list
-    tensors: dict
-    bounds: dict
-
-    def keywords(self):
-        """Keywords of the transformers model's forward, which hands those of `image_` to the tower."""
-        out = {"image_grid_thw": torch.tensor(self.grids)}
-        out |= {f"image_{name}": tensor for name, tensor in self.tensors.items()}
-        for kind, (bounds, windows) in self.bounds.items():
-            cuts = torch.tensor(bounds, dtype=torch.int32)
-            cuts.windows = windows
-            longest = max(end - start for start, end in pairwise(bounds))
-            out |= {f"image_cu_{kind}": cuts, f"image_max_{kind.removesuffix('s')}": longest}
-        return out
-
-
-def tower_of(grids, tensors, bounds):
-    """Grids [I,3], the tower's tensors, {kind: bounds of windows [n+1]}, all on the CPU -> Tower."""
-    windows = {}
-    for kind, cuts in bounds.items():
-        numbers = cuts.tolist()
-        windows[kind] = numbers, sorted_windows(numbers)
-    return Tower(grids.tolist(), tensors, windows)
 
 
 class Tiles(Images):
@@ -213,9 +131,6 @@ class Tiles(Images):
 
     def rows(self, image_grid_thw):
         return image_grid_thw[:, 0].tolist()
-
-    def tower(self, image_grid_thw):
-        return Tower(image_grid_thw.tolist(), {}, {})
 
     def grids(self, image_grid_thw):
         """The whole image's Grid, and that of its tiles put together, with a newline after each row.
@@ -261,10 +176,7 @@ class Tiles(Images):
         """
         out = dict(inputs)
         out.pop("mm_token_type_ids", None)
-        tower = out.pop("tower", None)
         grids = out.pop("image_grid_thw", None)
-        if tower:
-            grids = torch.tensor(tower.grids)
         if out.get("position_ids") is not None:
             out["position_ids"] = out["position_ids"][0]
         if grids is None:
@@ -305,7 +217,6 @@ FAMILIES = {
         language=DECODER,
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
         merger=r"model\.visual\.merger\.mlp\.\d+",
-        images=Windowed,
     ),
     # DeepStack: mergers of its own bring features of early vision blocks to the outputs of
     # the first decoder layers.
@@ -313,7 +224,6 @@ FAMILIES = {
         language=DECODER,
         vision=r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])",
         merger=r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
-        images=Interpolated,
     ),
     "llava_onevision": Family(
         language=DECODER,

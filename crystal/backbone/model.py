@@ -29,17 +29,13 @@ from crystal.backbone import (
 )
 from crystal.backbone.families import FAMILIES
 from crystal.backbone.files import why
-from crystal.latent_copy import copy_before_each, packing
+from crystal.latent_copy import copy_before_each
 from crystal.lora import TrainableTokens, add_lora
-from crystal.runtime.ahead import known
 from crystal.runtime.config import UserError
 
 # In an export: the chat template of the model that was trained, without what the method put into it.
 BASE_TEMPLATE = "base_chat_template.jinja"
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
-
-# The entries of a batch that say where its tokens stand.
-POSITIONED = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
 
 # What wrappers put before (torch.compile also amid) the names of the weights that they
 # save: DataParallel, torch.compile, PEFT.
@@ -158,31 +154,20 @@ class Model(nn.Module):
 
     def positions(self, batch):
         """Positions [3,B,L] of a batch: M-RoPE's three, or one position three times."""
-        return known(batch, positions_of, *POSITIONED, by=(self.image_processor, self.hf.model))
-
-    def tower(self, batch, times=1):
-        """A batch's families.Tower, of all its images `times` times; None without images, and see there."""
-        return known(batch, tower_of, "image_grid_thw", by=(self.image_processor, times))
+        return self.image_processor.positions(self.hf.model, batch)
 
     def keywords(self, inputs):
         """Tensors of a batch by crystal's names -> keywords of transformers' forward and generate."""
         return self.image_processor.keywords(inputs)
 
-    def packing(self, batch, copied):
-        """A batch as latent_copy.packing packs it; see there."""
-        return known(batch | {"copied": copied}, packing_of, by=(self.image_processor,))
-
     def hidden(self, inputs, latent_copy=None, recorder=None, biases=()):
         """inputs: tensors of a batch (right-padded) -> hidden states after the final norm [B,L,D].
-
-        Beside those of data.py it may hold position_ids [3,B,L] and tower, a families.Tower.
 
         latent_copy, recorder: see latent_copy.py and attention.py. biases: a list of
         attention_bias.AttentionBias.
         """
         given = {n: inputs[n] for n in ("input_ids", "pixel_values", "image_grid_thw")}
         given["position_ids"] = inputs["position_ids"] if "position_ids" in inputs else self.positions(inputs)
-        given["tower"] = inputs["tower"] if "tower" in inputs else self.tower(inputs)
 
         # Right padding needs no mask: causality alone keeps real tokens from seeing what comes after them.
         mask = None
@@ -234,22 +219,6 @@ class Model(nn.Module):
         """After each optimiser update: the vocabulary's own rows follow their trained copies."""
         if self.new_tokens is not None:
             self.new_tokens.sync()
-
-
-def positions_of(ids, kinds, grids, mask, images, model):
-    """Model.positions of the entries POSITIONED of a batch."""
-    named = dict(zip(POSITIONED, (ids, kinds, grids, mask)))
-    return images.positions(model, named)
-
-
-def tower_of(grids, images, times):
-    """Model.tower of image_grid_thw [I,3], or None."""
-    return None if grids is None else images.tower(grids.repeat(times, 1))
-
-
-def packing_of(batch, images):
-    """Model.packing of a batch and `copied` [B,L] in it."""
-    return packing(batch, images, batch["copied"])
 
 
 def with_rows(weight, rows):

@@ -9,19 +9,17 @@ that a loss reads.
 """
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
 from crystal.attention import AttentionRecorder, in_turn
 from crystal.backbone.model import Model
-from crystal.latent_copy import dual_forward, packing
+from crystal.latent_copy import dual_forward
 from crystal.layout import IGNORE, Format, new_tokens
-from crystal.losses import mean_of_each
+from crystal.losses import mean_per_pair
 from crystal.methods.sft import Method as SFT
-from crystal.methods.sft import latent_mass, rows_at
+from crystal.methods.sft import latent_mass
 from crystal.runtime import config
-from crystal.runtime.ahead import known
 from crystal.runtime.config import Progress, UserError, setting
 from crystal.runtime.data import Batch
 from crystal.runtime.ops import attn_align, vocab_kl_ce
@@ -134,51 +132,6 @@ class Settings(ThoughtSettings):
         }
 
 
-class Read(NamedTuple):
-    """The rows of logits that the losses read, R of the intact path and R' of the corrupted one.
-
-    at_int [R], at_cor [R']: in a batch laid out as [B*L]. targets_int, targets_cor, is_answer [N]: of the N
-    positions that any loss reads, as vocab_kl_ce takes them. pairs: {term: (which of the N it reads, pair
-    by pair; how many of each pair, a list of int)}.
-    """
-
-    at_int: torch.Tensor
-    at_cor: torch.Tensor
-    targets_int: torch.Tensor
-    targets_cor: torch.Tensor
-    is_answer: torch.Tensor
-    pairs: dict
-
-    def of_pairs(self, values, term):
-        """values [N] -> those that a term reads of each pair, B tensors."""
-        at, counts = self.pairs[term]
-        return values.index_select(0, at).split(counts)
-
-
-class Spots(NamedTuple):
-    """Where a batch is looked at.
-
-    copied: bool [B,L], where the corrupted path takes the intact one's states. answer [B,M] and columns
-    [B,K]: rows and columns of eq. 4 and 5, -1 padded. read: a Read.
-    """
-
-    copied: torch.Tensor
-    answer: torch.Tensor
-    columns: torch.Tensor
-    read: Read
-
-
-def spots_of(batch, method):
-    """A batch and a crystal method -> Spots."""
-    copied, answer = method.copied(batch), method.answer_positions(batch)
-    return Spots(copied, answer, method.columns(batch), method.read(batch, copied, answer))
-
-
-def packing_of(batch, method, model):
-    """The same -> latent_copy.Packing."""
-    return packing(batch, model.image_processor, method.copied(batch))
-
-
 class Method(LatentThought):
     """Two paths, a copy, and eq. 6."""
 
@@ -199,75 +152,68 @@ class Method(LatentThought):
         Where --ce is pooled, ce stands for ce_int and ce_cor. Beside them, to be monitored: mass_int and
         mass_cor, the share of the answer positions' attention that the latents get.
         """
+        # [B,L], where the corrupted path takes the intact one's states, and [B,M], where eq. 4 and 5 look.
+        copied = self.copied(batch)
+        answer = self.answer_positions(batch)
+
         # Section 3.3: both paths, the latents copied before every layer. Eq. 5 is recorded on the way.
-        spots = known(batch, spots_of, by=(self,))
-        align = self.alignment(model, spots)
-        both = spots.answer.repeat(2, 1), batch["latents"].repeat(2, 1)
+        align = self.alignment(model, batch, answer)
+        both = answer.repeat(2, 1), batch["latents"].repeat(2, 1)
         mass = AttentionRecorder(align.layers, *both, latent_mass)
-        recorder, how = in_turn(align, mass), self.settings.latent_copy
-        packed = known(batch, packing_of, by=(self, model)) if how == "packed" else None
-        h_int, h_cor = dual_forward(model, batch, spots.copied, how, recorder, packed)  # [B,L,D] each
+        recorder = in_turn(align, mass)
+        h_int, h_cor = dual_forward(model, batch, copied, self.settings.latent_copy, recorder)  # [B,L,D] each
 
         # ce_int, ce_cor and kl, then eq. 5: a number for each pair.
-        terms = self.answer_terms(model, h_int, h_cor, spots)
+        terms = self.answer_terms(model, h_int, h_cor, batch["targets"], copied, answer)
         terms["attn"] = align.mean()
         terms["mass_int"], terms["mass_cor"] = mass.mean().chunk(2)
         return {name: term.mean() for name, term in terms.items()}
 
-    def alignment(self, model, spots):
+    def alignment(self, model, batch, answer):
         """A recorder of eq. 5: in each chosen layer, the distance [B] of both paths' answer attention."""
         settings = self.settings
         layers = config.layers_of(settings.attn_layers, len(model.layers))
         distance = partial(
             attn_align, settings.attn_loss, settings.attn_heads, teacher_grad=settings.teacher_grad
         )
-        return AttentionRecorder(layers, spots.answer, spots.columns, distance)
+        return AttentionRecorder(layers, answer, self.columns(batch), distance)
 
-    def answer_terms(self, model, h_int, h_cor, spots):
+    def answer_terms(self, model, h_int, h_cor, targets, copied, answer):
         """CE_int and CE_cor (or their pooled mean), and eq. 4 -> {name: [B]}.
 
         h_int, h_cor [B,L,D]: the last states of both paths.
         """
+        B, L = targets.shape
+        answer = position_mask(answer, L)                                            # [B,L]
+
+        # No loss reads a copied position of the corrupted path: there it is the intact path's own.
+        pooled = self.settings.ce == "pooled"
+        labels_int = targets != IGNORE
+        labels_cor = labels_int & (answer if pooled else ~copied)
+
         # One product with the head for both paths, of the positions alone that a loss reads. Their
         # gradients may overwrite it.
-        read = spots.read
-        logits = model.logits(torch.cat([rows_at(h_int, read.at_int), rows_at(h_cor, read.at_cor)]))
+        logits = model.logits(torch.cat([h_int[labels_int | answer], h_cor[labels_cor | answer]]))
+
+        # N positions are read by any loss; `pair` says whose each is.
+        read = labels_int | labels_cor | answer
+        pair = read.nonzero()[:, 0]                                                  # [N]
+        labels_int, labels_cor, answer, targets = (x[read] for x in (labels_int, labels_cor, answer, targets))
         ce_int, ce_cor, kl = vocab_kl_ce(
-            logits, None, read.targets_int, read.targets_cor, read.is_answer,
+            logits, None, targets.where(labels_int, IGNORE), targets.where(labels_cor, IGNORE), answer,
             teacher_grad=self.settings.teacher_grad, in_place=True,
         )                                                                            # [N] each
 
-        # A pair's labels of either path, and its answer positions.
-        ce_int, ce_cor, kl = (read.of_pairs(x, name) for x, name in zip((ce_int, ce_cor, kl), read.pairs))
-        if self.settings.ce == "pooled":
-            terms = {"ce": mean_of_each([torch.cat(both) for both in zip(ce_int, ce_cor)])}
+        if pooled:
+            both = torch.cat([ce_int[labels_int], ce_cor[labels_cor]])
+            terms = {"ce": mean_per_pair(both, torch.cat([pair[labels_int], pair[labels_cor]]), B)}
         else:
-            terms = {"ce_int": mean_of_each(ce_int), "ce_cor": mean_of_each(ce_cor)}
-        terms["kl"] = mean_of_each(kl, self.settings.kl_share)                       # eq. 4
+            terms = {
+                "ce_int": mean_per_pair(ce_int[labels_int], pair[labels_int], B),
+                "ce_cor": mean_per_pair(ce_cor[labels_cor], pair[labels_cor], B),
+            }
+        terms["kl"] = mean_per_pair(kl[answer], pair[answer], B, self.settings.kl_share)  # eq. 4
         return terms
-
-    def read(self, batch, copied, answer):
-        """What the losses read -> Read. copied bool [B,L]; answer [B,M] positions, -1 padded."""
-        targets = batch["targets"]
-        answer = position_mask(answer, targets.shape[1])                             # [B,L]
-
-        # No loss reads a copied position of the corrupted path: there it is the intact path's own.
-        labels_int = targets != IGNORE
-        labels_cor = labels_int & (answer if self.settings.ce == "pooled" else ~copied)
-        in_int, in_cor = labels_int | answer, labels_cor | answer
-        read = in_int | in_cor
-
-        pairs = {}
-        for name, here in (("ce_int", labels_int), ("ce_cor", labels_cor), ("kl", answer)):
-            pairs[name] = here[read].nonzero()[:, 0], here.sum(1).tolist()
-        return Read(
-            at_int=in_int.flatten().nonzero()[:, 0],
-            at_cor=in_cor.flatten().nonzero()[:, 0],
-            targets_int=targets.where(labels_int, IGNORE)[read],
-            targets_cor=targets.where(labels_cor, IGNORE)[read],
-            is_answer=answer[read],
-            pairs=pairs,
-        )
 
     def answer_positions(self, batch):
         """Positions of eq. 4 and 5 [B,M], -1 padded.

@@ -32,7 +32,6 @@ from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy, mass_recorder, mass_term
 from crystal.runtime import config, data
-from crystal.runtime.ahead import known
 from crystal.runtime.config import Progress, UserError, setting
 from crystal.runtime.data import Batch
 from crystal.runtime.ops import attn_slice
@@ -113,11 +112,6 @@ class Latents(Format):
     def chat_template(self):
         prompt = "".join(self.tokenizer.convert_ids_to_tokens(self.latents + [self.answer_start_id]))
         return self.tokenizer.chat_template + generation_prompt(prompt)
-
-
-def targets_of(batch, method, model):
-    """Method.targets, for `known`."""
-    return method.targets(model, batch)
 
 
 class Method(SFT):
@@ -261,8 +255,7 @@ class Method(SFT):
             terms["semantics"] = self.semantics(last, batch["v_sem"])
         if looks:
             A = torch.stack(list(looks.slices.values())).mean((0, 2))                # [B,K,N]
-            target = known(batch, targets_of, by=(self, model))                      # [B,N]
-            terms["gaze"] = gaze(A, target, batch["image"]).mean()
+            terms["gaze"] = gaze(A, self.targets(model, batch), batch["image"]).mean()
         return terms
 
     def semantics(self, h_z, v_sem):

@@ -20,7 +20,6 @@ from crystal.backbone.model import Model
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy, mass_recorder, mass_term
 from crystal.runtime import config
-from crystal.runtime.ahead import known
 from crystal.runtime.config import Progress, Stage, UserError, setting
 from crystal.runtime.data import Batch
 
@@ -130,11 +129,6 @@ def replace_last(text, by):
     return "{%- set parts = prompt.rsplit('" + text + "', 1) -%}{{- parts[0] ~ '" + by + "' ~ parts[1] -}}"
 
 
-def biases_of(batch, method, model):
-    """Method.biases, for `known`."""
-    return method.biases(model, batch)
-
-
 class Method(SFT):
     """Cross-entropy under the bottleneck, then without it."""
 
@@ -178,7 +172,7 @@ class Method(SFT):
 
     def losses(self, model: Model, batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
         """{"ce": token mean over the answer, averaged over sequences}, and "mass"; stage 1 is masked."""
-        biases = known(batch, biases_of, by=(self, model)) if progress.stage == 0 else []
+        biases = self.biases(model, batch) if progress.stage == 0 else []
         mass = mass_recorder(model, batch, biases)
         h = model.hidden(batch, recorder=mass, biases=biases)        # [B,L,D]
         return {"ce": cross_entropy(model, batch, h=h)} | mass_term(mass)

@@ -4,7 +4,7 @@ B pairs, L sequence length, N labelled rows, D hidden size, V vocabulary, H head
 answer positions, K latents.
 """
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,9 +13,8 @@ from crystal.attention import AttentionRecorder
 from crystal.attention_bias import AttentionBias, row_biases
 from crystal.backbone.model import Model
 from crystal.layout import IGNORE, Format, Layout
-from crystal.losses import mean_of_each
+from crystal.losses import mean_per_pair
 from crystal.runtime import config
-from crystal.runtime.ahead import known
 from crystal.runtime.config import Progress
 from crystal.runtime.data import Batch, Record
 from crystal.runtime.ops import attn_slice, ce_rows
@@ -90,34 +89,12 @@ def cross_entropy(model, batch, biases=(), h=None):
     if h is None:
         h = model.hidden(batch, biases=biases)                   # [B,L,D]
 
-    # The head runs on the N positions that have a label.
-    labels = known(batch, labelled, "targets")
-    logits = model.logits(rows_at(h, labels.at))                 # [N,V]
-    ce = ce_rows(logits, labels.targets)                         # [N]
-    return mean_of_each(ce.split(labels.counts)).mean()
-
-
-class Labelled(NamedTuple):
-    """The N positions with a label, pair by pair.
-
-    at [N]: in a batch laid out as [B*L]. targets [N]: the labels. counts: of each pair, list of int.
-    """
-
-    at: torch.Tensor
-    targets: torch.Tensor
-    counts: list
-
-
-def labelled(targets):
-    """targets [B,L] -> Labelled."""
-    here = targets != IGNORE
-    at = here.flatten().nonzero()[:, 0]
-    return Labelled(at, targets.flatten()[at], here.sum(1).tolist())
-
-
-def rows_at(h, at):
-    """h [B,L,D], positions [N] in a batch laid out as [B*L] -> [N,D]."""
-    return h.flatten(0, 1).index_select(0, at)
+    # The head runs on the N positions that have a label; `pair` says whose each is.
+    labelled = batch["targets"] != IGNORE                        # [B,L]
+    pair = labelled.nonzero()[:, 0]                              # [N]
+    logits = model.logits(h[labelled])                           # [N,V]
+    ce = ce_rows(logits, batch["targets"][labelled])             # [N]
+    return mean_per_pair(ce, pair, len(labelled)).mean()
 
 
 @torch.no_grad()

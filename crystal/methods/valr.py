@@ -16,7 +16,6 @@ no encoder is needed.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,7 +29,6 @@ from crystal.methods.crystal import position_mask
 from crystal.methods.sft import Method as SFT
 from crystal.methods.sft import cross_entropy
 from crystal.runtime import config, data
-from crystal.runtime.ahead import known
 from crystal.runtime.config import Progress, Stage, UserError, setting
 from crystal.runtime.data import Batch
 
@@ -167,34 +165,6 @@ class Segments(Format):
         )
 
 
-class Places(NamedTuple):
-    """Where a batch has what the losses read.
-
-    cuts: a feedback.Cuts. latents: of each record, positions. image: rows and columns of all image tokens in
-    the batch, [I] each; tokens: how many a record has, a list of int. counts: {encoder's number: counts}.
-    """
-
-    cuts: feedback.Cuts
-    latents: list
-    image: tuple
-    tokens: list
-    counts: dict
-
-
-def places_of(batch, method):
-    """A batch on the CPU -> Places."""
-    fed = position_mask(batch["latents"], batch["input_ids"].shape[1])
-    image = batch["mm_token_type_ids"] == 1                                                # [B,L]
-    names = {m: f"count_{m}" for m in range(len(method.encoders))}
-    return Places(
-        cuts=feedback.cut(batch, fed, method.settings.updates is not None),
-        latents=[row.nonzero()[:, 0] for row in fed],
-        image=image.nonzero(as_tuple=True),
-        tokens=image.sum(1).tolist(),
-        counts={m: batch[name][:, 0].tolist() for m, name in names.items() if name in batch},
-    )
-
-
 class Method(SFT):
     """Cross-entropy over the steps, and alignment of the fed-back latents to encoders."""
 
@@ -276,32 +246,29 @@ class Method(SFT):
 
         # The forward with fed-back latents; on the way, the states after the layer to align.
         fed = position_mask(batch["latents"], batch["input_ids"].shape[1])                 # [B,L]
-        places = known(batch, places_of, by=(self,))
-        updates, layers = self.settings.updates, (self.layer,)
-        with own_features(model, places.image) as own:
-            h, after = feedback.forward(model, batch, fed, updates, layers, places.cuts)
+        with own_features(model, batch) as own:
+            h, after = feedback.forward(model, batch, fed, self.settings.updates, (self.layer,))
         terms = {"ce": cross_entropy(model, batch, h=h)}
         if not self.projections:
             return terms
 
         # Each record's latents by segment, [N,K,D], against what each encoder saw of it.
         states = after[self.layer]                                                         # [B,L,D]
-        K = self.settings.latents
-        segments = [x[at].unflatten(0, (-1, K)) for x, at in zip(states, places.latents)]
+        segments = [x[at].unflatten(0, (-1, self.settings.latents)) for x, at in zip(states, fed)]
         aligned = []
         for m, projection in self.projections.items():
-            seen = self.features(int(m), batch, own, places)                               # [P,E] each
+            seen = self.features(int(m), batch, own)                                       # [P,E] each
             pairs = [alignment(projection, f, seen[b]) for b, f in enumerate(segments)]
             aligned.append(torch.stack(pairs).mean())
         return terms | {"repa": torch.stack(aligned).mean()}
 
-    def features(self, m, batch, own, places=None):
+    def features(self, m, batch, own):
         """What encoder m sees of each record: B tensors [P,E], the patches of all its images in turn."""
-        places = places or known(batch, places_of, by=(self,))
         if self.settings.encoder_names[m] == "own":
-            return own[0].split(places.tokens)
+            tokens = (batch["mm_token_type_ids"] == 1).sum(1)                              # [B]
+            return own[0].split(tokens.tolist())
 
-        counts = places.counts[m]
+        counts = batch[f"count_{m}"][:, 0].tolist()
         if not self.encoders[m]:
             return [features[:n] for features, n in zip(batch[f"features_{m}"], counts)]
 
@@ -338,17 +305,14 @@ def stored(record, name, images):
 
 
 @contextmanager
-def own_features(model, image):
-    """While open, catches what the vision tower gives the decoder: [tensor [image tokens, D]], detached.
-
-    image: rows and columns of all image tokens, [I] each.
-    """
-    seen = []
+def own_features(model, batch):
+    """While open, catches what the vision tower gives the decoder: [tensor [image tokens, D]], detached."""
+    seen, image = [], batch["mm_token_type_ids"] == 1                                              # [B,L]
 
     def look(module, args, kwargs):
         if not seen:  # the first piece holds all images
             x = kwargs["inputs_embeds"]                                                    # [B,n,D]
-            seen.append(x[image].detach())
+            seen.append(x[image[:, : x.shape[1]]].detach())
 
     hook = model.hf.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
     try:

@@ -148,12 +148,6 @@ class Settings:
         "of the frozen weights; auto: bfloat16 on a GPU, float32 elsewhere",
         ("auto", "float32", "bfloat16", "float64"),
     )
-    adamw: str = setting(
-        "auto",
-        "the optimiser's update as one kernel, which the losses are then read behind, or as torch "
-        "chooses; auto: fused on a GPU",
-        ("auto", "fused", "plain"),
-    )
     checkpointing: bool = setting(
         False,
         "recompute activations in the backward pass (non-reentrant)",
@@ -167,11 +161,7 @@ class Settings:
         "of several processes each has the whole model, or its part of every layer (FSDP2)",
         ("none", "full"),
     )
-    workers: int = setting(
-        None,
-        "processes that prepare batches, of each GPU's; default: beside a GPU as many as there are cores "
-        "for it, less one, at most 8; on a CPU 0, since the model takes all of its cores",
-    )
+    workers: int = setting(0, "processes that prepare batches")
     min_pixels: int = setting(
         None,
         "images are scaled up to at least this area; default: the model's own",
@@ -215,7 +205,7 @@ class Settings:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("eval_every", "eval_records", "workers", "weight_decay"):
-            if (getattr(self, name) or 0) < 0:
+            if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
 
         if not 0 <= self.seed < 2**63:

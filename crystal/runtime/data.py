@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from crystal.layout import IGNORE
-from crystal.runtime.config import UserError
 from crystal.runtime.records import (  # noqa: F401 (data.read, data.Record and the like are what callers say)
     Record,
     RecordError,
@@ -92,8 +91,6 @@ class RecordDataset(Dataset):
                 bad.append(str(error))
                 if not self.skip:
                     break
-            except UserError as error:
-                return {"error": str(error)}
 
         return {"error": bad[0]}  # told, not raised: a worker's exception would arrive as a page of traceback
 
@@ -258,36 +255,25 @@ def collate(examples, pad):
 
 
 def to_device(batch, device, dtype):
-    """Tensors to the device; pixels to the weights' dtype too. The host does not wait for pinned copies."""
+    """Tensors to the device; pixels to the weights' dtype too."""
     moved = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
-            own = dtype if name.startswith("pixel_values") else value.dtype
-            value = value.to(device, own, non_blocking=value.is_pinned())
+            value = value.to(device, dtype) if name.startswith("pixel_values") else value.to(device)
         moved[name] = value
-    if "ahead" in batch:
-        moved["ahead"] = batch["ahead"].to(device, moved)
     return moved
 
 
-def prepared(examples, pad, dtype):
-    """Examples -> what `collate` makes of them, its pixels in the weights' dtype (None leaves them)."""
-    batch = collate(examples, pad)
-    return batch if dtype is None else to_device(batch, torch.device("cpu"), dtype)
-
-
-def loader(examples, order, pad, workers=0, worker_init=None, dtype=None, pin=False):
+def loader(examples, order, pad, workers=0, worker_init=None):
     """Batches in the given order -> a torch DataLoader of what `collate` returns.
 
     order: any iterable of lists of (epoch, index). Workers start as processes of this Python do: by fork, or
-    (from 3.14 on, or where a caller says so) by forkserver or spawn, which get `examples` pickled. They
-    decode, corrupt and cast: the pixels come in `dtype`. pin: in memory that a GPU copies from by itself.
+    (from 3.14 on, or where a caller says so) by forkserver or spawn, which get `examples` pickled.
     """
     return DataLoader(
         examples,
         batch_sampler=order,
-        collate_fn=partial(prepared, pad=pad, dtype=dtype),
+        collate_fn=partial(collate, pad=pad),
         num_workers=workers,
         worker_init_fn=worker_init,
-        pin_memory=pin,
     )

@@ -37,7 +37,6 @@ class Processes:
     local_rank: int = 0  # among the processes of this machine
     device: torch.device = torch.device("cpu")
     guest: bool = False  # the group is the caller's, as where one program calls another's main; it ends it
-    local_world: int = 1  # how many there are on this machine
 
     @property
     def is_first(self):
@@ -164,10 +163,6 @@ class Processes:
         """
         return module.no_sync() if on and self.world > 1 else nullcontext()
 
-    def loader_workers(self):
-        """How many processes prepare batches for this one where nobody has said it."""
-        return loader_workers(self.device, cores(), self.local_world, shared_memory())
-
     def stop(self):
         """Leaves the group, unless it is the caller's.
 
@@ -217,7 +212,8 @@ def start(device="auto", timeout=600.0):
         raise UserError(f"--device {device}: several processes run on cuda or cpu")
 
     # Threads, and the group.
-    threads = cpu_threads(cores(), local_world, os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cpu_threads(cores, local_world, os.environ)
     if threads:
         torch.set_num_threads(threads)
 
@@ -229,7 +225,7 @@ def start(device="auto", timeout=600.0):
             timeout=timedelta(seconds=timeout),
             device_id=device if on_cuda else None,
         )
-    return Processes(rank, world, local_rank, device, guest, local_world)
+    return Processes(rank, world, local_rank, device, guest)
 
 
 def launch(count, module, argv):
@@ -276,33 +272,6 @@ def run_program(count, script, argv):
     ended = subprocess.run([sys.executable, *torchrun, str(script), *map(str, argv)], env=environment)
     if ended.returncode:
         raise UserError(f"{script} ended with exit code {ended.returncode}; its own lines above say why")
-
-
-def cores():
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def loader_workers(device, cores, local_world, room):
-    """Workers of one process of a run.
-
-    Beside a GPU one for each core that is this process's share and not its own, at most 8. On a CPU none: the
-    model computes on all cores already. room: bytes of shared memory, through which batches come; containers
-    often have next to nothing of it, and a worker that finds none ends the run.
-    """
-    if device.type != "cuda":
-        return 0
-    share = max(0, cores // local_world - 1)
-    return min(8, share, room // local_world // 2**28)
-
-
-def shared_memory():
-    """Bytes of shared memory that are free, as far as this system tells."""
-    try:
-        free = os.statvfs("/dev/shm")
-    except (OSError, AttributeError):  # another system has no such place
-        return 2**40
-    return free.f_bavail * free.f_frsize
 
 
 def cpu_threads(cores, local_world, environ):
