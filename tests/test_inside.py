@@ -93,14 +93,14 @@ def test_no_layers_no_maps(setup):
 
 
 def test_many_answers_and_latents_are_bounded(setup):
-    """The answer's first four positions; of forty latents sixteen, the first and the last among them."""
+    """The answer's first four positions; of forty latents eight, the first and the last among them."""
     s = setup("--latents", "40", which=[2])
     tokens = inside.looking(s.batch).tolist()
     answer, latents = s.batch["answer_positions"][0].tolist(), s.batch["latents"][0].tolist()
     assert len(answer) > 4 and tokens[:4] == answer[:4]
-    assert len(tokens) == 20 and tokens[4] == latents[0] and tokens[-1] == latents[-1]
+    assert len(tokens) == 12 and tokens[4] == latents[0] and tokens[-1] == latents[-1]
     names = inside.names_of(s.model, s.batch)
-    assert len(names) == 20 and names[4] == "latent 1 of 40" and names[-1] == "latent 40 of 40"
+    assert len(names) == 12 and names[4] == "latent 1 of 40" and names[-1] == "latent 40 of 40"
     first = s.model.tokenizer.decode([int(s.batch["input_ids"][0, answer[0] + 1])]).strip()
     assert names[0] == f"answer 1: “{first}”" and first and "the heart is nearer".startswith(first)
 

@@ -1755,19 +1755,19 @@ def test_semantics_dim_is_the_teachers_size(built):
 
 @holds("encoders", of="valr")
 def test_encoders_are_those_that_are_named(built):
-    """tiny: 8 x 8 patches of 64 numbers; own: the model's image tokens, of 32; none.
+    """tiny: 8 x 8 patches of 96 numbers; own: the model's image tokens, of 32; none.
 
     No projection at all, and cross-entropy alone.
     """
     s = built("--method", "valr", "--encoders", "tiny,own")
-    assert [p[-1].out_features for p in s.objective.heads.values()] == [64, 32]
+    assert [p[-1].out_features for p in s.objective.heads.values()] == [96, 32]
     batch = batch_of(s, [0, 1])
     assert (
         batch["pixels_0"].shape == (2, 1, 3, 112, 112)
         and batch["count_0"].tolist() == [[1], [1]]
         and "pixels_1" not in batch
     )
-    assert [tuple(f.shape) for f in s.method.features(0, batch, None)] == [(64, 64)] * 2
+    assert [tuple(f.shape) for f in s.method.features(0, batch, None)] == [(64, 96)] * 2
     assert {"ce", "repa"} == s.objective(batch, s.settings.progress(4000)).keys()
     s = built("--method", "valr", "--encoders", "none")
     batch = batch_of(s, [0, 1])

@@ -19,7 +19,7 @@ import crystal.backbone.model
 from crystal import methods, train
 
 FOLDER = ROOT / "tutorials" / "figures"
-OTHERS = {"attention.png", "two_paths.svg"}  # by the demo, and by tutorials/two_paths.py
+OTHERS = {"attention.png", "page.png", "two_paths.svg"}  # by the demo, and by tutorials/two_paths.py
 
 
 def module(path):

@@ -27,9 +27,9 @@ from crystal.runtime import data
 from crystal.runtime.config import UserError
 from crystal.runtime.ops import attn_slice
 
-ANSWERS, LATENTS = 4, 16  # looking tokens of a sample: the answer's first ones, and latents, evenly taken
-SIDE = 32  # rows and columns of a stored map; of a larger grid neighbours are merged
-BYTES = 3 * 2**20  # for the maps of all samples, a byte a number
+ANSWERS, LATENTS = 4, 8  # looking tokens of a sample: the answer's first ones, and latents, evenly taken
+SIDE = 24  # rows and columns of a stored map; of a larger grid neighbours are merged
+BYTES = 6 * 2**20  # for the maps of all samples, a byte a number
 
 
 @dataclass

@@ -15,7 +15,7 @@ import math
 from html import escape
 from pathlib import Path
 
-from crystal.evaluation import charts, gaze
+from crystal.evaluation import charts, gaze, inside
 from crystal.evaluation.page_samples import PATHS, maps, paragraph, sample, table
 from crystal.evaluation.scoring import percent
 
@@ -334,7 +334,7 @@ def stored(found):
     return paragraph(
         f"The model has {found.layers} layers of {found.heads} heads; of the first question {kept} of them "
         "are kept, evenly taken where not all, and the means are over all that were asked for. A map has "
-        f"{rows} by {columns} places; a larger grid of tokens than 32 by 32 is merged to that. Weights are "
+        f"{rows} by {columns} places; of more than {inside.SIDE} a side neighbours are merged. Weights are "
         "the softmax's own, over everything that the token sees, in a byte each: 255 is the largest of a "
         "token, layer and head, and the error at most a 510th of it.",
         "Of several pictures the first is shown, of several tilings of it the whole one. While attention is "
