@@ -43,7 +43,7 @@ LEFT = 0.15  # of the picture's worth in CE: as much may be left, or be missing
 # What a probe says otherwise than the run that is calibrated.
 OWN = (
     "method", "output", "max_steps", "eval_every", "save_every", "keep", "resume", "overwrite", "tensorboard",
-    "blind", "latents", "latent_kind",
+    "blind", "latents", "latent_kind", "init_from",
 )
 
 

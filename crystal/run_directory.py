@@ -235,4 +235,34 @@ def restore(directory, settings, objective, optimizer, named, procs):
 
     saved = methods.saved_settings(state["settings"] | {"method": settings.method}, directory)
     checkpoint.check_same_run(directory, state, saved, settings, procs)
+    if settings.max_steps > saved.max_steps:
+        procs.print(
+            f"--max_steps was {saved.max_steps} and is {settings.max_steps}: after update {state['step']} "
+            "learning rate and stages are those of the longer run, so the rate may rise again"
+        )
     return checkpoint.restore(directory, files, state, objective.model, optimizer, named)
+
+
+# What trained weights mean nothing without: their base, what they are added to, and by how much.
+WEIGHTS_NEED = ("model", "tune", "lora_r", "lora_alpha", "lora_on", "latents", "latent_kind")
+
+
+def begin_with(run, settings, model, named, procs):
+    """Gives parameters what run's newest checkpoint has trained; the optimiser begins anew.
+
+    UserError where there is none, where a setting that the weights depend on is another, or where the
+    methods train different parameters. The method itself and all else may differ.
+    """
+    directory = checkpoint.newest(run, procs.print)
+    if directory is None:
+        raise UserError(f"--init_from {run}: has no whole checkpoint to begin with")
+    files, state = checkpoint.load(directory)
+
+    before = state["settings"]
+    for name in WEIGHTS_NEED:
+        now = getattr(settings, name)
+        if name in before and before[name] != now:
+            raise UserError(f"--init_from {run}: was trained with --{name} {before[name]}, not {now}")
+    checkpoint.load_parameters(named, files["trainable.safetensors"], directory)
+    model.after_update()  # the vocabulary's own rows follow the new tokens
+    procs.print(f"begins with the weights of {directory}, {state['step']} updates of {before['method']}")

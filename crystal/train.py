@@ -30,6 +30,7 @@ from crystal.evaluation import carrying
 from crystal.losses import total
 from crystal.run_directory import (
     begin,
+    begin_with,
     check_overwrite,
     check_writable,
     has_checkpoints,
@@ -162,6 +163,8 @@ def main(argv=None):
                 "--output names another directory"
             )
         check_overwrite(run, settings)
+    if settings.init_from and not settings.resume:  # what is resumed has begun with it
+        begin_with(settings.init_from, settings, model, named, procs)
 
     # --- loop ---
     wrapped = whole or procs.wrap(objective)

@@ -17,6 +17,7 @@ import torch
 
 from crystal import run_directory, train
 from crystal.methods.crystal import Settings as CrystalSettings
+from crystal.methods.livr import Settings as LivrSettings
 from crystal.runtime import checkpoint
 from crystal.runtime.config import UserError
 from crystal.runtime.distributed import Processes
@@ -109,6 +110,8 @@ def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
     now = copy.copy(stored.settings)
     # Also what no command line gives.
     object.__setattr__(now, name, another(getattr(now, name), field.metadata["choices"]))
+    if name == "max_steps":  # more of them go on, fewer do not
+        now = replace(now, max_steps=4)
     if name in ("batch_size", "accumulation"):  # the pairs of an update stay
         now = replace(now, batch_size=3, accumulation=2)
     if name in MAY_CHANGE:
@@ -116,6 +119,29 @@ def test_each_setting_is_kept_by_a_resume_or_may_change(stored, name):
     else:
         with pytest.raises(UserError, match=f"was made with --{name} .*; a resume keeps it"):
             stored.restore(now)
+
+
+def test_a_longer_run_goes_on_and_says_so(stored, capsys):
+    """CrystaL has one stage, so what was done is the beginning of any longer run."""
+    assert stored.restore(stored.settings).step == 3 and capsys.readouterr().out == ""
+    assert stored.restore(replace(stored.settings, max_steps=6000)).step == 3
+    assert "--max_steps was 4000 and is 6000: after update 3 learning rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "updates, step, longer",
+    [
+        (200, 20, True), (200, 40, True), (200, 41, False), (200, 100, False),
+        (90, 20, False), (100, 20, False),
+    ],
+)
+def test_a_stage_that_has_begun_begins_where_it_did(updates, step, longer):
+    """LIVR's first stage is 40 % of its run: updates 0 to 39 of a hundred, 0 to 79 of two hundred."""
+    now = LivrSettings(max_steps=updates)
+    assert checkpoint.is_longer(LivrSettings(max_steps=100), now, step) == longer
+    if updates > 100 and not longer:
+        said = checkpoint.made_with("d", "max_steps", 100, updates)
+        assert said.endswith("a resume keeps it, because a stage that has begun would begin elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -209,9 +209,10 @@ def run(model_dirs, twelve, tmp_path, monkeypatch, capsys):
 # CrystaL, appendix A: LoRA with r 16 and alpha 32, learning rate 2e-4. As its released code has it: 4000
 # steps, batches of one pair a process, weight decay 0.1, warm-up 5 %, cosine. Table 3: 8 latents, diverse.
 SHARED = dict(
-    model="tiny", data="", val_data="", image_root="", output="", seed=0, latents=8, latent_kind="diverse",
-    turns="first", blind=False, tune="lora", lora_r=16, lora_alpha=32.0, lora_dropout=0.0, lora_on="language",
-    max_steps=4000, batch_size=1, accumulation=1, lr=2e-4, lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
+    model="tiny", init_from="", data="", val_data="", image_root="", output="", seed=0, latents=8,
+    latent_kind="diverse", turns="first", blind=False, tune="lora", lora_r=16, lora_alpha=32.0,
+    lora_dropout=0.0, lora_on="language", max_steps=4000, batch_size=1, accumulation=1, lr=2e-4,
+    lr_tokens=1.0, weight_decay=0.1, warmup=0.05,
     decay="cosine", clip=1.0, device="auto", dtype="auto",
     checkpointing=False, compile=False, shard="none", workers=0, min_pixels=None,
     max_pixels=None, on_bad_record="stop", eval_every=250, eval_records=256, save_every=500, keep=2,
@@ -588,6 +589,45 @@ def test_output_is_where_all_is_written_and_nothing_is_lost_unasked(run, tmp_pat
         and not (seen.run / "merged").exists()
         and (seen.run / "mine.txt").exists()
     )
+
+
+@holds("init_from")
+def test_a_run_begins_with_the_weights_of_another(run, tmp_path):
+    """With a rate of next to nothing they are what the first stage ended with, and the optimiser is new."""
+    first = run("first", "--lr", "1e-2", "--max_steps", "2")
+    ended = load_file(checkpoint.step_dir(first.run, 2) / "trainable.safetensors")
+    begins = ["--init_from", str(first.run), "--w_kl", "0.5"]
+    second = run("second", *begins, "--lr", "1e-30")
+    assert "begins with the weights of" in second.out and "2 updates of crystal" in second.out
+    before = second.updates[0]
+    assert all(torch.equal(before[n][0], t) for n, t in ended.items()) and before.keys() == ended.keys()
+    fresh = run("fresh", "--lr", "1e-30").updates[0]
+    assert any(not torch.equal(fresh[n][0], t) for n, t in ended.items())
+    moments = load_file(checkpoint.step_dir(second.run, 1) / "optimizer.safetensors")
+    assert {float(t) for n, t in moments.items() if n.endswith(".step")} == {1}
+
+    # A resume goes on from the run's own checkpoint.
+    more = ["third", *begins, "--lr", "1e-2", "--max_steps", "2", "--save_every", "1"]
+    whole = run(*more)
+    shutil.rmtree(checkpoint.step_dir(whole.run, 2))
+    again = run(*more, "--resume")
+    for name, (_, _, after) in whole.updates[1].items():
+        assert torch.equal(again.updates[0][name][2], after)
+
+    # One line for what the weights do not fit.
+    for flags, said in (
+        (["--lora_r", "3"], "was trained with --lora_r 2, not 3"),
+        (["--lora_alpha", "64"], "was trained with --lora_alpha 32.0, not 64.0"),
+        (["--lora_on", "language,merger"], "was trained with --lora_on language, not language,merger"),
+        (["--tune", "tokens"], "was trained with --tune lora, not tokens"),
+        (["--latents", "4"], "was trained with --latents 3, not 4"),
+        (["--latent_kind", "identical"], "was trained with --latent_kind diverse, not identical"),
+        (["--model", "tiny"], "was trained with --model .*, not tiny"),
+    ):
+        with pytest.raises(UserError, match=f"--init_from .*first: {said}"):
+            run("refused", "--init_from", str(first.run), *flags)
+    with pytest.raises(UserError, match="--init_from .*nothing: has no whole checkpoint to begin with"):
+        run("refused", "--init_from", str(tmp_path / "nothing"))
 
 
 # --- the sequence ---

@@ -173,6 +173,28 @@ def test_resume_passes_over_a_broken_checkpoint_and_refuses_other_settings(flags
         train.main(flags("none", "--resume"))
 
 
+def test_more_updates_go_on_along_the_longer_schedule(flags, capsys):
+    """A line from the peak to 0: over two updates 1 and 1/2 of it, over four 1, 3/4, 1/2 and 1/4.
+
+    Where the rate is next to nothing the weights stay, and the losses tell which records were seen.
+    """
+    more = ["--save_every", "1", "--decay", "linear", "--warmup", "0", "--lr", "1e-30"]
+    whole = train.main(flags("whole", *more, "--max_steps", "4"))
+    train.main(flags("longer", *more, "--max_steps", "2"))
+    capsys.readouterr()
+    longer = train.main(flags("longer", *more, "--max_steps", "4", "--resume"))
+    assert "--max_steps was 2 and is 4: after update 2" in capsys.readouterr().out
+
+    lines = metrics(longer)
+    assert [x["step"] for x in lines] == [1, 2, 3, 4]
+    assert [x["lr"] / 1e-30 for x in lines] == pytest.approx([1, 0.5, 0.5, 0.25])
+    assert [x["loss"] for x in lines] == [x["loss"] for x in metrics(whole)]
+    moments = load_file(checkpoint.step_dir(longer, 4) / "optimizer.safetensors")
+    assert {float(t) for n, t in moments.items() if n.endswith(".step")} == {4}
+    with pytest.raises(UserError, match="was made with --max_steps 4, not 3; a resume keeps it$"):
+        train.main(flags("longer", *more, "--max_steps", "3", "--resume"))
+
+
 @pytest.fixture
 def started(flags):
     return train.main(flags("kept", "--max_steps", "2", "--save_every", "1"))

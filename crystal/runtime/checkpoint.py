@@ -14,7 +14,8 @@ same processes and machine.
                       for each (sampling.py), dropout's seed and the learning rate (train.py). The loader
                       begins in the middle of an epoch, and no random state is kept
     what may change   the settings in MAY_CHANGE, and how an update's pairs are split over forwards and
-                      processes; their number stays (`check_same_run`)
+                      processes; their number stays (`check_same_run`). More updates are another run, which
+                      is exact from its own first update on (`is_longer`)
     what is logged    lines after the checkpoint happen again, and are dropped (run_directory.begin)
 """
 
@@ -262,13 +263,32 @@ def check_same_run(directory, state, saved, settings, procs):
 
     for field in fields(settings):
         before, now = getattr(saved, field.name), getattr(settings, field.name)
+        if field.name == "max_steps" and is_longer(saved, settings, state["step"]):
+            continue
         if before != now and field.name not in MAY_CHANGE:
             raise UserError(made_with(directory, field.name, before, now))
 
 
+def is_longer(saved, settings, step):
+    """Whether --max_steps grew, and the `step` updates done are in the same stages as before.
+
+    Stages are shares of a run. Where one that has begun would begin at another update, what was done is not
+    the beginning of the longer run. Where none would, the learning rate goes on along the longer schedule,
+    and therefore rises at once where the shorter one had come to its end.
+    """
+    if settings.max_steps <= saved.max_steps:
+        return False
+    begun = saved.progress(max(0, step - 1)).stage
+    same_stage = settings.progress(max(0, step - 1)).stage == begun
+    return same_stage and all(saved.span(i)[0] == settings.span(i)[0] for i in range(begun + 1))
+
+
 def made_with(directory, name, before, now):
     """What is said of a setting that a resume would change."""
-    return f"{directory}: was made with --{name} {before!r}, not {now!r}; a resume keeps it"
+    said = f"{directory}: was made with --{name} {before!r}, not {now!r}; a resume keeps it"
+    if name == "max_steps" and now > before:
+        said += ", because a stage that has begun would begin elsewhere"
+    return said
 
 
 def restore(directory, files, state, model, optimizer, named):

@@ -79,6 +79,9 @@ class Settings:
         "tiny",
         "tiny (shipped), a directory in Hugging Face layout, or a hub name",
     )
+    init_from: str = setting(
+        "", "a run whose trained weights this one begins with, such as a first stage with other settings"
+    )
     data: str = setting(
         "", "training records: JSON, JSONL, Parquet, a set on the hub; empty: toy scenes, generated once"
     )
