@@ -67,6 +67,34 @@ def test_several_processes_equal_one(model_dirs, records_file, tmp_path, method,
     assert all(torch.allclose(one[n], many[n], rtol=0, atol=1e-6) for n in one)
 
 
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_rank_without_pictures_takes_part_where_the_vision_part_trains(
+    model_dirs, records_file, tmp_path, shard
+):
+    """Two pictures among twelve records: at least one update of three has words alone on both ranks."""
+    records = [json.loads(line) for line in records_file.read_text().splitlines()]
+    asked = [f"Say {i}." for i in range(10)]
+    words = [
+        {"conversations": [{"from": "human", "value": x}, {"from": "gpt", "value": "red"}]} for x in asked
+    ]
+    data = records_file.with_name("mixed.jsonl")
+    data.write_text("".join(json.dumps(r) + "\n" for r in [*records[:2], *words]))
+    flags = [
+        "--method", "sft", "--model", str(model_dirs[True]), "--data", str(data), "--lora_r", "2",
+        "--lora_on", "language,vision,merger", "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64",
+        "--device", "cpu", "--eval_every", "0",
+    ]
+    train.main([*flags, "--batch_size", "4", "--output", str(tmp_path / "one")])
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *SCRIPT]
+    parts = ["--batch_size", "1", "--accumulation", "2", "--shard", shard]
+    run(many, [*flags, *parts, "--output", str(tmp_path / "two")])
+    one, two = (
+        load_file(tmp_path / n / "checkpoints" / "step-3" / "trainable.safetensors") for n in ("one", "two")
+    )
+    assert any("visual" in n for n in one)
+    assert all(torch.allclose(one[n], two[n], rtol=0, atol=1e-6) for n in one)
+
+
 def test_evaluation_is_shared_by_ranks(records_file, tmp_path):
     flags = [
         "--model", "tiny", "--data", str(records_file), "--max_new_tokens", "3", "--device", "cpu", "--out",

@@ -22,7 +22,7 @@ HOUSE = [  # one layer a line: folder (the top level has none), then its files
             "sampling sources fields records data sight silhouettes toy toy_steps named_state checkpoint",
         )
     ],
-    [("backbone", "files families attention_functions model adapter widths record encoders")],
+    [("backbone", "files families attention_functions no_pictures model adapter widths record encoders")],
     [("methods", "sft crystal released livr lavit valr")],
     [("", "opening run_directory generate")],
     [

@@ -29,6 +29,7 @@ from crystal.backbone import (
 )
 from crystal.backbone.families import FAMILIES
 from crystal.backbone.files import why
+from crystal.backbone.no_pictures import taking_part
 from crystal.latent_copy import copy_before_each
 from crystal.lora import TrainableTokens, add_lora
 from crystal.runtime.config import UserError
@@ -176,7 +177,8 @@ class Model(nn.Module):
             mask = additive_mask(biases, inputs["attention_mask"], wide)           # [B,1,L,L]
 
         doors = {"latent_copy": latent_copy, "recorder": recorder}
-        out = self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, **doors)
+        with taking_part(self, inputs):
+            out = self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, **doors)
         return out.last_hidden_state
 
     @contextmanager

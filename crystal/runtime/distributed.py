@@ -145,7 +145,7 @@ class Processes:
 
         Rank 0's weights are sent to all, and backward averages gradients over ranks. Buffers are not sent at
         each forward, and no search is made for unused parameters: all that require a gradient must receive
-        one in every step.
+        one in every step (no_pictures.py sees to it where a batch has no picture).
         """
         if self.world == 1:
             return module
