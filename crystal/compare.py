@@ -21,7 +21,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from crystal import demo, evaluate, opening, run_study
+from crystal import demo, evaluate, methods, opening, run_study
 from crystal.evaluation.study import interval
 from crystal.runtime import config, data, distributed
 from crystal.runtime.config import UserError
@@ -56,8 +56,11 @@ def table(scores):
     return "\n".join(lines[:-1])
 
 
-def finished(run, flags):
-    """Results of a run that `flags` made to its end, or None. UserError where the directory holds another's.
+def finished(run, flags, asked):
+    """Results of a run that `flags` made to its end, or None.
+
+    asked: what the results depend on beside the flags, see `what_is_asked`. UserError where the directory
+    holds another run's, or other questions' results.
     """
     note = run / "compare.json"
     if not note.is_file():
@@ -67,7 +70,23 @@ def finished(run, flags):
         raise UserError(
             f"{note}: made with {shlex.join(saved['flags'])}; another --output is needed for other settings"
         )
+    before = saved.get("asked", {})
+    if changed := [name for name in asked if before.get(name) != asked[name]]:
+        raise UserError(
+            f"{note}: its {', '.join(changed)} differed from what is asked now; another --output is needed"
+        )
     return saved["percent"]
+
+
+def what_is_asked(args, method, test):
+    """What a run's results depend on beside its flags, as JSON: contents of files, and not their names."""
+    return {
+        "--data": args.data and evaluate.data_digest(args.data),
+        "--test": evaluate.data_digest(test),
+        "--questions": args.questions,
+        "--max_new_tokens": args.max_new_tokens,
+        "method's file": methods.fingerprint(method),
+    }
 
 
 def main(argv=None):
@@ -131,7 +150,8 @@ def main(argv=None):
 
         with procs.main_process_first(), nullcontext() if procs.is_first else redirect_stdout(None):
             toy.generate(out / "toy")
-    records, _ = data.read(args.test or out / "toy" / "test.jsonl")
+    test = args.test or out / "toy" / "test.jsonl"
+    records, _ = data.read(test)
     if broken := [r for r in records if isinstance(r, data.RecordError)]:
         raise broken[0]
     records = records[: args.questions]
@@ -160,7 +180,8 @@ def main(argv=None):
                 str(seed),
             ]
             procs.print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}")
-            percent = finished(run, flags)
+            asked = what_is_asked(args, method, test)
+            percent = finished(run, flags, asked)
             procs.barrier()  # all ranks have looked
             if percent is None:
                 if method not in where:  # LaViT's teacher looks once
@@ -176,7 +197,8 @@ def main(argv=None):
                 )
                 percent = {f: 100 * hits / n for f, (hits, n) in evaluate.by_family(results).items()}
                 if procs.is_first:
-                    (run / "compare.json").write_text(json.dumps({"flags": flags, "percent": percent}) + "\n")
+                    note = {"flags": flags, "asked": asked, "percent": percent}
+                    (run / "compare.json").write_text(json.dumps(note) + "\n")
             scores.setdefault(spec, []).append(percent)
         text = table(scores)
         procs.print(

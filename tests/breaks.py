@@ -3710,6 +3710,20 @@ COMMANDS = [
         "tests/test_run_study.py::test_pictures_are_seen_intact_and_corrupted",
     ),
     Break(
+        "compare-asked-anything", "crystal/compare.py",
+        "if before.get(name) != asked[name]",
+        "if False",
+        "Another file's answers are taken for this one's.",
+        "tests/test_compare.py::test_runs_are_made_once_and_go_on_where_they_stopped",
+    ),
+    Break(
+        "compare-method-by-name", "crystal/compare.py",
+        '"method\'s file": methods.fingerprint(method),',
+        "",
+        "An edited method's results are the older one's.",
+        "tests/test_compare.py::test_the_file_of_a_method_is_asked_by_its_content",
+    ),
+    Break(
         "compare-unpaired", "crystal/compare.py",
         "{f: a[f] - b[f] for f in families}",
         "{f: a[f] - first[0][f] for f in families}",

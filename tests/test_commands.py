@@ -10,6 +10,7 @@ a recorder of its arguments. Right values are counted by hand or read from the f
 
 import ast
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -1089,7 +1090,11 @@ def test_compare_trains_and_asks_what_was_asked(records_file, tmp_path, monkeypa
     ]
     assert table.rstrip() in capsys.readouterr().out
     note = json.loads((Path(out) / "mine.py_lr_1-1" / "compare.json").read_text())
-    assert note == {"flags": [*flags, "--lr", "1", "--seed", "1"], "percent": {"all": 50.0}}
+    content = hashlib.sha256(Path(train_file).read_bytes()).hexdigest()
+    method = {"method_sha256": hashlib.sha256((tmp_path / "mine.py").read_bytes()).hexdigest()}
+    files = {"--data": content, "--test": content, "method's file": method}
+    said = files | {"--questions": 2, "--max_new_tokens": 3}
+    assert note == {"flags": [*flags, "--lr", "1", "--seed", "1"], "asked": said, "percent": {"all": 50.0}}
 
 
 def test_compare_percents_are_of_each_family(records_file, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,11 +67,35 @@ def test_runs_are_made_once_and_go_on_where_they_stopped(
     assert len(trained) == 7  # nothing is repeated
     with pytest.raises(UserError, match="another --output is needed"):
         compare.main([*flags, "--lr", "1"])
+    # Results are those of other questions, decoding or data: what is asked says so by its content.
+    for flag, value in (("--questions", "1"), ("--max_new_tokens", "3")):
+        with pytest.raises(UserError, match=f"sft-0/compare.json: its {flag} differed from what is asked"):
+            compare.main([*flags, flag, value])
+    lines = records_file.read_text().splitlines(True)
+    fewer = records_file.with_name("fewer.jsonl")
+    fewer.write_text("".join(lines[1:]))
+    with pytest.raises(UserError, match="compare.json: its --data, --test differed"):
+        compare.main([*flags, "--data", str(fewer), "--test", str(fewer)])
+    same = records_file.with_name("same.jsonl")
+    same.write_text("".join(lines))
+    compare.main([*flags, "--data", str(same), "--test", str(same)])
+    assert len(trained) == 7
     with pytest.raises(UserError, match="--data goes with --test"):
         compare.main(["--data", "x"])
     for flag in ("--questions", "--max_new_tokens", "--seeds"):
         with pytest.raises(UserError, match=f"{flag}.* must be at least 1"):
             compare.main([flag, "0", "--data", "nowhere.jsonl", "--test", "nowhere.jsonl"])
+
+
+def test_the_file_of_a_method_is_asked_by_its_content(records_file, tmp_path):
+    """An edited file is another method, wherever it lies."""
+    args = SimpleNamespace(data="", questions=3, max_new_tokens=2)
+    text = "from crystal.methods.sft import Method\n"
+    found = []
+    for name, written in (("a.py", text), ("b.py", text), ("c.py", text + "# edited\n")):
+        (tmp_path / name).write_text(written)
+        found.append(compare.what_is_asked(args, str(tmp_path / name), records_file))
+    assert found[0] == found[1] != found[2]
 
 
 def test_lavit_needs_its_teacher_first(tmp_path):
