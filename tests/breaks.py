@@ -6086,6 +6086,27 @@ LOOP = [
         IN_DIRECTORY + "each_setting_is_kept_by_a_resume_or_may_change[lr]",
     ),
     Break(
+        "pipe-any", "crystal/runtime/config.py",
+        "        if not nobody_reads():\n            raise\n",
+        "",
+        "A fault of ours ends without a word.",
+        "tests/test_config.py::test_who_stops_reading_gets_no_traceback",
+    ),
+    Break(
+        "pipe-at-the-end", "crystal/runtime/config.py",
+        "            raise\n        sys.stdout.flush()\n",
+        "            raise\n",
+        "What is flushed at the end meets a closed pipe.",
+        "tests/test_config.py::test_who_stops_reading_gets_no_traceback",
+    ),
+    Break(
+        "pipe-after-an-exit", "crystal/runtime/config.py",
+        "            sys.stdout.flush()\n            raise\n",
+        "            raise\n",
+        "An exit meets a closed pipe.",
+        "tests/test_config.py::test_who_stops_reading_gets_no_traceback",
+    ),
+    Break(
         "no-pictures-no-part", "crystal/backbone/no_pictures.py",
         "    return with_zero(model)\n",
         "    return nullcontext()\n",

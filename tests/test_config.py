@@ -280,6 +280,29 @@ def test_an_error_that_no_user_caused_keeps_its_traceback(error):
         config.run_cli(fails)
 
 
+@pytest.mark.parametrize(
+    "prints, code",
+    [
+        ("for i in range(99): print('x' * 9999)", 141),  # amid
+        ("print('x')", 141),  # at the end, where what was printed is flushed
+        ("import sys; print('x'); sys.exit(0)", 141),
+        ("import os; raise BrokenPipeError(32, 'a pipe of our own')", 1),
+    ],
+)
+def test_who_stops_reading_gets_no_traceback(prints, code):
+    """`command | head -1`. A pipe that is not standard output is told as what it is."""
+    text = f"from crystal.runtime import config\ndef main():\n    {prints}\nconfig.run_cli(main)\n"
+    reading, writing = os.pipe()
+    if code == 141:
+        os.close(reading)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    started = [sys.executable, "-c", text]
+    done = subprocess.run(started, stdout=writing, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(writing)
+    assert done.returncode == code
+    assert ("a pipe of our own" in done.stderr) if code == 1 else done.stderr == ""
+
+
 def test_ctrl_c_is_one_line_and_130(capsys):
     def interrupted():
         raise KeyboardInterrupt

@@ -9,6 +9,8 @@ import argparse
 import errno
 import os
 import re
+import select
+import signal
 import sys
 import typing
 from dataclasses import dataclass, field, fields
@@ -337,9 +339,23 @@ USERS = {
 
 
 def run_cli(main):
-    """Runs an entry point: a user's mistake is one line on stderr and exit code 2, Ctrl-C one and 130."""
+    """Runs an entry point: a user's mistake is one line on stderr and exit code 2, Ctrl-C one and 130.
+
+    Where whoever reads what is printed has gone (`| head -1`), it ends without a word, and with 141 as in
+    a shell.
+    """
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # as --help and --version end
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        leave(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -349,6 +365,13 @@ def run_cli(main):
             raise
         print(f"error: {said}", file=sys.stderr)
         leave(2)
+
+
+def nobody_reads():
+    """Whether standard output is a pipe whose other end is closed; other broken pipes are faults of ours."""
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def leave(code):
