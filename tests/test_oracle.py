@@ -232,6 +232,7 @@ FREE = {"latent_copy", "checkpointing", "tune", "lora_on", "lora_dropout", "sema
 # Settings that no row can compare, and the tests that hold them.
 ELSEWHERE = {
     "method, model, data, val_data, image_root, output": "every row names them",
+    "init_from": "what an update begins with: test_settings.py tries it",
     "max_steps, batch_size, accumulation": "the loop: test_train.py",
     "lr, lr_tokens, weight_decay, warmup, decay, clip, lr_latents": "the loop: test_train.py",
     "lora_dropout": "random: test_lora.py, test_train.py",
