@@ -125,6 +125,7 @@ def main(argv=None):
     parser.add_argument(
         "--page", action="store_true", help="with --study: its page of the runs that are there, and no run"
     )
+
     args, more = parser.parse_known_args(argv)
     study = run_study.read(args.study) if args.study else None
     if study:
@@ -135,15 +136,18 @@ def main(argv=None):
         args, more = parser.parse_known_args(argv)
     elif args.page:
         raise UserError("--page goes with --study")
+
     if min(args.seeds, args.questions, args.max_new_tokens) < 1 or bool(args.data) != bool(args.test):
         raise UserError(
             "--seeds, --questions and --max_new_tokens must be at least 1, and --data goes with --test"
         )
     if study:
         run_study.plans_of(study, args, more)  # a row's wrong flag is told before anything starts
+
     if study and args.page:
         print(run_study.write_page(study, args, more))
         return
+
     procs, out = distributed.start(), Path(args.output)
     if not args.data:
         from crystal.runtime import toy
@@ -180,9 +184,11 @@ def main(argv=None):
                 str(seed),
             ]
             procs.print(f"[{count}/{len(specs) * args.seeds}] {spec}, seed {seed}: {run}")
+
             asked = what_is_asked(args, method, test)
             percent = finished(run, flags, asked)
             procs.barrier()  # all ranks have looked
+
             if percent is None:
                 if method not in where:  # LaViT's teacher looks once
                     where[method] = (
@@ -190,6 +196,7 @@ def main(argv=None):
                         if args.data
                         else demo.data_of(method, out / "toy", out / "sft-0", procs)
                     )
+
                 run_study.trained(run, [*flags, *where[method]], args.max_steps)
                 model, fmt, _ = opening.open_model(run, device=procs.device, method=method)
                 results = evaluate.answers(
@@ -199,7 +206,9 @@ def main(argv=None):
                 if procs.is_first:
                     note = {"flags": flags, "asked": asked, "percent": percent}
                     (run / "compare.json").write_text(json.dumps(note) + "\n")
+
             scores.setdefault(spec, []).append(percent)
+
         text = table(scores)
         procs.print(
             f"\nafter {seed + 1} of {args.seeds} seeds: percent of {len(records)} questions, mean and half "

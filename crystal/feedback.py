@@ -79,10 +79,10 @@ class Stream:
             all_valid = torch.cat([self.valid, valid], 1)
 
         cache = KVCache(self.cache)
-        given = self.model.keywords(inputs | {"position_ids": positions})
+        given = inputs | {"position_ids": positions}
         with outputs_of(self.model, self.layers) as seen:
-            out = self.model.hf.model(**given, attention_mask=mask, use_cache=False, kv_cache=cache)
-        return out.last_hidden_state, seen, (cache, all_valid)
+            h = self.model.decode(given, mask, kv_cache=cache)
+        return h, seen, (cache, all_valid)
 
     def keep(self, piece):
         """Makes a piece that was run part of the past."""

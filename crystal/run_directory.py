@@ -248,10 +248,11 @@ WEIGHTS_NEED = ("model", "tune", "lora_r", "lora_alpha", "lora_on", "latents", "
 
 
 def begin_with(run, settings, model, named, procs):
-    """Gives parameters what run's newest checkpoint has trained; the optimiser begins anew.
+    """Gives parameters what a run's newest checkpoint has trained; the optimiser begins anew.
 
-    UserError where there is none, where a setting that the weights depend on is another, or where the
-    methods train different parameters. The method itself and all else may differ.
+    run: directory of the run that was trained before. named: (name, parameter) pairs, of any shape, of what
+    trains now. UserError where there is no checkpoint, where a setting that the weights depend on is another,
+    or where the methods train different parameters. The method itself and all else may differ.
     """
     directory = checkpoint.newest(run, procs.print)
     if directory is None:

@@ -67,9 +67,22 @@ def test_several_processes_equal_one(model_dirs, records_file, tmp_path, method,
     assert all(torch.allclose(one[n], many[n], rtol=0, atol=1e-6) for n in one)
 
 
-@pytest.mark.parametrize("shard", ["none", "full"])
+FED_BACK = [
+    "--method", "valr", "--encoders", "none", "--first_share", "0", "--latents", "2", "--tune", "lora",
+]
+
+
+@pytest.mark.parametrize(
+    "method, how",
+    [
+        (["--method", "sft"], ["--shard", "none"]),
+        (["--method", "sft", "--checkpointing"], ["--shard", "full"]),
+        (FED_BACK, ["--shard", "none"]),
+        (FED_BACK, ["--shard", "full"]),
+    ],
+)
 def test_a_rank_without_pictures_takes_part_where_the_vision_part_trains(
-    model_dirs, records_file, tmp_path, shard
+    model_dirs, records_file, tmp_path, method, how
 ):
     """Two pictures among twelve records: at least one update of three has words alone on both ranks."""
     records = [json.loads(line) for line in records_file.read_text().splitlines()]
@@ -79,15 +92,17 @@ def test_a_rank_without_pictures_takes_part_where_the_vision_part_trains(
     ]
     data = records_file.with_name("mixed.jsonl")
     data.write_text("".join(json.dumps(r) + "\n" for r in [*records[:2], *words]))
+
     flags = [
-        "--method", "sft", "--model", str(model_dirs[True]), "--data", str(data), "--lora_r", "2",
+        *method, "--model", str(model_dirs[True]), "--data", str(data), "--lora_r", "2",
         "--lora_on", "language,vision,merger", "--max_steps", "3", "--lr", "1e-2", "--dtype", "float64",
         "--device", "cpu", "--eval_every", "0",
     ]
     train.main([*flags, "--batch_size", "4", "--output", str(tmp_path / "one")])
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *SCRIPT]
-    parts = ["--batch_size", "1", "--accumulation", "2", "--shard", shard]
+    parts = ["--batch_size", "1", "--accumulation", "2", *how]
     run(many, [*flags, *parts, "--output", str(tmp_path / "two")])
+
     one, two = (
         load_file(tmp_path / n / "checkpoints" / "step-3" / "trainable.safetensors") for n in ("one", "two")
     )

@@ -108,7 +108,12 @@ def test_each_flag_does_what_it_says(tmp_path):
 
 
 def test_the_log_is_of_what_is_shipped():
-    """The line of the weights as written, read off the shipped ones, holds for fresh scenes too."""
+    """What it says of the weights as they were written stands in their README, and is far above chance.
+
+    A patch shows one of eight shapes, in one of eight colours. The heads that read them are not kept.
+    """
     (written,) = [line for line in LOG.read_text().splitlines() if line.startswith("as written:")]
-    shape, colour, size = (float(x) for x in re.findall(r"\d+\.\d", written))
-    assert shape > 30 and colour > 95 and size > 60
+    rights = re.findall(r"\d+\.\d", written)
+    assert len(rights) == 3 and all(float(right) > 50 for right in rights)
+    told = (Path(encoders.__file__).parents[1] / "assets" / "encoder" / "README.md").read_text()
+    assert all(f"{right} %" in told for right in rights)

@@ -176,9 +176,16 @@ class Model(nn.Module):
             wide = torch.promote_types(self.hf.dtype, torch.float32)
             mask = additive_mask(biases, inputs["attention_mask"], wide)           # [B,1,L,L]
 
-        doors = {"latent_copy": latent_copy, "recorder": recorder}
+        return self.decode(given, mask, latent_copy=latent_copy, recorder=recorder)
+
+    def decode(self, inputs, mask=None, **doors):
+        """One forward of transformers' model, without its head -> states after the final norm [B,n,D].
+
+        inputs: input_ids [B,n], pixel_values and image_grid_thw, or inputs_embeds [B,n,D]; and position_ids
+        [3,B,n]. mask: what each row sees [B,1,n,S]; None is causal. doors: keywords that reach the layers.
+        """
         with taking_part(self, inputs):
-            out = self.hf.model(**self.keywords(given), attention_mask=mask, use_cache=False, **doors)
+            out = self.hf.model(**self.keywords(inputs), attention_mask=mask, use_cache=False, **doors)
         return out.last_hidden_state
 
     @contextmanager

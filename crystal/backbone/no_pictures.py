@@ -21,13 +21,16 @@ def trains_vision(hf):
 
 
 def taking_part(model, inputs):
-    """Context around a forward of transformers' model: with a gradient asked for and no picture, see above.
+    """Context around a forward of transformers' model, whose values stay what they are.
 
-    model: backbone.model.Model. inputs: tensors of a batch. The forward's values stay what they are.
+    model: backbone.model.Model. inputs: what the forward is given. Where pictures might have stood in it,
+    none does, and a gradient is asked for, the vision part takes part.
     """
-    if inputs["pixel_values"] is not None or not torch.is_grad_enabled() or not trains_vision(model.hf):
-        return nullcontext()
-    return with_zero(model)
+    might_see = "pixel_values" in inputs  # not in the pieces that follow a first one (feedback.py)
+    sees = inputs.get("pixel_values") is not None
+    if might_see and not sees and torch.is_grad_enabled() and trains_vision(model.hf):
+        return with_zero(model)
+    return nullcontext()
 
 
 @contextmanager
@@ -39,9 +42,9 @@ def with_zero(model):
     """
 
     def add(module, args, kwargs):
-        features = look(model)
-        zero = 0 * sum(part.sum() for part in features).to(kwargs["inputs_embeds"].dtype)
-        return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + zero}
+        given = kwargs["inputs_embeds"]                                        # [B,n,D]
+        total = sum(features.sum() for features in look(model))
+        return args, {**kwargs, "inputs_embeds": given + 0 * total.to(given.dtype)}
 
     hook = model.hf.model.language_model.register_forward_pre_hook(add, with_kwargs=True)
     try:
@@ -52,8 +55,10 @@ def with_zero(model):
 
 def look(model):
     """Features of a grey picture as the decoder would get them, a list of [N,D], one for each depth."""
-    pixels = model.image_processor(images=[Image.new("RGB", (SIDE, SIDE), "grey")], return_tensors="pt")
+    picture = Image.new("RGB", (SIDE, SIDE), "grey")
+    pixels = model.image_processor(images=[picture], return_tensors="pt")
     pixels = {name: value.to(model.device) for name, value in pixels.items()}
+
     seen = model.hf.model.get_image_features(**model.keywords(pixels), return_dict=True)
     deep = [part for depth in seen.get("deepstack_features") or () for part in depth]
     return [*seen.pooler_output, *deep]

@@ -278,9 +278,12 @@ def is_longer(saved, settings, step):
     """
     if settings.max_steps <= saved.max_steps:
         return False
-    begun = saved.progress(max(0, step - 1)).stage
-    same_stage = settings.progress(max(0, step - 1)).stage == begun
-    return same_stage and all(saved.span(i)[0] == settings.span(i)[0] for i in range(begun + 1))
+
+    last = max(0, step - 1)  # the last update that was done
+    stage = saved.progress(last).stage
+    if settings.progress(last).stage != stage:
+        return False
+    return all(saved.span(i)[0] == settings.span(i)[0] for i in range(stage + 1))
 
 
 def made_with(directory, name, before, now):
